@@ -1,1 +1,4 @@
-"""The shared modules, in five wings: config, sdxl, data, diffusion, training (each may import only from those before it)."""
+"""The shared modules, in five wings: config, sdxl, data, diffusion, training.
+
+Each wing may import only from those named before it.
+"""

@@ -1,8 +1,10 @@
 """The one exception for a mistake that the user can fix, and how a script ends on it."""
 
 import functools
+import io
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 EXIT_USER_ERROR = 2
 
@@ -16,11 +18,18 @@ class UserError(Exception):
         self.remedy = remedy
 
 
-def exits_on_user_error(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[str] | None], int]:
+class Main(Protocol):
+    """The entry point of a script: arguments (None: those of the process) to exit status."""
+
+    def __call__(self, argv: Sequence[str] | None = None) -> int: ...
+
+
+def exits_on_user_error(main: Main) -> Main:
     """`main` that prints a `UserError` as "error: ..." on stderr and returns exit status 2 instead of a traceback."""
 
     @functools.wraps(main)
     def guarded(argv: Sequence[str] | None = None) -> int:
+        _print_any_character()
         try:
             return main(argv)
         except UserError as error:
@@ -28,3 +37,10 @@ def exits_on_user_error(main: Callable[[Sequence[str] | None], int]) -> Callable
             return EXIT_USER_ERROR
 
     return guarded
+
+
+def _print_any_character() -> None:
+    """Let names in scripts that the console cannot show (a Windows pipe) come out escaped instead of as a crash."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

@@ -16,7 +16,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """A binary file that takes the place of `path` when the block ends well; after any error `path` is as it was.
 
     The bytes go to a temporary name in the same folder, are flushed to the disk and renamed over `path`. Missing
-    parent folders are made. Raises `UserError` where the system refuses to write (rights, full disk, folder in the way).
+    parent folders are made. Raises `UserError` where the system refuses to write (rights, full disk, folder in the
+    way).
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
     try:

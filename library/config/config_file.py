@@ -1,0 +1,125 @@
+"""Options in a TOML file: keys are flag names, sections are only headings."""
+
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from library.config.errors import UserError
+from library.config.option_fields import NONE_TEXT, Option, Spellings, error_of_problems, nearest, options_of
+from library.config.output_files import write_text
+
+SUFFIX = ".toml"
+
+
+def config_file_path(path: Path) -> Path:
+    """`path` with the `.toml` that users of kohya's trainer are used to leave off."""
+    return path if path.name.endswith(SUFFIX) else path.with_name(path.name + SUFFIX)
+
+
+def read_config_file(path: Path, options: Sequence[Option], spellings: Spellings) -> dict[str, Any]:
+    """The values that a TOML file gives, by option name.
+
+    A replaced switch that is false, and a refused flag that is switched off (false, 0, empty), ask for nothing and
+    are passed over: a file that kohya's `--output_config` wrote lists dozens of them. Raises one `UserError` that
+    names every key which cannot be used.
+    """
+    flags = [option for option in options if not option.is_positional]
+    known = {name.lstrip("-"): option for option in flags for name in (option.flag, *option.aliases)}
+    values: dict[str, Any] = {}
+    problems = []
+    for key, value in _entries(_read_toml(path), path):
+        try:
+            _take(key, value, known, spellings, values)
+        except UserError as error:
+            problems.append(f"in '{path}': {error}")
+    if problems:
+        raise error_of_problems(problems)
+    return values
+
+
+def write_config_file(path: Path, instances: Sequence[Any]) -> None:
+    """Write the values of option-class instances, a section for each; reading the file gives the same values.
+
+    Raises `UserError` where the file exists already.
+    """
+    if path.exists():
+        raise UserError(
+            f"'{path}' exists already and is not overwritten.", "Name another --config_file, or remove the file first."
+        )
+    sections: dict[str, dict[str, Any]] = {}
+    for instance in instances:
+        sections.setdefault(instance._argument_group_name, {}).update(_toml_values(instance))
+    write_text(path, tomli_w.dumps({name: values for name, values in sections.items() if values}))
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        # utf-8-sig: Windows' Notepad puts a byte-order mark in front.
+        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"cannot read '{path}': {error.strerror or error}.", "Check --config_file.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"'{path}' is not UTF-8 text.", "Save it again with the encoding UTF-8.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(
+            f"'{path}' is not valid TOML: {error}.",
+            r"Write text in quotes, and Windows paths in single quotes: 'C:\my set\images'.",
+        ) from error
+
+
+def _entries(document: dict[str, Any], path: Path) -> Iterator[tuple[str, Any]]:
+    """The keys and values of the file, those of its sections included."""
+    for key, value in document.items():
+        if not isinstance(value, dict):
+            yield key, value
+            continue
+        for inner_key, inner_value in value.items():
+            if isinstance(inner_value, dict):
+                raise UserError(
+                    f"in '{path}': the section '{key}' holds another section '{inner_key}'.",
+                    "Options stand at the top or in sections one level deep.",
+                )
+            yield inner_key, inner_value
+
+
+def _take(key: str, value: Any, known: dict[str, Option], spellings: Spellings, values: dict[str, Any]) -> None:
+    """Put the value of one key into `values`, under the option's name."""
+    flag = f"--{key.replace('-', '_')}"
+    if flag in spellings.refused:
+        if value:
+            raise UserError(f"{key}: {spellings.refused[flag]}")
+        return
+    if flag in spellings.replaced and value is False:
+        return
+    flag, stands_for = spellings.current(flag)
+    option = known.get(flag.lstrip("-"))
+    if option is None:
+        raise UserError(f"unknown key '{key}'.", nearest(key, known))
+    new = option.from_toml(value) if stands_for is None else option.from_text(stands_for)
+    if option.is_switch:
+        # kohya's files hold "sdpa = false" beside "xformers = true", which means sdpa here: what is on stays on.
+        new = new or values.get(option.name, False)
+    elif values.get(option.name, new) != new:
+        raise UserError(f"'{key}' says {new!r} where another key says {option.name} = {values[option.name]!r}.")
+    values[option.name] = new
+
+
+def _toml_values(instance: Any) -> dict[str, Any]:
+    values = [(option, getattr(instance, option.name)) for option in options_of(type(instance))]
+    return {
+        option.name: _toml_value(value)
+        for option, value in values
+        if not option.is_positional and (value is not None or option.default is not None)
+    }
+
+
+def _toml_value(value: Any) -> Any:
+    # TOML has no null: the word is needed only where leaving the key out would bring a default back.
+    if value is None:
+        return NONE_TEXT
+    if isinstance(value, list):
+        return [_toml_value(element) for element in value]
+    return str(value) if isinstance(value, Path) else value

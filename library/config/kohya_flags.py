@@ -1,0 +1,221 @@
+"""The flags of kohya's trainer that are spelled differently here, and those that are refused, with the reason.
+
+Every flag of the 2026 reference is either a field of an option class or stands in one of these tables, so that a
+command brought from there either does the same here or stops and says why. `Spellings` in `option_fields` says how the
+tables are read.
+"""
+
+TRAINER_REPLACED: dict[str, str] = {
+    "--xformers": "--sdpa",
+    "--mem_eff_attn": "--sdpa",
+    "--diffusers_xformers": "--sdpa",
+    "--use_8bit_adam": "--optimizer_type=AdamW8bit",
+    "--use_lion_optimizer": "--optimizer_type=Lion",
+    "--use_safetensors": "--save_model_as=safetensors",
+}
+
+PREPARE_REPLACED: dict[str, str] = {}
+
+_OTHER_MODEL: dict[str, str] = {
+    "--v2": "belongs to Stable Diffusion 2, and this project is for SDXL alone. Leave it off for an SDXL checkpoint.",
+    "--clip_skip": "SDXL was trained on the last block but one of both text encoders, and always reads that one here. "
+    "Leave the flag off.",
+    "--metadata_preprocessor": "describes ControlNet models. For a fine-tuned SDXL leave it off.",
+    "--metadata_is_negative_embedding": "describes textual inversion embeddings. For a fine-tuned SDXL leave it off.",
+    "--fp8_base": "keeps frozen base weights in 8 bits, which helps only where a LoRA is trained beside them; here the "
+    "weights themselves learn. Use --full_bf16 to save memory.",
+}
+
+_OTHER_TRAINING: dict[str, str] = {
+    "--reg_data_dir": "regularisation pictures belong to DreamBooth training. Merge such pictures, with their "
+    "captions, into --in_json like all others.",
+    "--cache_info": "speeds up the search through DreamBooth folders. Here --in_json already lists the pictures; leave "
+    "it off.",
+    "--conditioning_data_dir": "conditioning pictures belong to ControlNet and masked training, which are not offered. "
+    "Leave it off.",
+    "--dataset_config": "files of data subsets are not read. Merge the captions of all folders into one metadata file "
+    "and give it as --in_json; --config_file takes a TOML file of options.",
+    "--dataset_class": "would run a class of your own in place of the dataset. Write a metadata file and give it as "
+    "--in_json.",
+    "--debug_dataset": "shows batches instead of training. finetune/prepare_buckets_latents.py prints the bucket "
+    "table and every picture that could not be used.",
+}
+
+_CAPTION_FILES: dict[str, str] = {
+    **dict.fromkeys(
+        ("--caption_extension", "--caption_extention"),
+        "the trainer reads captions from --in_json, not from files beside the pictures. Give --caption_extension to "
+        "the two merge scripts in finetune/.",
+    ),
+    **dict.fromkeys(
+        ("--caption_prefix", "--caption_suffix"),
+        "not offered yet. Write the words into the caption files and merge them again.",
+    ),
+    **dict.fromkeys(
+        ("--shuffle_caption", "--enable_wildcard"),
+        "not offered yet: both captions are used as they stand in --in_json. Leave it off, or write the variants into "
+        "the caption files and merge them again.",
+    ),
+    **dict.fromkeys(
+        ("--caption_separator", "--keep_tokens", "--keep_tokens_separator", "--secondary_separator"),
+        "belongs to --shuffle_caption and the dropping of tags, which are not offered yet. Leave it off.",
+    ),
+    **dict.fromkeys(
+        ("--caption_dropout_rate", "--caption_dropout_every_n_epochs", "--caption_tag_dropout_rate"),
+        "not offered yet: every step uses both captions whole. Leave it off.",
+    ),
+    **dict.fromkeys(
+        ("--token_warmup_min", "--token_warmup_step"),
+        "not offered yet: captions have their full length from the first step on. Leave it off.",
+    ),
+    "--weighted_captions": "not offered yet: '(word:1.3)' in a caption is read as plain text. Write captions without "
+    "weights.",
+}
+
+_PICTURES: dict[str, str] = {
+    **dict.fromkeys(
+        ("--color_aug", "--random_crop", "--face_crop_aug_range"),
+        "changes each picture at every step, so its latents could not be cached. Add changed copies of the pictures "
+        "to the set, or use --flip_aug.",
+    ),
+    **dict.fromkeys(
+        ("--alpha_mask", "--masked_loss"),
+        "the loss cannot be masked yet: transparent parts are trained as white. Crop the pictures to what matters.",
+    ),
+    "--resize_interpolation": "the resampling filter is fixed, so that latents from every machine agree. Resize the "
+    "pictures beforehand to use another one.",
+}
+
+_LOSS: dict[str, str] = {
+    "--v_parameterization": "not offered yet: the loss is on the noise, as SDXL base was trained. A model that "
+    "predicts velocity cannot be trained here; start from one that predicts noise.",
+    "--zero_terminal_snr": "not offered yet: the noise schedule is that of SDXL base. Use --noise_offset for very dark "
+    "and very bright pictures.",
+    **dict.fromkeys(
+        ("--scale_v_pred_loss_like_noise_pred", "--v_pred_like_loss"),
+        "belongs to models that predict velocity, which cannot be trained here yet. Leave it off.",
+    ),
+    **dict.fromkeys(
+        ("--min_snr_gamma", "--debiased_estimation_loss"),
+        "not offered yet: every timestep has the same weight in the loss. Leave it off, or narrow the timesteps with "
+        "--min_timestep and --max_timestep.",
+    ),
+    "--loss_type": "not offered yet: the loss is the mean squared error (l2, the reference's default). Leave it off.",
+    **dict.fromkeys(
+        ("--huber_schedule", "--huber_c", "--huber_scale"),
+        "belongs to --loss_type huber and smooth_l1, which are not offered yet. Leave it off.",
+    ),
+    "--noise_offset_random_strength": "not offered yet: --noise_offset adds its full strength in every step. Give the "
+    "strength that you want on average.",
+    **dict.fromkeys(
+        ("--ip_noise_gamma", "--ip_noise_gamma_random_strength"),
+        "not offered yet: latents are given to the model without input perturbation. Leave it off.",
+    ),
+}
+
+_OPTIMIZER: dict[str, str] = {
+    **dict.fromkeys(
+        ("--fused_backward_pass", "--fused_optimizer_groups"),
+        "not offered yet. To save memory meanwhile use --full_bf16, --gradient_checkpointing and "
+        "--optimizer_type=Adafactor.",
+    ),
+    **dict.fromkeys(
+        ("--lr_scheduler_type", "--lr_scheduler_args"),
+        "schedules from a class of your own are not offered yet. Choose one of --lr_scheduler.",
+    ),
+    **dict.fromkeys(
+        ("--lr_decay_steps", "--lr_scheduler_timescale", "--lr_scheduler_min_lr_ratio"),
+        "belongs to schedules that are not offered yet. Choose another --lr_scheduler; --lr_warmup_steps, "
+        "--lr_scheduler_num_cycles and --lr_scheduler_power shape it.",
+    ),
+}
+
+_PRECISION_AND_MEMORY: dict[str, str] = {
+    "--full_fp16": "in pure fp16 small gradients become zero and large activations overflow. Use --full_bf16, or "
+    "--mixed_precision=fp16 on a card without bf16.",
+    "--lowram": "there is nothing to switch: the checkpoint is mapped from the disk, never held twice. Leave it off.",
+    "--highvram": "there is no low-memory mode to switch off. Leave it off.",
+    "--disable_mmap_load_safetensors": "mapping the file is what keeps loading small. If it is slow from a network "
+    "drive, copy the checkpoint to a local disk first.",
+    **dict.fromkeys(
+        ("--cache_text_encoder_outputs", "--cache_text_encoder_outputs_to_disk"),
+        "not offered yet: both captions are encoded in every step. Leave it off.",
+    ),
+    **dict.fromkeys(
+        ("--torch_compile", "--dynamo_backend"),
+        "not offered yet: the model runs uncompiled, with PyTorch's own fast attention. Leave it off.",
+    ),
+    **dict.fromkeys(
+        (
+            "--deepspeed",
+            "--zero_stage",
+            "--offload_optimizer_device",
+            "--offload_optimizer_nvme_path",
+            "--offload_param_device",
+            "--offload_param_nvme_path",
+            "--zero3_init_flag",
+            "--zero3_save_16bit_model",
+            "--fp16_master_weights_and_gradients",
+        ),
+        "DeepSpeed is not supported. To save memory use --full_bf16, --gradient_checkpointing and "
+        "--optimizer_type=Adafactor.",
+    ),
+    **dict.fromkeys(
+        ("--ddp_timeout", "--ddp_gradient_as_bucket_view", "--ddp_static_graph"),
+        "several GPUs train with PyTorch's defaults. Leave it off.",
+    ),
+}
+
+_FILES_AND_LOGS: dict[str, str] = {
+    **dict.fromkeys(
+        ("--save_state", "--save_state_on_train_end", "--save_last_n_steps_state", "--save_last_n_epochs_state"),
+        "training states are not offered yet. Save models with --save_every_n_steps; any of them can be trained "
+        "further as --pretrained_model_name_or_path, with a fresh optimizer.",
+    ),
+    "--resume": "training states are not offered yet. Give the last saved model as --pretrained_model_name_or_path; "
+    "the optimizer and the schedule start afresh.",
+    "--save_n_epoch_ratio": "counts saves instead of epochs. Use --save_every_n_epochs.",
+    **dict.fromkeys(
+        (
+            "--huggingface_repo_id",
+            "--huggingface_repo_type",
+            "--huggingface_path_in_repo",
+            "--huggingface_token",
+            "--huggingface_repo_visibility",
+            "--save_state_to_huggingface",
+            "--async_upload",
+        ),
+        "nothing is uploaded while training. Upload the saved files afterwards with 'hf upload'.",
+    ),
+    "--resume_from_huggingface": "nothing is fetched while training. Download the model with 'hf download' and give "
+    "the file as --pretrained_model_name_or_path.",
+    "--tokenizer_cache_dir": "no tokenizer is downloaded: its vocabulary comes with the installed packages. Leave it "
+    "off.",
+    **dict.fromkeys(
+        ("--metadata_usage_hint", "--metadata_trigger_phrase", "--metadata_merged_from"),
+        "not offered yet. Write it into --metadata_description or --metadata_tags.",
+    ),
+    "--metadata_thumbnail": "not offered yet. Add the picture to the saved file with a model manager.",
+    **dict.fromkeys(
+        ("--console_log_level", "--console_log_file", "--console_log_simple"),
+        "messages go to the console as they are. To keep them, redirect them: '... > train.log 2>&1'.",
+    ),
+    "--wandb_api_key": "a key on the command line ends up in histories and logs. Set the environment variable "
+    "WANDB_API_KEY, or run 'wandb login' once.",
+    "--wandb_run_name": "not offered yet. Name the run with --log_prefix, or set the environment variable WANDB_NAME.",
+    "--log_tracker_config": "not offered yet. Configure the tracker by its own environment variables.",
+    "--log_config": "not offered yet. Keep the options of a run beside it with --output_config and --config_file.",
+}
+
+TRAINER_REFUSED: dict[str, str] = {
+    **_OTHER_MODEL,
+    **_OTHER_TRAINING,
+    **_CAPTION_FILES,
+    **_PICTURES,
+    **_LOSS,
+    **_OPTIMIZER,
+    **_PRECISION_AND_MEMORY,
+    **_FILES_AND_LOGS,
+}
+
+PREPARE_REFUSED: dict[str, str] = {"--v2": _OTHER_MODEL["--v2"]}

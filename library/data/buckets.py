@@ -1,0 +1,237 @@
+"""Which size each picture is trained at: sizes of about one area, so that a batch is full and nothing is squashed."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar, NamedTuple
+
+from library.config.errors import UserError
+from library.config.options import option
+
+PIXELS_PER_LATENT_CELL = 8
+
+
+class Size(NamedTuple):
+    """Width and height in pixels, in this order, as metadata files and flags write them."""
+
+    width: int
+    height: int
+
+    @property
+    def aspect(self) -> float:
+        """Width divided by height."""
+        return self.width / self.height
+
+    @property
+    def area(self) -> int:
+        """Number of pixels."""
+        return self.width * self.height
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}"
+
+
+class BucketAssignment(NamedTuple):
+    """What becomes of a picture: it is resized to `resized`, which covers `bucket`, and cropped to `bucket`.
+
+    `aspect_error` is the aspect of the bucket less that of the picture: above 0 the crop takes from the height.
+    """
+
+    bucket: Size
+    resized: Size
+    aspect_error: float
+
+
+@dataclass(frozen=True)
+class BucketRule:
+    """The rule that gives each picture its bucket; the same rule as the seed's, golden row by golden row.
+
+    A side is counted in steps of `bucket_reso_steps` pixels, and a bucket has as many steps of area as the resolution
+    allows. 1024x1024 in steps of 64 is 16 x 16 = 256 steps of area. A bucket 1216 wide is 19 steps wide, and
+    256 // 19 = 13 steps high: this is where 1216x832 comes from. Each width from `min_bucket_reso` to
+    `max_bucket_reso` gives one such bucket and its upright twin; the square is always among them.
+
+    The minimum holds for the side that is counted up, not for the side that follows from it (1024..2048 gives 512x2048
+    too), whereas the maximum holds for both. A picture goes to the bucket of nearest aspect, the narrower of two
+    equally near ones.
+
+    With `no_upscale` there is no list, and the two limits have no effect: each picture keeps its size, or is shrunk to
+    the area of the resolution, and loses what does not fill a step. With `enabled` false there is one bucket, the
+    resolution itself. Raises `UserError` for limits that contradict each other.
+    """
+
+    max_resolution: Size
+    min_bucket_reso: int
+    max_bucket_reso: int
+    bucket_reso_steps: int
+    no_upscale: bool
+    enabled: bool = True
+
+    def __post_init__(self) -> None:
+        if self.enabled:
+            self._check_steps()
+        else:
+            _require_latent_cells("both sides of the resolution", *self.max_resolution)
+        if self.enabled and not self.no_upscale:
+            self._check_limits()
+
+    def sizes(self) -> list[Size]:
+        """All buckets, narrowest first; empty with `no_upscale`, where each picture has a size of its own."""
+        if not self.enabled:
+            return [self.max_resolution]
+        if self.no_upscale:
+            return []
+        return list(_sizes_of_equal_area(self))
+
+    def assign(self, image_size: Size) -> BucketAssignment:
+        """The bucket of a picture of `image_size` and the size it is resized to before the crop.
+
+        Raises `UserError` if `no_upscale` leaves less than one step of a side.
+        """
+        if self.enabled and self.no_upscale:
+            return self._assign_without_upscaling(image_size)
+        sizes = self.sizes()
+        bucket = image_size if image_size in sizes else min(sizes, key=_aspect_distance(image_size))
+        return BucketAssignment(bucket, covering_size(bucket, image_size), bucket.aspect - image_size.aspect)
+
+    def _assign_without_upscaling(self, image_size: Size) -> BucketAssignment:
+        candidates = [(self._whole_steps(*resized), resized) for resized in self._not_larger(image_size)]
+        usable = [(bucket, resized) for bucket, resized in candidates if bucket.area > 0]
+        if not usable:
+            raise UserError(
+                f"a picture of {image_size} is too small or too narrow for a bucket:"
+                f" one side would be under {self.bucket_reso_steps} pixels.",
+                "Remove the picture, or go without --bucket_no_upscale, or give smaller --bucket_reso_steps.",
+            )
+        distance = _aspect_distance(image_size)
+        bucket, resized = min(usable, key=lambda candidate: distance(candidate[0]))
+        return BucketAssignment(bucket, resized, bucket.aspect - image_size.aspect)
+
+    def _not_larger(self, image_size: Size) -> list[Size]:
+        """The picture as it is, or both ways to shrink it to the area: height in whole steps, or width."""
+        if image_size.area <= self.max_resolution.area:
+            return [image_size]
+        aspect = image_size.aspect
+        ideal_width = math.sqrt(self.max_resolution.area * aspect)
+        ideal_height = self.max_resolution.area / ideal_width
+        width, height = self._whole_steps(_rounded(ideal_width), _rounded(ideal_height))
+        return [Size(_rounded(height * aspect), height), Size(width, _rounded(width / aspect))]
+
+    def _whole_steps(self, width: int, height: int) -> Size:
+        return Size(width - width % self.bucket_reso_steps, height - height % self.bucket_reso_steps)
+
+    def _check_steps(self) -> None:
+        _require_latent_cells("bucket_reso_steps", self.bucket_reso_steps)
+        if self.bucket_reso_steps > min(self.max_resolution):
+            raise UserError(
+                f"bucket_reso_steps ({self.bucket_reso_steps}) exceeds a side of the resolution {self.max_resolution}.",
+                "Give smaller steps, such as --bucket_reso_steps=64.",
+            )
+
+    def _check_limits(self) -> None:
+        _require_latent_cells("min_bucket_reso and max_bucket_reso", self.min_bucket_reso, self.max_bucket_reso)
+        if self.min_bucket_reso < self.bucket_reso_steps:
+            raise UserError(
+                f"min_bucket_reso ({self.min_bucket_reso}) is below bucket_reso_steps ({self.bucket_reso_steps}).",
+                "Raise --min_bucket_reso.",
+            )
+        if self.max_bucket_reso < max(self.min_bucket_reso, *self.max_resolution):
+            raise UserError(
+                f"max_bucket_reso ({self.max_bucket_reso}) is below min_bucket_reso ({self.min_bucket_reso})"
+                f" or a side of the resolution {self.max_resolution}.",
+                "Raise --max_bucket_reso.",
+            )
+
+
+@dataclass(frozen=True)
+class BucketOptions:
+    """The limits of the buckets."""
+
+    _argument_group_name: ClassVar[str] = "Buckets"
+
+    min_bucket_reso: int = option(256, "Smallest side of a bucket that is counted up, in pixels.")
+    max_bucket_reso: int = option(1024, "Largest side of a bucket, in pixels.")
+    bucket_reso_steps: int = option(64, "Steps in which the sides of buckets grow, in pixels; a multiple of 8.")
+    bucket_no_upscale: bool = option(False, "Never enlarge a picture: each gets the bucket of its own size.")
+
+    def rule(self, max_resolution: Size, *, enabled: bool = True) -> BucketRule:
+        """The rule within these limits; raises `UserError` where they contradict each other."""
+        return BucketRule(
+            max_resolution,
+            self.min_bucket_reso,
+            self.max_bucket_reso,
+            self.bucket_reso_steps,
+            self.bucket_no_upscale,
+            enabled,
+        )
+
+
+def true_crop_ltrb(bucket: Size, resized: Size) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom of the centre crop to `bucket`, in pixels of the resized picture."""
+    left = (resized.width - bucket.width) // 2
+    top = (resized.height - bucket.height) // 2
+    return left, top, left + bucket.width, top + bucket.height
+
+
+def legacy_crop_ltrb(bucket: Size, image_size: Size) -> tuple[float, float, float, float]:
+    """Left, top, right, bottom that the seed records as the crop: where the whole picture, fitted inside, would lie.
+
+    That is the letterbox offset on the axis that is not cropped; kept for those who continue a training of the seed.
+    """
+    width: float = bucket.width
+    height: float = bucket.height
+    if bucket.aspect > image_size.aspect:
+        width = bucket.height * image_size.aspect
+    else:
+        height = bucket.width / image_size.aspect
+    left = (bucket.width - width) // 2
+    top = (bucket.height - height) // 2
+    return left, top, left + width, top + height
+
+
+def parse_resolution(text: str) -> Size:
+    """The size that "1024" (a square), "1216,832" or "1216x832" (width, height) means; else raises `UserError`."""
+    sides = text.lower().replace("x", ",").split(",")
+    numbers = [int(side) for side in sides if side.strip().isdecimal()]
+    if len(sides) > 2 or len(numbers) != len(sides) or min(numbers) == 0:
+        raise UserError(
+            f"'{text}' is not a resolution.", "Give one number for a square, or width,height: 1024 or 1216,832."
+        )
+    return Size(numbers[0], numbers[-1])
+
+
+@cache
+def _sizes_of_equal_area(rule: BucketRule) -> tuple[Size, ...]:
+    step = rule.bucket_reso_steps
+    area_steps = (rule.max_resolution.width // step) * (rule.max_resolution.height // step)
+    square = math.isqrt(area_steps) * step
+    sizes = {Size(square, square)}
+    for side in range(rule.min_bucket_reso, rule.max_bucket_reso + 1, step):
+        other_side = min(rule.max_bucket_reso, area_steps // (side // step) * step)
+        if other_side > 0:
+            sizes |= {Size(side, other_side), Size(other_side, side)}
+    return tuple(sorted(sizes))
+
+
+def covering_size(bucket: Size, image_size: Size) -> Size:
+    """The smallest size of the picture's shape that covers the bucket."""
+    scale = max(bucket.width / image_size.width, bucket.height / image_size.height)
+    return Size(_rounded(image_size.width * scale), _rounded(image_size.height * scale))
+
+
+def _aspect_distance(image_size: Size) -> Callable[[Size], float]:
+    return lambda bucket: abs(bucket.aspect - image_size.aspect)
+
+
+def _rounded(pixels: float) -> int:
+    """Half a pixel rounds up, as in the reference; `round` would take it to the even neighbour."""
+    return int(pixels + 0.5)
+
+
+def _require_latent_cells(what: str, *pixels: int) -> None:
+    if any(side <= 0 or side % PIXELS_PER_LATENT_CELL for side in pixels):
+        raise UserError(
+            f"{what} must be positive multiples of {PIXELS_PER_LATENT_CELL} pixels,"
+            f" one cell of the latents: got {', '.join(map(str, pixels))}."
+        )

@@ -1,0 +1,249 @@
+"""Metadata, pictures and caches to the list of what is trained on."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+from diffusers import AutoencoderKL
+from tqdm import tqdm
+
+from library.config.errors import UserError
+from library.config.options import option
+from library.data.buckets import BucketAssignment, BucketRule, Size, covering_size, parse_resolution
+from library.data.images import IMAGE_SUFFIXES, read_size
+from library.data.latent_cache import (
+    CachedLatents,
+    Crop,
+    cache_path,
+    crop_to_record,
+    file_digest,
+    read_cache,
+    write_cache,
+)
+from library.data.latent_preparation import Picture, PreparationSettings, encode_pictures
+from library.data.metadata import (
+    Entry,
+    caption_g,
+    caption_l,
+    images_by_stem,
+    read_metadata,
+    resolve_image,
+    train_resolution,
+)
+
+_NAMES_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class TrainingSetOptions:
+    """What is trained on."""
+
+    _argument_group_name: ClassVar[str] = "Training set"
+
+    train_data_dir: Path | None = option(None, "Folder of the pictures and their latents (.npz).")
+    in_json: Path | None = option(None, "Metadata: the captions, and the buckets of prepare_buckets_latents.py.")
+    resolution: str = option("1024,1024", "Size of training for pictures without prepared latents: width,height.")
+    enable_bucket: bool = option(False, "Sort pictures without prepared latents into buckets; else all are cropped.")
+    dataset_repeats: int = option(1, "How often an epoch shows each picture.")
+    flip_aug: bool = option(False, "Mirror half of the pictures at random.")
+    cache_latents: bool = option(
+        False, "Encode pictures that have no latents before training, and keep them in memory."
+    )
+    cache_latents_to_disk: bool = option(False, "Encode them before training and write the .npz files beside them.")
+    vae_batch_size: int = option(1, "Pictures that are encoded at once.")
+    skip_cache_check: bool = option(False, "Do not read the pictures to see whether their .npz still fits them.")
+    legacy_crop_coords: bool = option(
+        False, "Use the crop coordinates of kohya's trainers (the wrong axis), to continue a model trained there."
+    )
+
+    def problems(self) -> Iterator[str]:
+        """What cannot work."""
+        if self.train_data_dir is None or not self.train_data_dir.is_dir():
+            yield f"--train_data_dir: there is no folder '{self.train_data_dir}'; give the folder of the pictures."
+        if self.in_json is None or not self.in_json.is_file():
+            yield f"--in_json: there is no file '{self.in_json}'; make it with the scripts of finetune/."
+        for flag in ("dataset_repeats", "vae_batch_size"):
+            if getattr(self, flag) < 1:
+                yield f"--{flag} is {getattr(self, flag)}; it must be 1 or more."
+        try:
+            parse_resolution(self.resolution)
+        except UserError as error:
+            yield f"--resolution: {error}"
+
+
+@dataclass(frozen=True)
+class TrainingImage:
+    """One picture of the training set.
+
+    `latents` is its cache file, what such a file would hold, or None where the picture is encoded in the step.
+    `bucket` is the size it is trained at, `size` its own.
+    """
+
+    key: str
+    caption_l: str
+    caption_g: str
+    size: Size
+    bucket: Size
+    crop: Crop
+    latents: Path | CachedLatents | None
+    picture: Picture | None = None
+
+
+def read_training_set(options: TrainingSetOptions, rule: BucketRule, vae_digest: str) -> list[TrainingImage]:
+    """Every image of the metadata, with its cache where that fits the picture, the VAE and the bucket.
+
+    Caches that no longer fit are named on stderr and made again. Raises `UserError` naming every image that lacks a
+    caption, and every one that has neither picture nor cache.
+    """
+    assert options.in_json is not None and options.train_data_dir is not None  # checked by problems()
+    metadata = read_metadata(options.in_json)
+    if not metadata:
+        raise UserError(f"'{options.in_json}' has no images.", "Make it with the scripts of finetune/.")
+    _require_captions(metadata, options.in_json)
+    by_stem = images_by_stem(options.train_data_dir)
+    images: list[TrainingImage] = []
+    missing: list[str] = []
+    notices: list[str] = []
+    for key, entry in tqdm(metadata.items(), desc="reading the training set", unit="picture", disable=None):
+        image = resolve_image(key, options.train_data_dir, by_stem)
+        cache = cache_path(image) if image is not None else _cache_without_picture(key, options.train_data_dir)
+        found = _from_cache(key, entry, image, cache, options, vae_digest, notices) if cache.is_file() else None
+        if found is None and image is not None:
+            found = _from_picture(key, entry, image, rule, options)
+        images += [found] if found is not None else []
+        missing += [key] if found is None else []
+    if missing:
+        raise UserError(
+            f"{len(missing)} images of '{options.in_json}' are not in '{options.train_data_dir}': {_some(missing)}.",
+            "Check --train_data_dir, or take them out of the metadata.",
+        )
+    _report(notices)
+    return images
+
+
+def encode_missing(
+    images: Sequence[TrainingImage], vae: AutoencoderKL, options: TrainingSetOptions
+) -> list[TrainingImage]:
+    """The images with latents for all, as `--cache_latents` (memory) or `--cache_latents_to_disk` ask.
+
+    Raises `UserError` for the first picture that cannot be encoded.
+    """
+    pictures = {image.picture: index for index, image in enumerate(images) if image.latents is None and image.picture}
+    settings = PreparationSettings(
+        batch_size=options.vae_batch_size, flip=options.flip_aug, legacy_crop=options.legacy_crop_coords
+    )
+    complete = list(images)
+    outcomes = encode_pictures(list(pictures), vae, settings)
+    for outcome in tqdm(
+        outcomes, "encoding latents", len(pictures), unit="picture", disable=None if pictures else True
+    ):
+        if outcome.error is not None:
+            raise outcome.error
+        if outcome.redone_in_float32:
+            _report([f"'{outcome.picture.path}' gave NaN in the VAE's precision and was encoded in float32."])
+        assert outcome.cached is not None
+        latents: Path | CachedLatents = outcome.cached
+        if options.cache_latents_to_disk:
+            latents = cache_path(outcome.picture.path)
+            write_cache(latents, outcome.cached)
+        index = pictures[outcome.picture]
+        complete[index] = replace(complete[index], latents=latents)
+    return complete
+
+
+def _from_cache(
+    key: str,
+    entry: Entry,
+    image: Path | None,
+    cache: Path,
+    options: TrainingSetOptions,
+    vae_digest: str,
+    notices: list[str],
+) -> TrainingImage | None:
+    """The image with its cache; None (and a notice) where the cache does not fit and the picture is there."""
+    try:
+        cached = read_cache(cache)
+    except UserError as error:
+        if image is None:
+            raise
+        notices.append(f"{error} It is encoded again.")
+        return None
+    check_picture = image is not None and cached.is_ours and not options.skip_cache_check
+    reasons = cached.reasons_stale(
+        image_digest=file_digest(image) if image is not None and check_picture else None,
+        vae_digest=vae_digest,
+        bucket=train_resolution(entry) or cached.bucket,
+        flip=options.flip_aug,
+    )
+    if reasons and image is not None:
+        notices.append(f"'{cache}' no longer fits: {' and '.join(reasons)}; it is encoded again.")
+        return None
+    if reasons:
+        raise UserError(
+            f"'{cache}' does not fit: {' and '.join(reasons)}, and its picture is not there to encode it again.",
+            "Put the picture back, or run prepare_buckets_latents.py where the pictures are.",
+        )
+    return TrainingImage(
+        key=key,
+        caption_l=caption_l(entry) or "",
+        caption_g=caption_g(entry) or "",
+        size=cached.original_size,
+        bucket=cached.bucket,
+        crop=cached.crop(legacy=options.legacy_crop_coords),
+        latents=cache,
+    )
+
+
+def _from_picture(key: str, entry: Entry, image: Path, rule: BucketRule, options: TrainingSetOptions) -> TrainingImage:
+    """The image without latents: in the bucket that the metadata names, or else that the rule gives it."""
+    size = read_size(image)
+    prepared = train_resolution(entry)
+    if prepared is None:
+        assignment = rule.assign(size)
+    else:
+        assignment = BucketAssignment(prepared, covering_size(prepared, size), prepared.aspect - size.aspect)
+    bucket, resized, _ = assignment
+    left, top, right, _ = crop_to_record(bucket, resized, size, legacy=options.legacy_crop_coords)
+    width = bucket.width if options.legacy_crop_coords else resized.width
+    return TrainingImage(
+        key=key,
+        caption_l=caption_l(entry) or "",
+        caption_g=caption_g(entry) or "",
+        size=size,
+        bucket=bucket,
+        crop=Crop(left, top, width - right),
+        latents=None,
+        picture=Picture(image, size, assignment),
+    )
+
+
+def _cache_without_picture(key: str, folder: Path) -> Path:
+    """Where the cache of an image lies whose picture is not there (only the latents were copied to this machine)."""
+    path = Path(key.replace("\\", "/"))
+    inside = Path(path.name) if path.is_absolute() else path
+    return folder / (inside.with_suffix(".npz") if inside.suffix.lower() in IMAGE_SUFFIXES else f"{inside}.npz")
+
+
+def _require_captions(metadata: dict[str, Entry], path: Path) -> None:
+    for name, caption, script in (
+        ("L", caption_l, "sdxl_merge_captions_l_to_metadata.py"),
+        ("G", caption_g, "sdxl_merge_captions_g_to_metadata.py"),
+    ):
+        lacking = [key for key, entry in metadata.items() if caption(entry) is None]
+        if lacking:
+            raise UserError(
+                f"'{path}': {len(lacking)} images have no {name} caption: {_some(lacking)}.",
+                f"Run finetune/{script} on it (an empty caption is allowed).",
+            )
+
+
+def _report(notices: Sequence[str]) -> None:
+    for notice in notices:
+        tqdm.write(notice, file=sys.stderr)
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:_NAMES_SHOWN])
+    return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} more"

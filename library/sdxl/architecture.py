@@ -1,0 +1,160 @@
+"""The facts of Stable Diffusion XL: the configurations of its four networks and the record that holds them."""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from library.config.errors import UserError
+
+LATENT_CHANNELS = 4
+PIXELS_PER_LATENT = 8
+LATENT_SCALE = 0.13025
+"""What latents of the VAE are multiplied by before the U-Net sees them."""
+
+ARCHITECTURE_KEY = "sdxl_architecture"
+"""Metadata key of a single file whose networks are not of the usual size (the tiny SDXL of demo and tests)."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The configurations of the four networks, in the spelling of diffusers (U-Net, VAE) and transformers (L, G)."""
+
+    unet: dict[str, Any]
+    vae: dict[str, Any]
+    text_encoder_l: dict[str, Any]
+    text_encoder_g: dict[str, Any]
+
+    def to_json(self) -> str:
+        """The configurations as one line of JSON, for the metadata of a single file."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_metadata(cls, metadata: dict[str, str]) -> "Architecture":
+        """The architecture that a single file's metadata names, SDXL base where it names none."""
+        if ARCHITECTURE_KEY not in metadata:
+            return SDXL_BASE
+        try:
+            return cls(**json.loads(metadata[ARCHITECTURE_KEY]))
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"the file's metadata key '{ARCHITECTURE_KEY}' does not hold four network configurations ({error}).",
+                "Write the file again with the program that made it.",
+            ) from error
+
+
+def _text_config(width: int, num_layers: int, num_heads: int, activation: str) -> dict[str, Any]:
+    return {
+        "vocab_size": 49408,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "projection_dim": width,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": num_heads,
+        "max_position_embeddings": 77,
+        "hidden_act": activation,
+        "layer_norm_eps": 1e-5,
+        "bos_token_id": 49406,
+        "eos_token_id": 49407,
+    }
+
+
+def make_architecture(
+    *,
+    unet_channels: tuple[int, int, int],
+    unet_heads: tuple[int, int, int],
+    vae_channels: tuple[int, int, int, int],
+    width_l: int,
+    heads_l: int,
+    width_g: int,
+    heads_g: int,
+    norm_num_groups: int = 32,
+) -> Architecture:
+    """SDXL's skeleton (same names, same depths: 12 and 32 text blocks, 1680 U-Net tensors) in the given widths."""
+    size_conditioning_width = 6 * 256
+    return Architecture(
+        unet={
+            "sample_size": 128,
+            "in_channels": LATENT_CHANNELS,
+            "out_channels": LATENT_CHANNELS,
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+            "block_out_channels": list(unet_channels),
+            "layers_per_block": 2,
+            "transformer_layers_per_block": [1, 2, 10],
+            "attention_head_dim": list(unet_heads),
+            "cross_attention_dim": width_l + width_g,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": width_g + size_conditioning_width,
+            "norm_num_groups": norm_num_groups,
+        },
+        vae={
+            "in_channels": 3,
+            "out_channels": 3,
+            "latent_channels": LATENT_CHANNELS,
+            "block_out_channels": list(vae_channels),
+            "down_block_types": ["DownEncoderBlock2D"] * 4,
+            "up_block_types": ["UpDecoderBlock2D"] * 4,
+            "layers_per_block": 2,
+            "norm_num_groups": norm_num_groups,
+            "sample_size": 1024,
+            "scaling_factor": LATENT_SCALE,
+            "force_upcast": True,
+        },
+        text_encoder_l=_text_config(width_l, 12, heads_l, "quick_gelu"),
+        text_encoder_g=_text_config(width_g, 32, heads_g, "gelu"),
+    )
+
+
+SDXL_BASE = make_architecture(
+    unet_channels=(320, 640, 1280),
+    unet_heads=(5, 10, 20),
+    vae_channels=(128, 256, 512, 512),
+    width_l=768,
+    heads_l=12,
+    width_g=1280,
+    heads_g=20,
+)
+
+
+@dataclass
+class SdxlModel:
+    """The networks of one SDXL checkpoint and what else its file holds."""
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoder_l: CLIPTextModel
+    text_encoder_g: CLIPTextModelWithProjection
+    architecture: Architecture
+    logit_scale: torch.Tensor
+    """OpenCLIP's temperature: unused in diffusion, kept so that a written file has every tensor of the one read."""
+
+
+def empty_unet(architecture: Architecture) -> UNet2DConditionModel:
+    """A U-Net without weights (meta tensors), ready for `load_state_dict(assign=True)`."""
+    with init_empty_weights():
+        return UNet2DConditionModel.from_config(architecture.unet)
+
+
+def empty_vae(architecture: Architecture) -> AutoencoderKL:
+    """A VAE without weights (meta tensors)."""
+    with init_empty_weights():
+        return AutoencoderKL.from_config(architecture.vae)
+
+
+def empty_text_encoder_l(architecture: Architecture) -> CLIPTextModel:
+    """The L encoder without weights (meta tensors)."""
+    with init_empty_weights():
+        return CLIPTextModel(CLIPTextConfig(**architecture.text_encoder_l))
+
+
+def empty_text_encoder_g(architecture: Architecture) -> CLIPTextModelWithProjection:
+    """The G encoder without weights (meta tensors)."""
+    with init_empty_weights():
+        return CLIPTextModelWithProjection(CLIPTextConfig(**architecture.text_encoder_g))

@@ -1,0 +1,59 @@
+"""Pixels to latents and back, through the VAE."""
+
+import hashlib
+from typing import NamedTuple
+
+import torch
+from diffusers import AutoencoderKL
+
+
+class EncodedPixels(NamedTuple):
+    """`latents` [B, 4, h, w] in float32, not yet scaled; which samples were redone in float32, which failed even so."""
+
+    latents: torch.Tensor
+    redone: list[int]
+    failed: list[int]
+
+
+@torch.no_grad()
+def encode_pixels(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
+    """Unscaled latents [B, 4, h, w] in float32 of pixels [B, 3, H, W] in -1..1, on the VAE's device.
+
+    The mean of the posterior: kohya's trainers draw from it, but its deviation is far below what the U-Net can tell
+    apart, and the mean makes cached and uncached training the same.
+    """
+    return vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean.float()
+
+
+def encode_pixels_finite(vae: AutoencoderKL, pixels: torch.Tensor) -> EncodedPixels:
+    """As `encode_pixels`; samples where the VAE's precision gives NaN or Inf are encoded again in float32."""
+    latents = encode_pixels(vae, pixels)
+    redone = _not_finite(latents)
+    if redone and vae.dtype != torch.float32:
+        held = vae.dtype
+        vae.to(torch.float32)
+        latents[redone] = encode_pixels(vae, pixels[redone])
+        vae.to(held)  # exact: every value of a narrower type survives the way through float32
+    return EncodedPixels(latents, redone, _not_finite(latents))
+
+
+@torch.no_grad()
+def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """Pixels [B, 3, H, W] in -1..1, float32, of unscaled latents [B, 4, h, w]."""
+    return vae.decode(latents.to(vae.device, vae.dtype)).sample.float()
+
+
+def vae_digest(vae: AutoencoderKL) -> str:
+    """A fingerprint of the VAE's weights, the same in whichever precision they are held.
+
+    (bfloat16 is the coarsest of them, so all are compared in it.)
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(vae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _not_finite(latents: torch.Tensor) -> list[int]:
+    return [index for index, sample in enumerate(latents) if not sample.isfinite().all()]

@@ -1,0 +1,116 @@
+"""Read and write files of named tensors, one tensor at a time."""
+
+import json
+import pickle
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from library.config.errors import UserError
+from library.config.output_files import replacing
+
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+}
+_HEADER_ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class TensorReader:
+    """An open file of tensors: `shapes` of all of them, `get(name)` for one (backed by the file where possible)."""
+
+    path: Path
+    metadata: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
+    get: Callable[[str], torch.Tensor]
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[TensorReader]:
+    """The tensors of a `.safetensors` file or of a pickled checkpoint (`.ckpt`, `.pt`, `.bin`), not yet read.
+
+    Raises `UserError` for a file that is missing, damaged, or a pickle that holds more than tensors.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no file '{path}'.", "Check the path of the model.")
+    if path.suffix.lower() == ".safetensors":
+        with _open_safetensors(path) as reader:
+            yield reader
+    else:
+        yield _open_pickle(path)
+
+
+@contextmanager
+def _open_safetensors(path: Path) -> Iterator[TensorReader]:
+    try:
+        file = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"'{path}' is not a whole safetensors file ({error}).", "Download or copy it again, it may be cut short."
+        ) from error
+    with file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        yield TensorReader(path, dict(file.metadata() or {}), shapes, file.get_tensor)
+
+
+def _open_pickle(path: Path) -> TensorReader:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise UserError(
+            f"'{path}' cannot be read as a checkpoint of tensors alone ({str(error).splitlines()[0]}).",
+            "Pickled files may run code when opened, so only plain tensors are read: use a .safetensors file instead.",
+        ) from error
+    tensors: dict[str, Any] = content.get("state_dict", content) if isinstance(content, dict) else {}
+    tensors = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+    return TensorReader(path, {}, {name: tuple(value.shape) for name, value in tensors.items()}, tensors.__getitem__)
+
+
+@dataclass(frozen=True)
+class TensorToWrite:
+    """One tensor of a file to be: `make()` gives it when its turn comes, so that two are never held at once."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], torch.Tensor]
+
+
+def write_safetensors(path: Path, tensors: Iterable[TensorToWrite], metadata: dict[str, str]) -> None:
+    """Write a safetensors file tensor by tensor, whole or not at all; needs memory for one tensor.
+
+    safetensors' own writer collects the bytes of all tensors first. Raises `UserError` where `path` cannot be written.
+    """
+    # Widest elements first keeps every tensor aligned to its element size, as the format asks.
+    ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
+    with replacing(path) as file:
+        file.write(_header(ordered, metadata))
+        for tensor in ordered:
+            data = tensor.make().detach().to(device="cpu", dtype=tensor.dtype).contiguous()
+            file.write(data.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _header(tensors: list[TensorToWrite], metadata: dict[str, str]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for tensor in tensors:
+        begin, end = end, end + torch.Size(tensor.shape).numel() * tensor.dtype.itemsize
+        header[tensor.name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % _HEADER_ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text

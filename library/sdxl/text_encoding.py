@@ -1,0 +1,51 @@
+"""Two captions to the conditioning of the U-Net: L and G are encoded apart and meet only side by side."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from library.sdxl.tokenizers import CaptionTokens
+
+
+class TextConditioning(NamedTuple):
+    """What the U-Net is told about the text: `hidden` [B, T, 2048] (L 0-767, G 768-2047) and G's `pooled` [B, 1280].
+
+    T is 75 N + 2: the N chunks one after another between the first start token and the last end.
+    """
+
+    hidden: torch.Tensor
+    pooled: torch.Tensor
+
+
+def encode_l(text_encoder_l: nn.Module, tokens_l: torch.Tensor) -> torch.Tensor:
+    """Hidden states of L's last block but one, [B, T, 768], for tokens [B, N, 77]."""
+    output = text_encoder_l(tokens_l.flatten(0, 1), output_hidden_states=True)
+    return _join_chunks(output.hidden_states[-2], num_chunks=tokens_l.shape[1])
+
+
+def encode_g(text_encoder_g: nn.Module, tokens_g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states of G's last block but one, [B, T, 1280], and the pooled vector [B, 1280], for tokens [B, N, 77].
+
+    The pooled vector is OpenCLIP's: the final layer norm at the first end token, times the projection. Of a caption
+    of several chunks it is the first chunk's, as in the trainers of kohya's family.
+    """
+    num_chunks = tokens_g.shape[1]
+    output = text_encoder_g(tokens_g.flatten(0, 1), output_hidden_states=True)
+    return _join_chunks(output.hidden_states[-2], num_chunks), output.text_embeds[::num_chunks]
+
+
+def encode_captions(text_encoder_l: nn.Module, text_encoder_g: nn.Module, tokens: CaptionTokens) -> TextConditioning:
+    """The conditioning for a batch of caption pairs: L's features before G's, and G's pooled vector."""
+    hidden_l = encode_l(text_encoder_l, tokens.tokens_l)
+    hidden_g, pooled_g = encode_g(text_encoder_g, tokens.tokens_g)
+    return TextConditioning(torch.cat([hidden_l, hidden_g.to(hidden_l.dtype)], dim=-1), pooled_g)
+
+
+def _join_chunks(hidden: torch.Tensor, num_chunks: int) -> torch.Tensor:
+    """[B N, 77, C] to [B, 75 N + 2, C]: the first chunk's start, everyone's 75 tokens, the last chunk's end."""
+    if num_chunks == 1:
+        return hidden
+    chunks = hidden.unflatten(0, (-1, num_chunks))  # [B, N, 77, C]
+    text = chunks[:, :, 1:-1].flatten(1, 2)  # [B, 75 N, C]
+    return torch.cat([chunks[:, 0, :1], text, chunks[:, -1, -1:]], dim=1)

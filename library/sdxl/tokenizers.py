@@ -1,0 +1,101 @@
+"""Captions to token ids, for each text encoder its own."""
+
+import gzip
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import ftfy
+import torch
+from transformers import CLIPTokenizer
+
+START_TOKEN = 49406
+END_TOKEN = 49407
+PAD_L = END_TOKEN
+PAD_G = 0
+CHUNK_TOKENS = 75
+"""Tokens of text in one chunk; with the start and the end token it fills the encoders' 77 positions."""
+
+_NUM_MERGES = 49152 - 256 - 2
+
+
+class CaptionTokens(NamedTuple):
+    """Token ids of a batch of caption pairs, each [B, N, 77] (N chunks of 75 tokens with start and end)."""
+
+    tokens_l: torch.Tensor
+    tokens_g: torch.Tensor
+
+
+@dataclass(frozen=True)
+class TokenizedCaption:
+    """Token ids of one caption in [N, 77] and how many tokens of its text did not fit."""
+
+    ids: list[list[int]]
+    num_truncated: int
+
+
+@cache
+def _clip_tokenizer() -> CLIPTokenizer:
+    """CLIP's BPE, from the vocabulary that open_clip ships (found without importing it: that costs seconds)."""
+    package = importlib.util.find_spec("open_clip")
+    if package is None or package.origin is None:
+        raise ModuleNotFoundError("open_clip_torch is not installed: pip install -r requirements.txt")
+    with gzip.open(Path(package.origin).with_name("bpe_simple_vocab_16e6.txt.gz"), "rt", encoding="utf-8") as file:
+        lines = file.read().split("\n")
+    merges = [tuple(line.split()) for line in lines[1 : _NUM_MERGES + 1]]
+    letters = list(_byte_letters())
+    words = [*letters, *(letter + "</w>" for letter in letters), *("".join(merge) for merge in merges)]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=merges)
+
+
+def _byte_letters() -> list[str]:
+    """The printable letter that stands for each byte, in the order of CLIP's vocabulary (GPT-2's byte alphabet)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    num_others = 256 - len(printable)
+    return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(num_others)]
+
+
+def clip_tokenizer(pad_token_id: int) -> CLIPTokenizer:
+    """A copy of the tokenizer for saving beside a diffusers model, padding with `pad_token_id` (`PAD_L`, `PAD_G`)."""
+    tokenizer = _clip_tokenizer()
+    pad_token = tokenizer.convert_ids_to_tokens(pad_token_id)
+    return CLIPTokenizer(
+        vocab=tokenizer.get_vocab(), merges=tokenizer._merges, pad_token=pad_token, model_max_length=CHUNK_TOKENS + 2
+    )
+
+
+def tokenize(caption: str, pad_token_id: int, num_chunks: int) -> TokenizedCaption:
+    """Token ids of one caption in `num_chunks` chunks, each start + 75 + end; the text is cleaned as CLIP's was.
+
+    A chunk that the text does not fill ends in the end token and padding; text beyond the last chunk is cut.
+    """
+    ids = _clip_tokenizer()(ftfy.fix_text(caption), add_special_tokens=False).input_ids
+    kept = ids[: num_chunks * CHUNK_TOKENS]
+    chunks = [
+        _chunk(kept[first : first + CHUNK_TOKENS], pad_token_id)
+        for first in range(0, num_chunks * CHUNK_TOKENS, CHUNK_TOKENS)
+    ]
+    return TokenizedCaption(chunks, len(ids) - len(kept))
+
+
+def _chunk(ids: list[int], pad_token_id: int) -> list[int]:
+    padding = [pad_token_id] * (CHUNK_TOKENS - len(ids))
+    return [START_TOKEN, *ids, END_TOKEN, *padding]
+
+
+def num_chunks_needed(caption: str) -> int:
+    """How many chunks of 75 tokens the caption fills, at least one."""
+    num_tokens = len(_clip_tokenizer()(ftfy.fix_text(caption), add_special_tokens=False).input_ids)
+    return max(1, -(-num_tokens // CHUNK_TOKENS))
+
+
+def tokenize_captions(captions_l: Sequence[str], captions_g: Sequence[str], num_chunks: int) -> CaptionTokens:
+    """Token ids of B caption pairs, L padded with the end token and G with zero."""
+    return CaptionTokens(
+        torch.tensor([tokenize(caption, PAD_L, num_chunks).ids for caption in captions_l]),
+        torch.tensor([tokenize(caption, PAD_G, num_chunks).ids for caption in captions_g]),
+    )

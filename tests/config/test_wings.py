@@ -1,0 +1,65 @@
+"""The house stands as drawn: no wing imports from a later one, and the light rooms stay light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+WINGS = ["config", "sdxl", "data", "diffusion", "training"]
+MODULES = sorted((REPOSITORY / "library").rglob("*.py"))
+WITHOUT_TORCH = [
+    *(f"library.config.{path.stem}" for path in sorted((REPOSITORY / "library" / "config").glob("[!_]*.py"))),
+    "library.data.metadata",
+    "library.data.images",
+    "library.data.buckets",
+    "library.diffusion.prompts",
+]
+
+# Imports one module after the other and stops at the first that brings torch along.
+IMPORT_EACH = """
+import importlib, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+    if "torch" in sys.modules:
+        sys.exit(f"{name} imports torch")
+"""
+
+
+def imported_modules(path):
+    """Names of all modules that the file imports, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}, line {node.lineno}: imports are absolute here"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(REPOSITORY).as_posix())
+def test_a_module_imports_from_its_own_wing_and_earlier_ones_only(path):
+    folders = path.relative_to(REPOSITORY / "library").parts[:-1]
+    allowed = WINGS[: WINGS.index(folders[0]) + 1] if folders else []
+    used = {name.split(".")[1] for name in imported_modules(path) if name.startswith("library.")}
+    assert used <= set(allowed)
+    outside = {name.split(".")[0] for name in imported_modules(path)}
+    assert not outside & {"sdxl_train", "finetune", "quickstart", "demo", "benchmarks", "docs", "tests"}
+
+
+def test_every_folder_of_the_library_is_a_wing():
+    folders = {path.name for path in (REPOSITORY / "library").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders == set(WINGS)
+
+
+@pytest.mark.parametrize("word", ["utils", "util", "common", "helpers", "helper", "misc"])
+def test_no_module_has_a_name_that_says_nothing(word):
+    assert not [path for path in MODULES if word in path.with_suffix("").parts[-1].split("_")]
+
+
+def test_the_light_modules_do_not_import_torch():
+    command = [sys.executable, "-c", IMPORT_EACH, *WITHOUT_TORCH]
+    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, encoding="utf-8", check=False)
+    assert ended.returncode == 0, ended.stderr
