@@ -66,6 +66,17 @@ class Batch(NamedTuple):
     completes_step: bool
     keys: tuple[str, ...]
 
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch with its tensors on `device`."""
+        return self._replace(
+            latents=None if self.latents is None else self.latents.to(device),
+            pixels=None if self.pixels is None else self.pixels.to(device),
+            tokens=self.tokens.to(device),
+            original_sizes=self.original_sizes.to(device),
+            crop_top_lefts=self.crop_top_lefts.to(device),
+            target_sizes=self.target_sizes.to(device),
+        )
+
 
 class CaptionedPictures(Dataset[Batch]):
     """The training set by micro-batch: `dataset[micro_batch]` is its `Batch`. Works in spawned workers."""

@@ -2,6 +2,8 @@
 
 import hashlib
 import zipfile
+import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +16,19 @@ from library.data.buckets import PIXELS_PER_LATENT_CELL, Size, covering_size, le
 
 LATENT_CHANNELS = 4
 
+# What NumPy and zipfile raise for damaged files, whichever byte the damage hits.
+_READING_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    EOFError,
+    AttributeError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
 
 class Crop(NamedTuple):
     """Where the training picture lies in the resized one: left and top, and left when the picture is mirrored."""
@@ -21,6 +36,22 @@ class Crop(NamedTuple):
     left: float
     top: float
     left_flipped: float
+
+
+@dataclass(frozen=True)
+class CacheDemands:
+    """What a cache file must agree with to be used, beside its picture and its bucket.
+
+    `legacy_crop` None takes either crop. `only_ours` refuses other programs' files, which do not say what they were
+    made from. Without `check_image` the picture is not read.
+    """
+
+    vae_digest: str
+    flip: bool = False
+    alpha_mask: bool = False
+    legacy_crop: bool | None = None
+    only_ours: bool = False
+    check_image: bool = True
 
 
 @dataclass(frozen=True)
@@ -53,34 +84,33 @@ class CachedLatents:
         return self.image_digest is not None
 
     def crop(self, *, legacy: bool) -> Crop:
-        """The crop to train with: as recorded by us, and for other programs' files the true one unless `legacy`.
+        """The crop to train with: the true one, or the legacy one if `legacy`, or if we recorded that on request.
 
         The trainers of kohya's family record the offset of a letterbox on the axis that is not cropped.
         """
-        left, top, right, _ = self.crop_ltrb
-        if self.resized_size is not None:
-            return Crop(left, top, self.resized_size.width - right)
-        if legacy or self.is_ours:
+        if self.resized_size is None and (legacy or self.is_ours):
+            left, top, right, _ = self.crop_ltrb
             return Crop(left, top, self.bucket.width - right)
-        resized = covering_size(self.bucket, self.original_size)
-        left, top, right, _ = true_crop_ltrb(self.bucket, resized)
-        return Crop(left, top, resized.width - right)
+        resized = self.resized_size or covering_size(self.bucket, self.original_size)
+        return crop_to_train(self.bucket, resized, self.original_size, legacy=legacy)
 
-    def reasons_stale(self, *, image_digest: str | None, vae_digest: str, bucket: Size, flip: bool) -> list[str]:
+    def reasons_stale(self, demands: CacheDemands, *, image_digest: str | None, bucket: Size) -> list[str]:
         """Why the file does not fit what it would be made from today; empty if it does.
 
-        What the file does not say (another program's) and a picture that is gone (`image_digest` None) count as fit.
+        What another program's file does not say, and a picture that is not looked at (`image_digest` None), count as
+        fit.
         """
-        reasons = []
-        if self.image_digest is not None and image_digest not in (None, self.image_digest):
-            reasons.append("the picture has changed")
-        if self.vae_digest is not None and vae_digest != self.vae_digest:
-            reasons.append("it was made with another VAE")
-        if self.bucket != bucket:
-            reasons.append(f"it is for {self.bucket}, not {bucket}")
-        if flip and self.latents_flipped is None:
-            reasons.append("it lacks the mirrored latents (--flip_aug)")
-        return reasons
+        found = {
+            "it does not say what it was made from": demands.only_ours and not self.is_ours,
+            "the picture has changed": self.is_ours and image_digest not in (None, self.image_digest),
+            "it was made with another VAE": self.vae_digest not in (None, demands.vae_digest),
+            f"it is for {self.bucket}, not {bucket}": self.bucket != bucket,
+            "it lacks the mirrored latents (--flip_aug)": demands.flip and self.latents_flipped is None,
+            "it lacks the alpha mask (--alpha_mask)": demands.alpha_mask and self.alpha_mask is None,
+            "it has the other kind of crop (--legacy_crop_coords)": demands.legacy_crop
+            not in (None, self.resized_size is None),
+        }
+        return [reason for reason, holds in found.items() if holds]
 
 
 def crop_to_record(bucket: Size, resized: Size, image_size: Size, *, legacy: bool) -> tuple[float, float, float, float]:
@@ -88,15 +118,37 @@ def crop_to_record(bucket: Size, resized: Size, image_size: Size, *, legacy: boo
     return legacy_crop_ltrb(bucket, image_size) if legacy else true_crop_ltrb(bucket, resized)
 
 
+def crop_to_train(bucket: Size, resized: Size, image_size: Size, *, legacy: bool) -> Crop:
+    """The crop to train with of a picture that was resized to `resized`; the legacy one is in pixels of the bucket."""
+    left, top, right, _ = crop_to_record(bucket, resized, image_size, legacy=legacy)
+    width = bucket.width if legacy else resized.width
+    return Crop(left, top, width - right)
+
+
 def cache_path(image: Path) -> Path:
     """The cache file of a picture: beside it, same stem."""
     return image.with_suffix(".npz")
 
 
+def require_separate_caches(images: Iterable[Path]) -> None:
+    """Raise `UserError` naming both if two images share one cache file, as a.jpg and a.png do."""
+    image_of: dict[Path, Path] = {}
+    for image in images:
+        first = image_of.setdefault(cache_path(image), image)
+        if first != image:
+            raise UserError(
+                f"'{first}' and '{image}' would share the latents file '{cache_path(image).name}'.",
+                "Rename or remove one of them.",
+            )
+
+
 def file_digest(path: Path) -> str:
-    """A fingerprint of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    """A fingerprint of a file's bytes; raises `UserError` if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read '{path}': {error.strerror or error}.", "Check the file.") from error
 
 
 def write_cache(path: Path, cached: CachedLatents) -> None:
@@ -129,18 +181,39 @@ def read_cache(path: Path) -> CachedLatents:
     try:
         with np.load(path, allow_pickle=False) as file:
             return _from_arrays({name: file[name] for name in file.files})
-    except (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+    except _READING_ERRORS as error:
         raise UserError(
             f"'{path}' is not a usable latent cache ({error}).", "Delete it and run prepare_buckets_latents.py again."
         ) from error
 
 
+def read_fitting_cache(path: Path, image: Path | None, bucket: Size | None, demands: CacheDemands) -> CachedLatents:
+    """What the cache file of `image` holds, if it fits; None for `image` and `bucket` leaves these uncompared.
+
+    Raises `UserError` naming the file for damage, as `read_cache`, and with every reason why it does not fit.
+    """
+    cached = read_cache(path)
+    digest = file_digest(image) if image is not None and demands.check_image and cached.is_ours else None
+    reasons = cached.reasons_stale(demands, image_digest=digest, bucket=bucket or cached.bucket)
+    if reasons:
+        raise UserError(
+            f"'{path}' does not fit: {' and '.join(reasons)}.",
+            "Run prepare_buckets_latents.py again where the pictures are.",
+        )
+    return cached
+
+
 def _from_arrays(arrays: dict[str, np.ndarray]) -> CachedLatents:
+    missing = {"latents", "original_size", "crop_ltrb"} - arrays.keys()
+    if missing:
+        raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     latents = _checked_latents(arrays["latents"])
     flipped = _checked_latents(arrays["latents_flipped"]) if "latents_flipped" in arrays else None
     if flipped is not None and flipped.shape != latents.shape:
         raise ValueError(f"latents_flipped is {flipped.shape}, latents {latents.shape}")
     left, top, right, bottom = (float(value) for value in arrays["crop_ltrb"])
+    if not np.isfinite([left, top, right, bottom]).all():
+        raise ValueError("crop_ltrb holds NaN or Inf")
     resized = arrays.get("resized_size")
     return CachedLatents(
         latents=latents,
@@ -155,7 +228,7 @@ def _from_arrays(arrays: dict[str, np.ndarray]) -> CachedLatents:
 
 
 def _checked_latents(latents: np.ndarray) -> np.ndarray:
-    if latents.ndim != 3 or latents.shape[0] != LATENT_CHANNELS or latents.dtype.kind != "f":
+    if latents.ndim != 3 or latents.shape[0] != LATENT_CHANNELS or latents.size == 0 or latents.dtype.kind != "f":
         raise ValueError(f"latents are {latents.dtype} {latents.shape}, expected float32 (4, h, w)")
     if not np.isfinite(latents).all():
         raise ValueError("latents hold NaN or Inf")
@@ -164,4 +237,6 @@ def _checked_latents(latents: np.ndarray) -> np.ndarray:
 
 def _size(values: np.ndarray) -> Size:
     width, height = (int(value) for value in values)
+    if min(width, height) < 1:
+        raise ValueError(f"{width}x{height} is no size")
     return Size(width, height)

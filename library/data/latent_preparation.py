@@ -6,17 +6,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
 from library.config.errors import UserError
+from library.config.options import option
 from library.data.buckets import BucketAssignment, Size
 from library.data.images import load_rgb_and_alpha, resize_and_crop
 from library.data.latent_cache import CachedLatents, crop_to_record, file_digest
-from library.sdxl.latents import encode_pixels_finite, vae_digest
+from library.sdxl.latents import EncodedPixels, encode_pixels_finite
 
 
 class Picture(NamedTuple):
@@ -37,14 +38,36 @@ class Outcome(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PreparationSettings:
+class EncodingOptions:
     """How pictures are encoded."""
 
-    batch_size: int = 1
-    num_threads: int | None = None
-    flip: bool = False
-    alpha_mask: bool = False
-    legacy_crop: bool = False
+    _argument_group_name: ClassVar[str] = "Latents"
+
+    batch_size: int = option(1, "Pictures that are encoded at once.")
+    max_data_loader_n_workers: int | None = option(None, "Threads that read pictures ahead; up to four if not given.")
+    mixed_precision: str = option("no", "Precision in which the VAE runs.", choices=("no", "fp16", "bf16"))
+    flip_aug: bool = option(False, "Encode each picture mirrored too, for --flip_aug in training.")
+    alpha_mask: bool = option(False, "Keep the transparency of each picture beside its latents.")
+    legacy_crop_coords: bool = option(False, "Record the crop as kohya's trainers do, on the wrong axis.")
+
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        """The precision in which the VAE runs."""
+        return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.mixed_precision]
+
+    @property
+    def num_threads(self) -> int:
+        """Threads that read pictures; 0 asks for none ahead, and one is the least that reads at all."""
+        if self.max_data_loader_n_workers is None:
+            return min(4, os.cpu_count() or 1)
+        return max(1, self.max_data_loader_n_workers)
+
+    def problems(self) -> Iterator[str]:
+        """What cannot work."""
+        if self.batch_size < 1:
+            yield f"--batch_size is {self.batch_size}; it must be 1 or more."
+        if self.max_data_loader_n_workers is not None and self.max_data_loader_n_workers < 0:
+            yield f"--max_data_loader_n_workers is {self.max_data_loader_n_workers}; it must be 0 or more."
 
 
 class _Loaded(NamedTuple):
@@ -59,18 +82,17 @@ def pixels_to_tensor(pixels: np.ndarray) -> torch.Tensor:
 
 
 def encode_pictures(
-    pictures: Sequence[Picture], vae: AutoencoderKL, settings: PreparationSettings
+    pictures: Sequence[Picture], vae: AutoencoderKL, options: EncodingOptions, *, vae_digest: str
 ) -> Iterator[Outcome]:
     """The latents of every picture, in the order of their buckets.
 
-    Pictures are read by threads while the VAE works. One that cannot be read, or whose latents are NaN or Inf even in
-    float32, comes out with its error; the others go on.
+    Pictures are read by threads while the VAE works, in the precision it is held in; `vae_digest` is what the caches
+    say it is. A picture that cannot be read, or whose latents are NaN or Inf even in float32, comes out with its error;
+    the others go on.
     """
-    digest = vae_digest(vae)
-    num_threads = settings.num_threads or min(4, os.cpu_count() or 1)
-    with ThreadPoolExecutor(num_threads) as pool:
-        for batch, loading in _loaded_ahead(pool, _batches(pictures, settings.batch_size), num_threads):
-            yield from _encode_batch(batch, loading, vae, digest, settings)
+    with ThreadPoolExecutor(options.num_threads) as pool:
+        for batch, loading in _loaded_ahead(pool, _batches(pictures, options.batch_size), options.num_threads):
+            yield from _encode_batch(batch, loading, vae, options, vae_digest)
 
 
 def _batches(pictures: Iterable[Picture], batch_size: int) -> Iterator[list[Picture]]:
@@ -108,8 +130,8 @@ def _encode_batch(
     batch: list[Picture],
     loading: list[Future[_Loaded]],
     vae: AutoencoderKL,
-    digest: str,
-    settings: PreparationSettings,
+    options: EncodingOptions,
+    vae_digest: str,
 ) -> Iterator[Outcome]:
     usable: list[tuple[Picture, _Loaded]] = []
     for picture, future in zip(batch, loading, strict=True):
@@ -121,25 +143,29 @@ def _encode_batch(
         return
     pixels = torch.stack([pixels_to_tensor(loaded.pixels) for _, loaded in usable])
     plain = encode_pixels_finite(vae, pixels)
-    mirrored = encode_pixels_finite(vae, pixels.flip(-1)) if settings.flip else None
+    mirrored = encode_pixels_finite(vae, pixels.flip(-1)) if options.flip_aug else None
+    encoded = [plain] if mirrored is None else [plain, mirrored]
     for index, (picture, loaded) in enumerate(usable):
-        if index in plain.failed or (mirrored is not None and index in mirrored.failed):
+        if any(index in each.failed for each in encoded):
             yield Outcome(picture, None, _not_finite(picture.path))
             continue
+        _, resized, _ = picture.assignment
         cached = CachedLatents(
-            latents=plain.latents[index].cpu().numpy(),
-            latents_flipped=None if mirrored is None else mirrored.latents[index].cpu().numpy(),
+            latents=_sample(plain, index),
             original_size=picture.size,
-            crop_ltrb=crop_to_record(
-                picture.assignment.bucket, picture.assignment.resized, picture.size, legacy=settings.legacy_crop
-            ),
-            alpha_mask=_mask(loaded) if settings.alpha_mask else None,
-            resized_size=None if settings.legacy_crop else picture.assignment.resized,
+            crop_ltrb=crop_to_record(*picture.assignment[:2], picture.size, legacy=options.legacy_crop_coords),
+            latents_flipped=None if mirrored is None else _sample(mirrored, index),
+            alpha_mask=_mask(loaded) if options.alpha_mask else None,
+            resized_size=None if options.legacy_crop_coords else resized,
             image_digest=loaded.digest,
-            vae_digest=digest,
+            vae_digest=vae_digest,
         )
-        redone = index in plain.redone or (mirrored is not None and index in mirrored.redone)
-        yield Outcome(picture, cached, redone_in_float32=redone)
+        yield Outcome(picture, cached, redone_in_float32=any(index in each.redone for each in encoded))
+
+
+def _sample(encoded: EncodedPixels, index: int) -> np.ndarray:
+    """Latents (4, h, w) of one picture, in memory of their own: a view would keep those of the whole batch."""
+    return encoded.latents[index].cpu().numpy().copy()
 
 
 def _mask(loaded: _Loaded) -> np.ndarray:

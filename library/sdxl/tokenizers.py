@@ -28,6 +28,10 @@ class CaptionTokens(NamedTuple):
     tokens_l: torch.Tensor
     tokens_g: torch.Tensor
 
+    def to(self, device: torch.device | str) -> "CaptionTokens":
+        """The same ids on `device`."""
+        return CaptionTokens(self.tokens_l.to(device), self.tokens_g.to(device))
+
 
 @dataclass(frozen=True)
 class TokenizedCaption:

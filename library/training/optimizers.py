@@ -30,7 +30,7 @@ class OptimizerOptions:
         "",
         "Optimizer, in any case: AdamW (where none is given), AdamW8bit, Adafactor, Lion, Prodigy ... or a.class.Path.",
     )
-    optimizer_args: list[str] | None = option(  # noqa: RUF009  # makes a field, as the other calls of it do
+    optimizer_args: list[str] | None = option(  # makes a field, as the other calls of it do
         None, "Arguments of the optimizer, as weight_decay=0.01 betas=0.9,0.99.", nargs="*"
     )
     learning_rate: float = option(2e-6, "Learning rate; 0 leaves the U-Net as it is.")

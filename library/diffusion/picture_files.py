@@ -1,0 +1,86 @@
+"""Sample pictures on the disk: their names, and what their PNGs say of how they were drawn."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from library.config.output_files import replacing
+from library.diffusion.prompts import SamplePrompt
+
+
+@dataclass(frozen=True)
+class PictureRecord:
+    """How one picture was drawn; `step` counts optimizer steps, `model_name` is the output name of the run."""
+
+    prompt: SamplePrompt
+    sampler: str
+    width: int
+    height: int
+    seed: int
+    step: int
+    model_name: str
+
+
+def picture_name(
+    model_name: str | None, *, now: datetime, step: int, epoch: int | None, index: int, seed: int | None
+) -> str:
+    """The reference's file name: model, time, step (or epoch, where samples are made by epoch), index, fixed seed."""
+    prefix = "" if model_name is None else f"{model_name}_"
+    when = f"e{epoch:06d}" if epoch is not None else f"{step:06d}"
+    suffix = "" if seed is None else f"_{seed}"
+    return f"{prefix}{now:%Y%m%d%H%M%S}_{when}_{index:02d}{suffix}.png"
+
+
+def parameters_text(record: PictureRecord) -> str:
+    """What WebUIs show of a picture: G prompt, negative prompt, then settings, the L prompts among them."""
+    prompt = record.prompt
+    settings = {
+        "Steps": prompt.num_inference_steps,
+        "Sampler": record.sampler,
+        "CFG scale": prompt.guidance_scale,
+        "Seed": record.seed,
+        "Size": f"{record.width}x{record.height}",
+        "Model": record.model_name,
+        "Training step": record.step,
+        "Prompt L": _quoted(prompt.prompt_l),
+    }
+    if prompt.negative_l != prompt.negative_g:
+        settings["Negative prompt L"] = _quoted(prompt.negative_l)
+    lines = [prompt.prompt_g]
+    if prompt.negative_g:
+        lines.append(f"Negative prompt: {prompt.negative_g}")
+    lines.append(", ".join(f"{name}: {value}" for name, value in settings.items()))
+    return "\n".join(lines)
+
+
+def save_picture(path: Path, image: Image.Image, record: PictureRecord) -> None:
+    """Write the PNG, whole or not at all, with `parameters_text` and each setting under a name of its own."""
+    prompt = record.prompt
+    entries = {
+        "parameters": parameters_text(record),
+        "prompt_g": prompt.prompt_g,
+        "prompt_l": prompt.prompt_l,
+        "negative_prompt_g": prompt.negative_g,
+        "negative_prompt_l": prompt.negative_l,
+        "seed": str(record.seed),
+        "steps": str(prompt.num_inference_steps),
+        "guidance_scale": str(prompt.guidance_scale),
+        "sampler": record.sampler,
+        "size": f"{record.width}x{record.height}",
+        "training_step": str(record.step),
+        "model": record.model_name,
+    }
+    info = PngInfo()
+    for name, value in entries.items():
+        info.add_itxt(name, value)  # international text: prompts are of any script
+    with replacing(path) as file:
+        image.save(file, format="PNG", pnginfo=info)
+
+
+def _quoted(text: str) -> str:
+    """Text that may hold commas and colons, as WebUIs quote it in the line of settings."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'

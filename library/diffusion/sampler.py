@@ -1,0 +1,121 @@
+"""A prompt for each text encoder to a picture, with diffusers' pipeline and the scheduler of the asked-for name."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
+from torch import nn
+
+from library.diffusion.prompts import SamplePrompt
+from library.sdxl.architecture import LATENT_SCALE
+from library.sdxl.latents import decode_latents
+from library.sdxl.text_encoding import TextConditioning, encode_captions
+from library.sdxl.tokenizers import num_chunks_needed, tokenize_captions
+
+_BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+_SCHEDULERS: dict[str, tuple[type, dict[str, Any]]] = {
+    # Latents are not confined to -1..1: clipping them, as kohya's trainers do for ddim, greys the picture.
+    "ddim": (DDIMScheduler, {"clip_sample": False}),
+    "pndm": (PNDMScheduler, {}),
+    "lms": (LMSDiscreteScheduler, {}),
+    "euler": (EulerDiscreteScheduler, {}),
+    "euler_a": (EulerAncestralDiscreteScheduler, {}),
+    "heun": (HeunDiscreteScheduler, {}),
+    "dpm_2": (KDPM2DiscreteScheduler, {}),
+    "dpm_2_a": (KDPM2AncestralDiscreteScheduler, {}),
+    "dpmsolver": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
+    "dpmsolver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
+    "dpmsingle": (DPMSolverSinglestepScheduler, {}),
+}
+
+
+@dataclass(frozen=True)
+class SamplingNetworks:
+    """What a picture is drawn with, all on one device; the U-Net gives float32."""
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoder_l: nn.Module
+    text_encoder_g: nn.Module
+
+
+def make_sampling_scheduler(name: str) -> Any:
+    """diffusers' scheduler for a name of `--sample_sampler`; a leading `k_` makes no difference, as in kohya's."""
+    scheduler_class, settings = _SCHEDULERS[name.removeprefix("k_")]
+    return scheduler_class(**_BETAS, **settings)
+
+
+@torch.no_grad()
+def draw_latents(
+    networks: SamplingNetworks, prompt: SamplePrompt, *, sampler: str, width: int, height: int, seed: int
+) -> torch.Tensor:
+    """Scaled latents [1, 4, h, w] in float32 of the picture; noise comes from a generator of `seed` on the CPU.
+
+    The same as `StableDiffusionXLPipeline(prompt=L, prompt_2=G)`, whose denoising loop this is; only the captions are
+    encoded here. All randomness is the generator's: the random state of training is left alone.
+    """
+    wanted, unwanted = _encode_prompt(networks, prompt)
+    pipeline = StableDiffusionXLPipeline(
+        vae=networks.vae,
+        text_encoder=None,
+        text_encoder_2=None,
+        tokenizer=None,
+        tokenizer_2=None,
+        unet=networks.unet,
+        scheduler=make_sampling_scheduler(sampler),
+        add_watermarker=False,
+    )
+    pipeline.set_progress_bar_config(desc=prompt.prompt_g[:40], leave=False, disable=None)
+    return pipeline(
+        prompt_embeds=wanted.hidden,
+        pooled_prompt_embeds=wanted.pooled,
+        negative_prompt_embeds=unwanted.hidden,
+        negative_pooled_prompt_embeds=unwanted.pooled,
+        width=width,
+        height=height,
+        num_inference_steps=prompt.num_inference_steps,
+        guidance_scale=prompt.guidance_scale,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="latent",
+    ).images
+
+
+def draw_picture(
+    networks: SamplingNetworks, prompt: SamplePrompt, *, sampler: str, width: int, height: int, seed: int
+) -> Image.Image | None:
+    """The picture of a prompt, or None where the networks give NaN or Inf."""
+    latents = draw_latents(networks, prompt, sampler=sampler, width=width, height=height, seed=seed)
+    pixels = decode_latents(networks.vae, latents / LATENT_SCALE)[0]  # [3, H, W] in -1..1
+    if not pixels.isfinite().all():
+        return None
+    scaled = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
+    return Image.fromarray(np.ascontiguousarray(scaled.permute(1, 2, 0).numpy()))
+
+
+def _encode_prompt(networks: SamplingNetworks, prompt: SamplePrompt) -> tuple[TextConditioning, TextConditioning]:
+    """Conditioning of prompt and negative prompt, in float32, padded to the same number of chunks."""
+    captions_l = [prompt.prompt_l, prompt.negative_l]
+    captions_g = [prompt.prompt_g, prompt.negative_g]
+    num_chunks = max(num_chunks_needed(caption) for caption in captions_l + captions_g)
+    tokens = tokenize_captions(captions_l, captions_g, num_chunks).to(networks.vae.device)
+    both = encode_captions(networks.text_encoder_l, networks.text_encoder_g, tokens)
+    hidden, pooled = both.hidden.float(), both.pooled.float()
+    return TextConditioning(hidden[:1], pooled[:1]), TextConditioning(hidden[1:], pooled[1:])

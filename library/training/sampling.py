@@ -1,0 +1,141 @@
+"""When a run draws sample pictures, and where they go."""
+
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import ClassVar
+
+from library.config.errors import UserError
+from library.config.options import option
+from library.data.buckets import Size
+from library.diffusion.picture_files import PictureRecord, parameters_text, picture_name, save_picture
+from library.diffusion.prompts import SAMPLERS, SamplePrompt, read_prompt_file
+from library.diffusion.sampler import SamplingNetworks, draw_picture
+from library.training.tracking import Tracker
+
+SAMPLE_FOLDER = "sample"
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """Sample pictures."""
+
+    _argument_group_name: ClassVar[str] = "Sample pictures"
+
+    sample_prompts: Path | None = option(
+        None, "File of prompts (.txt, .toml, .json), one picture a line: G prompt --e L prompt --n negative ..."
+    )
+    sample_every_n_steps: int | None = option(None, "Draw before the first step and after every n optimizer steps.")
+    sample_every_n_epochs: int | None = option(None, "Draw before the first step and after every n epochs.")
+    sample_at_first: bool = option(False, "Draw before the first step, also where nothing is drawn later.")
+    sample_sampler: str = option("ddim", "Sampler of pictures whose line names none.", choices=SAMPLERS)
+
+    def problems(self) -> Iterator[str]:
+        """What cannot work, mistakes in the prompt file among it."""
+        is_due = self.sample_every_n_steps or self.sample_every_n_epochs or self.sample_at_first
+        if self.sample_prompts is None:
+            if is_due:
+                yield "--sample_every_n_steps, --sample_every_n_epochs and --sample_at_first need --sample_prompts."
+            return
+        if not is_due:
+            yield "--sample_prompts: nothing says when to draw; add --sample_every_n_steps=100 or --sample_at_first."
+        for flag in ("sample_every_n_steps", "sample_every_n_epochs"):
+            value = getattr(self, flag)
+            if value is not None and value < 1:
+                yield f"--{flag} is {value}; it must be 1 or more."
+        if self.sample_every_n_steps and self.sample_every_n_epochs:
+            yield "--sample_every_n_steps and --sample_every_n_epochs exclude each other: file names count one of them."
+        try:
+            read_prompt_file(self.sample_prompts)
+        except UserError as error:
+            yield str(error)
+
+    def read_prompts(self) -> list[SamplePrompt]:
+        """The pictures to draw; none without a prompt file."""
+        return [] if self.sample_prompts is None else read_prompt_file(self.sample_prompts)
+
+
+class Sampling:
+    """Draws the pictures of the prompt file when they are due, into `output_dir/sample` and the trackers.
+
+    A prompt without `--d` gets a seed of its own at every step, made from the run's seed, so that a run can be
+    repeated. Training is not touched: every picture has its own generator.
+    """
+
+    def __init__(
+        self,
+        options: SampleOptions,
+        prompts: Sequence[SamplePrompt],
+        networks: SamplingNetworks,
+        tracker: Tracker,
+        *,
+        output_dir: Path,
+        model_name: str | None,
+        size: Size,
+        seed: int,
+    ):
+        self._options = options
+        self._prompts = prompts
+        self._networks = networks
+        self._tracker = tracker
+        self._folder = output_dir / SAMPLE_FOLDER
+        self._model_name = model_name
+        self._size = size
+        self._seed = seed
+        shared = [str(prompt.line) for prompt in prompts if prompt.shared]
+        if shared:
+            tracker.say(f"{options.sample_prompts}: no --e in line {', '.join(shared)}: both encoders read one prompt")
+
+    def at_start(self) -> None:
+        """Draw the initial pictures, if any are drawn at all."""
+        self._draw(step=0, epoch=None)
+
+    def after_step(self, step: int) -> None:
+        """Draw if pictures are due after optimizer step `step` (from 1)."""
+        every = self._options.sample_every_n_steps
+        if every is not None and step % every == 0:
+            self._draw(step=step, epoch=None)
+
+    def after_epoch(self, step: int, epoch: int) -> None:
+        """Draw if pictures are due after epoch `epoch` (from 1), which ended with optimizer step `step`."""
+        every = self._options.sample_every_n_epochs
+        if every is not None and epoch % every == 0:
+            self._draw(step=step, epoch=epoch)
+
+    def _draw(self, step: int, epoch: int | None) -> None:
+        started = time.perf_counter()
+        for index, prompt in enumerate(self._prompts):
+            self._draw_one(prompt, index, step, epoch)
+        self._tracker.leave_out_time(since=started)
+
+    def _draw_one(self, prompt: SamplePrompt, index: int, step: int, epoch: int | None) -> None:
+        record = PictureRecord(
+            prompt=prompt,
+            sampler=prompt.sampler or self._options.sample_sampler,
+            width=prompt.width or self._size.width,
+            height=prompt.height or self._size.height,
+            seed=self._fresh_seed(step, index) if prompt.seed is None else prompt.seed,
+            step=step,
+            model_name=self._model_name or "",
+        )
+        image = draw_picture(
+            self._networks,
+            prompt,
+            sampler=record.sampler,
+            width=record.width,
+            height=record.height,
+            seed=record.seed,
+        )
+        if image is None:
+            self._tracker.say(f"step {step}: the picture of prompt {prompt.line} is NaN and is not saved")
+            return
+        name = picture_name(self._model_name, now=datetime.now(), step=step, epoch=epoch, index=index, seed=prompt.seed)
+        save_picture(self._folder / name, image, record)
+        self._tracker.log_picture(step, f"sample/{index:02d}", image, parameters_text(record))
+
+    def _fresh_seed(self, step: int, index: int) -> int:
+        text = f"{self._seed}/{step}/{index}"
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")

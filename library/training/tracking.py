@@ -1,0 +1,103 @@
+"""What a run reports while it goes: progress bar, TensorBoard or wandb, sample pictures."""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+from accelerate import Accelerator
+from PIL import Image
+from tqdm import tqdm
+
+from library.config.options import option
+
+
+@dataclass(frozen=True)
+class TrackingOptions:
+    """Logs."""
+
+    _argument_group_name: ClassVar[str] = "Logs"
+
+    logging_dir: Path | None = option(None, "Folder for logs; each run makes a folder in it, named by date and time.")
+    log_with: str | None = option(
+        None,
+        "Where logs go; --logging_dir alone means tensorboard.",
+        choices=("tensorboard", "wandb", "all", None),
+    )
+    log_prefix: str | None = option(None, "What the name of the run's log folder begins with.")
+    log_tracker_name: str | None = option(None, "Name of the tracker; finetuning where not given.")
+
+    @property
+    def trackers(self) -> list[str]:
+        """Names of accelerate's trackers."""
+        if self.log_with == "all":
+            return ["tensorboard", "wandb"]
+        if self.log_with is not None:
+            return [self.log_with]
+        return ["tensorboard"] if self.logging_dir is not None else []
+
+    def run_folder(self, now: datetime) -> Path | None:
+        """The log folder of a run that starts `now`."""
+        return None if self.logging_dir is None else self.logging_dir / f"{self.log_prefix or ''}{now:%Y%m%d%H%M%S}"
+
+    def problems(self) -> Iterator[str]:
+        """What cannot work."""
+        if "tensorboard" in self.trackers and self.logging_dir is None:
+            yield "--log_with tensorboard needs --logging_dir."
+        if "wandb" in self.trackers and find_spec("wandb") is None:
+            yield "--log_with wandb: the package is not installed; pip install wandb."
+        if self.logging_dir is None and self.log_prefix is not None:
+            yield "--log_prefix needs --logging_dir."
+
+
+class Tracker:
+    """Shows and logs the course of a run. On other processes than the main one it keeps silent."""
+
+    def __init__(self, accelerator: Accelerator, options: TrackingOptions, *, num_steps: int, steps_per_epoch: int):
+        self._accelerator = accelerator
+        if options.trackers:
+            accelerator.init_trackers(options.log_tracker_name or "finetuning")
+        self._losses: deque[float] = deque(maxlen=steps_per_epoch)
+        self._bar = tqdm(total=num_steps, desc="steps", disable=not accelerator.is_local_main_process, smoothing=0.05)
+        self._last_time = time.perf_counter()
+
+    def log_step(self, step: int, loss: float, rates: Mapping[str, float], grad_norm: float | None) -> None:
+        """Log optimizer step `step` (from 1); the average is over as many steps as an epoch has."""
+        self._losses.append(loss)
+        average = sum(self._losses) / len(self._losses)
+        now = time.perf_counter()
+        values = {"loss/current": loss, "loss/average": average, "steps_per_second": 1 / (now - self._last_time)}
+        values |= {f"lr/{part}": rate for part, rate in rates.items()}
+        if grad_norm is not None:
+            values["grad_norm"] = grad_norm
+        self._last_time = now
+        self._accelerator.log(values, step=step)
+        self._bar.set_postfix(loss=f"{loss:.4f}", average=f"{average:.4f}", refresh=False)
+        self._bar.update()
+
+    def leave_out_time(self, since: float) -> None:
+        """Do not count the time since `since` (`time.perf_counter()`) as training: samples, saves."""
+        self._last_time += time.perf_counter() - since
+
+    def log_picture(self, step: int, name: str, image: Image.Image, text: str) -> None:
+        """Show a sample picture and how it was drawn in the trackers."""
+        pixels = np.asarray(image)[None]  # (1, H, W, 3)
+        for tracker in self._accelerator.trackers:
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({name: pixels}, step=step, **layout)
+        self._accelerator.log({f"{name}/text": text.replace("\n", "  \n")}, step=step)
+
+    def say(self, message: str) -> None:
+        """Print a line above the progress bar."""
+        if self._accelerator.is_local_main_process:
+            self._bar.write(message)
+
+    def close(self) -> None:
+        """End the bar and flush the trackers."""
+        self._bar.close()
+        self._accelerator.end_training()
