@@ -1,6 +1,8 @@
 """Step 3: sort the pictures into buckets and write the latents of each beside it, as one .npz a picture."""
 
+import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,23 +10,27 @@ from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere, find library/
 
+# Read by torch when it is imported: large tensors in huge pages, or the kernel spends longer handing out the memory of
+# 3.5 billion weights than the disk spends reading them.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
 import torch
 from tqdm import tqdm
 
 from library.config.errors import UserError, exits_on_user_error
 from library.config.kohya_flags import PREPARE_REFUSED, PREPARE_REPLACED
 from library.config.options import option, parse_options, positional
-from library.data.buckets import BucketOptions, BucketRule, Size, parse_resolution
-from library.data.images import find_images, read_size
-from library.data.latent_cache import cache_path, file_digest, read_cache, write_cache
-from library.data.latent_preparation import Picture, PreparationSettings, encode_pictures
-from library.data.metadata import (
-    Metadata,
-    keys_of_images,
-    read_metadata,
-    with_train_resolution,
-    write_metadata,
+from library.data.buckets import BucketOptions, BucketRule, parse_resolution
+from library.data.images import UnusableImage, find_images, read_size
+from library.data.latent_cache import (
+    CacheDemands,
+    cache_path,
+    read_fitting_cache,
+    require_separate_caches,
+    write_cache,
 )
+from library.data.latent_preparation import EncodingOptions, Outcome, Picture, encode_pictures
+from library.data.metadata import Metadata, keys_of_images, read_metadata, with_train_resolution, write_metadata
 from library.sdxl.latents import vae_digest
 from library.sdxl.model_source import load_vae
 
@@ -34,152 +40,120 @@ EXIT_SOME_UNUSABLE = 1
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """What is prepared, and how."""
+    """What is prepared."""
 
-    _argument_group_name: ClassVar[str] = "Latents"
+    _argument_group_name: ClassVar[str] = "Pictures"
 
     train_data_dir: Path = positional("Folder of the pictures; the latents are written beside them.")
     in_json: Path = positional("Metadata with the captions, as the merge scripts write it.")
     out_json: Path = positional("Metadata to write: the same with the bucket of each picture (train_resolution).")
     model_name_or_path: str = positional("SDXL checkpoint or VAE; only its VAE is read.")
-    batch_size: int = option(1, "Pictures that are encoded at once.")
-    max_data_loader_n_workers: int | None = option(None, "Threads that read pictures ahead; up to four if not given.")
     max_resolution: str = option("512,512", "Width,height whose area no bucket exceeds; 1024,1024 for SDXL.")
-    mixed_precision: str = option("no", "Precision in which the VAE runs.", choices=("no", "fp16", "bf16"))
     full_path: bool = option(False, "The keys of the metadata are paths, not file names without suffix.")
-    flip_aug: bool = option(False, "Encode each picture mirrored too, for --flip_aug in training.")
-    alpha_mask: bool = option(False, "Keep the transparency of each picture beside its latents.")
-    skip_existing: bool = option(False, "Keep latents that were made from this picture, VAE, bucket and flip.")
     recursive: bool = option(False, "Take the pictures of subfolders too.")
-    legacy_crop_coords: bool = option(False, "Record the crop as kohya's trainers do, on the wrong axis.")
-
-    @property
-    def vae_dtype(self) -> torch.dtype:
-        """The precision in which the VAE runs."""
-        return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.mixed_precision]
-
-    def problems(self) -> Iterator[str]:
-        """What cannot work."""
-        if self.batch_size < 1:
-            yield f"--batch_size is {self.batch_size}; it must be 1 or more."
-        if self.max_data_loader_n_workers is not None and self.max_data_loader_n_workers < 0:
-            yield f"--max_data_loader_n_workers is {self.max_data_loader_n_workers}; it must be 0 or more."
+    skip_existing: bool = option(False, "Keep latents that were made from this picture, VAE, bucket and flip.")
 
 
-OPTION_CLASSES = [PrepareOptions, BucketOptions]
+OPTION_CLASSES = [PrepareOptions, EncodingOptions, BucketOptions]
 
 
 @exits_on_user_error
 def main(argv: Sequence[str] | None = None) -> int:
     """Prepare the pictures that the command line names; 1 where some could not be used."""
-    options, bucket_options = parse_options(
+    options, encoding, bucket_options = parse_options(
         OPTION_CLASSES, argv, description=DESCRIPTION, replaced=PREPARE_REPLACED, refused=PREPARE_REFUSED
     )
     rule = bucket_options.rule(parse_resolution(options.max_resolution))
     metadata = read_metadata(options.in_json)
-    image_of = keys_of_images(
-        find_images(options.train_data_dir, recursive=options.recursive), full_path=options.full_path
-    )
-    known = {key: image for key, image in image_of.items() if key in metadata}
-    _report("pictures without metadata are left out", [str(image_of[key]) for key in image_of.keys() - known.keys()])
-    _report("entries of the metadata without a picture stay as they are", metadata.keys() - known.keys())
+    path_of = _pictures_with_metadata(options, metadata)
+    vae = load_vae(options.model_name_or_path, None)
+    digest = vae_digest(vae)  # before it is narrowed to the precision asked for
+    vae.to("cuda" if torch.cuda.is_available() else "cpu", encoding.vae_dtype)
+
+    problems: list[str] = []
+    pictures = dict(_assign(path_of, rule, problems))
+    kept = set(_still_fitting(pictures.values(), encoding, digest)) if options.skip_existing else set()
+    to_encode = [picture for picture in pictures.values() if picture not in kept]
+    outcomes = encode_pictures(to_encode, vae, encoding, vae_digest=digest)
+    written = set(_write_latents(tqdm(outcomes, "encoding", len(to_encode), unit="picture"), problems))
+
+    prepared = {key: picture for key, picture in pictures.items() if picture in kept | written}
+    for key, picture in prepared.items():
+        metadata[key] = with_train_resolution(metadata[key], picture.assignment.bucket)
+    write_metadata(options.out_json, metadata)
+    print(f"wrote {len(metadata)} entries, {len(prepared)} of them with latents, to '{options.out_json}'")
+    _print_table(prepared.values(), num_kept=len(kept))
+    _print_names("pictures could not be used", problems)
+    return EXIT_SOME_UNUSABLE if problems else 0
+
+
+def _pictures_with_metadata(options: PrepareOptions, metadata: Metadata) -> dict[str, Path]:
+    """The pictures to prepare by their keys; prints what has no counterpart on the other side."""
+    images = find_images(options.train_data_dir, recursive=options.recursive)
+    path_of = keys_of_images(images, full_path=options.full_path)
+    known = {key: path for key, path in path_of.items() if key in metadata}
+    _print_names("pictures without metadata are left out", [str(path_of[key]) for key in path_of.keys() - known.keys()])
+    _print_names("entries of the metadata without a picture stay as they are", metadata.keys() - known.keys())
     if not known:
         raise UserError(
             f"no picture of '{options.train_data_dir}' has an entry in '{options.in_json}'.",
             "Check both paths, and that --full_path and --recursive are as they were for the merge scripts.",
         )
-
-    vae = load_vae(options.model_name_or_path, options.vae_dtype)
-    vae.to("cuda" if torch.cuda.is_available() else "cpu")
-    problems: list[str] = []
-    pictures = _assign(known, rule, problems)
-    kept = _still_fitting(pictures.values(), options, vae_digest(vae)) if options.skip_existing else set()
-    to_encode = [picture for picture in pictures.values() if picture.path not in kept]
-    settings = PreparationSettings(
-        options.batch_size,
-        options.max_data_loader_n_workers,
-        options.flip_aug,
-        options.alpha_mask,
-        options.legacy_crop_coords,
-    )
-    outcomes = encode_pictures(to_encode, vae, settings)
-    done = set(kept)
-    for outcome in tqdm(outcomes, "encoding", len(to_encode), unit="picture"):
-        path = outcome.picture.path
-        if outcome.redone_in_float32:
-            tqdm.write(f"'{path}': {options.mixed_precision} gave NaN or Inf; encoded in float32.")
-        if outcome.cached is None:
-            problems.append(str(outcome.error))
-            continue
-        write_cache(cache_path(path), outcome.cached)
-        done.add(path)
-
-    _write(options.out_json, metadata, pictures, done)
-    _print_table([picture for picture in pictures.values() if picture.path in done], num_kept=len(kept))
-    _report("pictures could not be used", problems)
-    return EXIT_SOME_UNUSABLE if problems else 0
+    require_separate_caches(known.values())
+    return known
 
 
-def _assign(known: dict[str, Path], rule: BucketRule, problems: list[str]) -> dict[str, Picture]:
-    pictures = {}
-    for key, path in known.items():
+def _assign(path_of: dict[str, Path], rule: BucketRule, problems: list[str]) -> Iterator[tuple[str, Picture]]:
+    for key, path in path_of.items():
         try:
             size = read_size(path)
-            pictures[key] = Picture(path, size, rule.assign(size))
+            yield key, Picture(path, size, rule.assign(size))
+        except UnusableImage as error:
+            problems.append(str(error))
         except UserError as error:
-            problems.append(str(error) if str(path) in str(error) else f"'{path}': {error}")
-    return pictures
+            problems.append(f"'{path}': {error}")
 
 
-def _still_fitting(pictures: Iterable[Picture], options: PrepareOptions, digest: str) -> set[Path]:
-    """Pictures whose latents are there and say that they were made from just this; other programs' do not say it."""
-    fitting = set()
+def _still_fitting(pictures: Iterable[Picture], encoding: EncodingOptions, digest: str) -> Iterator[Picture]:
+    demands = CacheDemands(
+        vae_digest=digest,
+        flip=encoding.flip_aug,
+        alpha_mask=encoding.alpha_mask,
+        legacy_crop=encoding.legacy_crop_coords,
+        only_ours=True,
+    )
     for picture in tqdm(pictures, "checking latents", unit="picture"):
         path = cache_path(picture.path)
         if not path.is_file():
             continue
         try:
-            cached = read_cache(path)
+            read_fitting_cache(path, picture.path, picture.assignment.bucket, demands)
+            yield picture
         except UserError as error:
-            tqdm.write(f"{error} It is made again.")
+            tqdm.write(f"{error.problem} It is encoded again.")
+
+
+def _write_latents(outcomes: Iterable[Outcome], problems: list[str]) -> Iterator[Picture]:
+    for outcome in outcomes:
+        if outcome.cached is None:
+            problems.append(str(outcome.error))
             continue
-        reasons = cached.reasons_stale(
-            image_digest=file_digest(picture.path),
-            vae_digest=digest,
-            bucket=picture.assignment.bucket,
-            flip=options.flip_aug,
-        )
-        same_crop = (cached.resized_size is None) == options.legacy_crop_coords
-        has_mask = cached.alpha_mask is not None or not options.alpha_mask
-        if cached.is_ours and same_crop and has_mask and not reasons:
-            fitting.add(picture.path)
-    return fitting
+        write_cache(cache_path(outcome.picture.path), outcome.cached)
+        yield outcome.picture
+        if outcome.redone_in_float32:
+            tqdm.write(f"'{outcome.picture.path}' gave NaN or Inf in the VAE's precision and was encoded in float32.")
 
 
-def _write(path: Path, metadata: Metadata, pictures: dict[str, Picture], done: set[Path]) -> None:
-    prepared = {key: picture for key, picture in pictures.items() if picture.path in done}
-    entries = {
-        key: with_train_resolution(entry, prepared[key].assignment.bucket) if key in prepared else entry
-        for key, entry in metadata.items()
-    }
-    write_metadata(path, entries)
-    print(f"wrote {len(entries)} entries, {len(prepared)} of them with latents, to '{path}'")
-
-
-def _print_table(pictures: Sequence[Picture], num_kept: int) -> None:
-    counts: dict[Size, int] = {}
-    for picture in pictures:
-        bucket = picture.assignment.bucket
-        counts[bucket] = counts.get(bucket, 0) + 1
+def _print_table(pictures: Iterable[Picture], num_kept: int) -> None:
+    assignments = [picture.assignment for picture in pictures]
     print("     bucket  pictures")
-    for bucket, count in sorted(counts.items()):
+    for bucket, count in sorted(Counter(assignment.bucket for assignment in assignments).items()):
         print(f"{bucket!s:>11}  {count:>8}")
-    errors = [abs(picture.assignment.aspect_error) for picture in pictures]
-    mean_error = sum(errors) / max(1, len(errors))
-    print(f"{len(pictures)} pictures ({num_kept} had their latents), mean aspect error {mean_error:.4f}")
+    mean_error = sum(abs(assignment.aspect_error) for assignment in assignments) / max(1, len(assignments))
+    print(f"{len(assignments)} pictures ({num_kept} had their latents), mean aspect error {mean_error:.4f}")
 
 
-def _report(what: str, names: Iterable[str]) -> None:
+def _print_names(what: str, names: Iterable[str]) -> None:
     names = sorted(names)
     if names:
         print(f"{len(names)} {what}:", *names, sep="\n  ")

@@ -1,11 +1,26 @@
 """What many tests share: the tiny SDXL, and pictures to train it on."""
 
+import functools
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import skimage
 import torch
+from accelerate.state import AcceleratorState, GradientState
+from diffusers import UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import sdxl_train
 from demo.random_sdxl import TINY, write_random_sdxl
+from finetune import prepare_buckets_latents, sdxl_merge_captions_g_to_metadata, sdxl_merge_captions_l_to_metadata
+from library.diffusion.sampler import SamplingNetworks
+from library.sdxl.checkpoint_file import ModelDtypes, read_single_file
 
 GOLDEN = Path("../shared/golden")
 
@@ -37,3 +52,157 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "tiny_sdxl.safetensors"
     write_random_sdxl(path, TINY, torch.float16, seed=0)
     return path
+
+
+# -- training runs ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PreparedSet:
+    """Three photographs as the scripts leave them: two in the bucket 128x128, one in 256x64. Not to be written to."""
+
+    folder: Path
+
+    @property
+    def images(self) -> Path:
+        return self.folder / "images"
+
+    @property
+    def captions_json(self) -> Path:
+        """The metadata after the merge scripts."""
+        return self.folder / "meta_cap.json"
+
+    @property
+    def latents_json(self) -> Path:
+        """The metadata after prepare_buckets_latents.py."""
+        return self.folder / "meta_lat.json"
+
+    def without_latents(self, folder: Path) -> "PreparedSet":
+        """A copy in `folder` that only the merge scripts have seen."""
+        shutil.copytree(self.folder, folder, ignore=shutil.ignore_patterns("*.npz", "meta_lat.json"))
+        return PreparedSet(folder)
+
+    def only(self, key: str, json_file: Path) -> Path:
+        """`json_file`, written as the metadata of the one picture `key` with its latents."""
+        entries = json.loads(self.latents_json.read_text(encoding="utf-8"))
+        json_file.write_text(json.dumps({key: entries[key]}), encoding="utf-8")
+        return json_file
+
+
+BUCKET_FLAGS = ("--min_bucket_reso=64", "--max_bucket_reso=256", "--bucket_reso_steps=64")
+PHOTOGRAPHS = {  # name: size, G caption, L caption
+    "astronaut": ((140, 130), "a woman in a space suit", "official portrait"),
+    "chelsea": ((130, 150), "a cat looks to the left", "close-up, soft light"),
+    "coffee": ((240, 62), "a cup of coffee, a spoon", "still life"),
+}
+
+
+@pytest.fixture(scope="session")
+def prepared_set(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> PreparedSet:
+    """Photographs, captions, metadata and latents, made by the three scripts."""
+    made = PreparedSet(tmp_path_factory.mktemp("sets") / "my set")
+    made.images.mkdir(parents=True)
+    for name, (size, caption_g, caption_l) in PHOTOGRAPHS.items():
+        Image.fromarray(getattr(skimage.data, name)()).resize(size).save(made.images / f"{name}.jpg")
+        (made.images / f"{name}.caption").write_text(caption_g, encoding="utf-8")
+        (made.images / f"{name}.txt").write_text(caption_l, encoding="utf-8")
+    merge_captions(made)
+    argv = [made.images, made.captions_json, made.latents_json, tiny_sdxl, "--max_resolution=128,128", *BUCKET_FLAGS]
+    assert prepare_buckets_latents.main([str(argument) for argument in argv]) == 0
+    return made
+
+
+def merge_captions(prepared: PreparedSet) -> None:
+    """Run both merge scripts on the set."""
+    for script in (sdxl_merge_captions_g_to_metadata, sdxl_merge_captions_l_to_metadata):
+        assert script.main([str(prepared.images), str(prepared.captions_json)]) == 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training run; its model is called "m"."""
+
+    output: Path
+    logs: Path
+
+    def weights(self, name: str = "m") -> dict[str, torch.Tensor]:
+        """The tensors of a saved model."""
+        return load_file(self.output / f"{name}.safetensors")
+
+    def events(self) -> EventAccumulator:
+        """What TensorBoard shows of the run."""
+        [folder] = self.logs.glob("*/finetuning")
+        return EventAccumulator(str(folder)).Reload()
+
+    def logged(self, name: str) -> list[float]:
+        """The values of a curve, step by step."""
+        return [event.value for event in self.events().Scalars(name)]
+
+
+@pytest.fixture(scope="session")
+def train(
+    tiny_sdxl: Path, prepared_set: PreparedSet, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Run]:
+    """`train("--flag=value", ...)` runs sdxl_train.py to its end on the tiny SDXL and the prepared set.
+
+    Flags given take the place of the defaults: seed 7, float32, one epoch of three steps, plain SGD without clipping,
+    whose weights move by `RATE` times the gradient and so show every difference between two gradients in proportion.
+    """
+
+    def run(*flags: str) -> Run:
+        folder = tmp_path_factory.mktemp("run")
+        argv = [
+            f"--pretrained_model_name_or_path={tiny_sdxl}",
+            f"--in_json={prepared_set.latents_json}",
+            f"--train_data_dir={prepared_set.images}",
+            f"--output_dir={folder / 'my output'}",
+            f"--logging_dir={folder / 'logs'}",
+            *("--output_name=m", "--resolution=128,128", "--max_data_loader_n_workers=0", "--seed=7"),
+            *("--max_train_steps=3", "--optimizer_type=torch.optim.SGD", f"--learning_rate={RATE}"),
+            *("--max_grad_norm=0", *BUCKET_FLAGS, *flags),
+        ]
+        forget_accelerator()
+        assert sdxl_train.main(argv) == 0
+        return Run(folder / "my output", folder / "logs")
+
+    return run
+
+
+RATE = 0.1
+
+
+def forget_accelerator() -> None:
+    """Let the next `Accelerator` of this process choose its precision anew: accelerate keeps the first one's."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def unet_inputs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
+    """What the U-Net is given, call by call: sample, timestep, hidden, pooled, time_ids. It computes as ever."""
+    calls: list[dict[str, torch.Tensor]] = []
+    forward = UNet2DConditionModel.forward
+
+    @functools.wraps(forward)
+    def recording(self, sample, timestep, encoder_hidden_states, added_cond_kwargs, **others):
+        calls.append(
+            {
+                "sample": sample,
+                "timestep": timestep,
+                "hidden": encoder_hidden_states,
+                "pooled": added_cond_kwargs["text_embeds"],
+                "time_ids": added_cond_kwargs["time_ids"],
+            }
+        )
+        return forward(self, sample, timestep, encoder_hidden_states, added_cond_kwargs=added_cond_kwargs, **others)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", recording)
+    return calls
+
+
+@pytest.fixture(scope="session")
+def tiny_networks(tiny_sdxl: Path) -> SamplingNetworks:
+    """The tiny SDXL's networks in float32, for drawing; not to be changed."""
+    whole = torch.float32
+    model = read_single_file(tiny_sdxl, ModelDtypes(unet=whole, vae=whole, text_encoder_l=whole, text_encoder_g=whole))
+    return SamplingNetworks(model.unet, model.vae, model.text_encoder_l, model.text_encoder_g)

@@ -4,13 +4,15 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from library.config.errors import UserError
 from library.config.options import option
+from library.data.buckets import Size
 from library.data.epoch_order import EpochOrder, MicroBatch
 from library.data.images import load_rgb, resize_and_crop
 from library.data.latent_cache import CachedLatents, read_cache
@@ -50,7 +52,7 @@ class LoaderOptions:
 
 
 class Batch(NamedTuple):
-    """B pictures of one bucket. Sizes are [B, 2], height (top) first.
+    """B pictures of one bucket. Sizes are [B, 2], height (top) first, in float32: a legacy crop has fractions.
 
     Either `latents` [B, 4, h, w] (float32, not yet scaled) or `pixels` [B, 3, H, W] (float32, -1..1) is there.
     `loss_scale` and `completes_step` are as in `MicroBatch`.
@@ -101,9 +103,9 @@ class CaptionedPictures(Dataset[Batch]):
             tokens=tokenize_captions(
                 [image.caption_l for image in images], [image.caption_g for image in images], self._num_chunks
             ),
-            original_sizes=torch.tensor([[image.size.height, image.size.width] for image in images]),
+            original_sizes=torch.tensor([_height_width(image.size) for image in images]),
             crop_top_lefts=torch.tensor([_top_left(image, flip) for image, flip in zip(images, flips, strict=True)]),
-            target_sizes=torch.tensor([[image.bucket.height, image.bucket.width] for image in images]),
+            target_sizes=torch.tensor([_height_width(image.bucket) for image in images]),
             loss_scale=micro_batch.loss_scale,
             completes_step=micro_batch.completes_step,
             keys=tuple(image.key for image in images),
@@ -113,14 +115,43 @@ class CaptionedPictures(Dataset[Batch]):
 def make_loader(dataset: CaptionedPictures, order: EpochOrder, options: LoaderOptions) -> DataLoader[Batch]:
     """Batches in the order of `order`, one epoch an iteration, read ahead by as many workers as there are cores for."""
     num_workers = min(options.max_data_loader_n_workers, max(1, (os.cpu_count() or 1) - 1))
-    return DataLoader(
-        dataset,
+    return _Loader(
+        _ErrorsAsItems(dataset),
         batch_size=None,  # the order gives whole batches
+        collate_fn=_unchanged,  # torch's own turns the tuple of keys into a list
         sampler=order,  # not integers: without automatic batching any index will do
         num_workers=num_workers,
         persistent_workers=options.persistent_data_loader_workers,
         generator=torch.Generator(),  # else every iteration would draw from the generator of training
     )
+
+
+class _ErrorsAsItems(Dataset[Any]):
+    """The dataset, but a mistake of the user comes out instead of being raised; `_Loader` raises it.
+
+    torch would raise it in the training process with the traceback of the worker as its message.
+    """
+
+    def __init__(self, dataset: CaptionedPictures):
+        self._dataset = dataset
+
+    def __getitem__(self, micro_batch: MicroBatch) -> Batch | UserError:
+        try:
+            return self._dataset[micro_batch]
+        except UserError as error:
+            return error
+
+
+class _Loader(DataLoader[Any]):
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # torch names its own class of iterators
+        for batch in super().__iter__():
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+
+def _unchanged(item: Any) -> Any:
+    return item
 
 
 def _sample(image: TrainingImage, flip: bool) -> torch.Tensor:
@@ -141,5 +172,9 @@ def _latents(cached: CachedLatents, flip: bool) -> np.ndarray:
     return cached.latents_flipped
 
 
+def _height_width(size: Size) -> list[float]:
+    return [float(size.height), float(size.width)]
+
+
 def _top_left(image: TrainingImage, flip: bool) -> list[float]:
-    return [image.crop.top, image.crop.left_flipped if flip else image.crop.left]
+    return [float(image.crop.top), float(image.crop.left_flipped if flip else image.crop.left)]

@@ -17,7 +17,7 @@ from library.config.options import option
 from library.data.buckets import BucketAssignment, Size
 from library.data.images import load_rgb_and_alpha, resize_and_crop
 from library.data.latent_cache import CachedLatents, crop_to_record, file_digest
-from library.sdxl.latents import EncodedPixels, encode_pixels_finite
+from library.sdxl.latents import encode_pixels_finite
 
 
 class Picture(NamedTuple):
@@ -149,23 +149,18 @@ def _encode_batch(
         if any(index in each.failed for each in encoded):
             yield Outcome(picture, None, _not_finite(picture.path))
             continue
-        _, resized, _ = picture.assignment
+        bucket, resized, _ = picture.assignment
         cached = CachedLatents(
-            latents=_sample(plain, index),
+            latents=plain.latents[index].cpu().numpy(),
             original_size=picture.size,
-            crop_ltrb=crop_to_record(*picture.assignment[:2], picture.size, legacy=options.legacy_crop_coords),
-            latents_flipped=None if mirrored is None else _sample(mirrored, index),
+            crop_ltrb=crop_to_record(bucket, resized, picture.size, legacy=options.legacy_crop_coords),
+            latents_flipped=None if mirrored is None else mirrored.latents[index].cpu().numpy(),
             alpha_mask=_mask(loaded) if options.alpha_mask else None,
             resized_size=None if options.legacy_crop_coords else resized,
             image_digest=loaded.digest,
             vae_digest=vae_digest,
         )
         yield Outcome(picture, cached, redone_in_float32=any(index in each.redone for each in encoded))
-
-
-def _sample(encoded: EncodedPixels, index: int) -> np.ndarray:
-    """Latents (4, h, w) of one picture, in memory of their own: a view would keep those of the whole batch."""
-    return encoded.latents[index].cpu().numpy().copy()
 
 
 def _mask(loaded: _Loaded) -> np.ndarray:

@@ -14,15 +14,16 @@ from library.config.options import option
 from library.data.buckets import BucketAssignment, BucketRule, Size, covering_size, parse_resolution
 from library.data.images import IMAGE_SUFFIXES, read_size
 from library.data.latent_cache import (
+    CacheDemands,
     CachedLatents,
     Crop,
     cache_path,
-    crop_to_record,
-    file_digest,
-    read_cache,
+    crop_to_train,
+    read_fitting_cache,
+    require_separate_caches,
     write_cache,
 )
-from library.data.latent_preparation import Picture, PreparationSettings, encode_pictures
+from library.data.latent_preparation import EncodingOptions, Picture, encode_pictures
 from library.data.metadata import (
     Entry,
     caption_g,
@@ -32,6 +33,7 @@ from library.data.metadata import (
     resolve_image,
     train_resolution,
 )
+from library.sdxl.latents import vae_digest
 
 _NAMES_SHOWN = 10
 
@@ -77,7 +79,7 @@ class TrainingSetOptions:
 class TrainingImage:
     """One picture of the training set.
 
-    `latents` is its cache file, what such a file would hold, or None where the picture is encoded in the step.
+    `latents` is its cache file, what such a file would hold, or None where `picture` is encoded in the step.
     `bucket` is the size it is trained at, `size` its own.
     """
 
@@ -91,8 +93,8 @@ class TrainingImage:
     picture: Picture | None = None
 
 
-def read_training_set(options: TrainingSetOptions, rule: BucketRule, vae_digest: str) -> list[TrainingImage]:
-    """Every image of the metadata, with its cache where that fits the picture, the VAE and the bucket.
+def read_training_set(options: TrainingSetOptions, rule: BucketRule, digest: str) -> list[TrainingImage]:
+    """Every image of the metadata, with its cache where that fits the picture, the VAE (of `digest`) and the bucket.
 
     Caches that no longer fit are named on stderr and made again. Raises `UserError` naming every image that lacks a
     caption, and every one that has neither picture nor cache.
@@ -102,89 +104,79 @@ def read_training_set(options: TrainingSetOptions, rule: BucketRule, vae_digest:
     if not metadata:
         raise UserError(f"'{options.in_json}' has no images.", "Make it with the scripts of finetune/.")
     _require_captions(metadata, options.in_json)
-    by_stem = images_by_stem(options.train_data_dir)
+    folder = options.train_data_dir
+    by_stem = images_by_stem(folder)
+    picture_of = {key: resolve_image(key, folder, by_stem) for key in metadata}
+    require_separate_caches(path for path in picture_of.values() if path is not None)
+    demands = CacheDemands(digest, flip=options.flip_aug, check_image=not options.skip_cache_check)
     images: list[TrainingImage] = []
     missing: list[str] = []
-    notices: list[str] = []
     for key, entry in tqdm(metadata.items(), desc="reading the training set", unit="picture", disable=None):
-        image = resolve_image(key, options.train_data_dir, by_stem)
-        cache = cache_path(image) if image is not None else _cache_without_picture(key, options.train_data_dir)
-        found = _from_cache(key, entry, image, cache, options, vae_digest, notices) if cache.is_file() else None
-        if found is None and image is not None:
-            found = _from_picture(key, entry, image, rule, options)
-        images += [found] if found is not None else []
-        missing += [key] if found is None else []
+        picture = picture_of[key]
+        cache = cache_path(picture) if picture is not None else _cache_without_picture(key, folder)
+        cached = _read_if_fitting(cache, picture, train_resolution(entry), demands)
+        if cached is not None:
+            images.append(_from_cache(key, entry, cache, cached, options))
+        elif picture is not None:
+            images.append(_from_picture(key, entry, picture, rule, options))
+        else:
+            missing.append(key)
     if missing:
         raise UserError(
-            f"{len(missing)} images of '{options.in_json}' are not in '{options.train_data_dir}': {_some(missing)}.",
+            f"{len(missing)} images of '{options.in_json}' are not in '{folder}': {_some(missing)}.",
             "Check --train_data_dir, or take them out of the metadata.",
         )
-    _report(notices)
     return images
 
 
 def encode_missing(
-    images: Sequence[TrainingImage], vae: AutoencoderKL, options: TrainingSetOptions
+    images: Sequence[TrainingImage], vae: AutoencoderKL, options: TrainingSetOptions, *, digest: str | None = None
 ) -> list[TrainingImage]:
     """The images with latents for all, as `--cache_latents` (memory) or `--cache_latents_to_disk` ask.
 
-    Raises `UserError` for the first picture that cannot be encoded.
+    `digest` is what the caches say of the VAE (None: its own as it is held). Raises `UserError` for the first picture
+    that cannot be encoded.
     """
-    pictures = {image.picture: index for index, image in enumerate(images) if image.latents is None and image.picture}
-    settings = PreparationSettings(
-        batch_size=options.vae_batch_size, flip=options.flip_aug, legacy_crop=options.legacy_crop_coords
+    pictures = list(dict.fromkeys(image.picture for image in images if image.latents is None and image.picture))
+    encoding = EncodingOptions(
+        batch_size=options.vae_batch_size, flip_aug=options.flip_aug, legacy_crop_coords=options.legacy_crop_coords
     )
-    complete = list(images)
-    outcomes = encode_pictures(list(pictures), vae, settings)
+    outcomes = encode_pictures(pictures, vae, encoding, vae_digest=digest or vae_digest(vae))
+    latents_of: dict[Picture | None, Path | CachedLatents] = {}
     for outcome in tqdm(
         outcomes, "encoding latents", len(pictures), unit="picture", disable=None if pictures else True
     ):
         if outcome.error is not None:
             raise outcome.error
         if outcome.redone_in_float32:
-            _report([f"'{outcome.picture.path}' gave NaN in the VAE's precision and was encoded in float32."])
+            _report(f"'{outcome.picture.path}' gave NaN in the VAE's precision and was encoded in float32.")
         assert outcome.cached is not None
         latents: Path | CachedLatents = outcome.cached
         if options.cache_latents_to_disk:
             latents = cache_path(outcome.picture.path)
             write_cache(latents, outcome.cached)
-        index = pictures[outcome.picture]
-        complete[index] = replace(complete[index], latents=latents)
-    return complete
+        latents_of[outcome.picture] = latents
+    return [replace(image, latents=latents_of.get(image.picture, image.latents)) for image in images]
+
+
+def _read_if_fitting(
+    cache: Path, picture: Path | None, bucket: Size | None, demands: CacheDemands
+) -> CachedLatents | None:
+    """What the cache file holds; None if there is none, or (with a notice) if it does not fit the picture beside it."""
+    if not cache.is_file():
+        return None
+    try:
+        return read_fitting_cache(cache, picture, bucket, demands)
+    except UserError as error:
+        if picture is None:
+            raise
+        _report(f"{error.problem} It is encoded again.")
+        return None
 
 
 def _from_cache(
-    key: str,
-    entry: Entry,
-    image: Path | None,
-    cache: Path,
-    options: TrainingSetOptions,
-    vae_digest: str,
-    notices: list[str],
-) -> TrainingImage | None:
-    """The image with its cache; None (and a notice) where the cache does not fit and the picture is there."""
-    try:
-        cached = read_cache(cache)
-    except UserError as error:
-        if image is None:
-            raise
-        notices.append(f"{error} It is encoded again.")
-        return None
-    check_picture = image is not None and cached.is_ours and not options.skip_cache_check
-    reasons = cached.reasons_stale(
-        image_digest=file_digest(image) if image is not None and check_picture else None,
-        vae_digest=vae_digest,
-        bucket=train_resolution(entry) or cached.bucket,
-        flip=options.flip_aug,
-    )
-    if reasons and image is not None:
-        notices.append(f"'{cache}' no longer fits: {' and '.join(reasons)}; it is encoded again.")
-        return None
-    if reasons:
-        raise UserError(
-            f"'{cache}' does not fit: {' and '.join(reasons)}, and its picture is not there to encode it again.",
-            "Put the picture back, or run prepare_buckets_latents.py where the pictures are.",
-        )
+    key: str, entry: Entry, path: Path, cached: CachedLatents, options: TrainingSetOptions
+) -> TrainingImage:
     return TrainingImage(
         key=key,
         caption_l=caption_l(entry) or "",
@@ -192,7 +184,7 @@ def _from_cache(
         size=cached.original_size,
         bucket=cached.bucket,
         crop=cached.crop(legacy=options.legacy_crop_coords),
-        latents=cache,
+        latents=path,
     )
 
 
@@ -205,25 +197,27 @@ def _from_picture(key: str, entry: Entry, image: Path, rule: BucketRule, options
     else:
         assignment = BucketAssignment(prepared, covering_size(prepared, size), prepared.aspect - size.aspect)
     bucket, resized, _ = assignment
-    left, top, right, _ = crop_to_record(bucket, resized, size, legacy=options.legacy_crop_coords)
-    width = bucket.width if options.legacy_crop_coords else resized.width
     return TrainingImage(
         key=key,
         caption_l=caption_l(entry) or "",
         caption_g=caption_g(entry) or "",
         size=size,
         bucket=bucket,
-        crop=Crop(left, top, width - right),
+        crop=crop_to_train(bucket, resized, size, legacy=options.legacy_crop_coords),
         latents=None,
         picture=Picture(image, size, assignment),
     )
 
 
 def _cache_without_picture(key: str, folder: Path) -> Path:
-    """Where the cache of an image lies whose picture is not there (only the latents were copied to this machine)."""
+    """Where the cache of an image lies whose picture is not there (only the latents were copied to this machine).
+
+    A key that is a path may have been written on another machine: then the file name alone is looked for as well.
+    """
     path = Path(key.replace("\\", "/"))
-    inside = Path(path.name) if path.is_absolute() else path
-    return folder / (inside.with_suffix(".npz") if inside.suffix.lower() in IMAGE_SUFFIXES else f"{inside}.npz")
+    name = path.with_suffix(".npz") if path.suffix.lower() in IMAGE_SUFFIXES else Path(f"{path}.npz")
+    candidates = [folder / name, name, folder / name.name] if len(name.parts) > 1 else [folder / name]
+    return next((candidate for candidate in candidates if candidate.is_file()), candidates[0])
 
 
 def _require_captions(metadata: dict[str, Entry], path: Path) -> None:
@@ -239,9 +233,8 @@ def _require_captions(metadata: dict[str, Entry], path: Path) -> None:
             )
 
 
-def _report(notices: Sequence[str]) -> None:
-    for notice in notices:
-        tqdm.write(notice, file=sys.stderr)
+def _report(notice: str) -> None:
+    tqdm.write(notice, file=sys.stderr)
 
 
 def _some(names: list[str]) -> str:

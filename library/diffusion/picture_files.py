@@ -1,5 +1,6 @@
 """Sample pictures on the disk: their names, and what their PNGs say of how they were drawn."""
 
+import json
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -43,7 +44,7 @@ def parameters_text(record: PictureRecord) -> str:
         "CFG scale": prompt.guidance_scale,
         "Seed": record.seed,
         "Size": f"{record.width}x{record.height}",
-        "Model": record.model_name,
+        "Model": _quoted(record.model_name),
         "Training step": record.step,
         "Prompt L": _quoted(prompt.prompt_l),
     }
@@ -81,6 +82,5 @@ def save_picture(path: Path, image: Image.Image, record: PictureRecord) -> None:
 
 
 def _quoted(text: str) -> str:
-    """Text that may hold commas and colons, as WebUIs quote it in the line of settings."""
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
+    """Text that may hold commas, colons and line ends, as WebUIs quote it in the line of settings."""
+    return json.dumps(text, ensure_ascii=False)

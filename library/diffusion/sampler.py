@@ -34,7 +34,8 @@ _BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
 _SCHEDULERS: dict[str, tuple[type, dict[str, Any]]] = {
     # Latents are not confined to -1..1: clipping them, as kohya's trainers do for ddim, greys the picture.
     "ddim": (DDIMScheduler, {"clip_sample": False}),
-    "pndm": (PNDMScheduler, {}),
+    # Without its Runge-Kutta start (as Stable Diffusion's own configuration has it), which needs four steps or fails.
+    "pndm": (PNDMScheduler, {"skip_prk_steps": True}),
     "lms": (LMSDiscreteScheduler, {}),
     "euler": (EulerDiscreteScheduler, {}),
     "euler_a": (EulerAncestralDiscreteScheduler, {}),

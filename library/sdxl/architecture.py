@@ -1,15 +1,13 @@
 """The facts of Stable Diffusion XL: the configurations of its four networks and the record that holds them."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-from library.config.errors import UserError
 
 LATENT_CHANNELS = 4
 PIXELS_PER_LATENT = 8
@@ -34,17 +32,25 @@ class Architecture:
         return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
-    def from_metadata(cls, metadata: dict[str, str]) -> "Architecture":
-        """The architecture that a single file's metadata names, SDXL base where it names none."""
-        if ARCHITECTURE_KEY not in metadata:
-            return SDXL_BASE
-        try:
-            return cls(**json.loads(metadata[ARCHITECTURE_KEY]))
-        except (ValueError, TypeError) as error:
-            raise UserError(
-                f"the file's metadata key '{ARCHITECTURE_KEY}' does not hold four network configurations ({error}).",
-                "Write the file again with the program that made it.",
-            ) from error
+    def from_json(cls, text: str) -> "Architecture":
+        """The architecture that `to_json` wrote; raises `ValueError` for any other text."""
+        configs = json.loads(text)
+        names = {field.name for field in fields(cls)}
+        if not isinstance(configs, dict) or configs.keys() != names:
+            raise ValueError(f"not the keys {', '.join(sorted(names))}")
+        if not all(isinstance(config, dict) for config in configs.values()):
+            raise ValueError("not four configurations")
+        return cls(**configs)
+
+
+def recorded_facts(config: Any, base: dict[str, Any]) -> dict[str, Any]:
+    """The part of a network's `config` that an `Architecture` records: the keys of `base`, its values where unsaid.
+
+    The token ids are CLIP's whatever the config says: those of old hub models are wrong.
+    """
+    facts = {key: config.get(key, value) for key, value in base.items()}
+    facts = {key: list(value) if isinstance(value, tuple) else value for key, value in facts.items()}
+    return facts | {key: base[key] for key in ("bos_token_id", "eos_token_id") if key in base}
 
 
 def _text_config(width: int, num_layers: int, num_heads: int, activation: str) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from library.config.errors import UserError
-from library.config.output_files import replacing
 from library.sdxl.architecture import (
     ARCHITECTURE_KEY,
     SDXL_BASE,
@@ -22,7 +21,7 @@ from library.sdxl.architecture import (
     empty_unet,
     empty_vae,
 )
-from library.sdxl.tensor_file import TensorReader, TensorToWrite, open_tensors, write_safetensors
+from library.sdxl.tensor_file import TensorReader, TensorToWrite, open_tensors, write_pickle, write_safetensors
 from library.sdxl.weight_names import (
     LOGIT_SCALE,
     PREFIX_VAE,
@@ -70,7 +69,7 @@ def read_single_file(path: Path, dtypes: ModelDtypes) -> SdxlModel:
     that is damaged, of another model family, or lacks tensors of SDXL (all named) or holds them in other shapes.
     """
     with open_tensors(path) as reader:
-        architecture = Architecture.from_metadata(reader.metadata)
+        architecture = _architecture_of(reader, SDXL_BASE)
         model = SdxlModel(
             unet=empty_unet(architecture),
             vae=empty_vae(architecture),
@@ -90,14 +89,30 @@ def read_single_file(path: Path, dtypes: ModelDtypes) -> SdxlModel:
     return model
 
 
-def read_vae(path: Path, dtype: torch.dtype | None, architecture: Architecture | None = None) -> AutoencoderKL:
-    """The VAE alone, out of an SDXL single file or a VAE file (original or diffusers names); nothing else is read."""
+def read_vae(path: Path, dtype: torch.dtype | None, architecture: Architecture = SDXL_BASE) -> AutoencoderKL:
+    """The VAE alone, out of an SDXL single file or a VAE file (original or diffusers names); nothing else is read.
+
+    `architecture` is what a file without a note of its own is taken for. Raises as `read_single_file`.
+    """
     with open_tensors(path) as reader:
-        vae = empty_vae(architecture or Architecture.from_metadata(reader.metadata))
+        vae = empty_vae(_architecture_of(reader, architecture))
         table = _vae_table_of(reader, vae)
         _check(reader, vae, table)
         _fill(reader, vae, table, dtype)
     return vae
+
+
+def _architecture_of(reader: TensorReader, otherwise: Architecture) -> Architecture:
+    """The architecture that the file's metadata notes, `otherwise` where there is no note."""
+    if ARCHITECTURE_KEY not in reader.metadata:
+        return otherwise
+    try:
+        return Architecture.from_json(reader.metadata[ARCHITECTURE_KEY])
+    except ValueError as error:
+        raise UserError(
+            f"'{reader.path}': the metadata key '{ARCHITECTURE_KEY}' does not hold four configurations ({error}).",
+            "Write the file again with the program that made it.",
+        ) from error
 
 
 def _vae_table_of(reader: TensorReader, vae: nn.Module) -> list[StoredTensor]:
@@ -185,7 +200,9 @@ def tensors_to_write(model: SdxlModel, dtype: torch.dtype | None) -> Iterator[Te
             shape = stored.from_parameters([tensor.to("meta") for tensor in tensors]).shape
             make = _Joined(stored, tensors)
             yield TensorToWrite(stored.name, tuple(shape), dtype or tensors[0].dtype, make)
-    yield TensorToWrite(LOGIT_SCALE, (), dtype or model.logit_scale.dtype, lambda: model.logit_scale)
+    yield TensorToWrite(
+        LOGIT_SCALE, tuple(model.logit_scale.shape), dtype or model.logit_scale.dtype, lambda: model.logit_scale
+    )
 
 
 @dataclass(frozen=True)
@@ -200,14 +217,11 @@ class _Joined:
 def write_single_file(path: Path, model: SdxlModel, dtype: torch.dtype | None, metadata: dict[str, str]) -> None:
     """Write the model as one `.safetensors` (streamed: memory for one tensor) or, by its name, one `.ckpt` file.
 
-    `dtype` is the precision in the file, None keeps what is in memory. `metadata` goes into the safetensors header,
-    with the architecture beside it where it is not SDXL base. Raises `UserError` where `path` cannot be written.
+    `dtype` is the precision in the file, None keeps what is in memory. `metadata` goes into the header (of a `.ckpt`:
+    beside the tensors), with the architecture where it is not SDXL base. Raises `UserError` where `path` cannot be
+    written.
     """
-    if path.suffix == ".ckpt":
-        state = {t.name: t.make().detach().to(device="cpu", dtype=t.dtype) for t in tensors_to_write(model, dtype)}
-        with replacing(path) as file:
-            torch.save({"state_dict": state}, file)
-        return
     if model.architecture != SDXL_BASE:
         metadata = {**metadata, ARCHITECTURE_KEY: model.architecture.to_json()}
-    write_safetensors(path, tensors_to_write(model, dtype), metadata)
+    write = write_pickle if path.suffix.lower() == ".ckpt" else write_safetensors
+    write(path, tensors_to_write(model, dtype), metadata)

@@ -1,21 +1,24 @@
 """Read and write SDXL as a folder that diffusers' `StableDiffusionXLPipeline.from_pretrained` opens."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, ModelMixin, StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
 
 from library.config.errors import UserError
 from library.config.output_files import PARTIAL_SUFFIX
-from library.sdxl.architecture import SDXL_BASE, Architecture, SdxlModel
+from library.sdxl.architecture import LATENT_CHANNELS, SDXL_BASE, Architecture, SdxlModel, recorded_facts
 from library.sdxl.checkpoint_file import DEFAULT_LOGIT_SCALE, ModelDtypes
 from library.sdxl.tensor_file import TensorToWrite, write_safetensors
-from library.sdxl.tokenizers import PAD_G, PAD_L, clip_tokenizer
+from library.sdxl.tokenizers import PAD_G, PAD_L, save_tokenizer
 
 _NETWORKS = {
     "unet": "diffusion_pytorch_model.safetensors",
@@ -23,6 +26,8 @@ _NETWORKS = {
     "text_encoder": "model.safetensors",
     "text_encoder_2": "model.safetensors",
 }
+_INDEX = "model_index.json"
+_REMEDY = f"Give the folder that holds {_INDEX}, a single .safetensors file, or a model name of the hub."
 
 
 def read_diffusers_folder(name_or_path: str, dtypes: ModelDtypes) -> SdxlModel:
@@ -32,14 +37,19 @@ def read_diffusers_folder(name_or_path: str, dtypes: ModelDtypes) -> SdxlModel:
     `UserError` where the folder is not a whole SDXL model.
     """
     unet = _load(UNet2DConditionModel, name_or_path, "unet", dtypes.unet)
+    if unet.config.in_channels != LATENT_CHANNELS:
+        raise UserError(
+            f"'{name_or_path}' is not the usual SDXL: its U-Net takes {unet.config.in_channels} channels.",
+            "Inpainting models cannot be fine-tuned here: give an SDXL base model.",
+        )
     vae = read_diffusers_vae(name_or_path, dtypes.vae)
     text_encoder_l = _load(CLIPTextModel, name_or_path, "text_encoder", dtypes.text_encoder_l)
     text_encoder_g = _load(CLIPTextModelWithProjection, name_or_path, "text_encoder_2", dtypes.text_encoder_g)
     architecture = Architecture(
-        unet=_facts(unet.config, SDXL_BASE.unet),
-        vae=_facts(vae.config, SDXL_BASE.vae),
-        text_encoder_l=_facts(text_encoder_l.config.to_dict(), SDXL_BASE.text_encoder_l),
-        text_encoder_g=_facts(text_encoder_g.config.to_dict(), SDXL_BASE.text_encoder_g),
+        unet=recorded_facts(unet.config, SDXL_BASE.unet),
+        vae=recorded_facts(vae.config, SDXL_BASE.vae),
+        text_encoder_l=recorded_facts(text_encoder_l.config.to_dict(), SDXL_BASE.text_encoder_l),
+        text_encoder_g=recorded_facts(text_encoder_g.config.to_dict(), SDXL_BASE.text_encoder_g),
     )
     return SdxlModel(
         unet.eval(),
@@ -58,32 +68,34 @@ def read_diffusers_vae(name_or_path: str, dtype: torch.dtype | None) -> Autoenco
 
 
 def _load(network_class: Any, name_or_path: str, subfolder: str | None, dtype: torch.dtype | None) -> Any:
+    """One network of the folder. (The libraries would fill a tensor that is missing with random numbers.)"""
     where = {} if subfolder is None else {"subfolder": subfolder}
+    problem = f"'{name_or_path}' is not a whole SDXL model in diffusers format: {subfolder or 'the VAE'}"
     try:
-        return network_class.from_pretrained(name_or_path, torch_dtype=dtype or torch.float32, **where)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"'{name_or_path}' is not a whole SDXL model in diffusers format: {subfolder or 'the VAE'} cannot be "
-            f"loaded ({str(error).splitlines()[0]}).",
-            "Give the folder that holds model_index.json, a single .safetensors file, or a model name of the hub.",
-        ) from error
-
-
-def _facts(config: Any, base: dict[str, Any]) -> dict[str, Any]:
-    """The values of `config` that an `Architecture` records; the token ids are CLIP's whatever old configs say."""
-    facts = {key: config.get(key, value) for key, value in base.items()}
-    facts = {key: list(value) if isinstance(value, tuple) else value for key, value in facts.items()}
-    return facts | {key: base[key] for key in ("bos_token_id", "eos_token_id") if key in base}
+        network, report = network_class.from_pretrained(
+            name_or_path, torch_dtype=dtype or torch.float32, output_loading_info=True, **where
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{problem} cannot be loaded ({reason}).", _REMEDY) from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UserError(f"{problem} lacks {len(missing)} tensors, such as {missing[0]}.", _REMEDY)
+    return network
 
 
 def write_diffusers_folder(folder: Path, model: SdxlModel, dtype: torch.dtype | None) -> None:
     """Write the model as a diffusers folder, weights streamed as safetensors in `dtype` (None: as in memory).
 
-    The folder is made under another name and then put in the place of an existing one.
+    The folder is made under another name and then put in the place of an existing model. Raises `UserError` where that
+    cannot be done, or where the existing folder holds anything else.
     """
-    unfinished = folder.with_name(folder.name + PARTIAL_SUFFIX)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+    with _replacing_folder(folder) as unfinished:
+        _write_networks(unfinished, model, dtype)
+        _write_pipeline(unfinished, model)
+
+
+def _write_networks(folder: Path, model: SdxlModel, dtype: torch.dtype | None) -> None:
     networks: dict[str, Any] = {
         "unet": model.unet,
         "vae": model.vae,
@@ -91,14 +103,18 @@ def write_diffusers_folder(folder: Path, model: SdxlModel, dtype: torch.dtype | 
         "text_encoder_2": model.text_encoder_g,
     }
     for name, network in networks.items():
-        _write_config(unfinished / name, network)
-        write_safetensors(unfinished / name / _NETWORKS[name], _tensors(network, dtype), {"format": "pt"})
+        _write_config(folder / name, network)
+        write_safetensors(folder / name / _NETWORKS[name], _tensors(network, dtype), {"format": "pt"})
+
+
+def _write_pipeline(folder: Path, model: SdxlModel) -> None:
+    """What stands beside the networks: tokenizers, scheduler and the index that names the classes of all."""
     pipeline = StableDiffusionXLPipeline(
         vae=model.vae,
         text_encoder=model.text_encoder_l,
         text_encoder_2=model.text_encoder_g,
-        tokenizer=clip_tokenizer(PAD_L),
-        tokenizer_2=clip_tokenizer(PAD_G),
+        tokenizer=save_tokenizer(folder / "tokenizer", PAD_L),
+        tokenizer_2=save_tokenizer(folder / "tokenizer_2", PAD_G),
         unet=model.unet,
         scheduler=EulerDiscreteScheduler(
             beta_start=0.00085,
@@ -108,11 +124,8 @@ def write_diffusers_folder(folder: Path, model: SdxlModel, dtype: torch.dtype | 
             steps_offset=1,
         ),
     )
-    pipeline.tokenizer.save_pretrained(unfinished / "tokenizer")
-    pipeline.tokenizer_2.save_pretrained(unfinished / "tokenizer_2")
-    pipeline.scheduler.save_pretrained(unfinished / "scheduler")
-    pipeline.save_config(unfinished)
-    _put_in_place(unfinished, folder)
+    pipeline.scheduler.save_pretrained(folder / "scheduler")
+    pipeline.save_config(folder)
 
 
 def _write_config(folder: Path, network: PreTrainedModel | ModelMixin) -> None:
@@ -135,6 +148,26 @@ def _tensors(network: nn.Module, dtype: torch.dtype | None) -> list[TensorToWrit
 
 def _itself(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
+
+
+@contextmanager
+def _replacing_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder that takes the place of `folder` when the block ends well; after any error that is as it was."""
+    if folder.exists() and not (folder / _INDEX).is_file():
+        raise UserError(f"'{folder}' exists and is not a diffusers model.", "Choose another output name, or move it.")
+    unfinished = folder.with_name(folder.name + PARTIAL_SUFFIX)
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        _put_in_place(unfinished, folder)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the folder '{folder}': {error.strerror or error}.",
+            "Check that you may write there, that the disk is not full and that no program has its files open.",
+        ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _put_in_place(unfinished: Path, folder: Path) -> None:

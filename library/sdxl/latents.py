@@ -28,13 +28,14 @@ def encode_pixels(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
 def encode_pixels_finite(vae: AutoencoderKL, pixels: torch.Tensor) -> EncodedPixels:
     """As `encode_pixels`; samples where the VAE's precision gives NaN or Inf are encoded again in float32."""
     latents = encode_pixels(vae, pixels)
-    redone = _not_finite(latents)
-    if redone and vae.dtype != torch.float32:
-        held = vae.dtype
-        vae.to(torch.float32)
-        latents[redone] = encode_pixels(vae, pixels[redone])
-        vae.to(held)  # exact: every value of a narrower type survives the way through float32
-    return EncodedPixels(latents, redone, _not_finite(latents))
+    overflowed = _not_finite(latents)
+    held = vae.dtype
+    if not overflowed or held == torch.float32:
+        return EncodedPixels(latents, [], overflowed)
+    vae.to(torch.float32)
+    latents[overflowed] = encode_pixels(vae, pixels[overflowed])
+    vae.to(held)  # exact: every value of a narrower type survives the way through float32
+    return EncodedPixels(latents, overflowed, _not_finite(latents))
 
 
 @torch.no_grad()
@@ -44,9 +45,10 @@ def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
 
 
 def vae_digest(vae: AutoencoderKL) -> str:
-    """A fingerprint of the VAE's weights, the same in whichever precision they are held.
+    """A fingerprint of the VAE's weights, compared in bfloat16, the coarsest precision that they are held in.
 
-    (bfloat16 is the coarsest of them, so all are compared in it.)
+    The same in every precision that came straight from the file's without loss or by rounding to bfloat16. Weights of
+    a float32 file that were rounded to float16 have another: take the digest before such a cast.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(vae.state_dict().items()):

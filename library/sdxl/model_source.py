@@ -1,7 +1,9 @@
 """Where the model comes from: a single file, a diffusers folder or a name of the hub."""
 
+import re
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -10,9 +12,13 @@ from diffusers import AutoencoderKL
 
 from library.config.errors import UserError
 from library.config.options import option
-from library.sdxl.architecture import Architecture, SdxlModel
+from library.sdxl.architecture import SDXL_BASE, Architecture, SdxlModel, recorded_facts
 from library.sdxl.checkpoint_file import ModelDtypes, read_single_file, read_vae
 from library.sdxl.diffusers_folder import read_diffusers_folder, read_diffusers_vae
+from library.sdxl.text_encoding import use_legacy_text_projection
+
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+_CHECKPOINT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # ".0" is the end of a hub name
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,10 @@ class ModelOptions:
     )
     vae: str | None = option(None, "Another VAE: a file or a diffusers folder. It is saved with the model.")
     no_half_vae: bool = option(False, "Run the VAE in float32 whatever the precision of training is.")
+
+    legacy_text_projection: bool = option(
+        False, "Compute G's pooled vector by the transposed matrix, as kohya's trainers do, to continue their models."
+    )
 
     def problems(self) -> Iterator[str]:
         """What cannot work."""
@@ -47,13 +57,21 @@ def load_model(options: ModelOptions, dtypes: ModelDtypes) -> SdxlModel:
     model = read_single_file(Path(source), dtypes) if _is_file(source) else read_diffusers_folder(source, dtypes)
     if options.vae is not None:
         model.vae = load_vae(options.vae, dtypes.vae, model.architecture)
+    if options.legacy_text_projection:
+        print(
+            "--legacy_text_projection: G's pooled vector is computed by the transposed matrix, unlike OpenCLIP, "
+            "diffusers, ComfyUI and WebUIs. Use it only to go on with a model that was trained so.",
+            file=sys.stderr,
+        )
+        use_legacy_text_projection(model.text_encoder_g)
+        model.architecture = replace(model.architecture, vae=recorded_facts(model.vae.config, SDXL_BASE.vae))
     return model
 
 
-def load_vae(source: str, dtype: torch.dtype | None, architecture: Architecture | None = None) -> AutoencoderKL:
+def load_vae(source: str, dtype: torch.dtype | None, architecture: Architecture = SDXL_BASE) -> AutoencoderKL:
     """The VAE alone, out of a checkpoint, a VAE file or a diffusers folder; nothing else of it is read.
 
-    `architecture` is what a file without a note of its own is taken for (None: SDXL base).
+    `architecture` is what a file without a note of its own is taken for.
     """
     if _is_file(source):
         return read_vae(Path(source), dtype, architecture)
@@ -68,4 +86,4 @@ def _is_file(source: str) -> bool:
 
 def _may_be_hub_name(source: str) -> bool:
     """Whether this could be "owner/name" of the hub rather than a path that does not exist."""
-    return source.count("/") == 1 and not Path(source).suffix and not source.startswith((".", "/", "~"))
+    return _HUB_NAME.fullmatch(source) is not None and Path(source).suffix.lower() not in _CHECKPOINT_SUFFIXES

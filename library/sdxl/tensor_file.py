@@ -24,6 +24,10 @@ _DTYPE_NAMES = {
     torch.uint8: "U8",
 }
 _HEADER_ALIGNMENT = 8
+_UNPICKLING_ERRORS = (
+    *(RuntimeError, EOFError, OSError, ValueError),  # cut short, of another kind
+    *(LookupError, TypeError, AttributeError),  # damaged within
+)
 
 
 @dataclass(frozen=True)
@@ -67,14 +71,29 @@ def _open_safetensors(path: Path) -> Iterator[TensorReader]:
 def _open_pickle(path: Path) -> TensorReader:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except pickle.UnpicklingError as error:
         raise UserError(
-            f"'{path}' cannot be read as a checkpoint of tensors alone ({str(error).splitlines()[0]}).",
-            "Pickled files may run code when opened, so only plain tensors are read: use a .safetensors file instead.",
+            f"'{path}' is refused: it holds more than tensors and could run code when it is opened.",
+            "Use a .safetensors file of the model instead.",
         ) from error
-    tensors: dict[str, Any] = content.get("state_dict", content) if isinstance(content, dict) else {}
-    tensors = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
-    return TensorReader(path, {}, {name: tuple(value.shape) for name, value in tensors.items()}, tensors.__getitem__)
+    except _UNPICKLING_ERRORS as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(
+            f"'{path}' is not a whole checkpoint of the present format ({reason}).",
+            "Download or copy it again, it may be cut short, or use a .safetensors file of the model instead.",
+        ) from error
+    tensors, metadata = _unpacked(content)
+    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+    return TensorReader(path, metadata, shapes, tensors.__getitem__)
+
+
+def _unpacked(content: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors and the metadata of a pickle: a dictionary of tensors, or one that holds it as "state_dict"."""
+    if not isinstance(content, dict):
+        return {}, {}
+    state, metadata = content.get("state_dict", content), content.get("metadata")
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    return tensors, metadata if isinstance(metadata, dict) else {}
 
 
 @dataclass(frozen=True)
@@ -97,8 +116,25 @@ def write_safetensors(path: Path, tensors: Iterable[TensorToWrite], metadata: di
     with replacing(path) as file:
         file.write(_header(ordered, metadata))
         for tensor in ordered:
-            data = tensor.make().detach().to(device="cpu", dtype=tensor.dtype).contiguous()
-            file.write(data.reshape(-1).view(torch.uint8).numpy().data)
+            file.write(_made(tensor).reshape(-1).view(torch.uint8).numpy().data)
+
+
+def write_pickle(path: Path, tensors: Iterable[TensorToWrite], metadata: dict[str, str]) -> None:
+    """Write a checkpoint as programs before safetensors read it, whole or not at all; holds all tensors in memory.
+
+    Raises `UserError` where `path` cannot be written.
+    """
+    content = {"state_dict": {tensor.name: _made(tensor) for tensor in tensors}, "metadata": metadata}
+    with replacing(path) as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            # torch's writer hides the system's error (a full disk) behind one of its own.
+            raise OSError(getattr(error.__context__, "strerror", None) or str(error)) from error
+
+
+def _made(tensor: TensorToWrite) -> torch.Tensor:
+    return tensor.make().detach().to(device="cpu", dtype=tensor.dtype).contiguous()
 
 
 def _header(tensors: list[TensorToWrite], metadata: dict[str, str]) -> bytes:

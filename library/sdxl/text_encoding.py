@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from transformers import CLIPTextModelWithProjection
 
 from library.sdxl.tokenizers import CaptionTokens
 
@@ -40,6 +41,27 @@ def encode_captions(text_encoder_l: nn.Module, text_encoder_g: nn.Module, tokens
     hidden_l = encode_l(text_encoder_l, tokens.tokens_l)
     hidden_g, pooled_g = encode_g(text_encoder_g, tokens.tokens_g)
     return TextConditioning(torch.cat([hidden_l, hidden_g.to(hidden_l.dtype)], dim=-1), pooled_g)
+
+
+class LegacyTextProjection(nn.Linear):
+    """G's projection as the trainers of kohya's family compute it: by the transposed matrix.
+
+    They copy OpenCLIP's `text_projection` into a linear layer without transposing it. The weight here is the right
+    one, so that files are read and written as ever; only what is computed with it differs.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """`input` [B, C] times the weight, where a linear layer multiplies by its transpose."""
+        return input @ self.weight
+
+
+def use_legacy_text_projection(text_encoder_g: CLIPTextModelWithProjection) -> None:
+    """Let G's pooled vector be what kohya's trainers make of it, to continue a model that was trained with that."""
+    right = text_encoder_g.text_projection
+    with torch.device("meta"):
+        legacy = LegacyTextProjection(right.in_features, right.out_features, bias=False)
+    legacy.weight = right.weight
+    text_encoder_g.text_projection = legacy
 
 
 def _join_chunks(hidden: torch.Tensor, num_chunks: int) -> torch.Tensor:

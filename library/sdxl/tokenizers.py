@@ -63,13 +63,21 @@ def _byte_letters() -> list[str]:
     return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(num_others)]
 
 
-def clip_tokenizer(pad_token_id: int) -> CLIPTokenizer:
-    """A copy of the tokenizer for saving beside a diffusers model, padding with `pad_token_id` (`PAD_L`, `PAD_G`)."""
+def save_tokenizer(folder: Path, pad_token_id: int) -> CLIPTokenizer:
+    """A tokenizer as part of a diffusers model, padding with `pad_token_id` (`PAD_L`, `PAD_G`), saved in `folder`."""
     tokenizer = _clip_tokenizer()
     pad_token = tokenizer.convert_ids_to_tokens(pad_token_id)
-    return CLIPTokenizer(
-        vocab=tokenizer.get_vocab(), merges=tokenizer._merges, pad_token=pad_token, model_max_length=CHUNK_TOKENS + 2
+    saved = CLIPTokenizer(
+        vocab=tokenizer.get_vocab(),
+        merges=tokenizer._merges,
+        pad_token=pad_token,
+        model_max_length=CHUNK_TOKENS + 2,
+        # G's padding is "!": unless told so, the tokenizer takes every exclamation mark of a text for padding.
+        split_special_tokens=pad_token_id == PAD_G,
     )
+    saved.save_pretrained(folder)
+    saved.backend_tokenizer.model.save(str(folder))  # vocab.json and merges.txt, for transformers before release 5
+    return saved
 
 
 def tokenize(caption: str, pad_token_id: int, num_chunks: int) -> TokenizedCaption:

@@ -7,6 +7,7 @@ from datetime import datetime
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import nn
 
 from library.training.precision import PrecisionOptions
@@ -41,6 +42,7 @@ def mean_over_processes(accelerator: Accelerator, value: torch.Tensor) -> float:
     return float(accelerator.reduce(value, reduction="mean"))
 
 
-def default_seed() -> int:
-    """A seed for a run that was given none."""
-    return int.from_bytes(os.urandom(4), "little")
+def draw_seed(accelerator: Accelerator) -> int:
+    """A seed for a run that was given none; the same in every process, since each takes its part of one order."""
+    seed = torch.tensor(int.from_bytes(os.urandom(4), "little"), device=accelerator.device)
+    return int(broadcast(seed))

@@ -1,10 +1,13 @@
 """When a model is saved, under which name, and which older one it replaces."""
 
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
+
+from tqdm import tqdm
 
 from library.config.options import option
 
@@ -34,10 +37,12 @@ class SaveOptions:
         """What cannot work."""
         if self.output_dir is None:
             yield "--output_dir is missing: name the folder for the models."
-        elif self.output_dir.exists() and not self.output_dir.is_dir():
-            yield f"--output_dir: '{self.output_dir}' is a file; name a folder."
+        else:
+            existing = next(path for path in (self.output_dir, *self.output_dir.absolute().parents) if path.exists())
+            if not existing.is_dir():
+                yield f"--output_dir: '{existing}' is a file; name a folder."
         if self.output_name is not None and Path(self.output_name).name != self.output_name:
-            yield f"--output_name is '{self.output_name}'; it must be a name without folders: give those as --output_dir."
+            yield f"--output_name is '{self.output_name}'; it must be a name without folders (see --output_dir)."
         for unit in ("steps", "epochs"):
             every, last = getattr(self, f"save_every_n_{unit}"), getattr(self, f"save_last_n_{unit}")
             for flag, value in ((f"save_every_n_{unit}", every), (f"save_last_n_{unit}", last)):
@@ -127,7 +132,11 @@ class Checkpoints:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    """Remove a saved model; one that cannot go (Windows, while another program has it open) does not end the run."""
+    try:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        tqdm.write(f"'{path}' is kept, it cannot be removed: {error.strerror or error}.", file=sys.stderr)

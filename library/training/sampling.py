@@ -1,7 +1,6 @@
 """When a run draws sample pictures, and where they go."""
 
 import hashlib
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -106,10 +105,9 @@ class Sampling:
             self._draw(step=step, epoch=epoch)
 
     def _draw(self, step: int, epoch: int | None) -> None:
-        started = time.perf_counter()
-        for index, prompt in enumerate(self._prompts):
-            self._draw_one(prompt, index, step, epoch)
-        self._tracker.leave_out_time(since=started)
+        with self._tracker.untimed():
+            for index, prompt in enumerate(self._prompts):
+                self._draw_one(prompt, index, step, epoch)
 
     def _draw_one(self, prompt: SamplePrompt, index: int, step: int, epoch: int | None) -> None:
         record = PictureRecord(
@@ -130,7 +128,9 @@ class Sampling:
             seed=record.seed,
         )
         if image is None:
-            self._tracker.say(f"step {step}: the picture of prompt {prompt.line} is NaN and is not saved")
+            self._tracker.say(
+                f"step {step}: the picture of prompt {prompt.line} is NaN and is not saved (fp16? add --no_half_vae)"
+            )
             return
         name = picture_name(self._model_name, now=datetime.now(), step=step, epoch=epoch, index=index, seed=prompt.seed)
         save_picture(self._folder / name, image, record)

@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.util import find_spec
@@ -53,6 +54,8 @@ class TrackingOptions:
             yield "--log_with wandb: the package is not installed; pip install wandb."
         if self.logging_dir is None and self.log_prefix is not None:
             yield "--log_prefix needs --logging_dir."
+        if not self.trackers and self.log_tracker_name is not None:
+            yield "--log_tracker_name needs --logging_dir or --log_with."
 
 
 class Tracker:
@@ -80,9 +83,12 @@ class Tracker:
         self._bar.set_postfix(loss=f"{loss:.4f}", average=f"{average:.4f}", refresh=False)
         self._bar.update()
 
-    def leave_out_time(self, since: float) -> None:
-        """Do not count the time since `since` (`time.perf_counter()`) as training: samples, saves."""
-        self._last_time += time.perf_counter() - since
+    @contextmanager
+    def untimed(self) -> Iterator[None]:
+        """Do not count the time of the block as training: samples, saves."""
+        started = time.perf_counter()
+        yield
+        self._last_time += time.perf_counter() - started
 
     def log_picture(self, step: int, name: str, image: Image.Image, text: str) -> None:
         """Show a sample picture and how it was drawn in the trackers."""

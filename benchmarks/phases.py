@@ -1,0 +1,94 @@
+"""Run sdxl_train.py and write how long each of its phases took and how much memory it held at its peak.
+
+    python benchmarks/phases.py figures.json [flags of sdxl_train.py]
+
+The trainer itself is not changed: this process wraps the functions that begin and end a phase, and a thread reads the
+process's anonymous memory (what cannot be dropped and read again from a file) every 20 ms.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere, find library/
+
+STARTED_VARIABLE = "PHASES_STARTED"
+"""Environment variable with the `time.time()` at which the caller started this process."""
+
+
+def anonymous_bytes() -> int:
+    """Anonymous memory of this process in bytes (Linux)."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status has no RssAnon: this benchmark needs Linux")
+
+
+class PhaseRecorder:
+    """Seconds and peak anonymous memory of named stretches of a run; a name that comes again adds a row."""
+
+    def __init__(self) -> None:
+        self.started = float(os.environ.get(STARTED_VARIABLE, time.time()))
+        self.rows: list[dict[str, Any]] = []
+        self._peaks: dict[int, int] = {}
+        self._over = threading.Event()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Record the block as one row."""
+        token = len(self.rows)
+        row: dict[str, Any] = {"phase": name, "from_start_s": round(time.time() - self.started, 2)}
+        self.rows.append(row)
+        self._peaks[token] = anonymous_bytes()
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            row["seconds"] = round(time.perf_counter() - begin, 2)
+            row["peak_gib"] = round(self._peaks.pop(token) / 2**30, 2)
+
+    def wrapped(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        """`function`, recorded as phase `name` each time it is called."""
+
+        def recorded(*arguments: Any, **named: Any) -> Any:
+            with self.phase(name):
+                return function(*arguments, **named)
+
+        return recorded
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.02):
+            now = anonymous_bytes()
+            for token, peak in list(self._peaks.items()):
+                self._peaks[token] = max(peak, now)
+
+
+def main() -> int:
+    """Train with the flags given, then write the rows."""
+    recorder = PhaseRecorder()
+    with recorder.phase("import"):
+        import sdxl_train
+        from library.training.checkpoints import Checkpoints
+        from library.training.sampling import Sampling
+    sdxl_train.load_model = recorder.wrapped(sdxl_train.load_model, "load")
+    sdxl_train.prepare_images = recorder.wrapped(sdxl_train.prepare_images, "read training set")
+    sdxl_train.make_learner = recorder.wrapped(sdxl_train.make_learner, "build optimizer")
+    sdxl_train.encode_captions = recorder.wrapped(sdxl_train.encode_captions, "step begins: encode captions")
+    sdxl_train.Learner.step = recorder.wrapped(sdxl_train.Learner.step, "optimizer step")  # type: ignore[method-assign]
+    Sampling._draw_one = recorder.wrapped(Sampling._draw_one, "sample picture")  # type: ignore[method-assign]
+    Checkpoints._save = recorder.wrapped(Checkpoints._save, "save")  # type: ignore[method-assign]
+    with recorder.phase("whole run"):
+        status = sdxl_train.main(sys.argv[2:])
+    Path(sys.argv[1]).write_text(json.dumps(recorder.rows, indent=1), encoding="utf-8")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""All options of a training run, class by class, and what cannot work between them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+from library.config.errors import UserError
+from library.config.options import ConfigFileOptions, option
+from library.data.buckets import BucketOptions, BucketRule, Size, parse_resolution
+from library.data.dataset import LoaderOptions
+from library.data.training_set import TrainingSetOptions
+from library.diffusion.noise_schedule import NoiseOptions
+from library.sdxl.model_source import ModelOptions
+from library.sdxl.model_spec import ModelSpecOptions
+from library.training.checkpoints import SaveOptions
+from library.training.lr_schedules import ScheduleOptions
+from library.training.optimizers import OptimizerOptions
+from library.training.precision import PrecisionOptions
+from library.training.sampling import SampleOptions
+from library.training.tracking import TrackingOptions
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How long is trained, and what."""
+
+    _argument_group_name: ClassVar[str] = "Run"
+
+    max_train_steps: int = option(1600, "Optimizer steps.")
+    max_train_epochs: int | None = option(None, "Epochs; overrides --max_train_steps.")
+    gradient_accumulation_steps: int = option(1, "Batches whose gradients make one optimizer step.")
+    gradient_checkpointing: bool = option(False, "Compute activations again in the backward pass: slower, far smaller.")
+    train_text_encoder: bool = option(False, "Train the text encoders too.")
+    seed: int | None = option(None, "Seed of everything random; drawn and printed where not given.")
+    sdpa: bool = option(True, "Attention is always torch's scaled_dot_product_attention.", choices=(True,))
+
+    def problems(self) -> Iterator[str]:
+        """What cannot work."""
+        for flag in ("max_train_steps", "max_train_epochs", "gradient_accumulation_steps"):
+            value = getattr(self, flag)
+            if value is not None and value < 1:
+                yield f"--{flag} is {value}; it must be 1 or more."
+        if self.seed is not None and not 0 <= self.seed < 2**32:
+            yield f"--seed is {self.seed}; it must be a whole number from 0 to {2**32 - 1}."
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """All options of sdxl_train.py; functions are handed the classes they read."""
+
+    model: ModelOptions
+    training_set: TrainingSetOptions
+    buckets: BucketOptions
+    loader: LoaderOptions
+    run: RunOptions
+    precision: PrecisionOptions
+    optimizer: OptimizerOptions
+    schedule: ScheduleOptions
+    noise: NoiseOptions
+    save: SaveOptions
+    model_spec: ModelSpecOptions
+    sample: SampleOptions
+    tracking: TrackingOptions
+    config_file: ConfigFileOptions
+
+    @property
+    def trains_l(self) -> bool:
+        """Whether text encoder L is trained."""
+        return self.run.train_text_encoder and self._text_rate(self.optimizer.learning_rate_te1) != 0
+
+    @property
+    def trains_g(self) -> bool:
+        """Whether text encoder G is trained."""
+        return self.run.train_text_encoder and self._text_rate(self.optimizer.learning_rate_te2) != 0
+
+    def _text_rate(self, rate: float | None) -> float:
+        return self.optimizer.learning_rate if rate is None else rate
+
+    @property
+    def resolution(self) -> Size:
+        """The size of training."""
+        return parse_resolution(self.training_set.resolution)
+
+    @property
+    def bucket_rule(self) -> BucketRule:
+        """Where pictures without prepared latents go; raises `UserError` for limits that contradict each other."""
+        return self.buckets.rule(self.resolution, enabled=self.training_set.enable_bucket)
+
+    def conflicts(self) -> Iterator[str]:
+        """What cannot work between classes."""
+        for flag in ("learning_rate_te1", "learning_rate_te2"):
+            if getattr(self.optimizer, flag) is not None and not self.run.train_text_encoder:
+                yield f"--{flag} has no effect without --train_text_encoder; add it or leave the rate out."
+        if not (self.optimizer.learning_rate or self.trains_l or self.trains_g):
+            yield "every learning rate is 0: there is nothing to train. Set --learning_rate, such as 1e-5."
+        try:
+            assert self.bucket_rule
+        except UserError as error:
+            yield str(error)
+
+
+OPTION_CLASSES: list[type] = [field.type for field in fields(TrainingOptions) if isinstance(field.type, type)]

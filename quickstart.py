@@ -1,0 +1,265 @@
+"""Set up this checkout and try it, with no more than Python itself.
+
+python quickstart.py demo                     install, then run the whole workflow on a tiny model
+python quickstart.py test [pytest arguments]  install, then run the tests
+python quickstart.py install                  only install: the scripts, and the tools of the tests
+
+Everything goes into a virtual environment: .venv beside this file, or the folder that --venv or SDXL_VENV names.
+"""
+
+from __future__ import annotations  # so that an old Python gets as far as the message about its version
+
+import argparse
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+OLDEST_PYTHON = (3, 11)
+REQUIREMENTS = ROOT / "requirements.txt"
+DEV_REQUIREMENTS = ROOT / "requirements-dev.txt"
+
+DEMO_FOLDER = Path("demo/output/my set")
+DEMO_STEPS = 40
+MADE_BY_DEMO = ("images", "meta_cap.json", "meta_lat.json", "tiny_sdxl.safetensors", "output", "logs")
+"""What a demo leaves in its folder, and the next one removes before it starts."""
+
+
+class QuickstartError(Exception):
+    """Why it cannot go on, in words for the user, and the exit status that says so."""
+
+    def __init__(self, message: str, exit_status: int = 2):
+        super().__init__(message)
+        self.exit_status = exit_status
+
+
+# -- the virtual environment ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A virtual environment: a folder with a Python and packages of its own."""
+
+    folder: Path
+
+    @property
+    def programs(self) -> Path:
+        """Where its programs lie."""
+        return self.folder / ("Scripts" if os.name == "nt" else "bin")
+
+    def program(self, name: str) -> Path:
+        """The file of one of its programs."""
+        return self.programs / (f"{name}.exe" if os.name == "nt" else name)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it has a Python that has pip; one that was cut short while it was made has not."""
+        command = [str(self.program("python")), "-c", "import pip"]
+        return self.program("python").exists() and subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
+
+    def stamp(self, requirements: Path) -> Path:
+        """The file that says, by `fingerprint`, which state of a requirements file is installed."""
+        return self.folder / f"{requirements.stem}.installed"
+
+    def variables(self) -> dict[str, str]:
+        """The environment variables of a shell in which it is activated."""
+        variables = {**os.environ, "VIRTUAL_ENV": str(self.folder)}
+        variables["PATH"] = os.pathsep.join([str(self.programs), os.environ.get("PATH", "")])
+        # The tiny model of demo and tests gains nothing from threads, and where something else keeps the cores busy
+        # it loses by a factor of ten: its thousand small operations would each wait for the slowest thread.
+        variables.setdefault("OMP_NUM_THREADS", "1")
+        return variables
+
+
+def fingerprint(requirements: Path) -> str:
+    """What identifies the content of a requirements file and of all that lie beside it (they include one another)."""
+    texts = [path.read_bytes() for path in sorted(requirements.parent.glob("requirements*.txt"))]
+    return hashlib.sha256(b"\0".join([requirements.name.encode(), *texts])).hexdigest()
+
+
+def install(environment: Environment, requirements: Path) -> None:
+    """Bring the environment to what the requirements say; returns at once if it is there already.
+
+    The stamp is written last: an installation that was cut short is taken up again the next time.
+    """
+    stamp = environment.stamp(requirements)
+    if stamp.is_file() and stamp.read_text(encoding="utf-8") == fingerprint(requirements):
+        return
+    print(f"Installing into '{environment.folder}'. It takes about 6 GB, most of it PyTorch, and is done only once.")
+    if not environment.is_whole:
+        require_own_folder(environment.folder)
+        run([sys.executable, "-m", "venv", str(environment.folder)])
+    run(["python", "-m", "pip", "install", "--disable-pip-version-check", "-r", str(requirements)], environment)
+    stamp.write_text(fingerprint(requirements), encoding="utf-8")
+
+
+def require_own_folder(folder: Path) -> None:
+    """Raise `QuickstartError` if the folder holds something else than a virtual environment."""
+    if folder.exists() and not (folder / "pyvenv.cfg").is_file() and any(folder.iterdir()):
+        raise QuickstartError(f"'{folder}' is not a virtual environment. Give --venv a new or an empty folder.")
+
+
+def run(command: list[str], environment: Environment | None = None) -> None:
+    """Print a command and run it in the checkout, as if the environment were activated.
+
+    Raises `QuickstartError`, with the command and its exit status, where that is not 0.
+    """
+    print(f"\n> {shown(command)}", flush=True)
+    if environment is None:
+        status = subprocess.run(command, cwd=ROOT).returncode
+    else:
+        program, *arguments = command
+        status = subprocess.run(
+            [str(environment.program(program)), *arguments], cwd=ROOT, env=environment.variables()
+        ).returncode
+    if status != 0:
+        raise QuickstartError(f"this command ended with exit status {status}:\n  {shown(command)}", status)
+
+
+def shown(command: list[str]) -> str:
+    """The command as one would type it."""
+    return subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
+
+
+# -- the demo ---------------------------------------------------------------------------------------------------------
+
+
+def demo_commands(folder: Path, num_steps: int) -> list[list[str]]:
+    """Pictures and a tiny model, then the four commands of the workflow, as a user would type them."""
+    my_set = folder.as_posix()
+    images, model = f"{my_set}/images", f"{my_set}/tiny_sdxl.safetensors"
+    meta_cap, meta_lat = f"{my_set}/meta_cap.json", f"{my_set}/meta_lat.json"
+    return [
+        ["python", "demo/pictures.py", images],
+        ["python", "demo/random_sdxl.py", model],
+        ["python", "finetune/sdxl_merge_captions_g_to_metadata.py", images, meta_cap],
+        ["python", "finetune/sdxl_merge_captions_l_to_metadata.py", images, meta_cap],
+        [
+            *["python", "finetune/prepare_buckets_latents.py", images, meta_cap, meta_lat, model],
+            *["--batch_size", "1", "--max_resolution=256,256", "--min_bucket_reso=128", "--max_bucket_reso=512"],
+            "--mixed_precision=bf16",
+        ],
+        [
+            *["accelerate", "launch", "--num_cpu_threads_per_process=1", "./sdxl_train.py"],
+            *[f"--pretrained_model_name_or_path={model}", "--in_json", meta_lat, f"--train_data_dir={images}"],
+            *["--resolution=256,256", f"--output_dir={my_set}/output", f"--logging_dir={my_set}/logs"],
+            *["--save_model_as=safetensors", "--full_bf16", "--output_name=finetuned_model"],
+            *["--max_data_loader_n_workers=0", "--learning_rate=1e-5", "--train_batch_size=1"],
+            *[f"--max_train_steps={num_steps}", "--mixed_precision=bf16", "--save_precision=bf16"],
+            *["--cache_latents", "--cache_latents_to_disk", "--optimizer_type=Adafactor", "--optimizer_args"],
+            *["scale_parameter=False", "relative_step=False", "warmup_init=False", "weight_decay=0.01"],
+            *["--gradient_checkpointing", "--max_grad_norm=0.0"],
+            *["--noise_offset=0.0357", "--adaptive_noise_scale=0.00357", "--sample_prompts=demo/prompt.txt"],
+            *[f"--sample_every_n_steps={max(1, num_steps // 2)}", "--sample_sampler=euler_a", "--no_half_vae"],
+        ],
+    ]
+
+
+def run_demo(environment: Environment, folder: Path, num_steps: int) -> None:
+    """The whole workflow in `folder`, from drawing the pictures to the finished checkpoint."""
+    started = time.monotonic()
+    clear_demo(ROOT / folder)
+    for command in demo_commands(folder, num_steps):
+        run(command, environment)
+    print(demo_report(environment, folder, seconds=time.monotonic() - started))
+
+
+def clear_demo(folder: Path) -> None:
+    """Remove what an earlier demo made, finished or not, and nothing else."""
+    try:
+        for path in [folder / name for name in MADE_BY_DEMO]:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    except OSError as error:
+        raise QuickstartError(
+            f"cannot remove '{error.filename}' of an earlier demo: {error.strerror}. Close what uses it (TensorBoard?)."
+        ) from error
+
+
+def demo_report(environment: Environment, folder: Path, seconds: float) -> str:
+    """Where everything lies and what it is worth."""
+    my_set = folder.as_posix()
+    tensorboard = shown([str(environment.program("tensorboard")), "--logdir", f"{my_set}/logs"])
+    return f"""
+The demo is through, in {seconds:.0f} seconds. What it made:
+
+  pictures and captions  {my_set}/images
+  metadata               {my_set}/meta_cap.json, {my_set}/meta_lat.json
+  samples                {my_set}/output/sample
+  checkpoint             {my_set}/output/finetuned_model.safetensors
+  logs                   {my_set}/logs
+                         to look at them: {tensorboard}
+
+The tiny model has SDXL's structure but random weights, so its samples are noise, and so few steps do not change that.
+What the demo shows is the workflow. With a real SDXL checkpoint the same commands train a real model: see README.md."""
+
+
+# -- the commands -----------------------------------------------------------------------------------------------------
+
+
+def require_python(version: tuple[int, ...]) -> None:
+    """Raise `QuickstartError` for a Python that is too old."""
+    if version[:2] < OLDEST_PYTHON:
+        wanted, found = (".".join(map(str, numbers)) for numbers in (OLDEST_PYTHON, version[:3]))
+        raise QuickstartError(
+            f"this project needs Python {wanted} or newer, and this is Python {found} ('{sys.executable}').\n"
+            f"Install one from https://www.python.org/downloads/ and start again with it, for example:"
+            f" python{wanted} quickstart.py demo"
+        )
+
+
+def run_tests(environment: Environment, arguments: list[str]) -> int:
+    """pytest's exit status. Two to four processes, since importing torch is a good part of the work."""
+    num_processes = min(4, os.cpu_count() or 1)
+    command = ["python", "-m", "pytest", f"--numprocesses={num_processes}", *arguments]
+    try:
+        run(command, environment)
+    except QuickstartError as error:
+        return error.exit_status  # pytest has said it all
+    return 0
+
+
+def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """What to do, and what pytest is to be given."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("command", choices=["demo", "test", "install"])
+    default = os.environ.get("SDXL_VENV") or ROOT / ".venv"
+    parser.add_argument("--venv", type=Path, default=Path(default), help="folder of the virtual environment")
+    arguments, for_pytest = parser.parse_known_args(argv)
+    if for_pytest and arguments.command != "test":
+        parser.error(f"unexpected arguments: {shown(for_pytest)}")
+    return arguments, for_pytest
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Do what the command line says; gives the exit status."""
+    try:
+        require_python(sys.version_info)
+        arguments, for_pytest = parse_arguments(argv)
+        environment = Environment(arguments.venv.absolute())
+        install(environment, REQUIREMENTS if arguments.command == "demo" else DEV_REQUIREMENTS)
+        if arguments.command == "demo":
+            run_demo(environment, DEMO_FOLDER, DEMO_STEPS)
+        elif arguments.command == "test":
+            return run_tests(environment, for_pytest)
+    except QuickstartError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
