@@ -12,7 +12,7 @@ from __future__ import annotations  # so that an old Python gets as far as the m
 import argparse
 import hashlib
 import os
-import shlex
+import re
 import shutil
 import subprocess
 import sys
@@ -71,6 +71,7 @@ class Environment:
         """The environment variables of a shell in which it is activated."""
         variables = {**os.environ, "VIRTUAL_ENV": str(self.folder)}
         variables["PATH"] = os.pathsep.join([str(self.programs), os.environ.get("PATH", "")])
+        variables.pop("PYTHONHOME", None)
         # The tiny model of demo and tests gains nothing from threads, and where something else keeps the cores busy
         # it loses by a factor of ten: its thousand small operations would each wait for the slowest thread.
         variables.setdefault("OMP_NUM_THREADS", "1")
@@ -123,8 +124,8 @@ def run(command: list[str], environment: Environment | None = None) -> None:
 
 
 def shown(command: list[str]) -> str:
-    """The command as one would type it."""
-    return subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
+    """The command as one would type it, in the shells of Windows and of other systems alike."""
+    return " ".join(re.sub(r"^(--\w+=)?(.* .*)$", r'\1"\2"', word) for word in command)
 
 
 # -- the demo ---------------------------------------------------------------------------------------------------------
@@ -208,7 +209,7 @@ What the demo shows is the workflow. With a real SDXL checkpoint the same comman
 def require_python(version: tuple[int, ...]) -> None:
     """Raise `QuickstartError` for a Python that is too old."""
     if version[:2] < OLDEST_PYTHON:
-        wanted, found = (".".join(map(str, numbers)) for numbers in (OLDEST_PYTHON, version[:3]))
+        wanted, found = (".".join(map(str, numbers)) for numbers in (OLDEST_PYTHON, version))
         raise QuickstartError(
             f"this project needs Python {wanted} or newer, and this is Python {found} ('{sys.executable}').\n"
             f"Install one from https://www.python.org/downloads/ and start again with it, for example:"
@@ -219,7 +220,7 @@ def require_python(version: tuple[int, ...]) -> None:
 def run_tests(environment: Environment, arguments: list[str]) -> int:
     """pytest's exit status. Two to four processes, since importing torch is a good part of the work."""
     num_processes = min(4, os.cpu_count() or 1)
-    command = ["python", "-m", "pytest", f"--numprocesses={num_processes}", *arguments]
+    command = ["python", "-m", "pytest", f"--numprocesses={num_processes}", "--dist=worksteal", *arguments]
     try:
         run(command, environment)
     except QuickstartError as error:
@@ -244,7 +245,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line says; gives the exit status."""
     try:
-        require_python(sys.version_info)
+        require_python(sys.version_info[:3])
         arguments, for_pytest = parse_arguments(argv)
         environment = Environment(arguments.venv.absolute())
         install(environment, REQUIREMENTS if arguments.command == "demo" else DEV_REQUIREMENTS)

@@ -6,13 +6,11 @@
 docs/flags.md explains every flag, docs/architecture.md where to find what.
 """
 
-import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 
 # Read by torch when it is imported: large tensors in huge pages, or the kernel spends longer handing out the memory of
@@ -21,21 +19,18 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL
 from torch import nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
 
 from library.config.errors import UserError, exits_on_user_error
 from library.config.kohya_flags import TRAINER_REFUSED, TRAINER_REPLACED
 from library.config.options import parse_options
-from library.data.dataset import Batch, CaptionedPictures, make_loader
-from library.data.epoch_order import BatchShape, EpochOrder
+from library.config.output_files import remove_leftovers
+from library.data.dataset import Batch
+from library.data.fingerprint import fingerprints
 from library.data.training_set import TrainingImage, encode_missing, read_training_set
 from library.diffusion.loss import per_sample_loss
-from library.diffusion.noise_schedule import draw_training_noise, make_noise_schedule
+from library.diffusion.noise_schedule import NUM_TIMESTEPS, draw_training_noise, make_noise_schedule
 from library.diffusion.sampler import SamplingNetworks
 from library.sdxl.architecture import LATENT_SCALE, SdxlModel
 from library.sdxl.checkpoint_file import write_single_file
@@ -45,13 +40,24 @@ from library.sdxl.model_source import load_model
 from library.sdxl.model_spec import model_spec
 from library.sdxl.size_conditioning import size_conditioning
 from library.sdxl.text_encoding import encode_captions
-from library.sdxl.weight_names import unet_name
-from library.training.accelerator import draw_seed, exchange_gradients, make_accelerator, mean_over_processes
+from library.training.accelerator import (
+    any_process,
+    draw_seed,
+    exchange_gradients,
+    make_accelerator,
+    mean_over_processes,
+    step_seed,
+)
 from library.training.checkpoints import Checkpoints, last_name
-from library.training.lr_schedules import make_lr_schedule
-from library.training.optimizers import make_optimizer, make_parameter_groups
+from library.training.course import make_course
+from library.training.disk_space import bytes_of, require_disk_space
+from library.training.learner import Learner, enable_gradient_checkpointing, make_learner
+from library.training.mishaps import LossWatch, explained_out_of_memory, require_finite
+from library.training.resume import check_changes, flat_options, library_versions
 from library.training.run_options import OPTION_CLASSES, TrainingOptions
-from library.training.sampling import Sampling
+from library.training.sampling import SAMPLE_FOLDER, Sampling
+from library.training.state import Progress, Setting, find_state, read_learnt, read_progress, write_state
+from library.training.stopping import StopRequest, listening_for_stop
 from library.training.tracking import Tracker
 
 DESCRIPTION = "Fine-tune Stable Diffusion XL with a caption of its own for each of its two text encoders."
@@ -70,35 +76,74 @@ def main(argv: Sequence[str] | None = None) -> int:
             conflicts=lambda *classes: TrainingOptions(*classes).conflicts(),
         )
     )
-    train(options, make_accelerator(options.precision, options.tracking, datetime.now()))
-    return 0
+    with listening_for_stop(options.output_dir) as stop:
+        return train(options, stop)
 
 
-def train(options: TrainingOptions, accelerator: Accelerator) -> None:
-    """Build what training needs, train, save the finished model."""
-    seed = draw_seed(accelerator) if options.run.seed is None else options.run.seed
-    model = prepare_model(options, accelerator)
-    course = make_course(options, model, accelerator, seed)
-    learner = make_learner(options, model, accelerator, course.num_steps)
-    noise_schedule = make_noise_schedule()
-    noise_generator = torch.Generator().manual_seed(seed + accelerator.process_index)
+def train(options: TrainingOptions, stop: StopRequest) -> int:
+    """Build what training needs, train, save the finished model; gives the exit status."""
+    state = None if options.resume.resume is None else find_state(options.resume.resume, options.output_dir)
+    progress = new_progress(options) if state is None else read_progress(state)
+    accelerator = make_accelerator(options.precision, options.tracking.trackers, progress.log_folder)
+    model, digest = prepare_model(options, accelerator)
+    images = prepare_images(options, model, digest, accelerator)
+    setting = Setting(
+        flat_options(options, num_processes=accelerator.num_processes),
+        fingerprints(images) if state is not None or options.save.saves_state else {},
+        library_versions(),
+    )
+    if state is None:
+        progress.seed = draw_seed(accelerator) if options.run.seed is None else options.run.seed
+    elif accelerator.is_main_process:
+        print(f"going on after step {progress.step} of '{state}'")
+        print(*check_changes(progress.setting, setting, anyway=options.resume.resume_anyway), sep="\n")
+    progress.setting = setting
+    course = make_course(images, options.loader, options.training_set, options.run, accelerator, progress.seed)
+    learner = make_learner(
+        model,
+        accelerator,
+        options.optimizer,
+        options.schedule,
+        trains_l=options.trains_l,
+        trains_g=options.trains_g,
+        num_steps=course.num_steps,
+    )
+    if state is not None:
+        read_learnt(state, learner.resumable(accelerator))
 
     tracker = Tracker(
-        accelerator, options.tracking, num_steps=course.num_steps, steps_per_epoch=course.order.steps_per_epoch
+        accelerator,
+        options.tracking,
+        num_steps=course.num_steps,
+        steps_per_epoch=course.order.steps_per_epoch,
+        steps_done=progress.step,
+        losses=progress.losses,
     )
-    tracker.say(f"{course}, seed {seed}")
-    checkpoints = make_checkpoints(options, model, tracker)
-    sampling = make_sampling(options, model, tracker, seed)
-
+    tracker.say(f"{course}, seed {progress.seed}")
+    checkpoints = make_checkpoints(options, model, learner, progress, tracker, accelerator)
+    sampling = make_sampling(options, model, tracker, progress.seed)
+    watch = LossWatch(options.run.max_bad_steps, tracker.say)
     if accelerator.is_main_process:
-        sampling.at_start()
-    step = 0
+        check_disk(options, model, learner)
+        if progress.step == 0:
+            sampling.at_start()
+
+    noise_schedule = make_noise_schedule()
+    noise_generator = torch.Generator()
     step_loss = torch.zeros((), device=accelerator.device)
-    for epoch in range(1, course.num_epochs + 1):
-        course.order.start_at(epoch - 1)
-        for batch in course.loader:
+    step_keys: list[str] = []
+    is_stopped = is_finished = False
+    while not (is_stopped or is_finished):
+        for batch in course.batches(progress):
+            step = progress.step + 1
+            if not step_keys:  # the first batch of a step
+                noise_generator.manual_seed(step_seed(progress.seed, step, accelerator.process_index))
+            step_keys += batch.keys
             batch = batch.to(accelerator.device)
-            with exchange_gradients(accelerator, learner.trained, now=batch.completes_step):
+            with (
+                exchange_gradients(accelerator, learner.trained.values(), now=batch.completes_step),
+                explained_out_of_memory(step, batch),
+            ):
                 latents = latents_of(batch, model.vae) * LATENT_SCALE  # [B, 4, h, w]
                 text = encode_captions(learner.text_encoder_l, learner.text_encoder_g, batch.tokens)  # [B, T, 2048] ...
                 sizes = size_conditioning(batch.original_sizes, batch.crop_top_lefts, batch.target_sizes)  # [B, 6]
@@ -117,35 +162,59 @@ def train(options: TrainingOptions, accelerator: Accelerator) -> None:
             if not batch.completes_step:
                 continue
 
-            grad_norm = learner.step(accelerator, options.optimizer.max_grad_norm)
-            step += 1
-
-            tracker.log_step(step, mean_over_processes(accelerator, step_loss), learner.rates, grad_norm)
+            mean_loss, grad_norm = mean_over_processes(accelerator, step_loss), None
+            if watch.accepts(step, mean_loss, step_keys):
+                grad_norm = learner.step(accelerator, options.optimizer.max_grad_norm)
+            else:
+                learner.skip_step()
+            progress.step, progress.step_in_epoch = step, progress.step_in_epoch + 1
             step_loss.zero_()
+            step_keys.clear()
+
+            tracker.log_step(step, mean_loss, learner.rates, grad_norm)
+            watch.heed_gradient(step, grad_norm)
             if accelerator.is_main_process:
                 sampling.after_step(step)
                 checkpoints.after_step(step)
-            if step == course.num_steps:
+            is_stopped = any_process(accelerator, stop.is_made())
+            if is_stopped or step == course.num_steps:
                 break
-        if accelerator.is_main_process:
-            sampling.after_epoch(step, epoch)
-            checkpoints.after_epoch(epoch, is_last=epoch == course.num_epochs)
+
+        is_finished = progress.step >= course.num_steps
+        epoch = progress.epoch + 1
+        if progress.step_in_epoch == course.order.steps_per_epoch:
+            progress.epoch, progress.step_in_epoch = epoch, 0
+        if accelerator.is_main_process and (progress.step_in_epoch == 0 or is_finished):
+            sampling.after_epoch(progress.step, epoch)
+            checkpoints.after_epoch(epoch, is_last=is_finished)
         accelerator.wait_for_everyone()
 
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and is_finished:
         tracker.say(f"saved '{checkpoints.at_end()}'")
+    elif accelerator.is_main_process:
+        folder = checkpoints.at_stop(progress.step)
+        tracker.say(f'stopped after step {progress.step}; go on with the same command and --resume "{folder}"')
     tracker.close()
+    return stop.exit_status if is_stopped and not is_finished else 0
+
+
+def new_progress(options: TrainingOptions) -> Progress:
+    """The beginning of a run that is not resumed."""
+    log_folder = options.tracking.run_folder(datetime.now())
+    return Progress(log_folder=None if log_folder is None else str(log_folder))
 
 
 # -- what is trained --------------------------------------------------------------------------------------------------
 
 
-def prepare_model(options: TrainingOptions, accelerator: Accelerator) -> SdxlModel:
-    """The model on the device, in the precision of training, ready to be trained where it will be."""
+def prepare_model(options: TrainingOptions, accelerator: Accelerator) -> tuple[SdxlModel, str]:
+    """The model on the device, in the precision of training, ready to be trained where it will be; the VAE's digest."""
     dtypes = options.precision.model_dtypes(
         trains_l=options.trains_l, trains_g=options.trains_g, float32_vae=options.model.no_half_vae
     )
-    model = load_model(options.model, dtypes)
+    model = load_model(options.model, replace(dtypes, vae=None))
+    digest = vae_digest(model.vae)  # before it is narrowed, as prepare_buckets_latents.py takes it
+    nn.Module.to(model.vae, dtypes.vae)
     for network in (model.unet, model.vae, model.text_encoder_l, model.text_encoder_g):
         network.requires_grad_(False)
         network.to(accelerator.device)
@@ -154,129 +223,23 @@ def prepare_model(options: TrainingOptions, accelerator: Accelerator) -> SdxlMod
         network.train()
         if options.run.gradient_checkpointing:
             enable_gradient_checkpointing(network)
-    return model
-
-
-def enable_gradient_checkpointing(network: UNet2DConditionModel | PreTrainedModel) -> None:
-    """Compute the network's activations again in the backward pass; diffusers and transformers differ in the name."""
-    if isinstance(network, UNet2DConditionModel):
-        network.enable_gradient_checkpointing()
-    else:
-        network.gradient_checkpointing_enable()
-
-
-@dataclass
-class Learner:
-    """What learns: the networks as accelerate runs them, and what moves their weights."""
-
-    unet: UNet2DConditionModel
-    text_encoder_l: nn.Module
-    text_encoder_g: nn.Module
-    trained: list[nn.Module]
-    parameters: list[nn.Parameter]
-    optimizer: Optimizer
-    lr_schedule: LRScheduler
-    rates: dict[str, float]
-    """The learning rate of each part in the last step."""
-
-    def step(self, accelerator: Accelerator, max_grad_norm: float) -> float | None:
-        """Clip (unless `max_grad_norm` is 0), move the weights; gives the norm of the gradient where it was taken."""
-        grad_norm = None
-        if max_grad_norm != 0:
-            grad_norm = float(accelerator.clip_grad_norm_(self.parameters, max_grad_norm))
-        self.rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
-        self.optimizer.step()
-        self.lr_schedule.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return grad_norm
-
-
-def make_learner(options: TrainingOptions, model: SdxlModel, accelerator: Accelerator, num_steps: int) -> Learner:
-    """The optimizer over what is trained, and both as accelerate runs them."""
-    # L's last block and norm take no part: its features come from the block before.
-    last_block = f"layers.{model.text_encoder_l.config.num_hidden_layers - 1}."
-    parameters_l = [
-        parameter
-        for name, parameter in model.text_encoder_l.named_parameters()
-        if last_block not in name and "final_layer_norm" not in name
-    ]
-    groups = make_parameter_groups(
-        options.optimizer,
-        unet=[(unet_name(name), parameter) for name, parameter in model.unet.named_parameters()],
-        text_encoder_l=parameters_l if options.trains_l else (),
-        text_encoder_g=model.text_encoder_g.parameters() if options.trains_g else (),
-    )
-    optimizer = make_optimizer(groups, options.optimizer)
-    lr_schedule = make_lr_schedule(optimizer, options.schedule, num_steps)
-    unet = accelerator.prepare(model.unet)
-    text_encoder_l = accelerator.prepare(model.text_encoder_l) if options.trains_l else model.text_encoder_l
-    text_encoder_g = accelerator.prepare(model.text_encoder_g) if options.trains_g else model.text_encoder_g
-    return Learner(
-        unet=unet,
-        text_encoder_l=text_encoder_l,
-        text_encoder_g=text_encoder_g,
-        trained=[unet, *[text_encoder_l] * options.trains_l, *[text_encoder_g] * options.trains_g],
-        parameters=[parameter for group in groups for parameter in group["params"]],
-        optimizer=accelerator.prepare(optimizer),
-        lr_schedule=lr_schedule,
-        rates={},
-    )
+    return model, digest
 
 
 # -- what it is trained on --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Course:
-    """The batches of a run, and how many steps it takes through them."""
-
-    loader: DataLoader[Batch]
-    order: EpochOrder
-    num_pictures: int
-    num_steps: int
-    num_epochs: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.num_pictures} pictures in {self.order.num_batches} batches, "
-            f"{self.order.steps_per_epoch} steps an epoch, {self.num_steps} steps in {self.num_epochs} epochs"
-        )
-
-
-def make_course(options: TrainingOptions, model: SdxlModel, accelerator: Accelerator, seed: int) -> Course:
-    """The batches of this process, in their order."""
-    images = prepare_images(options, model, accelerator)
-    dataset = CaptionedPictures(images, options.loader.num_chunks)
-    order = EpochOrder(
-        dataset.kinds,
-        BatchShape(
-            batch_size=options.loader.train_batch_size,
-            accumulation_steps=options.run.gradient_accumulation_steps,
-            num_processes=accelerator.num_processes,
-            process_index=accelerator.process_index,
-        ),
-        seed=seed,
-        num_repeats=options.training_set.dataset_repeats,
-        flip=options.training_set.flip_aug,
-    )
-    num_steps = options.run.max_train_steps
-    if options.run.max_train_epochs is not None:
-        num_steps = options.run.max_train_epochs * order.steps_per_epoch
-    return Course(
-        loader=make_loader(dataset, order, options.loader),
-        order=order,
-        num_pictures=len(images),
-        num_steps=num_steps,
-        num_epochs=math.ceil(num_steps / order.steps_per_epoch),
-    )
-
-
-def prepare_images(options: TrainingOptions, model: SdxlModel, accelerator: Accelerator) -> list[TrainingImage]:
+def prepare_images(
+    options: TrainingOptions, model: SdxlModel, digest: str, accelerator: Accelerator
+) -> list[TrainingImage]:
     """The training set; what lacks latents is encoded now, if it is to be cached, by the main process first."""
+    if accelerator.is_main_process:
+        for folder in (options.output_dir, options.output_dir / SAMPLE_FOLDER, options.training_set.train_data_dir):
+            remove_leftovers(Path(str(folder)))
     with accelerator.main_process_first():
-        images = read_training_set(options.training_set, options.bucket_rule, vae_digest(model.vae))
+        images = read_training_set(options.training_set, options.bucket_rule, digest)
         if options.training_set.cache_latents or options.training_set.cache_latents_to_disk:
-            images = encode_missing(images, model.vae, options.training_set)
+            images = encode_missing(images, model.vae, options.training_set, digest=digest)
     return images
 
 
@@ -295,39 +258,67 @@ def latents_of(batch: Batch, vae: AutoencoderKL) -> torch.Tensor:
 # -- what comes out ---------------------------------------------------------------------------------------------------
 
 
-def make_checkpoints(options: TrainingOptions, model: SdxlModel, tracker: Tracker) -> Checkpoints:
-    """What saves the model, in the format that the options ask for; the tracker does not count its time."""
+def make_checkpoints(
+    options: TrainingOptions,
+    model: SdxlModel,
+    learner: Learner,
+    progress: Progress,
+    tracker: Tracker,
+    accelerator: Accelerator,
+) -> Checkpoints:
+    """What saves models, in the format that the options ask for, and states; the tracker does not count its time."""
     source_is_diffusers = not Path(str(options.model.pretrained_model_name_or_path)).is_file()
     file_format = options.save.format(source_is_diffusers=source_is_diffusers)
-    if file_format == "diffusers":
-        write = partial(write_diffusers_folder, model=model, dtype=options.precision.save_dtype)
-        return Checkpoints(options.save, "", tracker.untimed()(write))
-    write = partial(save_single_file, options=options, model=model)
-    return Checkpoints(options.save, f".{file_format}", tracker.untimed()(write))
+
+    def save_model(path: Path) -> None:
+        require_finite(learner.trained)
+        if file_format == "diffusers":
+            write_diffusers_folder(path, model, options.precision.save_dtype)
+        else:
+            write_single_file(path, model, options.precision.save_dtype, header(options))
+
+    def save_state(folder: Path) -> None:
+        write_state(folder, replace(progress, losses=tracker.losses), learner.resumable(accelerator))
+
+    return Checkpoints(
+        options.save,
+        suffix="" if file_format == "diffusers" else f".{file_format}",
+        write_model=tracker.untimed()(save_model),
+        write_state=tracker.untimed()(save_state),
+        say=tracker.say,
+    )
 
 
-def save_single_file(path: Path, options: TrainingOptions, model: SdxlModel) -> None:
-    """Write the model with its header."""
+def header(options: TrainingOptions) -> dict[str, str]:
+    """The header of a saved model."""
     trained = options.noise.timestep_range
-    header = model_spec(
+    return model_spec(
         options.model_spec,
         name=last_name(options.save.output_name),
         resolution=options.resolution,
-        timesteps=None if len(trained) == 1000 else (trained.start, trained.stop),
+        timesteps=None if len(trained) == NUM_TIMESTEPS else (trained.start, trained.stop),
         now=datetime.now().astimezone(),
     )
-    write_single_file(path, model, options.precision.save_dtype, header)
+
+
+def check_disk(options: TrainingOptions, model: SdxlModel, learner: Learner) -> None:
+    """Raise `UserError` unless the disk holds what this run is going to keep at once."""
+    networks = [model.unet, model.vae, model.text_encoder_l, model.text_encoder_g]
+    needed = bytes_of(networks, options.precision.save_dtype)
+    if options.save.saves_state:
+        needed += 2 * bytes_of(list(learner.trained.values()), None)  # weights, and about as much for the optimizer
+    is_periodic = options.save.save_every_n_steps is not None or options.save.save_every_n_epochs is not None
+    require_disk_space(options.output_dir, needed * (2 if is_periodic else 1), "what this run is going to save")
 
 
 def make_sampling(options: TrainingOptions, model: SdxlModel, tracker: Tracker, seed: int) -> Sampling:
     """What draws the sample pictures. (accelerate wraps networks in place; the model's own are the trained ones.)"""
-    assert options.save.output_dir is not None
     return Sampling(
         options.sample,
         options.sample.read_prompts(),
         SamplingNetworks(model.unet, model.vae, model.text_encoder_l, model.text_encoder_g),
         tracker,
-        output_dir=options.save.output_dir,
+        output_dir=options.output_dir,
         model_name=options.save.output_name,
         size=options.resolution,
         seed=seed,

@@ -22,13 +22,7 @@ from library.config.kohya_flags import PREPARE_REFUSED, PREPARE_REPLACED
 from library.config.options import option, parse_options, positional
 from library.data.buckets import BucketOptions, BucketRule, parse_resolution
 from library.data.images import UnusableImage, find_images, read_size
-from library.data.latent_cache import (
-    CacheDemands,
-    cache_path,
-    read_fitting_cache,
-    require_separate_caches,
-    write_cache,
-)
+from library.data.latent_cache import CacheDemands, cache_path, read_fitting_cache, require_separate_caches, write_cache
 from library.data.latent_preparation import EncodingOptions, Outcome, Picture, encode_pictures
 from library.data.metadata import Metadata, keys_of_images, read_metadata, with_train_resolution, write_metadata
 from library.sdxl.latents import vae_digest
@@ -68,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     path_of = _pictures_with_metadata(options, metadata)
     vae = load_vae(options.model_name_or_path, None)
     digest = vae_digest(vae)  # before it is narrowed to the precision asked for
-    vae.to("cuda" if torch.cuda.is_available() else "cpu", encoding.vae_dtype)
+    # Not diffusers' own `to`, which warns of every change of precision.
+    torch.nn.Module.to(vae, "cuda" if torch.cuda.is_available() else "cpu", encoding.vae_dtype)
 
     problems: list[str] = []
     pictures = dict(_assign(path_of, rule, problems))

@@ -82,12 +82,6 @@ class PreparedSet:
         shutil.copytree(self.folder, folder, ignore=shutil.ignore_patterns("*.npz", "meta_lat.json"))
         return PreparedSet(folder)
 
-    def only(self, key: str, json_file: Path) -> Path:
-        """`json_file`, written as the metadata of the one picture `key` with its latents."""
-        entries = json.loads(self.latents_json.read_text(encoding="utf-8"))
-        json_file.write_text(json.dumps({key: entries[key]}), encoding="utf-8")
-        return json_file
-
 
 BUCKET_FLAGS = ("--min_bucket_reso=64", "--max_bucket_reso=256", "--bucket_reso_steps=64")
 PHOTOGRAPHS = {  # name: size, G caption, L caption
@@ -122,6 +116,7 @@ def merge_captions(prepared: PreparedSet) -> None:
 class Run:
     """A finished training run; its model is called "m"."""
 
+    argv: list[str]
     output: Path
     logs: Path
 
@@ -140,9 +135,7 @@ class Run:
 
 
 @pytest.fixture(scope="session")
-def train(
-    tiny_sdxl: Path, prepared_set: PreparedSet, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Run]:
+def train(tiny_sdxl: Path, prepared_set: PreparedSet, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
     """`train("--flag=value", ...)` runs sdxl_train.py to its end on the tiny SDXL and the prepared set.
 
     Flags given take the place of the defaults: seed 7, float32, one epoch of three steps, plain SGD without clipping,
@@ -163,7 +156,7 @@ def train(
         ]
         forget_accelerator()
         assert sdxl_train.main(argv) == 0
-        return Run(folder / "my output", folder / "logs")
+        return Run(argv, folder / "my output", folder / "logs")
 
     return run
 
@@ -171,10 +164,25 @@ def train(
 RATE = 0.1
 
 
+@pytest.fixture(scope="session")
+def one_picture(prepared_set: PreparedSet, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The flag that narrows a run to one picture."""
+    path = tmp_path_factory.mktemp("one") / "meta.json"
+    entries = json.loads(prepared_set.latents_json.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({"astronaut": entries["astronaut"]}), encoding="utf-8")
+    return f"--in_json={path}"
+
+
 def forget_accelerator() -> None:
     """Let the next `Accelerator` of this process choose its precision anew: accelerate keeps the first one's."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture
+def fresh_accelerate() -> None:
+    """A test that makes an `Accelerator` of its own."""
+    forget_accelerator()
 
 
 @pytest.fixture

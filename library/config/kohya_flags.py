@@ -167,13 +167,6 @@ _PRECISION_AND_MEMORY: dict[str, str] = {
 }
 
 _FILES_AND_LOGS: dict[str, str] = {
-    **dict.fromkeys(
-        ("--save_state", "--save_state_on_train_end", "--save_last_n_steps_state", "--save_last_n_epochs_state"),
-        "training states are not offered yet. Save models with --save_every_n_steps; any of them can be trained "
-        "further as --pretrained_model_name_or_path, with a fresh optimizer.",
-    ),
-    "--resume": "training states are not offered yet. Give the last saved model as --pretrained_model_name_or_path; "
-    "the optimizer and the schedule start afresh.",
     "--save_n_epoch_ratio": "counts saves instead of epochs. Use --save_every_n_epochs.",
     **dict.fromkeys(
         (

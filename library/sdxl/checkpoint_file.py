@@ -66,7 +66,7 @@ def read_single_file(path: Path, dtypes: ModelDtypes) -> SdxlModel:
     """The model of a single file, on the CPU, in evaluation mode.
 
     The file is mapped into memory and each tensor copied once, in its final precision. Raises `UserError` for a file
-    that is damaged, of another model family, or lacks tensors of SDXL (all named) or holds them in other shapes.
+    that is damaged, of another model family, or lacks tensors of SDXL or holds them in other shapes (which ones).
     """
     with open_tensors(path) as reader:
         architecture = _architecture_of(reader, SDXL_BASE)

@@ -1,8 +1,5 @@
 """Read and write SDXL as a folder that diffusers' `StableDiffusionXLPipeline.from_pretrained` opens."""
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
 
 from library.config.errors import UserError
-from library.config.output_files import PARTIAL_SUFFIX
+from library.config.output_files import replacing_folder
 from library.sdxl.architecture import LATENT_CHANNELS, SDXL_BASE, Architecture, SdxlModel, recorded_facts
 from library.sdxl.checkpoint_file import DEFAULT_LOGIT_SCALE, ModelDtypes
 from library.sdxl.tensor_file import TensorToWrite, write_safetensors
@@ -90,7 +87,7 @@ def write_diffusers_folder(folder: Path, model: SdxlModel, dtype: torch.dtype | 
     The folder is made under another name and then put in the place of an existing model. Raises `UserError` where that
     cannot be done, or where the existing folder holds anything else.
     """
-    with _replacing_folder(folder) as unfinished:
+    with replacing_folder(folder, marker=_INDEX) as unfinished:
         _write_networks(unfinished, model, dtype)
         _write_pipeline(unfinished, model)
 
@@ -148,32 +145,3 @@ def _tensors(network: nn.Module, dtype: torch.dtype | None) -> list[TensorToWrit
 
 def _itself(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
-
-
-@contextmanager
-def _replacing_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder that takes the place of `folder` when the block ends well; after any error that is as it was."""
-    if folder.exists() and not (folder / _INDEX).is_file():
-        raise UserError(f"'{folder}' exists and is not a diffusers model.", "Choose another output name, or move it.")
-    unfinished = folder.with_name(folder.name + PARTIAL_SUFFIX)
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        yield unfinished
-        _put_in_place(unfinished, folder)
-    except OSError as error:
-        raise UserError(
-            f"cannot write the folder '{folder}': {error.strerror or error}.",
-            "Check that you may write there, that the disk is not full and that no program has its files open.",
-        ) from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _put_in_place(unfinished: Path, folder: Path) -> None:
-    replaced = folder.with_name(folder.name + ".replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if folder.exists():
-        folder.rename(replaced)
-    unfinished.rename(folder)
-    shutil.rmtree(replaced, ignore_errors=True)

@@ -32,9 +32,10 @@ def encode_pixels_finite(vae: AutoencoderKL, pixels: torch.Tensor) -> EncodedPix
     held = vae.dtype
     if not overflowed or held == torch.float32:
         return EncodedPixels(latents, [], overflowed)
-    vae.to(torch.float32)
+    # torch's own `to`: that of diffusers warns at every change of precision.
+    torch.nn.Module.to(vae, torch.float32)
     latents[overflowed] = encode_pixels(vae, pixels[overflowed])
-    vae.to(held)  # exact: every value of a narrower type survives the way through float32
+    torch.nn.Module.to(vae, held)  # exact: every value of a narrower type survives the way through float32
     return EncodedPixels(latents, overflowed, _not_finite(latents))
 
 

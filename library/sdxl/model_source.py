@@ -57,6 +57,7 @@ def load_model(options: ModelOptions, dtypes: ModelDtypes) -> SdxlModel:
     model = read_single_file(Path(source), dtypes) if _is_file(source) else read_diffusers_folder(source, dtypes)
     if options.vae is not None:
         model.vae = load_vae(options.vae, dtypes.vae, model.architecture)
+        model.architecture = replace(model.architecture, vae=recorded_facts(model.vae.config, SDXL_BASE.vae))
     if options.legacy_text_projection:
         print(
             "--legacy_text_projection: G's pooled vector is computed by the transposed matrix, unlike OpenCLIP, "
@@ -64,7 +65,6 @@ def load_model(options: ModelOptions, dtypes: ModelDtypes) -> SdxlModel:
             file=sys.stderr,
         )
         use_legacy_text_projection(model.text_encoder_g)
-        model.architecture = replace(model.architecture, vae=recorded_facts(model.vae.config, SDXL_BASE.vae))
     return model
 
 

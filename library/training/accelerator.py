@@ -1,9 +1,9 @@
 """Devices, processes and precision of a run: accelerate's object, and how gradients meet between processes."""
 
+import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from datetime import datetime
 
 import torch
 from accelerate import Accelerator
@@ -11,10 +11,9 @@ from accelerate.utils import broadcast
 from torch import nn
 
 from library.training.precision import PrecisionOptions
-from library.training.tracking import TrackingOptions
 
 
-def make_accelerator(precision: PrecisionOptions, tracking: TrackingOptions, now: datetime) -> Accelerator:
+def make_accelerator(precision: PrecisionOptions, trackers: list[str], log_folder: str | None) -> Accelerator:
     """accelerate's object for this process.
 
     Accumulation is not left to it: it would divide by a fixed number of batches, and the last step of an epoch may
@@ -22,13 +21,13 @@ def make_accelerator(precision: PrecisionOptions, tracking: TrackingOptions, now
     """
     return Accelerator(
         mixed_precision=precision.mixed_precision,
-        log_with=tracking.trackers,
-        project_dir=tracking.run_folder(now),
+        log_with=trackers or None,
+        project_dir=log_folder,
     )
 
 
 @contextmanager
-def exchange_gradients(accelerator: Accelerator, networks: Sequence[nn.Module], *, now: bool) -> Iterator[None]:
+def exchange_gradients(accelerator: Accelerator, networks: Iterable[nn.Module], *, now: bool) -> Iterator[None]:
     """Within the block, `backward` averages gradients over processes if `now`, else it only adds them up here."""
     with ExitStack() as stack:
         if not now:
@@ -40,6 +39,22 @@ def exchange_gradients(accelerator: Accelerator, networks: Sequence[nn.Module], 
 def mean_over_processes(accelerator: Accelerator, value: torch.Tensor) -> float:
     """The mean of a number over all processes."""
     return float(accelerator.reduce(value, reduction="mean"))
+
+
+def any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether `flag` is set in one process at least; every process gets the same answer."""
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum"))
+
+
+def step_seed(seed: int, step: int, process_index: int) -> int:
+    """The seed of all that is random in one step of one process.
+
+    Starting anew at every step is what makes a resumed run the same run: there is no state of a generator to keep.
+    """
+    text = f"{seed}/{step}/{process_index}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def draw_seed(accelerator: Accelerator) -> int:

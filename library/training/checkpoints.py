@@ -4,12 +4,15 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 from tqdm import tqdm
 
+from library.config.errors import UserError
 from library.config.options import option
+from library.training.state import STATE_SUFFIX
 
 _WITHOUT_NAME = {"step": "at", "epoch": "epoch", "last": "last"}
 """What kohya's trainers call a model where no output name is given."""
@@ -32,6 +35,15 @@ class SaveOptions:
     save_every_n_epochs: int | None = option(None, "Save after every n epochs.")
     save_last_n_steps: int | None = option(None, "Remove models saved more than this many steps ago.")
     save_last_n_epochs: int | None = option(None, "Keep this many of the models saved by epoch.")
+    save_state: bool = option(False, "Save a state with every model: all that is needed to go on by --resume.")
+    save_state_on_train_end: bool = option(False, "Save a state with the finished model.")
+    save_last_n_steps_state: int | None = option(None, "As --save_last_n_steps, for states; the same if not given.")
+    save_last_n_epochs_state: int | None = option(None, "As --save_last_n_epochs, for states; the same if not given.")
+
+    @property
+    def saves_state(self) -> bool:
+        """Whether states are saved, if only at the end."""
+        return self.save_state or self.save_state_on_train_end
 
     def problems(self) -> Iterator[str]:
         """What cannot work."""
@@ -44,12 +56,17 @@ class SaveOptions:
         if self.output_name is not None and Path(self.output_name).name != self.output_name:
             yield f"--output_name is '{self.output_name}'; it must be a name without folders (see --output_dir)."
         for unit in ("steps", "epochs"):
-            every, last = getattr(self, f"save_every_n_{unit}"), getattr(self, f"save_last_n_{unit}")
-            for flag, value in ((f"save_every_n_{unit}", every), (f"save_last_n_{unit}", last)):
+            every = f"save_every_n_{unit}"
+            keeping = [f"save_last_n_{unit}", f"save_last_n_{unit}_state"]
+            for flag in (every, *keeping):
+                value = getattr(self, flag)
                 if value is not None and value < 1:
                     yield f"--{flag} is {value}; it must be 1 or more."
-            if last is not None and every is None:
-                yield f"--save_last_n_{unit} needs --save_every_n_{unit}."
+            for flag in keeping:
+                if getattr(self, flag) is not None and getattr(self, every) is None:
+                    yield f"--{flag} needs --{every}."
+            if getattr(self, keeping[1]) is not None and not self.save_state:
+                yield f"--{keeping[1]} needs --save_state."
 
     def format(self, *, source_is_diffusers: bool) -> str:
         """ "safetensors", "ckpt" or "diffusers"."""
@@ -89,46 +106,87 @@ def epoch_to_remove(epoch: int, *, every: int, keep: int | None) -> int | None:
 
 
 class Checkpoints:
-    """Saves the model when it is due; an older one is removed only when its successor is complete.
+    """Saves models and states when they are due; older ones are removed only when their successors are complete.
 
-    `write(path)` writes the model as it is now; `suffix` is ".safetensors", ".ckpt" or "" for a diffusers folder.
+    `write_model(path)` and `write_state(folder)` write what is now; `suffix` is ".safetensors", ".ckpt" or "" for a
+    diffusers folder. A save that fails while the run goes on (a full disk) is told to `say` and tried again when the
+    next one is due; the one before it stays.
     """
 
-    def __init__(self, options: SaveOptions, suffix: str, write: Callable[[Path], None]):
+    def __init__(
+        self,
+        options: SaveOptions,
+        suffix: str,
+        write_model: Callable[[Path], None],
+        write_state: Callable[[Path], None],
+        say: Callable[[str], None],
+    ):
         assert options.output_dir is not None  # checked by problems()
         self._options = options
         self._folder = options.output_dir
         self._suffix = suffix
-        self._write = write
+        self._write_model = write_model
+        self._write_state = write_state
+        self._say = say
 
     def after_step(self, step: int) -> None:
         """Save if the options ask for it after optimizer step `step` (from 1)."""
-        every = self._options.save_every_n_steps
+        options = self._options
+        every = options.save_every_n_steps
         if every is None or step % every != 0:
             return
-        outdated = step_to_remove(step, every=every, keep=self._options.save_last_n_steps)
-        name = self._options.output_name
-        self._save(step_name(name, step), None if outdated is None else step_name(name, outdated))
+        keep, keep_states = options.save_last_n_steps, options.save_last_n_steps_state or options.save_last_n_steps
+        outdated = step_to_remove(step, every=every, keep=keep)
+        outdated_state = step_to_remove(step, every=every, keep=keep_states)
+        self._save_if_possible(partial(step_name, options.output_name), step, outdated, outdated_state)
 
     def after_epoch(self, epoch: int, *, is_last: bool) -> None:
         """Save if the options ask for it after epoch `epoch` (from 1); the last is saved as the finished model."""
-        every = self._options.save_every_n_epochs
+        options = self._options
+        every = options.save_every_n_epochs
         if every is None or epoch % every != 0 or is_last:
             return
-        outdated = epoch_to_remove(epoch, every=every, keep=self._options.save_last_n_epochs)
-        name = self._options.output_name
-        self._save(epoch_name(name, epoch), None if outdated is None else epoch_name(name, outdated))
+        keep, keep_states = options.save_last_n_epochs, options.save_last_n_epochs_state or options.save_last_n_epochs
+        outdated = epoch_to_remove(epoch, every=every, keep=keep)
+        outdated_state = epoch_to_remove(epoch, every=every, keep=keep_states)
+        self._save_if_possible(partial(epoch_name, options.output_name), epoch, outdated, outdated_state)
 
     def at_end(self) -> Path:
-        """Save the finished model; gives its path."""
-        return self._save(last_name(self._options.output_name), None)
+        """Save the finished model (and a state, if the options ask for it); gives the model's path."""
+        options = self._options
+        return self._save(last_name(options.output_name), with_state=options.saves_state)
 
-    def _save(self, name: str, outdated: str | None) -> Path:
-        path = self._folder / f"{name}{self._suffix}"
-        self._write(path)
+    def at_stop(self, step: int) -> Path:
+        """Save model and state where the run is stopped, after optimizer step `step`; gives the state's folder."""
+        name = step_name(self._options.output_name, step)
+        self._save(name, with_state=True)
+        return self._state(name)
+
+    def _save_if_possible(
+        self, name_of: Callable[[int], str], count: int, outdated: int | None, outdated_state: int | None
+    ) -> None:
+        try:
+            self._save(name_of(count), with_state=self._options.save_state)
+        except UserError as error:
+            self._say(f"'{name_of(count)}' is not saved, the run goes on and tries again at the next save: {error}")
+            return
         if outdated is not None:
-            _remove(self._folder / f"{outdated}{self._suffix}")
-        return path
+            _remove(self._model(name_of(outdated)))
+        if outdated_state is not None and self._options.save_state:
+            _remove(self._state(name_of(outdated_state)))
+
+    def _save(self, name: str, *, with_state: bool) -> Path:
+        # The model first: a run killed in between goes on from the state before, and writes the same model again.
+        self._write_model(self._model(name))
+        if with_state:
+            self._write_state(self._state(name))
+        return self._model(name)
+
+    def _model(self, name: str) -> Path:
+        return self._folder / f"{name}{self._suffix}"
+
+    def _state(self, name: str) -> Path:
+        return self._folder / f"{name}{STATE_SUFFIX}"
 
 
 def _remove(path: Path) -> None:

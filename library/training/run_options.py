@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import ClassVar
 
 from library.config.errors import UserError
@@ -16,6 +17,7 @@ from library.training.checkpoints import SaveOptions
 from library.training.lr_schedules import ScheduleOptions
 from library.training.optimizers import OptimizerOptions
 from library.training.precision import PrecisionOptions
+from library.training.resume import ResumeOptions
 from library.training.sampling import SampleOptions
 from library.training.tracking import TrackingOptions
 
@@ -31,12 +33,13 @@ class RunOptions:
     gradient_accumulation_steps: int = option(1, "Batches whose gradients make one optimizer step.")
     gradient_checkpointing: bool = option(False, "Compute activations again in the backward pass: slower, far smaller.")
     train_text_encoder: bool = option(False, "Train the text encoders too.")
+    max_bad_steps: int = option(1, "Stop after this many steps in a row whose loss is NaN or Inf.")
     seed: int | None = option(None, "Seed of everything random; drawn and printed where not given.")
     sdpa: bool = option(True, "Attention is always torch's scaled_dot_product_attention.", choices=(True,))
 
     def problems(self) -> Iterator[str]:
         """What cannot work."""
-        for flag in ("max_train_steps", "max_train_epochs", "gradient_accumulation_steps"):
+        for flag in ("max_train_steps", "max_train_epochs", "gradient_accumulation_steps", "max_bad_steps"):
             value = getattr(self, flag)
             if value is not None and value < 1:
                 yield f"--{flag} is {value}; it must be 1 or more."
@@ -58,10 +61,17 @@ class TrainingOptions:
     schedule: ScheduleOptions
     noise: NoiseOptions
     save: SaveOptions
+    resume: ResumeOptions
     model_spec: ModelSpecOptions
     sample: SampleOptions
     tracking: TrackingOptions
     config_file: ConfigFileOptions
+
+    @property
+    def output_dir(self) -> Path:
+        """The folder for models and sample pictures."""
+        assert self.save.output_dir is not None  # checked by problems()
+        return self.save.output_dir
 
     @property
     def trains_l(self) -> bool:
@@ -93,8 +103,15 @@ class TrainingOptions:
                 yield f"--{flag} has no effect without --train_text_encoder; add it or leave the rate out."
         if not (self.optimizer.learning_rate or self.trains_l or self.trains_g):
             yield "every learning rate is 0: there is nothing to train. Set --learning_rate, such as 1e-5."
+        yield from self._bucket_conflicts()
+
+    def _bucket_conflicts(self) -> Iterator[str]:
         try:
-            assert self.bucket_rule
+            size = self.resolution
+        except UserError:
+            return  # the class that declares --resolution says so
+        try:
+            self.buckets.rule(size, enabled=self.training_set.enable_bucket)
         except UserError as error:
             yield str(error)
 

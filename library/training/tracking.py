@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -61,13 +61,37 @@ class TrackingOptions:
 class Tracker:
     """Shows and logs the course of a run. On other processes than the main one it keeps silent."""
 
-    def __init__(self, accelerator: Accelerator, options: TrackingOptions, *, num_steps: int, steps_per_epoch: int):
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        options: TrackingOptions,
+        *,
+        num_steps: int,
+        steps_per_epoch: int,
+        steps_done: int = 0,
+        losses: Sequence[float] = (),
+    ):
+        """`steps_done` and the last `losses` are those of the run that is resumed, if one is."""
         self._accelerator = accelerator
         if options.trackers:
-            accelerator.init_trackers(options.log_tracker_name or "finetuning")
-        self._losses: deque[float] = deque(maxlen=steps_per_epoch)
-        self._bar = tqdm(total=num_steps, desc="steps", disable=not accelerator.is_local_main_process, smoothing=0.05)
+            # What a killed run has logged after its state is logged again, so that the curves have no second branch.
+            tensorboard = {"purge_step": steps_done + 1} if steps_done else {}
+            name = options.log_tracker_name or "finetuning"
+            accelerator.init_trackers(name, init_kwargs={"tensorboard": tensorboard})
+        self._losses = deque(losses, maxlen=steps_per_epoch)
+        self._bar = tqdm(
+            total=num_steps,
+            initial=steps_done,
+            desc="steps",
+            disable=not accelerator.is_local_main_process,
+            smoothing=0.05,
+        )
         self._last_time = time.perf_counter()
+
+    @property
+    def losses(self) -> list[float]:
+        """The losses of the moving average."""
+        return list(self._losses)
 
     def log_step(self, step: int, loss: float, rates: Mapping[str, float], grad_norm: float | None) -> None:
         """Log optimizer step `step` (from 1); the average is over as many steps as an epoch has."""

@@ -1,79 +1,11 @@
-"""What is trained on: which picture and cache a key means, what is stale or missing, and encoding what has none."""
+"""What is trained on: which picture and cache a key means, its size and crop, what is stale or missing."""
 
-import json
-from dataclasses import dataclass, replace
-from pathlib import Path
-
-import numpy as np
 import pytest
-import torch
-from PIL import Image
 
 from library.config.errors import UserError
-from library.data.buckets import BucketRule, Size
-from library.data.latent_cache import CachedLatents, cache_path, crop_to_train, file_digest, read_cache, write_cache
-from library.data.training_set import TrainingSetOptions, encode_missing, read_training_set
-from library.sdxl.checkpoint_file import read_vae
-from library.sdxl.latents import vae_digest
-
-SIZE = Size(100, 60)
-BUCKET = Size(80, 48)
-RULE = BucketRule(Size(64, 64), 64, 128, 32, no_upscale=False)
-RULES_BUCKET = Size(64, 64)  # of a picture of SIZE; the metadata's own choice in these tests is BUCKET
-
-
-@dataclass(frozen=True)
-class Folder:
-    """A training set in the making."""
-
-    path: Path
-
-    @property
-    def images(self) -> Path:
-        return self.path / "my images"
-
-    def add(self, name="a.png", size=SIZE):
-        path = self.images / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = np.random.default_rng(list(name.encode())).integers(0, 256, (size.height, size.width, 3))
-        Image.fromarray(pixels.astype(np.uint8)).save(path)
-        return path
-
-    def add_cache(self, image, bucket=BUCKET, **changes):
-        """The cache of a picture as prepare_buckets_latents.py would leave it; changes as of its fields."""
-        cached = CachedLatents(
-            latents=np.random.default_rng(0).normal(size=(4, bucket.height // 8, bucket.width // 8)).astype(np.float32),
-            original_size=SIZE,
-            crop_ltrb=(0.0, 0.0, 80.0, 48.0),
-            resized_size=BUCKET,
-            image_digest=file_digest(image) if image.exists() else "gone",
-            vae_digest="vae",
-        )
-        write_cache(cache_path(image), replace(cached, **changes))
-        return cache_path(image)
-
-    def options(self, metadata, **flags):
-        """Options that name this folder and the metadata: keys alone, or keys with their entries."""
-        captions = {"captionL": "style", "captionG": "content"}
-        entries = metadata if isinstance(metadata, dict) else {str(key): captions for key in metadata}
-        (self.path / "meta.json").write_text(json.dumps(entries), encoding="utf-8")
-        return TrainingSetOptions(train_data_dir=self.images, in_json=self.path / "meta.json", **flags)
-
-    def read(self, metadata, **flags):
-        return read_training_set(self.options(metadata, **flags), RULE, "vae")
-
-
-@pytest.fixture
-def folder(tmp_path):
-    made = Folder(tmp_path / "my set ü")
-    made.images.mkdir(parents=True)
-    return made
-
-
-def entry(resolution=None, caption_l="style", caption_g="content"):
-    made = {"captionL": caption_l, "captionG": caption_g}
-    return made if resolution is None else made | {"train_resolution": list(resolution)}
-
+from library.data.buckets import Size
+from library.data.latent_cache import crop_to_train
+from library.data.training_set import TrainingSetOptions
 
 # Keys
 
@@ -101,7 +33,7 @@ def test_a_key_is_a_stem_or_a_path_and_leads_to_picture_and_cache(folder, name, 
             folder.read([key])
         return
     (found,) = folder.read([key])
-    assert (found.key, found.caption_l, found.caption_g, found.size) == (key, "style", "content", SIZE)
+    assert (found.key, found.caption_l, found.caption_g, found.size) == (key, "style", "content", folder.size)
     assert found.latents == cache
     assert (found.picture is None) == has_cache
     assert has_cache or found.picture.path == image
@@ -110,7 +42,7 @@ def test_a_key_is_a_stem_or_a_path_and_leads_to_picture_and_cache(folder, name, 
 def test_captions_and_order_are_those_of_the_metadata(folder):
     for name in "ab":
         folder.add(f"{name}.png")
-    images = folder.read({"b": entry(caption_l="", caption_g="é 🏯"), "a": entry(caption_l="x")})
+    images = folder.read({"b": folder.entry(caption_l="", caption_g="é 🏯"), "a": folder.entry(caption_l="x")})
     assert [(image.key, image.caption_l, image.caption_g) for image in images] == [
         ("b", "", "é 🏯"),
         ("a", "x", "content"),
@@ -138,6 +70,12 @@ def test_two_pictures_that_would_share_a_cache_are_named(folder):
     assert all(str(image) in caught.value.problem for image in images)
 
 
+def test_stems_are_looked_up_in_the_whole_folder_but_the_top_comes_first(folder):
+    for name in ("a.png", "deep/a.png", "deep/b.png"):
+        folder.add(name)
+    assert [image.picture.path.parent.name for image in folder.read(["a", "b"])] == ["my images", "deep"]
+
+
 # Missing things
 
 
@@ -146,7 +84,7 @@ def test_two_pictures_that_would_share_a_cache_are_named(folder):
     [("L", {"captionG": "only"}), ("G", {"captionL": "only"}), ("L", {"train_resolution": [8, 8]})],
 )
 def test_images_without_a_caption_are_listed_with_the_script_to_run(folder, letter, lacking):
-    metadata = {f"{number:02}": dict(lacking) for number in range(13)} | {"fine": entry()}
+    metadata = {f"{number:02}": dict(lacking) for number in range(13)} | {"fine": folder.entry()}
     with pytest.raises(UserError) as caught:
         folder.read(metadata)
     assert f"13 images have no {letter} caption: 00, 01, 02" in caught.value.problem
@@ -181,36 +119,23 @@ def test_options_that_cannot_work_are_all_named(folder):
 def test_without_cache_the_metadata_chooses_the_bucket_and_else_the_rule(folder):
     for name in "ab":
         folder.add(f"{name}.png")
-    chosen, ruled = folder.read({"a": entry(BUCKET), "b": entry()})
-    assert (chosen.bucket, chosen.picture.assignment.bucket) == (BUCKET, BUCKET)
-    assert (ruled.bucket, ruled.picture.assignment) == (RULES_BUCKET, RULE.assign(SIZE))
+    chosen, ruled = folder.read({"a": folder.entry(folder.bucket), "b": folder.entry()})
+    assert (chosen.bucket, chosen.picture.assignment.bucket) == (folder.bucket, folder.bucket)
+    assert (ruled.bucket, ruled.picture.assignment) == (Size(64, 64), folder.rule.assign(folder.size))
 
 
 def test_with_cache_the_size_is_that_of_the_file_whatever_the_rule_says(folder, capsys):
     folder.add_cache(folder.add())
-    (found,) = folder.read({"a": entry()})
-    assert (found.bucket, found.size) == (BUCKET, SIZE)
+    (found,) = folder.read({"a": folder.entry()})
+    assert (found.bucket, found.size) == (folder.bucket, folder.size)
     assert "encoded again" not in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("legacy", [False, True])
-def test_the_crop_is_the_same_from_the_cache_and_from_the_picture(folder, tiny_sdxl, legacy):
-    folder.add(size=Size(101, 50))  # shrunk to 97x48: 17 columns go, 8 left and 9 right
-    options = folder.options({"a": entry(BUCKET)}, legacy_crop_coords=legacy, cache_latents_to_disk=True)
-    (uncached,) = read_training_set(options, RULE, "vae")
-    expected = (0, 4, 0) if legacy else (8, 0, 9)
-    assert uncached.crop == expected
-    encode_missing([uncached], read_vae(tiny_sdxl, torch.float32), options, digest="vae")
-    (cached,) = read_training_set(options, RULE, "vae")
-    assert isinstance(cached.latents, Path)
-    assert cached.crop == expected
 
 
 def test_a_cache_of_ours_gives_the_legacy_crop_too(folder):
     folder.add_cache(folder.add(), resized_size=Size(97, 48), crop_ltrb=(8.0, 0.0, 88.0, 48.0))
     (true,), (legacy,) = (folder.read(["a"], legacy_crop_coords=legacy) for legacy in (False, True))
     assert true.crop == (8, 0, 9)
-    assert legacy.crop == crop_to_train(BUCKET, Size(97, 48), SIZE, legacy=True)
+    assert legacy.crop == crop_to_train(folder.bucket, Size(97, 48), folder.size, legacy=True)
 
 
 # Stale and damaged caches
@@ -228,8 +153,8 @@ def test_a_cache_of_ours_gives_the_legacy_crop_too(folder):
 def test_a_stale_cache_is_named_and_its_picture_encoded_again(folder, capsys, changes, flags, reason):
     image = folder.add()
     cache = folder.add_cache(image, **changes)
-    (found,) = folder.read({"a": entry(BUCKET)}, **flags)
-    assert (found.latents, found.bucket, found.picture.path) == (None, BUCKET, image)
+    (found,) = folder.read({"a": folder.entry(folder.bucket)}, **flags)
+    assert (found.latents, found.bucket, found.picture.path) == (None, folder.bucket, image)
     notice = capsys.readouterr().err
     assert f"'{cache}' does not fit: {reason}" in notice
     assert "It is encoded again." in notice
@@ -254,7 +179,7 @@ def test_a_bad_cache_whose_picture_is_gone_is_an_error(folder, damage):
 
 def test_a_cache_of_the_seed_is_used_though_it_does_not_say_what_it_was_made_from(folder):
     cache = folder.add_cache(folder.add(), image_digest=None, vae_digest=None, resized_size=None)
-    (found,) = folder.read({"a": entry(BUCKET)})
+    (found,) = folder.read({"a": folder.entry(folder.bucket)})
     assert found.latents == cache
 
 
@@ -266,88 +191,3 @@ def test_pictures_are_compared_unless_the_check_is_skipped(folder):
     assert unread.latents == cache
     with pytest.raises(UserError, match=r"a.png' cannot be used"):
         folder.read(["a"])
-
-
-# Encoding what has no latents
-
-
-@pytest.fixture(scope="module")
-def vae(tiny_sdxl):
-    return read_vae(tiny_sdxl, torch.float32)
-
-
-def test_latents_in_memory_and_on_disk_are_equal_and_what_was_cached_stays(folder, vae):
-    folder.add("a.png")
-    folder.add("b.png", Size(60, 100))
-    kept = folder.add_cache(folder.add("c.png"), vae_digest=vae_digest(vae))
-    metadata = {"a": entry(BUCKET), "b": entry(), "c": entry(BUCKET)}
-    options = folder.options(metadata, flip_aug=False, cache_latents=True, vae_batch_size=2)
-    images = read_training_set(options, RULE, vae_digest(vae))
-    before = kept.read_bytes()
-
-    in_memory = encode_missing(images, vae, options)
-    assert [path.name for path in folder.images.glob("*.npz")] == ["c.npz"]
-    on_disk = encode_missing(images, vae, replace(options, cache_latents_to_disk=True))
-    assert [image.key for image in in_memory] == [image.key for image in on_disk] == ["a", "b", "c"]
-    assert in_memory[2] == on_disk[2] == images[2]
-    assert kept.read_bytes() == before
-    for memory, disk in zip(in_memory[:2], on_disk[:2], strict=True):
-        assert disk.latents == cache_path(disk.picture.path)
-        read = read_cache(disk.latents)
-        for name, value in vars(memory.latents).items():
-            np.testing.assert_array_equal(getattr(read, name), value, err_msg=name)
-
-
-def test_what_was_encoded_to_disk_is_found_by_the_next_run(folder, vae, capsys):
-    folder.add()
-    options = folder.options({"a": entry()}, flip_aug=True, cache_latents_to_disk=True)
-    images = read_training_set(options, RULE, vae_digest(vae))
-    encoded = encode_missing(images, vae, options)
-    (again,) = read_training_set(options, RULE, vae_digest(vae))
-    assert (again.latents, again.bucket, again.crop) == (encoded[0].latents, images[0].bucket, images[0].crop)
-    assert "encoded again" not in capsys.readouterr().err
-
-
-def test_a_stale_cache_is_written_over(folder, vae):
-    cache = folder.add_cache(folder.add(), vae_digest="other")
-    options = folder.options(["a"], cache_latents_to_disk=True)
-    encode_missing(read_training_set(options, RULE, vae_digest(vae)), vae, options)
-    assert read_cache(cache).vae_digest == vae_digest(vae)
-
-
-def test_two_keys_of_one_picture_both_get_its_latents(folder, vae):
-    image = folder.add()
-    options = folder.options({"a": entry(caption_l="one"), str(image): entry(caption_l="two")}, cache_latents=True)
-    first, second = encode_missing(read_training_set(options, RULE, "vae"), vae, options)
-    assert (first.caption_l, second.caption_l) == ("one", "two")
-    assert first.latents is second.latents is not None
-
-
-def test_the_fingerprint_of_the_vae_can_be_that_of_its_file(folder, vae):
-    folder.add()
-    options = folder.options(["a"])
-    (image,) = encode_missing(read_training_set(options, RULE, "file"), vae, options, digest="file")
-    assert image.latents.vae_digest == "file"
-
-
-def test_a_picture_that_cannot_be_encoded_is_an_error_that_names_it(folder, vae):
-    image = folder.add()
-    options = folder.options(["a"], cache_latents=True)
-    images = read_training_set(options, RULE, "vae")
-    image.write_bytes(image.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"a.png' cannot be used"):
-        encode_missing(images, vae, options)
-
-
-def test_nothing_is_done_where_all_have_latents(folder, vae, capsys):
-    folder.add_cache(folder.add())
-    images = folder.read(["a"])
-    capsys.readouterr()
-    assert encode_missing(images, vae, folder.options(["a"])) == images
-    assert capsys.readouterr() == ("", "")
-
-
-def test_stems_are_looked_up_in_the_whole_folder_but_the_top_comes_first(folder):
-    for name in ("a.png", "deep/a.png", "deep/b.png"):
-        folder.add(name)
-    assert [image.picture.path.parent.name for image in folder.read(["a", "b"])] == ["my images", "deep"]

@@ -33,8 +33,8 @@ SEED = 5
 BASIC_SAMPLERS = [name for name in SAMPLERS if not name.startswith("k_")]
 
 # Both prompts are encoded together here, one by one in the pipeline: the last bit of a feature differs (6e-8 of it),
-# and three steps with guidance 7 make up to 2e-4 of that in latents of deviation 25. Another prompt makes 20 and more.
-TOLERANCE = {"rtol": 0, "atol": 1e-3}
+# which steps with guidance 7 make up to 1e-4 of the latents' deviation. Another prompt makes all of it.
+TOLERANCE = 1e-3
 
 
 @cache
@@ -75,6 +75,10 @@ def drawn_by_diffusers(networks: SamplingNetworks, prompt: SamplePrompt, sampler
     ).images
 
 
+def assert_same_latents(ours: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, expected, rtol=0, atol=TOLERANCE * expected.std().item())
+
+
 def drawn(networks: SamplingNetworks, prompt: SamplePrompt, sampler: str) -> torch.Tensor:
     return draw_latents(networks, prompt, sampler=sampler, seed=SEED, **SIZE)
 
@@ -86,14 +90,14 @@ def drawn(networks: SamplingNetworks, prompt: SamplePrompt, sampler: str) -> tor
 def test_a_picture_is_the_one_that_diffusers_draws(sampler: str, tiny_networks: SamplingNetworks):
     ours = drawn(tiny_networks, PROMPT, sampler)
     assert ours.shape == (1, 4, 12, 8)
-    torch.testing.assert_close(ours, drawn_by_diffusers(tiny_networks, PROMPT, sampler), **TOLERANCE)
+    assert_same_latents(ours, drawn_by_diffusers(tiny_networks, PROMPT, sampler))
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, replace(PROMPT, negative_g="", negative_l="")])
 def test_without_guidance_the_negative_prompt_plays_no_part(prompt: SamplePrompt, tiny_networks: SamplingNetworks):
     plain = replace(prompt, guidance_scale=1.0)
     expected = drawn_by_diffusers(tiny_networks, replace(PROMPT, guidance_scale=1.0), "euler")
-    torch.testing.assert_close(drawn(tiny_networks, plain, "euler"), expected, **TOLERANCE)
+    assert_same_latents(drawn(tiny_networks, plain, "euler"), expected)
 
 
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if name.startswith("k_")])
@@ -155,7 +159,7 @@ def test_a_long_prompt_and_a_short_negative_are_given_the_same_number_of_chunks(
         negative_prompt_embeds=unwanted,
         negative_pooled_prompt_embeds=unwanted_pooled,
     )
-    torch.testing.assert_close(drawn(tiny_networks, long, "euler"), expected, **TOLERANCE)
+    assert_same_latents(drawn(tiny_networks, long, "euler"), expected)
 
 
 # -- pictures ---------------------------------------------------------------------------------------------------------

@@ -1,7 +1,5 @@
 """SDXL as one file: what is read is what diffusers reads, what is written is what was read."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors import safe_open
@@ -108,9 +106,11 @@ def with_float32_vae(tensors):
     return {name: tensor.float() if name.startswith(PREFIX_VAE) else tensor for name, tensor in tensors.items()}
 
 
-@pytest.mark.parametrize("precision", [as_published, with_float32_vae])
-@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
-def test_loading_and_saving_is_the_identity_bit_for_bit(tmp_path, sdxl_tensors, sdxl_metadata, precision, suffix):
+@pytest.mark.parametrize(
+    ("suffix", "precision"),
+    [(".safetensors", as_published), (".safetensors", with_float32_vae), (".ckpt", with_float32_vae)],
+)
+def test_loading_and_saving_is_the_identity_bit_for_bit(tmp_path, sdxl_tensors, sdxl_metadata, suffix, precision):
     original, saved = tmp_path / "original.safetensors", tmp_path / f"saved{suffix}"
     expected = precision(sdxl_tensors)
     save_file(expected, original, sdxl_metadata)
@@ -120,7 +120,7 @@ def test_loading_and_saving_is_the_identity_bit_for_bit(tmp_path, sdxl_tensors, 
 
 
 def test_loading_saving_loading_gives_the_same_model(tmp_path, sdxl_model):
-    for path in (tmp_path / "first.safetensors", tmp_path / "second.ckpt", tmp_path / "third.safetensors"):
+    for path in (tmp_path / "first.ckpt", tmp_path / "second.safetensors"):
         write_single_file(path, sdxl_model, None, {})
         again = read_single_file(path, ModelDtypes())
         assert again.architecture == sdxl_model.architecture
@@ -269,7 +269,7 @@ def test_the_note_of_the_vaes_own_file_goes_before_the_architecture_that_is_assu
 
 
 def test_a_vae_that_lacks_a_tensor_is_an_error_that_names_it(tmp_path, sdxl_tensors, sdxl_metadata):
-    path: Path = tmp_path / "vae.safetensors"
+    path = tmp_path / "vae.safetensors"
     tensors = vae_file(sdxl_tensors, None)
     del tensors["decoder.conv_out.bias"]
     save_file(tensors, path, sdxl_metadata)

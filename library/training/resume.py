@@ -1,0 +1,98 @@
+"""Going on from a state: which one, and what has changed since it was made."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from importlib.metadata import version
+from typing import Any, ClassVar
+
+from library.config.errors import UserError
+from library.config.options import option
+from library.training.state import Setting
+
+_LIBRARIES = ("torch", "diffusers", "transformers", "accelerate")
+_NAMES_SHOWN = 10
+
+_DECIDE_THE_COURSE = frozenset(
+    {
+        *("train_batch_size", "gradient_accumulation_steps", "num_processes", "dataset_repeats", "flip_aug", "seed"),
+        *("max_token_length", "pretrained_model_name_or_path", "vae", "train_text_encoder", "optimizer_type"),
+        *("mixed_precision", "full_bf16", "legacy_text_projection", "legacy_crop_coords"),
+    }
+)
+"""Options that make the rest of the run another one than it would have been."""
+
+_ABOUT_RESUMING = frozenset({"resume", "resume_anyway"})
+
+
+@dataclass(frozen=True)
+class ResumeOptions:
+    """Going on from a state."""
+
+    _argument_group_name: ClassVar[str] = "Resuming"
+
+    resume: str | None = option(
+        None, "Go on from a state: its folder, or 'latest' for the furthest one in --output_dir."
+    )
+    resume_anyway: bool = option(False, "Go on even if pictures, captions or options that decide the course changed.")
+
+    def problems(self) -> Iterator[str]:
+        """What cannot work."""
+        if self.resume_anyway and self.resume is None:
+            yield "--resume_anyway needs --resume."
+
+
+def flat_options(options: Any, *, num_processes: int) -> dict[str, str]:
+    """Every option by its flag, as text, to compare runs; and the number of processes."""
+    flat = {
+        field.name: str(getattr(group, field.name))
+        for group in vars(options).values()
+        if is_dataclass(group)
+        for field in fields(group)
+    }
+    return flat | {"num_processes": str(num_processes)}
+
+
+def library_versions() -> dict[str, str]:
+    """The versions of the libraries that compute."""
+    return {library: version(library) for library in _LIBRARIES}
+
+
+def check_changes(then: Setting, now: Setting, *, anyway: bool) -> list[str]:
+    """What has changed since a state was made, a sentence each.
+
+    Raises `UserError` with the names of what changed if that makes the continuation another run, unless `anyway`.
+    """
+    harmless = [
+        f"{library}: {before} then, {now.versions.get(library)} now"
+        for library, before in then.versions.items()
+        if now.versions.get(library) != before
+    ]
+    serious: list[str] = []
+    for name, value in now.options.items():
+        before = then.options.get(name, value)
+        if before != value and name not in _ABOUT_RESUMING:
+            (serious if _decides(name, value) else harmless).append(f"--{name}: {before} then, {value} now")
+    serious += _data_changes(then.data, now.data)
+    if serious and not anyway:
+        raise UserError(
+            f"since the state was made this has changed: {'; '.join(serious)}.",
+            "Put it back as it was, or go on with --resume_anyway.",
+        )
+    return harmless + serious
+
+
+def _decides(name: str, now: str) -> bool:
+    # A seed that is not given again is the state's.
+    return name in _DECIDE_THE_COURSE and not (name == "seed" and now == "None")
+
+
+def _data_changes(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
+    changed = [key for key, fingerprint in before.items() if now.get(key, fingerprint) != fingerprint]
+    for what, keys in (
+        ("removed", [key for key in before if key not in now]),
+        ("added", [key for key in now if key not in before]),
+        ("with another picture, bucket or caption", changed),
+    ):
+        if keys:
+            more = f" and {len(keys) - _NAMES_SHOWN} more" if len(keys) > _NAMES_SHOWN else ""
+            yield f"{len(keys)} images {what}: {', '.join(keys[:_NAMES_SHOWN])}{more}"

@@ -1,0 +1,209 @@
+"""Batches: latents or pixels, both captions' tokens, sizes height first; the same from spawned workers."""
+
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from library.config.errors import UserError
+from library.data.buckets import BucketAssignment, Size
+from library.data.dataset import Batch, CaptionedPictures, LoaderOptions, make_loader
+from library.data.epoch_order import BatchShape, EpochOrder, MicroBatch
+from library.data.images import load_rgb, resize_and_crop
+from library.data.latent_cache import CachedLatents, Crop, write_cache
+from library.data.latent_preparation import Picture
+from library.data.training_set import TrainingImage
+from library.sdxl.tokenizers import PAD_G, PAD_L, tokenize
+
+# Neither square nor symmetric: shrunk to 97x48, where 8 columns go on the left and 9 on the right.
+SIZE, RESIZED, BUCKET = Size(203, 100), Size(97, 48), Size(80, 48)
+CROP = Crop(left=8, top=0, left_flipped=9)
+CAPTIONS = [("photographic, studio portrait", "a tabby cat"), ("", "an espresso cup, 颐和园"), ("anime", "")]
+
+
+def uncached(folder, name="a", captions=CAPTIONS[0]):
+    """A training image that is encoded in the step; its picture is noise."""
+    pixels = np.random.default_rng(list(name.encode())).integers(0, 256, (SIZE.height, SIZE.width, 3))
+    Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{name}.png")
+    picture = Picture(folder / f"{name}.png", SIZE, BucketAssignment(BUCKET, RESIZED, 0.0))
+    return TrainingImage(name, *captions, SIZE, BUCKET, CROP, None, picture)
+
+
+def cached(folder, name="a", captions=CAPTIONS[0], *, in_memory=False):
+    """A training image with random latents, for both directions."""
+    latents, flipped = np.random.default_rng(list(name.encode())).normal(size=(2, 4, 6, 10)).astype(np.float32)
+    cache = CachedLatents(latents, SIZE, (8, 0, 88, 48), flipped)
+    write_cache(folder / f"{name}.npz", cache)
+    return TrainingImage(name, *captions, SIZE, BUCKET, CROP, cache if in_memory else folder / f"{name}.npz")
+
+
+def batch_of(images, flips=None, num_chunks=1):
+    indices = tuple(range(len(images)))
+    flips = flips or (False,) * len(images)
+    return CaptionedPictures(images, num_chunks)[MicroBatch(indices, tuple(flips), 0.25, completes_step=True)]
+
+
+def same(first, second):
+    """Whether two batches are equal, bit for bit."""
+    flat = [
+        [each for value in batch for each in (value if isinstance(value, tuple) else (value,))]
+        for batch in (first, second)
+    ]
+    return all(
+        torch.equal(a, b) if isinstance(a, torch.Tensor) else (type(a), a) == (type(b), b)
+        for a, b in zip(*flat, strict=True)
+    )
+
+
+# What a batch holds
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_cached_pictures_come_as_the_latents_of_their_direction(tmp_path, in_memory):
+    images = [cached(tmp_path, name, in_memory=in_memory) for name in "ab"]
+    batch = batch_of(images, flips=[False, True])
+    for sample, name, array in zip(batch.latents, "ab", ("latents", "latents_flipped"), strict=True):
+        with np.load(tmp_path / f"{name}.npz") as file:
+            np.testing.assert_array_equal(sample, file[array])
+    assert (batch.latents.dtype, batch.pixels) == (torch.float32, None)
+
+
+def test_uncached_pictures_come_as_pixels_resized_cropped_and_mirrored(tmp_path):
+    image = uncached(tmp_path)
+    plain, mirrored = batch_of([image, image], flips=[False, True]).pixels
+    expected = resize_and_crop(load_rgb(image.picture.path), RESIZED, BUCKET)
+    assert plain.shape == (3, BUCKET.height, BUCKET.width)
+    np.testing.assert_array_equal(((plain + 1) * 127.5).round().permute(1, 2, 0), expected)
+    assert torch.equal(mirrored, plain.flip(-1))
+
+
+@pytest.mark.parametrize("make", [cached, uncached])
+def test_sizes_are_height_first_and_the_crop_follows_the_direction(tmp_path, make):
+    image = make(tmp_path)
+    batch = batch_of([image, image], flips=[False, True])
+    assert batch.original_sizes.tolist() == [[100, 203]] * 2
+    assert batch.crop_top_lefts.tolist() == [[0, 8], [0, 9]]
+    assert batch.target_sizes.tolist() == [[48, 80]] * 2
+    assert {each.dtype for each in batch[3:6]} == {torch.float32}
+
+
+def test_a_legacy_crop_keeps_its_fractions(tmp_path):
+    image = replace(cached(tmp_path), crop=Crop(8.5, 0.25, 9.5))
+    assert batch_of([image, image], flips=[True, False]).crop_top_lefts.tolist() == [[0.25, 9.5], [0.25, 8.5]]
+
+
+@pytest.mark.parametrize("num_chunks", [1, 3])
+def test_each_encoder_gets_the_tokens_of_its_own_caption(tmp_path, num_chunks):
+    batch = batch_of([cached(tmp_path, captions=captions) for captions in CAPTIONS], num_chunks=num_chunks)
+    expected_l = [tokenize(caption_l, PAD_L, num_chunks).ids for caption_l, _ in CAPTIONS]
+    expected_g = [tokenize(caption_g, PAD_G, num_chunks).ids for _, caption_g in CAPTIONS]
+    assert batch.tokens.tokens_l.shape == (3, num_chunks, 77)
+    assert (batch.tokens.tokens_l.tolist(), batch.tokens.tokens_g.tolist()) == (expected_l, expected_g)
+
+
+def test_keys_scale_and_end_of_step_are_handed_on(tmp_path):
+    batch = batch_of([cached(tmp_path, name) for name in "ab"])
+    assert (batch.keys, batch.loss_scale, batch.completes_step) == (("a", "b"), 0.25, True)
+
+
+def test_moving_a_batch_moves_every_tensor_and_nothing_else(tmp_path):
+    batch = batch_of([cached(tmp_path)])
+    moved = batch.to(torch.device("meta"))
+    tensors = [moved.latents, *moved.tokens, moved.original_sizes, moved.crop_top_lefts, moved.target_sizes]
+    assert {each.device.type for each in tensors} == {"meta"}
+    assert moved[-3:] == batch[-3:]
+    assert batch_of([uncached(tmp_path)]).to(torch.device("meta")).pixels.device.type == "meta"
+
+
+def test_pictures_with_and_without_latents_are_of_different_kinds_and_so_are_buckets(tmp_path):
+    images = [cached(tmp_path, "a"), uncached(tmp_path, "b"), cached(tmp_path, "c", in_memory=True)]
+    images.append(replace(images[0], bucket=Size(48, 80)))
+    with_latents, without, in_memory, other_bucket = CaptionedPictures(images, 1).kinds
+    assert with_latents == in_memory
+    assert len({with_latents, without, other_bucket}) == 3
+
+
+# The loader
+
+
+def mixed_set(folder):
+    makers = [cached, uncached, cached, cached, uncached, cached, uncached]
+    images = [make(folder, str(index), CAPTIONS[index % 3]) for index, make in enumerate(makers)]
+    return CaptionedPictures(images, num_chunks=2)
+
+
+def loader_of(dataset, num_workers=0, **options):
+    order = EpochOrder(dataset.kinds, BatchShape(batch_size=2), seed=3, flip=True)
+    loader_options = LoaderOptions(max_data_loader_n_workers=num_workers, max_token_length=150, **options)
+    return order, make_loader(dataset, order, loader_options)
+
+
+def test_the_loader_gives_the_batches_of_the_order_epoch_after_epoch(tmp_path):
+    dataset = mixed_set(tmp_path)
+    order, loader = loader_of(dataset)
+    for epoch in (0, 1):
+        order.start_at(epoch)
+        batches = list(loader)
+        assert len(batches) == len(loader) == order.num_batches
+        assert all(same(batch, dataset[micro_batch]) for batch, micro_batch in zip(batches, order, strict=True))
+    order.start_at(1, first_step=2)
+    assert all(same(rest, batch) for rest, batch in zip(loader, batches[2:], strict=True))
+
+
+def test_spawned_workers_give_the_same_batches_in_each_epoch_that_they_live_through(tmp_path, monkeypatch):
+    dataset = mixed_set(tmp_path)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)  # so many are needed for two workers
+    order, loader = loader_of(dataset)
+    parallel_order, parallel_loader = loader_of(dataset, num_workers=2, persistent_data_loader_workers=True)
+    parallel_loader.multiprocessing_context = "spawn"  # as on Windows
+    assert (loader.num_workers, parallel_loader.num_workers) == (0, 2)
+    for epoch in (0, 1):
+        order.start_at(epoch)
+        parallel_order.start_at(epoch)
+        for batch, expected in zip(parallel_loader, loader, strict=True):
+            assert type(batch) is Batch
+            assert same(batch, expected)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_reading_batches_leaves_the_random_state_of_training_alone(tmp_path, num_workers):
+    _, loader = loader_of(mixed_set(tmp_path), num_workers)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    assert len(list(loader)) == 4
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_picture_that_cannot_be_read_is_one_clear_line_from_a_worker_too(tmp_path, num_workers):
+    dataset = mixed_set(tmp_path)
+    for picture in tmp_path.glob("*.png"):
+        picture.write_bytes(b"")
+    with pytest.raises(UserError) as caught:
+        list(loader_of(dataset, num_workers)[1])
+    assert str(caught.value).startswith(f"'{tmp_path}")
+    assert str(caught.value).endswith(".png' cannot be used: the file is empty. Replace the file or remove it.")
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # this machine may have fewer cores
+def test_no_more_workers_are_started_than_there_are_cores_for(tmp_path, monkeypatch):
+    dataset = mixed_set(tmp_path)
+    for num_cores, expected in ((1, 1), (4, 3), (64, 8)):
+        monkeypatch.setattr(os, "cpu_count", lambda num_cores=num_cores: num_cores)
+        assert loader_of(dataset, num_workers=8)[1].num_workers == expected
+
+
+@pytest.mark.parametrize(("length", "num_chunks"), [(None, 1), (150, 2), (225, 3)])
+def test_the_token_length_gives_the_number_of_chunks(length, num_chunks):
+    assert LoaderOptions(max_token_length=length).num_chunks == num_chunks
+
+
+def test_options_that_cannot_work_are_named():
+    problems = LoaderOptions(0, -1).problems(), LoaderOptions(1, 0, True).problems()
+    assert [[problem.split()[0] for problem in each] for each in problems] == [
+        ["--train_batch_size", "--max_data_loader_n_workers"],
+        ["--persistent_data_loader_workers"],
+    ]

@@ -1,0 +1,90 @@
+"""What the pages for users say of files, commands and links is true."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from library.config.option_fields import options_of
+from library.diffusion.prompts import read_prompt_file
+from library.training.run_options import OPTION_CLASSES
+
+REPOSITORY = Path(__file__).parents[1]
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "demo" / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+
+
+def anchors(page):
+    """The names by which the headings of a page can be linked to, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def fenced_blocks(text):
+    return re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def listed_files():
+    """Every file that the tree of the README names, with its folder."""
+    (tree,) = [block for block in fenced_blocks(README) if block.startswith("sdxl_train.py")]
+    folder = ""
+    for line in tree.splitlines():
+        name = line.split()[0]
+        folder = folder if line.startswith(" ") else ""
+        if name.endswith("/"):
+            folder = name
+        else:
+            yield f"{folder}{name}"
+
+
+def test_the_tree_of_the_readme_names_every_module_and_only_what_exists():
+    modules = {path for folder in ("finetune", "library") for path in (REPOSITORY / folder).rglob("*.py")}
+    scripts = set(REPOSITORY.glob("*.py")) - {REPOSITORY / "setup.py"}
+    names = {path.relative_to(REPOSITORY).as_posix() for path in modules | scripts if path.name != "__init__.py"}
+    assert set(listed_files()) == {*names, "prompt.txt"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!http)([^)]*)\)", page.read_text(encoding="utf-8")):
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.is_file(), target
+        assert not anchor or anchor in anchors(file), target
+
+
+def test_the_training_command_of_the_readme_has_flags_that_exist():
+    (command,) = re.findall(r"^accelerate launch .*$", README, re.MULTILINE)
+    arguments = shlex.split(command)
+    flags = {
+        word.partition("=")[0] for word in arguments[arguments.index("./sdxl_train.py") :] if word.startswith("--")
+    }
+    known = {option.flag for option_class in OPTION_CLASSES for option in options_of(option_class)}
+    assert flags <= known
+
+
+def test_the_example_prompts_differ_in_one_encoder_at_a_time():
+    photo, anime, lighthouse, landscape = read_prompt_file(REPOSITORY / "prompt.txt")
+    assert photo.prompt_g == anime.prompt_g and photo.prompt_l != anime.prompt_l
+    assert photo.prompt_g != lighthouse.prompt_g and photo.prompt_l == lighthouse.prompt_l
+    assert landscape.negative_g != landscape.negative_l
+    assert not any(prompt.shared for prompt in (photo, anime, lighthouse, landscape))
+
+
+def test_the_line_of_a_prompt_file_in_the_readme_means_what_it_says(tmp_path):
+    (line,) = [block for block in fenced_blocks(README) if "--e photographic" in block]
+    (tmp_path / "prompt.txt").write_text(line, encoding="utf-8")
+    (prompt,) = read_prompt_file(tmp_path / "prompt.txt")
+    assert (prompt.prompt_g, prompt.prompt_l) == ("woman, portrait, in nature", "photographic")
+    assert (prompt.width, prompt.height, prompt.seed, prompt.num_inference_steps) == (832, 1216, 1, 28)
+
+
+def test_the_prompts_of_the_page_on_prompts_mean_the_same_in_every_format(tmp_path):
+    page = (REPOSITORY / "docs" / "captions-and-prompts.md").read_text(encoding="utf-8")
+    for suffix, beginning in {".txt": "woman", ".toml": "[[prompt]]", ".json": "[{"}.items():
+        path = tmp_path / f"prompt{suffix}"
+        path.write_text(next(b for b in fenced_blocks(page) if b.startswith(beginning)), encoding="utf-8")
+        (prompt,) = read_prompt_file(path)
+        assert (prompt.prompt_g, prompt.prompt_l) == ("woman, portrait, in nature", "photographic")
+        assert (prompt.width, prompt.height, prompt.seed) == (832, 1216, 1)

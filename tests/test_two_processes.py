@@ -1,0 +1,68 @@
+"""sdxl_train.py in two processes as on two GPUs: one model, trained on the pictures of both."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from library.data.epoch_order import BatchShape
+from tests.conftest import RATE, PreparedSet
+from tests.plain_training import PlainTraining
+
+ROOT = Path(__file__).parents[1]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_two_processes_train_on_the_mean_of_their_gradients(tiny_sdxl: Path, prepared_set: PreparedSet, tmp_path: Path):
+    prompts = tmp_path / "prompt.txt"
+    prompts.write_text("a cat --e photo --w 64 --h 64 --s 1 --d 1", encoding="utf-8")
+    # What `accelerate launch --multi_gpu` does on GPUs; on CPUs it would ask for MPI.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    finished = subprocess.run(
+        [
+            *launch,
+            str(ROOT / "sdxl_train.py"),
+            f"--pretrained_model_name_or_path={tiny_sdxl}",
+            f"--in_json={prepared_set.latents_json}",
+            f"--train_data_dir={prepared_set.images}",
+            f"--output_dir={tmp_path / 'output'}",
+            f"--sample_prompts={prompts}",
+            *("--output_name=m", "--max_data_loader_n_workers=0", "--max_train_epochs=1"),
+            *("--optimizer_type=torch.optim.SGD", f"--learning_rate={RATE}", "--max_grad_norm=0"),
+            *("--gradient_checkpointing", "--sample_every_n_steps=1"),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert finished.returncode == 0, finished.stderr
+    # Without --seed each process would draw its own, and with it an order of its own: the main one's holds for both.
+    [seed] = (int(digits) for digits in re.findall(r"3 pictures in 3 batches, 2 steps .*, seed (\d+)", finished.stdout))
+    assert len(list((tmp_path / "output" / "sample").iterdir())) == 3  # drawn once, not by each process
+
+    plain = PlainTraining(tiny_sdxl, prepared_set, tmp_path)
+    optimizer = torch.optim.SGD(plain.unet.parameters(), lr=RATE)
+    generators = [torch.Generator().manual_seed(seed + process) for process in (0, 1)]
+    first, second, third = plain.batches(BatchShape(), seed)
+    for shares in ([(first, generators[0]), (second, generators[1])], [(third, generators[0])]):
+        optimizer.zero_grad()
+        for keys, generator in shares:
+            (plain.loss(keys, generator) / len(shares)).backward()
+        optimizer.step()
+
+    trained, before = load_file(tmp_path / "output" / "m.safetensors"), load_file(tiny_sdxl)
+    for name, weight in plain.weights().items():
+        # Gradients are exchanged and summed in another order: 1e-6 of the largest weights of a tensor, twice.
+        scale = (weight - before[name]).abs().max().item()
+        torch.testing.assert_close(trained[name], weight, rtol=1e-5, atol=1e-3 * scale + 1e-7)

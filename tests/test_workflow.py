@@ -1,0 +1,173 @@
+"""The workflow of README.md, its commands as they stand there, run as a user runs them; every output file is read."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from library.sdxl.checkpoint_file import ModelDtypes, read_single_file
+
+ROOT = Path(__file__).parents[1]
+PHOTOGRAPHS = {  # name: G caption, L caption, bucket of the command (1024..2048 in steps of 64)
+    "astronaut": ("a woman in a space suit, smiling", "official portrait, studio light", [1024, 1024]),
+    "chelsea": ("a cat looks to the left, 茶トラ", "close-up", [1280, 768]),
+    "rocket": ("a rocket on its pad at dusk", "press photograph", [1280, 768]),
+}
+PROMPTS = """# two pictures
+woman, portrait, in nature --e photographic --n low quality --w 64 --h 64 --d 42 --l 7 --s 2
+
+猫 --w 64 --h 128 --s 2 --nl blurred
+"""
+
+
+def commands() -> list[str]:
+    """The commands of the README's fenced block that begins with the first merge script."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    [block] = [block for block in blocks if block.startswith("python finetune/sdxl_merge_captions_g_to_metadata.py")]
+    return block.splitlines()
+
+
+@dataclass(frozen=True)
+class Workflow:
+    """A finished workflow: the folder it ran in, and what its four commands printed."""
+
+    folder: Path
+    num_steps: int
+    printed: list[str]
+
+    @property
+    def my_set(self) -> Path:
+        return self.folder / "my set"
+
+
+def run_workflow(folder: Path, tiny_sdxl: Path, num_steps: int) -> Workflow:
+    """Set up the scripts and "my set" in `folder` and run the README's commands there, with that many steps."""
+    for name in ("library", "finetune"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "sdxl_train.py", folder)
+    images = folder / "my set" / "images"
+    images.mkdir(parents=True)
+    for name, (caption_g, caption_l, _) in PHOTOGRAPHS.items():
+        Image.fromarray(getattr(skimage.data, name)()).save(images / f"{name}.jpg", quality=90)
+        (images / f"{name}.caption").write_text(caption_g + "\n", encoding="utf-8")
+        (images / f"{name}.txt").write_text(caption_l, encoding="utf-8")
+    (folder / "my set" / "prompt.txt").write_text(PROMPTS, encoding="utf-8")
+    shutil.copy(tiny_sdxl, folder / "my set" / "sd_xl_base_1.0.safetensors")
+
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    printed = []
+    for command in commands():
+        finished = subprocess.run(
+            command.replace('--max_train_steps="500"', f'--max_train_steps="{num_steps}"'),
+            shell=True,  # as it stands, quotes and all
+            cwd=folder,
+            env={**os.environ, "PATH": path, "PYTHONUTF8": "1"},
+            capture_output=True,
+            encoding="utf-8",
+        )
+        assert finished.returncode == 0, finished.stderr
+        printed.append(finished.stdout)
+    return Workflow(folder, num_steps, printed)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[10, pytest.param(500, marks=pytest.mark.slow, id="500 steps, as written")],
+)
+def workflow(request, tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Workflow:
+    """The workflow with two samplings' worth of steps, or as it is written."""
+    return run_workflow(tmp_path_factory.mktemp("work folder"), tiny_sdxl, request.param)
+
+
+def test_there_are_four_commands():
+    assert [re.search(r"(\w+)\.py", command)[1] for command in commands()] == [
+        "sdxl_merge_captions_g_to_metadata",
+        "sdxl_merge_captions_l_to_metadata",
+        "prepare_buckets_latents",
+        "sdxl_train",
+    ]
+
+
+def test_metadata_holds_both_captions_and_then_the_bucket(workflow: Workflow):
+    captions = json.loads((workflow.my_set / "meta_cap.json").read_text(encoding="utf-8"))
+    assert captions == {
+        name: {"captionG": caption_g, "captionL": caption_l} for name, (caption_g, caption_l, _) in PHOTOGRAPHS.items()
+    }
+    prepared = json.loads((workflow.my_set / "meta_lat.json").read_text(encoding="utf-8"))
+    assert prepared == {
+        name: {"captionG": caption_g, "captionL": caption_l, "train_resolution": bucket}
+        for name, (caption_g, caption_l, bucket) in PHOTOGRAPHS.items()
+    }
+
+
+def test_latents_lie_beside_their_pictures(workflow: Workflow):
+    for name, (_, _, (width, height)) in PHOTOGRAPHS.items():
+        with np.load(workflow.my_set / "images" / f"{name}.npz") as file, Image.open(
+            workflow.my_set / "images" / f"{name}.jpg"
+        ) as image:
+            assert file["latents"].shape == (4, height // 8, width // 8)
+            assert file["latents"].dtype == np.float32
+            assert np.isfinite(file["latents"]).all()
+            assert file["original_size"].tolist() == list(image.size)
+            left, top, right, bottom = file["crop_ltrb"]
+            assert (right - left, bottom - top) == (width, height)
+
+
+def test_samples_are_drawn_before_the_first_step_and_every_tenth(workflow: Workflow):
+    names = [path.name for path in (workflow.my_set / "output" / "sample").iterdir()]
+    steps = range(0, workflow.num_steps + 1, 10)
+    assert sorted(re.sub(r"_\d{14}_", "_", name) for name in names) == [
+        name for step in steps for name in (f"finetuned_model_{step:06d}_00_42.png", f"finetuned_model_{step:06d}_01.png")
+    ]
+    for path in (workflow.my_set / "output" / "sample").iterdir():
+        with Image.open(path) as image:
+            is_first = path.name.endswith("_42.png")
+            assert image.size == ((64, 64) if is_first else (64, 128))
+            assert image.info["sampler"] == "euler_a"
+            assert image.info["prompt_g"] == ("woman, portrait, in nature" if is_first else "猫")
+            assert image.info["prompt_l"] == ("photographic" if is_first else "猫")
+            assert image.info["negative_prompt_l"] == ("low quality" if is_first else "blurred")
+            assert image.info["parameters"].startswith(image.info["prompt_g"])
+
+
+def test_tensorboard_reads_the_logs(workflow: Workflow):
+    [folder] = (workflow.my_set / "logs").iterdir()
+    events = EventAccumulator(str(folder / "finetuning"), size_guidance={"scalars": 0, "images": 0}).Reload()
+    assert set(events.Tags()["scalars"]) == {"loss/current", "loss/average", "lr/unet", "steps_per_second"}
+    losses = [event.value for event in events.Scalars("loss/current")]
+    assert len(losses) == workflow.num_steps
+    assert np.isfinite(losses).all()
+    assert {round(event.value, 9) for event in events.Scalars("lr/unet")} == {1e-5}
+    assert len(events.Images("sample/00")) == workflow.num_steps // 10 + 1
+
+
+def test_the_checkpoint_has_the_names_and_shapes_of_the_base_model(workflow: Workflow, tiny_sdxl: Path):
+    path = workflow.my_set / "output" / "finetuned_model.safetensors"
+    before, after = load_file(tiny_sdxl), load_file(path)
+    assert {name: weight.shape for name, weight in after.items()} == {
+        name: weight.shape for name, weight in before.items() if not name.endswith("position_ids")
+    }
+    assert {weight.dtype for weight in after.values()} == {torch.bfloat16}
+    moved = {name.split(".")[0] for name, weight in after.items() if not torch.equal(weight, before[name].bfloat16())}
+    assert moved == {"model"}  # the U-Net; not first_stage_model, not conditioner
+    with safe_open(path, "pt") as file:
+        assert file.metadata()["modelspec.title"] == "finetuned_model"
+        assert file.metadata()["modelspec.resolution"] == "1024x1024"
+    assert [entry.name for entry in sorted((workflow.my_set / "output").iterdir())] == [path.name, "sample"]
+
+
+def test_diffusers_draws_with_the_checkpoint(workflow: Workflow, tmp_path: Path):
+    model = read_single_file(workflow.my_set / "output" / "finetuned_model.safetensors", ModelDtypes())

@@ -1,0 +1,185 @@
+"""When models are saved, how they are called, and what is removed when."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from library.config.options import parse_options
+from library.training.checkpoints import Checkpoints, SaveOptions, epoch_to_remove, step_to_remove
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "file_names.json").read_text(encoding="utf-8"))
+
+
+def save_options(folder: Path, *flags: str) -> SaveOptions:
+    (options,) = parse_options([SaveOptions], [f"--output_dir={folder}", *flags], description="")
+    return options
+
+
+def write_file(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("a model", encoding="utf-8")
+
+
+def write_folder(path: Path) -> None:
+    write_file(path / "unet" / "weights")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def drive(checkpoints: Checkpoints, event: dict) -> None:
+    if "after_step" in event:
+        checkpoints.after_step(event["after_step"])
+    elif "after_epoch" in event:
+        checkpoints.after_epoch(event["after_epoch"], is_last=event["after_epoch"] == event["of"])
+    else:
+        checkpoints.at_end()
+
+
+@pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: case["title"])
+def test_files_come_and_go_as_in_the_reference(case: dict, tmp_path: Path):
+    folder = tmp_path / "my output"
+    is_folder = case["title"].startswith("diffusers")
+    checkpoints = Checkpoints(
+        save_options(folder, *case["flags"]),
+        "" if is_folder else ".safetensors",
+        write_folder if is_folder else write_file,
+    )
+    for event in case["sequence"]:
+        drive(checkpoints, event)
+        assert names(folder) == event["files"], event
+
+
+def test_without_an_output_name_files_are_called_as_in_the_reference(tmp_path: Path):
+    checkpoints = Checkpoints(
+        save_options(tmp_path, "--save_every_n_steps=5", "--save_every_n_epochs=1"), "", write_file
+    )
+    checkpoints.after_step(5)
+    checkpoints.after_epoch(1, is_last=False)
+    assert checkpoints.at_end() == tmp_path / "last"
+    assert names(tmp_path) == ["at-step00000005", "epoch-000001", "last"]
+
+
+def test_nothing_is_saved_before_the_end_unless_asked_for(tmp_path: Path):
+    checkpoints = Checkpoints(save_options(tmp_path), ".ckpt", write_file)
+    checkpoints.after_step(10)
+    checkpoints.after_epoch(1, is_last=False)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("step", "every", "keep", "removed"),
+    [(10, 10, None, None), (40, 10, 30, None), (50, 10, 30, 10), (50, 10, 25, 20), (20, 10, 1, 10), (10, 10, 1, None)],
+)
+def test_a_model_goes_when_it_is_more_steps_old_than_are_kept(step, every, keep, removed):
+    assert step_to_remove(step, every=every, keep=keep) == removed
+
+
+@pytest.mark.parametrize(
+    ("epoch", "every", "keep", "removed"), [(4, 1, None, None), (2, 1, 2, None), (3, 1, 2, 1), (6, 2, 2, 2)]
+)
+def test_as_many_epochs_stay_as_are_kept(epoch, every, keep, removed):
+    assert epoch_to_remove(epoch, every=every, keep=keep) == removed
+
+
+# -- what happens when something goes wrong ---------------------------------------------------------------------------
+
+
+def keep_one(folder: Path, write: Callable[[Path], None]) -> Checkpoints:
+    return Checkpoints(
+        save_options(folder, "--output_name=m", "--save_every_n_steps=1", "--save_last_n_steps=1"), "", write
+    )
+
+
+def test_the_old_model_is_there_until_the_new_one_is_complete(tmp_path: Path):
+    seen: list[list[str]] = []
+
+    def write(path: Path) -> None:
+        write_file(path)
+        seen.append(names(tmp_path))
+
+    checkpoints = keep_one(tmp_path, write)
+    for step in (1, 2, 3):
+        checkpoints.after_step(step)
+    assert seen[-1] == ["m-step00000001", "m-step00000002", "m-step00000003"]
+    assert names(tmp_path) == ["m-step00000002", "m-step00000003"]
+
+
+def test_a_save_that_fails_removes_nothing(tmp_path: Path):
+    def write(path: Path) -> None:
+        if path.name.endswith("3"):
+            raise OSError("disk full")
+        write_file(path)
+
+    checkpoints = keep_one(tmp_path, write)
+    checkpoints.after_step(1)
+    checkpoints.after_step(2)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoints.after_step(3)
+    assert names(tmp_path) == ["m-step00000001", "m-step00000002"]
+
+
+def test_an_old_model_that_another_program_holds_open_stays_and_is_named(tmp_path: Path, monkeypatch, capsys):
+    def refuse(self: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(13, "used by another process", str(self))  # what Windows answers
+
+    checkpoints = keep_one(tmp_path, write_file)
+    checkpoints.after_step(1)
+    checkpoints.after_step(2)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    checkpoints.after_step(3)
+    assert names(tmp_path) == ["m-step00000001", "m-step00000002", "m-step00000003"]
+    assert f"'{tmp_path / 'm-step00000001'}' is kept" in capsys.readouterr().err
+
+
+def test_an_old_model_that_someone_removed_already_is_not_missed(tmp_path: Path):
+    checkpoints = keep_one(tmp_path, write_file)
+    checkpoints.after_step(1)
+    checkpoints.after_step(2)
+    (tmp_path / "m-step00000001").unlink()
+    checkpoints.after_step(3)
+    assert names(tmp_path) == ["m-step00000002", "m-step00000003"]
+
+
+# -- options ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "from_diffusers", "expected"),
+    [
+        (None, False, "safetensors"),
+        (None, True, "diffusers"),
+        ("safetensors", True, "safetensors"),
+        ("ckpt", True, "ckpt"),
+        ("diffusers", False, "diffusers"),
+        ("diffusers_safetensors", False, "diffusers"),
+    ],
+)
+def test_the_format_is_the_one_asked_for_or_that_of_the_source(given, from_diffusers, expected):
+    assert SaveOptions(save_model_as=given).format(source_is_diffusers=from_diffusers) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"output_dir": None}, "--output_dir is missing"),
+        ({"output_name": "a/b"}, "--output_name is 'a/b'"),
+        ({"save_every_n_steps": 0}, "--save_every_n_steps is 0; it must be 1 or more."),
+        ({"save_every_n_epochs": -1}, "--save_every_n_epochs is -1; it must be 1 or more."),
+        ({"save_last_n_steps": 5}, "--save_last_n_steps needs --save_every_n_steps."),
+        ({"save_last_n_epochs": 5}, "--save_last_n_epochs needs --save_every_n_epochs."),
+    ],
+)
+def test_each_mistake_is_one_sentence(fields: dict, problem: str, tmp_path: Path):
+    [found] = SaveOptions(**{"output_dir": tmp_path / "new", **fields}).problems()
+    assert found.startswith(problem)
+
+
+@pytest.mark.parametrize("below", ["", "new", "new/newer"])
+def test_a_file_where_the_output_folder_should_be_is_found_before_training(below: str, tmp_path: Path):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    [problem] = SaveOptions(output_dir=tmp_path / "file" / below).problems()
+    assert problem == f"--output_dir: '{tmp_path / 'file'}' is a file; name a folder."

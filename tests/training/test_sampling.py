@@ -1,0 +1,127 @@
+"""When sample pictures are drawn, and what becomes of them."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from accelerate import Accelerator
+from PIL import Image
+
+from library.config.options import parse_options
+from library.data.buckets import Size
+from library.training.sampling import SampleOptions, Sampling
+from library.training.tracking import Tracker, TrackingOptions
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "prompt_lines.json").read_text(encoding="utf-8"))
+PROMPTS = "a cat --d 7 --s 1\na dog --e photographic --s 1 --w 64 --h 96\n"  # as golden: a fixed seed, then none
+
+
+@pytest.fixture
+def sampling(tmp_path: Path, tiny_networks, fresh_accelerate):
+    """`sampling("--flag", ...)` for `PROMPTS`, into tmp_path, at 64x64 where a line gives no size."""
+    prompts = tmp_path / "my prompts.txt"
+    prompts.write_text(PROMPTS, encoding="utf-8")
+
+    def make(*flags: str, seed: int = 1) -> Sampling:
+        (options,) = parse_options([SampleOptions], [f"--sample_prompts={prompts}", *flags], description="")
+        tracker = Tracker(Accelerator(cpu=True), TrackingOptions(), num_steps=1, steps_per_epoch=1)
+        return Sampling(
+            options,
+            options.read_prompts(),
+            tiny_networks,
+            tracker,
+            output_dir=tmp_path,
+            model_name="finetuned_model",
+            size=Size(64, 64),
+            seed=seed,
+        )
+
+    return make
+
+
+def drawn(folder: Path) -> list[str]:
+    """Names of the pictures, their times as golden writes them."""
+    names = sorted(path.name for path in (folder / "sample").glob("*")) if (folder / "sample").exists() else []
+    return [re.sub(r"_\d{14}_", "_YYYYmmddHHMMSS_", name) for name in names]
+
+
+@pytest.mark.parametrize("case", GOLDEN["when"], ids=lambda case: f"{case['flags'][0]} {case['epoch']} {case['steps']}")
+def test_pictures_are_drawn_when_the_reference_draws_them(case: dict, sampling, tmp_path: Path):
+    made = sampling(*case["flags"])
+    if case["steps"] == 0:
+        made.at_start()
+    elif case["epoch"] is None:
+        made.after_step(case["steps"])
+    else:
+        made.after_epoch(case["steps"], case["epoch"])
+    assert drawn(tmp_path) == case["files"]
+
+
+def test_by_epoch_they_are_drawn_after_every_nth_and_named_by_it(sampling, tmp_path: Path):
+    made = sampling("--sample_every_n_epochs=2")
+    made.after_step(10)
+    made.after_epoch(5, 1)
+    assert drawn(tmp_path) == []
+    made.after_epoch(10, 2)
+    assert drawn(tmp_path) == [
+        "finetuned_model_YYYYmmddHHMMSS_e000002_00_7.png",
+        "finetuned_model_YYYYmmddHHMMSS_e000002_01.png",
+    ]
+
+
+def test_pictures_say_which_prompts_and_seeds_made_them(sampling, tmp_path: Path):
+    sampling("--sample_at_first", "--sample_sampler=k_euler").at_start()
+    with Image.open(next((tmp_path / "sample").glob("*_00_7.png"))) as first:
+        assert first.size == (64, 64)
+        assert (first.info["prompt_g"], first.info["prompt_l"], first.info["seed"]) == ("a cat", "a cat", "7")
+        assert first.info["sampler"] == "k_euler"
+    with Image.open(next((tmp_path / "sample").glob("*_01.png"))) as second:
+        assert second.size == (64, 96)
+        assert (second.info["prompt_g"], second.info["prompt_l"]) == ("a dog", "photographic")
+
+
+def test_without_a_fixed_seed_each_step_draws_another_that_the_runs_seed_decides(sampling, tmp_path: Path):
+    def seed_of_the_dog(run_seed: int, step: int) -> str:
+        sampling("--sample_every_n_steps=1", seed=run_seed).after_step(step)
+        path = max((tmp_path / "sample").glob("*_01.png"))
+        with Image.open(path) as image:
+            seed = image.info["seed"]
+        path.unlink()
+        return seed
+
+    first = seed_of_the_dog(1, step=1)
+    assert seed_of_the_dog(1, step=1) == first
+    assert seed_of_the_dog(1, step=2) != first
+    assert seed_of_the_dog(2, step=1) != first
+
+
+def test_lines_without_an_l_prompt_are_named_once(sampling, capsys, tmp_path: Path):
+    made = sampling("--sample_every_n_steps=1")
+    made.after_step(1)
+    made.after_step(2)
+    said = capsys.readouterr().out
+    assert said.count("no --e in line 1: both encoders read one prompt") == 1
+
+
+# -- options ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        ({"sample_every_n_steps": 5}, "need --sample_prompts."),
+        ({"sample_at_first": True}, "need --sample_prompts."),
+        ({"sample_prompts": "p.txt"}, "nothing says when to draw"),
+        ({"sample_prompts": "p.txt", "sample_every_n_steps": -1}, "--sample_every_n_steps is -1"),
+        ({"sample_prompts": "p.txt", "sample_every_n_steps": 1, "sample_every_n_epochs": 1}, "exclude each other"),
+        ({"sample_prompts": "none.txt", "sample_at_first": True}, "cannot read the prompt file"),
+    ],
+)
+def test_each_mistake_is_one_sentence(flags: dict, problem: str, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("p.txt").write_text("a cat", encoding="utf-8")
+    if "sample_prompts" in flags:
+        flags = {**flags, "sample_prompts": Path(flags["sample_prompts"])}
+    [found] = SampleOptions(**flags).problems()
+    assert problem in found

@@ -1,0 +1,104 @@
+"""What a run shows and logs: read back out of TensorBoard's own files."""
+
+import time
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+from accelerate import Accelerator
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from library.training.tracking import Tracker, TrackingOptions
+
+
+@pytest.fixture
+def logged(tmp_path: Path, fresh_accelerate):
+    """`logged(use)` gives what TensorBoard reads after `use(tracker)`; the average is over 2 steps."""
+
+    def of(use, **options) -> EventAccumulator:
+        accelerator = Accelerator(log_with="tensorboard", project_dir=tmp_path, cpu=True)
+        tracker = Tracker(accelerator, TrackingOptions(tmp_path, **options), num_steps=4, steps_per_epoch=2)
+        use(tracker)
+        tracker.close()
+        return EventAccumulator(str(tmp_path / (options.get("log_tracker_name") or "finetuning"))).Reload()
+
+    return of
+
+
+def scalars(events: EventAccumulator, name: str) -> list[tuple[int, float]]:
+    return [(event.step, round(event.value, 6)) for event in events.Scalars(name)]
+
+
+def test_a_step_is_logged_with_its_average_rates_and_norm(logged):
+    def use(tracker: Tracker) -> None:
+        for step, loss in enumerate((1.0, 2.0, 4.0), start=1):
+            tracker.log_step(step, loss, {"unet": 0.5, "text_encoder_g": 0.25}, grad_norm=loss / 2)
+
+    events = logged(use)
+    assert scalars(events, "loss/current") == [(1, 1.0), (2, 2.0), (3, 4.0)]
+    assert scalars(events, "loss/average") == [(1, 1.0), (2, 1.5), (3, 3.0)]
+    assert scalars(events, "lr/unet") == [(1, 0.5), (2, 0.5), (3, 0.5)]
+    assert scalars(events, "lr/text_encoder_g") == [(1, 0.25), (2, 0.25), (3, 0.25)]
+    assert scalars(events, "grad_norm") == [(1, 0.5), (2, 1.0), (3, 2.0)]
+
+
+def test_without_clipping_no_norm_is_logged(logged):
+    events = logged(lambda tracker: tracker.log_step(1, 1.0, {}, grad_norm=None), log_tracker_name="mine")
+    assert "grad_norm" not in events.Tags()["scalars"]
+
+
+def test_the_time_of_samples_and_saves_is_not_the_steps(logged):
+    def use(tracker: Tracker) -> None:
+        tracker.log_step(1, 1.0, {}, None)
+        with tracker.untimed():
+            time.sleep(0.5)
+        time.sleep(0.05)
+        tracker.log_step(2, 1.0, {}, None)
+
+    _, second = scalars(logged(use), "steps_per_second")
+    assert 1 / 0.5 < second[1] <= 1 / 0.05  # between a step that includes the sample and one that took no longer
+
+
+def test_a_picture_is_shown_with_how_it_was_drawn(logged):
+    image = Image.new("RGB", (16, 8), (255, 0, 0))
+    events = logged(lambda tracker: tracker.log_picture(3, "sample/00", image, "a cat\nSteps: 2"))
+    [shown] = events.Images("sample/00")
+    assert (shown.step, shown.width, shown.height) == (3, 16, 8)
+    [text] = events.Tensors("sample/00/text/text_summary")
+    assert text.tensor_proto.string_val == [b"a cat  \nSteps: 2"]
+
+
+# -- options ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "trackers"),
+    [
+        (TrackingOptions(), []),
+        (TrackingOptions(logging_dir=Path("logs")), ["tensorboard"]),
+        (TrackingOptions(logging_dir=Path("logs"), log_with="wandb"), ["wandb"]),
+        (TrackingOptions(log_with="all"), ["tensorboard", "wandb"]),
+    ],
+)
+def test_a_logging_folder_alone_means_tensorboard(options: TrackingOptions, trackers: list[str]):
+    assert options.trackers == trackers
+
+
+def test_each_run_has_a_log_folder_of_its_own_named_by_time():
+    now = datetime(2026, 2, 3, 4, 5, 6)
+    options = TrackingOptions(logging_dir=Path("my logs"), log_prefix="cats_")
+    assert options.run_folder(now) == Path("my logs/cats_20260203040506")
+    assert TrackingOptions().run_folder(now) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (TrackingOptions(log_with="tensorboard"), "--log_with tensorboard needs --logging_dir."),
+        (TrackingOptions(log_prefix="x"), "--log_prefix needs --logging_dir."),
+        (TrackingOptions(log_tracker_name="x"), "--log_tracker_name needs --logging_dir or --log_with."),
+    ],
+)
+def test_what_would_be_ignored_is_a_problem(options: TrackingOptions, problem: str):
+    assert list(options.problems()) == [problem]
