@@ -21,14 +21,10 @@ from library.sdxl.architecture import (
     ARCHITECTURE_KEY,
     SDXL_BASE,
     Architecture,
-    SdxlModel,
-    empty_text_encoder_g,
-    empty_text_encoder_l,
-    empty_unet,
-    empty_vae,
+    empty_model,
     make_architecture,
 )
-from library.sdxl.checkpoint_file import DEFAULT_LOGIT_SCALE, tensors_to_write
+from library.sdxl.checkpoint_file import tensors_to_write
 from library.sdxl.tensor_file import write_safetensors
 
 TINY = make_architecture(
@@ -50,17 +46,9 @@ def write_random_sdxl(path: Path, architecture: Architecture, dtype: torch.dtype
     Matrices keep the size of what passes through them (deviation 1 / sqrt(inputs)), norms are the identity and biases
     zero, so that nothing overflows in float16.
     """
-    model = SdxlModel(
-        empty_unet(architecture),
-        empty_vae(architecture),
-        empty_text_encoder_l(architecture),
-        empty_text_encoder_g(architecture),
-        architecture,
-        torch.tensor(DEFAULT_LOGIT_SCALE),
-    )
     tensors = [
         replace(tensor, make=partial(_draw, tensor.name, tensor.shape, seed)) if tensor.shape else tensor
-        for tensor in tensors_to_write(model, dtype)
+        for tensor in tensors_to_write(empty_model(architecture), dtype)
     ]
     metadata = {} if architecture == SDXL_BASE else {ARCHITECTURE_KEY: architecture.to_json()}
     write_safetensors(path, tensors, metadata)

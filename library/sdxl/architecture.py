@@ -1,6 +1,7 @@
 """The facts of Stable Diffusion XL: the configurations of its four networks and the record that holds them."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -129,6 +130,10 @@ SDXL_BASE = make_architecture(
 )
 
 
+DEFAULT_LOGIT_SCALE = math.log(100.0)
+"""OpenCLIP's upper bound for the temperature, where bigG's training ended; for inputs that do not carry it."""
+
+
 @dataclass
 class SdxlModel:
     """The networks of one SDXL checkpoint and what else its file holds."""
@@ -164,3 +169,15 @@ def empty_text_encoder_g(architecture: Architecture) -> CLIPTextModelWithProject
     """The G encoder without weights (meta tensors)."""
     with init_empty_weights():
         return CLIPTextModelWithProjection(CLIPTextConfig(**architecture.text_encoder_g))
+
+
+def empty_model(architecture: Architecture) -> SdxlModel:
+    """A whole model without weights (meta tensors)."""
+    return SdxlModel(
+        unet=empty_unet(architecture),
+        vae=empty_vae(architecture),
+        text_encoder_l=empty_text_encoder_l(architecture),
+        text_encoder_g=empty_text_encoder_g(architecture),
+        architecture=architecture,
+        logit_scale=torch.tensor(DEFAULT_LOGIT_SCALE),
+    )

@@ -1,6 +1,5 @@
 """Read and write SDXL as one file, in the layout that ComfyUI, WebUIs and diffusers open."""
 
-import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,9 +15,7 @@ from library.sdxl.architecture import (
     SDXL_BASE,
     Architecture,
     SdxlModel,
-    empty_text_encoder_g,
-    empty_text_encoder_l,
-    empty_unet,
+    empty_model,
     empty_vae,
 )
 from library.sdxl.tensor_file import TensorReader, TensorToWrite, open_tensors, write_pickle, write_safetensors
@@ -31,9 +28,6 @@ from library.sdxl.weight_names import (
     unet_table,
     vae_table,
 )
-
-DEFAULT_LOGIT_SCALE = math.log(100.0)
-"""OpenCLIP's upper bound for the temperature, where bigG's training ended; for inputs that do not carry it."""
 
 _OTHER_MODELS = (
     ("lora_unet_", "a LoRA, not a whole model"),
@@ -70,14 +64,7 @@ def read_single_file(path: Path, dtypes: ModelDtypes) -> SdxlModel:
     """
     with open_tensors(path) as reader:
         architecture = _architecture_of(reader, SDXL_BASE)
-        model = SdxlModel(
-            unet=empty_unet(architecture),
-            vae=empty_vae(architecture),
-            text_encoder_l=empty_text_encoder_l(architecture),
-            text_encoder_g=empty_text_encoder_g(architecture),
-            architecture=architecture,
-            logit_scale=torch.tensor(DEFAULT_LOGIT_SCALE),
-        )
+        model = empty_model(architecture)
         parts = _parts(model, dtypes)
         for network, table, _ in parts:
             _check(reader, network, table)

@@ -12,8 +12,15 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedM
 
 from library.config.errors import UserError
 from library.config.output_files import replacing_folder
-from library.sdxl.architecture import LATENT_CHANNELS, SDXL_BASE, Architecture, SdxlModel, recorded_facts
-from library.sdxl.checkpoint_file import DEFAULT_LOGIT_SCALE, ModelDtypes
+from library.sdxl.architecture import (
+    DEFAULT_LOGIT_SCALE,
+    LATENT_CHANNELS,
+    SDXL_BASE,
+    Architecture,
+    SdxlModel,
+    recorded_facts,
+)
+from library.sdxl.checkpoint_file import ModelDtypes
 from library.sdxl.tensor_file import TensorToWrite, write_safetensors
 from library.sdxl.tokenizers import PAD_G, PAD_L, save_tokenizer
 
@@ -88,24 +95,19 @@ def write_diffusers_folder(folder: Path, model: SdxlModel, dtype: torch.dtype | 
     cannot be done, or where the existing folder holds anything else.
     """
     with replacing_folder(folder, marker=_INDEX) as unfinished:
-        _write_networks(unfinished, model, dtype)
-        _write_pipeline(unfinished, model)
+        for name, network in _networks(model).items():
+            write_safetensors(unfinished / name / _NETWORKS[name], _tensors(network, dtype), {"format": "pt"})
+        write_diffusers_configs(unfinished, model)
 
 
-def _write_networks(folder: Path, model: SdxlModel, dtype: torch.dtype | None) -> None:
-    networks: dict[str, Any] = {
-        "unet": model.unet,
-        "vae": model.vae,
-        "text_encoder": model.text_encoder_l,
-        "text_encoder_2": model.text_encoder_g,
-    }
-    for name, network in networks.items():
+def write_diffusers_configs(folder: Path, model: SdxlModel) -> None:
+    """All of the folder but the weights: configurations, tokenizers, scheduler, and the index that names all classes.
+
+    It is also what `StableDiffusionXLPipeline.from_single_file(..., config=folder)` needs without a network, and it
+    can be written of a model on the meta device.
+    """
+    for name, network in _networks(model).items():
         _write_config(folder / name, network)
-        write_safetensors(folder / name / _NETWORKS[name], _tensors(network, dtype), {"format": "pt"})
-
-
-def _write_pipeline(folder: Path, model: SdxlModel) -> None:
-    """What stands beside the networks: tokenizers, scheduler and the index that names the classes of all."""
     pipeline = StableDiffusionXLPipeline(
         vae=model.vae,
         text_encoder=model.text_encoder_l,
@@ -123,6 +125,15 @@ def _write_pipeline(folder: Path, model: SdxlModel) -> None:
     )
     pipeline.scheduler.save_pretrained(folder / "scheduler")
     pipeline.save_config(folder)
+
+
+def _networks(model: SdxlModel) -> dict[str, Any]:
+    return {
+        "unet": model.unet,
+        "vae": model.vae,
+        "text_encoder": model.text_encoder_l,
+        "text_encoder_2": model.text_encoder_g,
+    }
 
 
 def _write_config(folder: Path, network: PreTrainedModel | ModelMixin) -> None:

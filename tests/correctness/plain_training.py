@@ -1,0 +1,102 @@
+"""A training step of SDXL written out with diffusers, transformers, OpenCLIP's tokenizer and torch alone."""
+
+import json
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+from open_clip.tokenizer import SimpleTokenizer
+from torch.nn.functional import mse_loss
+
+from tests.conftest import PreparedSet
+from tests.correctness.conftest import SHAPES
+
+END_TOKEN = 49407
+
+
+@dataclass(frozen=True)
+class PlainNoise:
+    """What the flags say about noise."""
+
+    offset: float = 0.0
+    adaptive_scale: float = 0.0
+    min_timestep: int = 0
+    max_timestep: int = 1000
+
+    def drawn_for(self, latents: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noise and timesteps."""
+        noise = torch.randn(latents.shape, generator=generator)
+        if self.offset:
+            strength = self.offset + self.adaptive_scale * latents.mean(dim=(2, 3), keepdim=True).abs()
+            noise = noise + strength * torch.randn(*latents.shape[:2], 1, 1, generator=generator)
+        timesteps = torch.randint(self.min_timestep, self.max_timestep, (len(latents),), generator=generator)
+        return noise, timesteps
+
+
+class PlainTraining:
+    """A model that diffusers has read, to be trained on pictures of a prepared set."""
+
+    def __init__(self, pipeline: StableDiffusionXLPipeline, prepared: PreparedSet, noise: PlainNoise):
+        self.unet = pipeline.unet
+        self._pipeline = pipeline
+        self._prepared = prepared
+        self._noise = noise
+        self._entries = json.loads(prepared.latents_json.read_text(encoding="utf-8"))
+        self._schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+        self._tokenizer = SimpleTokenizer()
+
+    def backward(self, batches: Sequence[Sequence[str]], generator: torch.Generator) -> float:
+        """Add up the gradients of a step on batches of pictures; gives its loss, the mean over all of them."""
+        num_pictures = sum(len(keys) for keys in batches)
+        step_loss = 0.0
+        for keys in batches:
+            loss = self._losses(keys, generator).sum() / num_pictures
+            loss.backward()
+            step_loss += loss.item()
+        return step_loss
+
+    def _losses(self, keys: Sequence[str], generator: torch.Generator) -> torch.Tensor:
+        """The loss of each picture of a batch of one bucket."""
+        latents = torch.stack([self._latents(key) for key in keys]) * 0.13025
+        noise, timesteps = self._noise.drawn_for(latents, generator)
+        hidden, pooled = self._text(keys)
+        with self._precision():
+            predicted = self.unet(
+                self._schedule.add_noise(latents, noise, timesteps),
+                timesteps,
+                encoder_hidden_states=hidden,
+                added_cond_kwargs={"text_embeds": pooled, "time_ids": torch.cat([self._sizes(key) for key in keys])},
+            ).sample
+        return mse_loss(predicted.float(), noise, reduction="none").mean(dim=(1, 2, 3))
+
+    def _precision(self) -> AbstractContextManager[object]:
+        dtype = self._pipeline.text_encoder.dtype
+        return nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype)
+
+    def _latents(self, key: str) -> torch.Tensor:
+        with np.load(self._prepared.images / f"{key}.npz") as file:
+            return torch.from_numpy(file["latents"])
+
+    @torch.no_grad()
+    def _text(self, keys: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `StableDiffusionXLPipeline.encode_prompt` with the L caption as prompt and the G caption as prompt_2."""
+        ids_l = self._tokenizer([self._entries[key]["captionL"] for key in keys])
+        ids_l = torch.where((ids_l == END_TOKEN).cumsum(dim=1) > 0, END_TOKEN, ids_l)  # L's padding is the end token
+        ids_g = self._tokenizer([self._entries[key]["captionG"] for key in keys])
+        output_l = self._pipeline.text_encoder(ids_l, output_hidden_states=True)
+        output_g = self._pipeline.text_encoder_2(ids_g, output_hidden_states=True)
+        hidden = torch.cat([output_l.hidden_states[-2], output_g.hidden_states[-2]], dim=-1)
+        return hidden, output_g.text_embeds
+
+    def _sizes(self, key: str) -> torch.Tensor:
+        shape = SHAPES[key.split()[-1]]
+        return self._pipeline._get_add_time_ids(
+            original_size=shape.size[::-1],
+            crops_coords_top_left=shape.crop[::-1],
+            target_size=shape.bucket[::-1],
+            dtype=torch.float32,
+            text_encoder_projection_dim=self._pipeline.text_encoder_2.config.projection_dim,
+        )
