@@ -189,11 +189,12 @@ def main() -> int:
     arguments = parser.parse_args()
     result = run(arguments.folder.resolve(), arguments.num_steps)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "full_size_workflow.txt").write_text(table(result), encoding="utf-8")
+    text = table(result)
+    (RESULTS / "full_size_workflow.txt").write_text(text, encoding="utf-8")
     for row in result["rows"]:
         row.pop("out")  # holds the paths of this machine
     (RESULTS / "full_size_workflow.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(table(result))
+    print(text)
     return 0
 
 

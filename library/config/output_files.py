@@ -2,12 +2,13 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from psutil import pid_exists
+import psutil
 
 from library.config.errors import UserError
 
@@ -15,15 +16,19 @@ PARTIAL_SUFFIX = ".partial"
 REPLACED_SUFFIX = ".replaced"
 
 
+class CannotWrite(UserError):
+    """The system refuses to write: rights, a full disk, something else in the way. Later it may not."""
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A binary file that takes the place of `path` when the block ends well; after any error `path` is as it was.
 
     The bytes go to a temporary name in the same folder, are flushed to the disk and renamed over `path`. Missing
-    parent folders are made. Raises `UserError` where the system refuses to write (rights, full disk, folder in the
+    parent folders are made. Raises `CannotWrite` where the system refuses to write (rights, full disk, folder in the
     way).
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+    partial = _temporary(path, PARTIAL_SUFFIX)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
@@ -31,13 +36,14 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+        _flush_names(path.parent)
     except OSError as error:
-        raise UserError(
+        raise CannotWrite(
             f"cannot write '{path}': {error.strerror or error}.",
             "Check that the folder exists, that you may write there and that the disk is not full.",
         ) from error
     finally:
-        if partial.exists():
+        with suppress(OSError):
             partial.unlink()
 
 
@@ -46,25 +52,27 @@ def replacing_folder(folder: Path, *, marker: str) -> Iterator[Path]:
     """An empty folder that takes the place of `folder` when the block ends well; after any error that is as it was.
 
     `marker` is the name of a file that such folders hold: an existing folder without it is somebody else's and is not
-    replaced. Raises `UserError` for that, and where the system refuses to write.
+    replaced. Raises `CannotWrite` for that, and where the system refuses to write.
     """
     if folder.exists() and not (folder / marker).is_file():
-        raise UserError(
+        raise CannotWrite(
             f"'{folder}' exists and is something else than what is to be written there.",
             "Choose another output name, or move it.",
         )
-    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}{PARTIAL_SUFFIX}")
-    replaced = folder.with_name(f"{folder.name}.{os.getpid()}{REPLACED_SUFFIX}")
+    unfinished = _temporary(folder, PARTIAL_SUFFIX)
+    replaced = _temporary(folder, REPLACED_SUFFIX)
     try:
         unfinished.mkdir(parents=True)
         yield unfinished
         if folder.exists():
             folder.rename(replaced)
         unfinished.rename(folder)
+        _flush_names(folder.parent)
         shutil.rmtree(replaced, ignore_errors=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot write the folder '{folder}': {error.strerror or error}.",
+    except (OSError, CannotWrite) as error:
+        reason = error if isinstance(error, OSError) else error.__cause__  # a file in it could not be written
+        raise CannotWrite(
+            f"cannot write the folder '{folder}': {getattr(reason, 'strerror', None) or reason}.",
             "Check that you may write there, that the disk is not full and that no program has its files open.",
         ) from error
     finally:
@@ -73,27 +81,78 @@ def replacing_folder(folder: Path, *, marker: str) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def remove_leftovers(folder: Path) -> list[Path]:
-    """Remove what writers that were killed have left in `folder`; gives what was removed.
+def remove_leftovers(folder: Path, *, recursive: bool = False) -> list[Path]:
+    """Remove what writers that were killed have left in `folder`, and say so; gives what was removed.
 
-    Names carry the number of the process that was writing: those of processes that still run are left alone. A folder
-    that was moved aside when its successor was complete but not yet in place is put back.
+    To be called before this process writes there. Names carry the number of the process that was writing: those of
+    processes that still write are left alone. A folder that was moved aside when its successor was complete but not
+    yet in place is put back.
     """
+    pattern = "**/*" if recursive else "*"
+    found = [path for suffix in (PARTIAL_SUFFIX, REPLACED_SUFFIX) for path in folder.glob(pattern + suffix)]
     removed = []
-    for path in sorted(folder.glob("*")) if folder.is_dir() else []:
+    for path in sorted(found):
         name, _, process = path.stem.rpartition(".")
-        if path.suffix not in (PARTIAL_SUFFIX, REPLACED_SUFFIX) or not process.isdecimal() or pid_exists(int(process)):
+        if not process.isdecimal() or _is_being_written(path, int(process)):
             continue
         original = path.with_name(name)
-        if path.suffix == REPLACED_SUFFIX and not original.exists():
-            path.rename(original)
+        try:
+            if path.suffix == REPLACED_SUFFIX and not original.exists():
+                path.rename(original)
+                continue
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        except OSError as error:
+            print(f"'{path}' is left over and cannot be removed: {error.strerror or error}", file=sys.stderr)
             continue
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
         removed.append(path)
+    if removed:
+        print(f"removed {len(removed)} unfinished files that a killed run has left in '{folder}'", file=sys.stderr)
     return removed
+
+
+def require_disk_space(folder: Path, needed: int, what: str) -> None:
+    """Raise `UserError` if the disk of `folder` has less than `needed` bytes free; `what` names what needs them."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise UserError(
+            f"the disk of '{folder}' has {_size(free)} free, and {what} takes {_size(needed)}: "
+            f"{_size(needed - free)} are missing.",
+            "Free some space, or choose a folder on another disk.",
+        )
 
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8 (line ends as given), whole or not at all; raises as `replacing`."""
     with replacing(path) as file:
         file.write(text.encode("utf-8"))
+
+
+def _temporary(path: Path, suffix: str) -> Path:
+    return path.with_name(f"{path.name}.{os.getpid()}{suffix}")
+
+
+def _is_being_written(path: Path, process: int) -> bool:
+    """Whether the process that left `path` is still at it, and not another one that was given its number since."""
+    if process == os.getpid():
+        return False
+    try:
+        return psutil.Process(process).create_time() <= path.stat().st_mtime
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:  # somebody else's, of which nothing more can be known
+        return True
+
+
+def _flush_names(folder: Path) -> None:
+    """Have the names of a folder on the disk too: without that a rename may not survive a power cut."""
+    if os.name == "nt":
+        return  # a folder cannot be opened there, and the file system's journal holds the rename
+    descriptor = os.open(folder, os.O_RDONLY)
+    with suppress(OSError):  # some network file systems cannot
+        os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"

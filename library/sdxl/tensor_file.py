@@ -69,19 +69,7 @@ def _open_safetensors(path: Path) -> Iterator[TensorReader]:
 
 
 def _open_pickle(path: Path) -> TensorReader:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"'{path}' is refused: it holds more than tensors and could run code when it is opened.",
-            "Use a .safetensors file of the model instead.",
-        ) from error
-    except _UNPICKLING_ERRORS as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(
-            f"'{path}' is not a whole checkpoint of the present format ({reason}).",
-            "Download or copy it again, it may be cut short, or use a .safetensors file of the model instead.",
-        ) from error
+    content = read_pickled(path)
     tensors, metadata = _unpacked(content)
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
     return TensorReader(path, metadata, shapes, tensors.__getitem__)
@@ -124,13 +112,37 @@ def write_pickle(path: Path, tensors: Iterable[TensorToWrite], metadata: dict[st
 
     Raises `UserError` where `path` cannot be written.
     """
-    content = {"state_dict": {tensor.name: _made(tensor) for tensor in tensors}, "metadata": metadata}
+    write_pickled(path, {"state_dict": {tensor.name: _made(tensor) for tensor in tensors}, "metadata": metadata})
+
+
+def write_pickled(path: Path, content: Any) -> None:
+    """Write what `torch.save` can write, whole or not at all; raises `UserError` where `path` cannot be written."""
     with replacing(path) as file:
         try:
             torch.save(content, file)
         except RuntimeError as error:
             # torch's writer hides the system's error (a full disk) behind one of its own.
             raise OSError(getattr(error.__context__, "strerror", None) or str(error)) from error
+
+
+def read_pickled(path: Path) -> Any:
+    """What a pickle of tensors and plain values holds, on the CPU and mapped into memory; code in it is not run.
+
+    Raises `UserError` for a file that is missing, damaged, or holds anything else.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"'{path}' is refused: it holds more than tensors and could run code when it is opened.",
+            "Use a .safetensors file of the model instead.",
+        ) from error
+    except _UNPICKLING_ERRORS as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(
+            f"'{path}' is not a whole checkpoint of the present format ({reason}).",
+            "Download or copy it again, it may be cut short, or use a .safetensors file of the model instead.",
+        ) from error
 
 
 def _made(tensor: TensorToWrite) -> torch.Tensor:
