@@ -45,15 +45,14 @@ from library.training.accelerator import (
     draw_seed,
     exchange_gradients,
     make_accelerator,
-    mean_over_processes,
-    step_seed,
+    start_generators,
 )
 from library.training.checkpoints import Checkpoints, last_name
-from library.training.course import make_course
-from library.training.disk_space import bytes_of, require_disk_space
+from library.training.course import Course, make_course
+from library.training.disk_space import bytes_of, bytes_of_state, require_room
 from library.training.learner import Learner, enable_gradient_checkpointing, make_learner
-from library.training.mishaps import LossWatch, explained_out_of_memory, require_finite
-from library.training.resume import check_changes, flat_options, library_versions
+from library.training.mishaps import LossWatch, StepLoss, explained_out_of_memory, require_finite
+from library.training.resume import check_images, check_options, flat_options, library_versions
 from library.training.run_options import OPTION_CLASSES, TrainingOptions
 from library.training.sampling import SAMPLE_FOLDER, Sampling
 from library.training.state import Progress, Setting, find_state, read_learnt, read_progress, write_state
@@ -82,22 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(options: TrainingOptions, stop: StopRequest) -> int:
     """Build what training needs, train, save the finished model; gives the exit status."""
-    state = None if options.resume.resume is None else find_state(options.resume.resume, options.output_dir)
-    progress = new_progress(options) if state is None else read_progress(state)
-    accelerator = make_accelerator(options.precision, options.tracking.trackers, progress.log_folder)
+    accelerator = make_accelerator(options.precision, options.tracking.trackers, options.tracking.logging_dir)
+    state, progress = where_to_begin(options, accelerator)
     model, digest = prepare_model(options, accelerator)
-    images = prepare_images(options, model, digest, accelerator)
-    setting = Setting(
-        flat_options(options, num_processes=accelerator.num_processes),
-        fingerprints(images) if state is not None or options.save.saves_state else {},
-        library_versions(),
-    )
-    if state is None:
-        progress.seed = draw_seed(accelerator) if options.run.seed is None else options.run.seed
-    elif accelerator.is_main_process:
-        print(f"going on after step {progress.step} of '{state}'")
-        print(*check_changes(progress.setting, setting, anyway=options.resume.resume_anyway), sep="\n")
-    progress.setting = setting
+    images = prepare_images(options, model, digest, accelerator, progress)
     course = make_course(images, options.loader, options.training_set, options.run, accelerator, progress.seed)
     learner = make_learner(
         model,
@@ -111,9 +98,11 @@ def train(options: TrainingOptions, stop: StopRequest) -> int:
     if state is not None:
         read_learnt(state, learner.resumable(accelerator))
 
+    started = datetime.fromisoformat(progress.started)
     tracker = Tracker(
         accelerator,
         options.tracking,
+        options.tracking.run_folder(started),
         num_steps=course.num_steps,
         steps_per_epoch=course.order.steps_per_epoch,
         steps_done=progress.step,
@@ -121,28 +110,29 @@ def train(options: TrainingOptions, stop: StopRequest) -> int:
     )
     tracker.say(f"{course}, seed {progress.seed}")
     checkpoints = make_checkpoints(options, model, learner, progress, tracker, accelerator)
-    sampling = make_sampling(options, model, tracker, progress.seed)
+    sampling = make_sampling(options, model, tracker, progress.seed, started)
     watch = LossWatch(options.run.max_bad_steps, tracker.say)
     if accelerator.is_main_process:
-        check_disk(options, model, learner)
+        check_disk(options, model, learner, course, progress)
+        if state is not None and progress.step < course.num_steps:
+            checkpoints.after_resume(state, progress.step, progress.epoch)
         if progress.step == 0:
             sampling.at_start()
 
     noise_schedule = make_noise_schedule()
     noise_generator = torch.Generator()
-    step_loss = torch.zeros((), device=accelerator.device)
-    step_keys: list[str] = []
-    is_stopped = is_finished = False
+    step_loss = StepLoss(accelerator)
+    is_stopped = any_process(accelerator, stop.is_made())
+    is_finished = False
     while not (is_stopped or is_finished):
         for batch in course.batches(progress):
             step = progress.step + 1
-            if not step_keys:  # the first batch of a step
-                noise_generator.manual_seed(step_seed(progress.seed, step, accelerator.process_index))
-            step_keys += batch.keys
+            if step_loss.is_empty:  # the first batch of the step
+                start_generators(noise_generator, progress.seed, step, accelerator.process_index)
             batch = batch.to(accelerator.device)
             with (
                 exchange_gradients(accelerator, learner.trained.values(), now=batch.completes_step),
-                explained_out_of_memory(step, batch),
+                explained_out_of_memory(f"in step {step}", batch),
             ):
                 latents = latents_of(batch, model.vae) * LATENT_SCALE  # [B, 4, h, w]
                 text = encode_captions(learner.text_encoder_l, learner.text_encoder_g, batch.tokens)  # [B, T, 2048] ...
@@ -158,50 +148,63 @@ def train(options: TrainingOptions, stop: StopRequest) -> int:
                 ).sample
                 loss = per_sample_loss(predicted, noise).sum() * batch.loss_scale  # added up over a step: its mean
                 accelerator.backward(loss)
-            step_loss += loss.detach()
+            step_loss.add(batch.keys, loss)
             if not batch.completes_step:
                 continue
 
-            mean_loss, grad_norm = mean_over_processes(accelerator, step_loss), None
-            if watch.accepts(step, mean_loss, step_keys):
-                grad_norm = learner.step(accelerator, options.optimizer.max_grad_norm)
+            mean_loss, grad_norm = step_loss.mean(), None
+            if watch.accepts(step, mean_loss, step_loss.bad_images):
+                with explained_out_of_memory(f"in step {step}", batch):
+                    grad_norm = learner.step(accelerator, options.optimizer.max_grad_norm)
             else:
                 learner.skip_step()
+            step_loss.clear()
             progress.step, progress.step_in_epoch = step, progress.step_in_epoch + 1
-            step_loss.zero_()
-            step_keys.clear()
+            is_finished = step == course.num_steps
 
             tracker.log_step(step, mean_loss, learner.rates, grad_norm)
             watch.heed_gradient(step, grad_norm)
             if accelerator.is_main_process:
+                # Pictures first: a state that is saved after this step does not draw them again.
                 sampling.after_step(step)
+                if is_finished or progress.step_in_epoch == course.order.steps_per_epoch:
+                    sampling.after_epoch(step, progress.epoch + 1)
                 checkpoints.after_step(step)
             is_stopped = any_process(accelerator, stop.is_made())
-            if is_stopped or step == course.num_steps:
+            if is_stopped or is_finished:
                 break
 
-        is_finished = progress.step >= course.num_steps
-        epoch = progress.epoch + 1
+        is_finished = progress.step >= course.num_steps  # also where nothing was left to do
         if progress.step_in_epoch == course.order.steps_per_epoch:
-            progress.epoch, progress.step_in_epoch = epoch, 0
-        if accelerator.is_main_process and (progress.step_in_epoch == 0 or is_finished):
-            sampling.after_epoch(progress.step, epoch)
-            checkpoints.after_epoch(epoch, is_last=is_finished)
+            progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
+            if accelerator.is_main_process:
+                checkpoints.after_epoch(progress.epoch, is_last=is_finished)
         accelerator.wait_for_everyone()
 
-    if accelerator.is_main_process and is_finished:
-        tracker.say(f"saved '{checkpoints.at_end()}'")
-    elif accelerator.is_main_process:
-        folder = checkpoints.at_stop(progress.step)
-        tracker.say(f'stopped after step {progress.step}; go on with the same command and --resume "{folder}"')
+    last_words = checkpoints.conclude(progress.step, is_finished) if accelerator.is_main_process else ""
+    accelerator.wait_for_everyone()  # a process that ends sooner could have the launcher end the one that saves
     tracker.close()
+    accelerator.print(last_words)
     return stop.exit_status if is_stopped and not is_finished else 0
 
 
-def new_progress(options: TrainingOptions) -> Progress:
-    """The beginning of a run that is not resumed."""
-    log_folder = options.tracking.run_folder(datetime.now())
-    return Progress(log_folder=None if log_folder is None else str(log_folder))
+def where_to_begin(options: TrainingOptions, accelerator: Accelerator) -> tuple[Path | None, Progress]:
+    """The state that the run goes on from, if one is asked for, and how far it is; removes what killed runs left."""
+    setting = Setting(flat_options(options, num_processes=accelerator.num_processes), versions=library_versions())
+    with accelerator.main_process_first():
+        if accelerator.is_main_process:
+            remove_leftovers(options.output_dir)
+            remove_leftovers(options.output_dir / SAMPLE_FOLDER)
+        wanted = options.resume.resume
+        state = None if wanted is None else find_state(wanted, options.output_dir, options.save.output_name)
+    if state is None:
+        seed = draw_seed(accelerator) if options.run.seed is None else options.run.seed
+        return None, Progress(started=datetime.now().isoformat(timespec="seconds"), seed=seed, setting=setting)
+    progress = read_progress(state)
+    changes = check_options(progress.setting, setting, anyway=options.resume.resume_anyway)
+    accelerator.print(f"going on after step {progress.step} of '{state}'", *changes, sep="\n  ")
+    progress.setting = replace(setting, images=progress.setting.images)
+    return state, progress
 
 
 # -- what is trained --------------------------------------------------------------------------------------------------
@@ -217,7 +220,8 @@ def prepare_model(options: TrainingOptions, accelerator: Accelerator) -> tuple[S
     nn.Module.to(model.vae, dtypes.vae)
     for network in (model.unet, model.vae, model.text_encoder_l, model.text_encoder_g):
         network.requires_grad_(False)
-        network.to(accelerator.device)
+        with explained_out_of_memory("while the model is loaded"):
+            network.to(accelerator.device)
     trains = {model.unet: True, model.text_encoder_l: options.trains_l, model.text_encoder_g: options.trains_g}
     for network in [network for network, is_trained in trains.items() if is_trained]:
         network.train()
@@ -230,16 +234,23 @@ def prepare_model(options: TrainingOptions, accelerator: Accelerator) -> tuple[S
 
 
 def prepare_images(
-    options: TrainingOptions, model: SdxlModel, digest: str, accelerator: Accelerator
+    options: TrainingOptions, model: SdxlModel, digest: str, accelerator: Accelerator, progress: Progress
 ) -> list[TrainingImage]:
-    """The training set; what lacks latents is encoded now, if it is to be cached, by the main process first."""
-    if accelerator.is_main_process:
-        for folder in (options.output_dir, options.output_dir / SAMPLE_FOLDER, options.training_set.train_data_dir):
-            remove_leftovers(Path(str(folder)))
+    """The training set; what lacks latents is encoded now, if it is to be cached, by the main process first.
+
+    Raises `UserError` where the state that is resumed was made with other images.
+    """
     with accelerator.main_process_first():
+        if accelerator.is_main_process and options.training_set.train_data_dir is not None:
+            remove_leftovers(options.training_set.train_data_dir, recursive=True)
         images = read_training_set(options.training_set, options.bucket_rule, digest)
         if options.training_set.cache_latents or options.training_set.cache_latents_to_disk:
             images = encode_missing(images, model.vae, options.training_set, digest=digest)
+    now = fingerprints(images)
+    if options.resume.resume is not None:
+        changes = check_images(progress.setting.images, now, anyway=options.resume.resume_anyway)
+        accelerator.print(*changes, sep="\n", end="\n" if changes else "")
+    progress.setting = replace(progress.setting, images=now)
     return images
 
 
@@ -301,17 +312,21 @@ def header(options: TrainingOptions) -> dict[str, str]:
     )
 
 
-def check_disk(options: TrainingOptions, model: SdxlModel, learner: Learner) -> None:
-    """Raise `UserError` unless the disk holds what this run is going to keep at once."""
-    networks = [model.unet, model.vae, model.text_encoder_l, model.text_encoder_g]
-    needed = bytes_of(networks, options.precision.save_dtype)
-    if options.save.saves_state:
-        needed += 2 * bytes_of(list(learner.trained.values()), None)  # weights, and about as much for the optimizer
-    is_periodic = options.save.save_every_n_steps is not None or options.save.save_every_n_epochs is not None
-    require_disk_space(options.output_dir, needed * (2 if is_periodic else 1), "what this run is going to save")
+def check_disk(
+    options: TrainingOptions, model: SdxlModel, learner: Learner, course: Course, progress: Progress
+) -> None:
+    """Raise `UserError` unless the disk holds what the rest of this run is going to save."""
+    networks = (model.unet, model.vae, model.text_encoder_l, model.text_encoder_g)
+    require_room(
+        options.save,
+        model_bytes=bytes_of(networks, options.precision.save_dtype),
+        state_bytes=bytes_of_state(options.optimizer, learner.trained.values()),
+        steps=range(progress.step + 1, course.num_steps + 1),
+        steps_per_epoch=course.order.steps_per_epoch,
+    )
 
 
-def make_sampling(options: TrainingOptions, model: SdxlModel, tracker: Tracker, seed: int) -> Sampling:
+def make_sampling(options: TrainingOptions, model: SdxlModel, tracker: Tracker, seed: int, since: datetime) -> Sampling:
     """What draws the sample pictures. (accelerate wraps networks in place; the model's own are the trained ones.)"""
     return Sampling(
         options.sample,
@@ -322,6 +337,7 @@ def make_sampling(options: TrainingOptions, model: SdxlModel, tracker: Tracker, 
         model_name=options.save.output_name,
         size=options.resolution,
         seed=seed,
+        since=since,
     )
 
 

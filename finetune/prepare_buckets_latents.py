@@ -20,10 +20,11 @@ from tqdm import tqdm
 from library.config.errors import UserError, exits_on_user_error
 from library.config.kohya_flags import PREPARE_REFUSED, PREPARE_REPLACED
 from library.config.options import option, parse_options, positional
+from library.config.output_files import remove_leftovers
 from library.data.buckets import BucketOptions, BucketRule, parse_resolution
 from library.data.images import UnusableImage, find_images, read_size
 from library.data.latent_cache import CacheDemands, cache_path, read_fitting_cache, require_separate_caches, write_cache
-from library.data.latent_preparation import EncodingOptions, Outcome, Picture, encode_pictures
+from library.data.latent_preparation import EncodingOptions, Outcome, Picture, encode_pictures, require_room
 from library.data.metadata import Metadata, keys_of_images, read_metadata, with_train_resolution, write_metadata
 from library.sdxl.latents import vae_digest
 from library.sdxl.model_source import load_vae
@@ -58,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         OPTION_CLASSES, argv, description=DESCRIPTION, replaced=PREPARE_REPLACED, refused=PREPARE_REFUSED
     )
     rule = bucket_options.rule(parse_resolution(options.max_resolution))
+    remove_leftovers(options.train_data_dir, recursive=True)
+    remove_leftovers(options.out_json.parent)
     metadata = read_metadata(options.in_json)
     path_of = _pictures_with_metadata(options, metadata)
     vae = load_vae(options.model_name_or_path, None)
@@ -69,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     pictures = dict(_assign(path_of, rule, problems))
     kept = set(_still_fitting(pictures.values(), encoding, digest)) if options.skip_existing else set()
     to_encode = [picture for picture in pictures.values() if picture not in kept]
+    require_room(options.train_data_dir, to_encode, encoding)
     outcomes = encode_pictures(to_encode, vae, encoding, vae_digest=digest)
     written = set(_write_latents(tqdm(outcomes, "encoding", len(to_encode), unit="picture"), problems))
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from library.data.epoch_order import BatchShape
 from library.sdxl.architecture import LATENT_SCALE
 from library.sdxl.unet_blocks import NUM_UNET_BLOCKS, unet_block_index
+from library.training.accelerator import step_seed
 from tests.conftest import RATE, PreparedSet, Run
 from tests.plain_training import PlainTraining
 
@@ -56,7 +57,7 @@ def test_a_step_is_that_of_a_plain_training(
     )
     plain = PlainTraining(tiny_sdxl, prepared_set, tmp_path)
     optimizer = torch.optim.AdamW(plain.unet.parameters(), lr=1e-3)
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator().manual_seed(step_seed(7, step=1, process_index=0))
     loss = sum(plain.loss(keys, generator) / 3 for keys in plain.batches(shape, seed=7))
     loss.backward()
     optimizer.step()

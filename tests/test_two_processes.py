@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from library.data.epoch_order import BatchShape
+from library.training.accelerator import step_seed
 from tests.conftest import RATE, PreparedSet
 from tests.plain_training import PlainTraining
 
@@ -53,11 +54,11 @@ def test_two_processes_train_on_the_mean_of_their_gradients(tiny_sdxl: Path, pre
 
     plain = PlainTraining(tiny_sdxl, prepared_set, tmp_path)
     optimizer = torch.optim.SGD(plain.unet.parameters(), lr=RATE)
-    generators = [torch.Generator().manual_seed(seed + process) for process in (0, 1)]
     first, second, third = plain.batches(BatchShape(), seed)
-    for shares in ([(first, generators[0]), (second, generators[1])], [(third, generators[0])]):
+    for step, shares in enumerate([[first, second], [third]], start=1):
         optimizer.zero_grad()
-        for keys, generator in shares:
+        for process, keys in enumerate(shares):
+            generator = torch.Generator().manual_seed(step_seed(seed, step, process))
             (plain.loss(keys, generator) / len(shares)).backward()
         optimizer.step()
 

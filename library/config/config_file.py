@@ -1,6 +1,5 @@
 """Options in a TOML file: keys are flag names, sections are only headings."""
 
-import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import tomli_w
 from library.config.errors import UserError
 from library.config.option_fields import NONE_TEXT, Option, Spellings, error_of_problems, nearest, options_of
 from library.config.output_files import write_text
+from library.config.toml_text import parse_toml
 
 SUFFIX = ".toml"
 
@@ -58,12 +58,12 @@ def write_config_file(path: Path, instances: Sequence[Any]) -> None:
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         # utf-8-sig: Windows' Notepad puts a byte-order mark in front.
-        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+        return parse_toml(path.read_bytes().decode("utf-8-sig"))
     except OSError as error:
         raise UserError(f"cannot read '{path}': {error.strerror or error}.", "Check --config_file.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"'{path}' is not UTF-8 text.", "Save it again with the encoding UTF-8.") from error
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:
         raise UserError(
             f"'{path}' is not valid TOML: {error}.",
             r"Write text in quotes, and Windows paths in single quotes: 'C:\my set\images'.",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
 
 
 class UserError(Exception):
@@ -25,7 +26,7 @@ class Main(Protocol):
 
 
 def exits_on_user_error(main: Main) -> Main:
-    """`main` that prints a `UserError` as "error: ..." on stderr and returns exit status 2 instead of a traceback."""
+    """`main` without tracebacks: a `UserError` is printed as "error: ...", exit status 2; after Ctrl-C it is 130."""
 
     @functools.wraps(main)
     def guarded(argv: Sequence[str] | None = None) -> int:
@@ -35,6 +36,9 @@ def exits_on_user_error(main: Main) -> Main:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return EXIT_USER_ERROR
+        except KeyboardInterrupt:
+            print("interrupted; what was being written is as it was before", file=sys.stderr)
+            return EXIT_INTERRUPTED
 
     return guarded
 

@@ -1,6 +1,7 @@
 """Pictures of one bucket to a batch: latents or pixels, the tokens of both captions, the sizes."""
 
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,8 +123,15 @@ def make_loader(dataset: CaptionedPictures, order: EpochOrder, options: LoaderOp
         sampler=order,  # not integers: without automatic batching any index will do
         num_workers=num_workers,
         persistent_workers=options.persistent_data_loader_workers,
+        worker_init_fn=_leave_signals_to_training,
         generator=torch.Generator(),  # else every iteration would draw from the generator of training
     )
+
+
+def _leave_signals_to_training(worker: int) -> None:
+    """A Ctrl-C, and what ends a job on a cluster, reach every process: training stops, and then its workers do."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _ErrorsAsItems(Dataset[Any]):

@@ -9,12 +9,16 @@ from library.data.training_set import TrainingImage
 
 
 def fingerprints(images: Iterable[TrainingImage]) -> dict[str, str]:
-    """Key to fingerprint: of both captions, the bucket, and the picture (or its latents, where those are all)."""
+    """Key to fingerprint: of both captions, the bucket, and the picture (or its latents, where those are all).
+
+    Whether latents are at hand counts too: a batch has them for all of its pictures or for none.
+    """
     return {image.key: _fingerprint(image) for image in images}
 
 
 def _fingerprint(image: TrainingImage) -> str:
-    parts = (image.caption_l, image.caption_g, str(image.bucket), _picture_digest(image))
+    kind = "pixels" if image.latents is None else "latents"
+    parts = (image.caption_l, image.caption_g, str(image.bucket), kind, _picture_digest(image))
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
         encoded = part.encode("utf-8", errors="surrogatepass")

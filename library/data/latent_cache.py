@@ -15,6 +15,7 @@ from library.config.output_files import replacing
 from library.data.buckets import PIXELS_PER_LATENT_CELL, Size, covering_size, legacy_crop_ltrb, true_crop_ltrb
 
 LATENT_CHANNELS = 4
+_BYTES_AROUND = 3000  # names, sizes, fingerprints
 
 # What NumPy and zipfile raise for damaged files, whichever byte the damage hits.
 _READING_ERRORS = (
@@ -123,6 +124,13 @@ def crop_to_train(bucket: Size, resized: Size, image_size: Size, *, legacy: bool
     left, top, right, _ = crop_to_record(bucket, resized, image_size, legacy=legacy)
     width = bucket.width if legacy else resized.width
     return Crop(left, top, width - right)
+
+
+def cache_bytes(bucket: Size, *, flip: bool = False, alpha_mask: bool = False) -> int:
+    """The size of the cache file of a picture in `bucket`, within a few thousand bytes."""
+    num_pixels = bucket.width * bucket.height
+    num_numbers = LATENT_CHANNELS * num_pixels // PIXELS_PER_LATENT_CELL**2 * (1 + flip) + num_pixels * alpha_mask
+    return num_numbers * np.dtype(np.float32).itemsize + _BYTES_AROUND
 
 
 def cache_path(image: Path) -> Path:

@@ -14,9 +14,10 @@ from diffusers import AutoencoderKL
 
 from library.config.errors import UserError
 from library.config.options import option
+from library.config.output_files import require_disk_space
 from library.data.buckets import BucketAssignment, Size
 from library.data.images import load_rgb_and_alpha, resize_and_crop
-from library.data.latent_cache import CachedLatents, crop_to_record, file_digest
+from library.data.latent_cache import CachedLatents, cache_bytes, crop_to_record, file_digest
 from library.sdxl.latents import encode_pixels_finite
 
 
@@ -79,6 +80,15 @@ class _Loaded(NamedTuple):
 def pixels_to_tensor(pixels: np.ndarray) -> torch.Tensor:
     """uint8 (H, W, 3) to float32 [3, H, W] in -1..1."""
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1.0
+
+
+def require_room(folder: Path, pictures: Iterable[Picture], options: EncodingOptions) -> None:
+    """Raise `UserError` unless the disk of `folder` holds the latents of `pictures`."""
+    sizes = [
+        cache_bytes(picture.assignment.bucket, flip=options.flip_aug, alpha_mask=options.alpha_mask)
+        for picture in pictures
+    ]
+    require_disk_space(folder, sum(sizes), f"latents of {len(sizes)} pictures")
 
 
 def encode_pictures(

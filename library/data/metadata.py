@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from library.config.errors import UserError
 from library.config.options import option, positional
-from library.config.output_files import write_text
+from library.config.output_files import remove_leftovers, write_text
 from library.data.buckets import Size
 from library.data.images import find_images, list_images
 
@@ -82,6 +82,8 @@ def read_metadata(path: Path) -> Metadata:
             f"'{path}' is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}.",
             "Mend the line, or remove the file and make it again.",
         ) from error
+    except (RecursionError, ValueError) as error:  # thousands of brackets, a number of thousands of digits
+        raise UserError(f"'{path}' is not metadata ({error}).", "Make it again by the merge scripts.") from error
     except _RepeatedKey as error:
         raise UserError(
             f"'{path}': the key {error} stands twice in one object.", "Remove or rename one of the two."
@@ -188,6 +190,7 @@ def merge_captions(options: MergeOptions, encoder: Encoder) -> None:
     `UserError`, with nothing written, for images without caption file (unless `allow_missing`), two images of one key,
     and files that cannot be read or written.
     """
+    remove_leftovers(options.out_json.parent)
     images = find_images(options.train_data_dir, recursive=options.recursive)
     image_of = keys_of_images(images, full_path=options.full_path)
     metadata = _metadata_to_extend(options)

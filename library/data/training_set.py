@@ -23,7 +23,7 @@ from library.data.latent_cache import (
     require_separate_caches,
     write_cache,
 )
-from library.data.latent_preparation import EncodingOptions, Picture, encode_pictures
+from library.data.latent_preparation import EncodingOptions, Picture, encode_pictures, require_room
 from library.data.metadata import (
     Entry,
     caption_g,
@@ -141,6 +141,9 @@ def encode_missing(
     encoding = EncodingOptions(
         batch_size=options.vae_batch_size, flip_aug=options.flip_aug, legacy_crop_coords=options.legacy_crop_coords
     )
+    if options.cache_latents_to_disk:
+        assert options.train_data_dir is not None  # checked by problems()
+        require_room(options.train_data_dir, pictures, encoding)
     outcomes = encode_pictures(pictures, vae, encoding, vae_digest=digest or vae_digest(vae))
     latents_of: dict[Picture | None, Path | CachedLatents] = {}
     for outcome in tqdm(

@@ -1,8 +1,10 @@
 """Sample pictures on the disk: their names, and what their PNGs say of how they were drawn."""
 
 import json
+import re
 from dataclasses import dataclass
 from datetime import datetime
+from glob import escape
 from pathlib import Path
 
 from PIL import Image
@@ -10,6 +12,10 @@ from PIL.PngImagePlugin import PngInfo
 
 from library.config.output_files import replacing
 from library.diffusion.prompts import SamplePrompt
+
+_TIME_FORMAT = "%Y%m%d%H%M%S"
+_TIME_DIGITS = 14
+_TIME_OF_NAME = re.compile(r"(?:(?<=_)|^)[0-9]{14}(?=_e?[0-9]{6,}_[0-9]{2,}(?:_[0-9]+)?\.png$)")
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,20 @@ def picture_name(
     prefix = "" if model_name is None else f"{model_name}_"
     when = f"e{epoch:06d}" if epoch is not None else f"{step:06d}"
     suffix = "" if seed is None else f"_{seed}"
-    return f"{prefix}{now:%Y%m%d%H%M%S}_{when}_{index:02d}{suffix}.png"
+    return f"{prefix}{now:{_TIME_FORMAT}}_{when}_{index:02d}{suffix}.png"
+
+
+def other_drawings(path: Path, since: datetime) -> list[Path]:
+    """The files of the same picture as `path` that were drawn at another time, but not before `since`.
+
+    A run that was killed after it had drawn them, and goes on from a state of before, draws them again.
+    """
+    match = _TIME_OF_NAME.search(path.name)
+    assert match is not None  # as `picture_name` makes it
+    start, end = path.name[: match.start()], path.name[match.end() :]
+    same_picture = path.parent.glob(f"{escape(start)}{'[0-9]' * _TIME_DIGITS}{escape(end)}")
+    earliest = f"{start}{since:{_TIME_FORMAT}}"
+    return [other for other in same_picture if other.name != path.name and other.name >= earliest]
 
 
 def parameters_text(record: PictureRecord) -> str:

@@ -2,7 +2,6 @@
 
 import json
 import re
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -11,6 +10,7 @@ from typing import Any
 
 from library.config.errors import UserError
 from library.config.option_fields import nearest
+from library.config.toml_text import parse_toml
 
 SAMPLERS: tuple[str, ...] = (
     *("ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a"),
@@ -184,8 +184,8 @@ def _unknown_option(word: str, where: str) -> UserError:
 
 def _read_toml(path: Path, text: str) -> Iterator[SamplePrompt]:
     try:
-        document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        document = parse_toml(text)
+    except ValueError as error:
         raise UserError(f"'{path}' is not valid TOML: {error}.", "Mend it there.") from error
     prompt = document.pop("prompt", None)
     if document or not isinstance(prompt, dict | list):
@@ -206,6 +206,8 @@ def _read_json(path: Path, text: str) -> Iterator[SamplePrompt]:
         entries = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"'{path}', line {error.lineno} is not valid JSON: {error.msg}.", "Mend it there.") from error
+    except (RecursionError, ValueError) as error:  # thousands of brackets, a number of thousands of digits
+        raise UserError(f"'{path}' is not a list of prompts ({error}).", "Write it anew.") from error
     if not isinstance(entries, list):
         raise UserError(f"'{path}' is no list.", 'Write the pictures as [{"prompt": "a cat"}, {"prompt": "a dog"}].')
     for number, entry in enumerate(entries, start=1):

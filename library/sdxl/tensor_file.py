@@ -68,6 +68,26 @@ def _open_safetensors(path: Path) -> Iterator[TensorReader]:
         yield TensorReader(path, dict(file.metadata() or {}), shapes, file.get_tensor)
 
 
+def read_pickled(path: Path) -> Any:
+    """What a pickle of tensors and plain values holds, on the CPU and mapped into memory; code in it is not run.
+
+    Raises `UserError` for a file that is missing, damaged, or holds anything else.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"'{path}' is refused: it holds more than tensors and could run code when it is opened.",
+            "Use a .safetensors file of the model instead.",
+        ) from error
+    except _UNPICKLING_ERRORS as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(
+            f"'{path}' is not a whole checkpoint of the present format ({reason}).",
+            "Download or copy it again, it may be cut short, or use a .safetensors file of the model instead.",
+        ) from error
+
+
 def _open_pickle(path: Path) -> TensorReader:
     content = read_pickled(path)
     tensors, metadata = _unpacked(content)
@@ -80,7 +100,8 @@ def _unpacked(content: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     if not isinstance(content, dict):
         return {}, {}
     state, metadata = content.get("state_dict", content), content.get("metadata")
-    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    entries = state.items() if isinstance(state, dict) else ()
+    tensors = {name: value for name, value in entries if isinstance(value, torch.Tensor)}
     return tensors, metadata if isinstance(metadata, dict) else {}
 
 
@@ -123,26 +144,6 @@ def write_pickled(path: Path, content: Any) -> None:
         except RuntimeError as error:
             # torch's writer hides the system's error (a full disk) behind one of its own.
             raise OSError(getattr(error.__context__, "strerror", None) or str(error)) from error
-
-
-def read_pickled(path: Path) -> Any:
-    """What a pickle of tensors and plain values holds, on the CPU and mapped into memory; code in it is not run.
-
-    Raises `UserError` for a file that is missing, damaged, or holds anything else.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"'{path}' is refused: it holds more than tensors and could run code when it is opened.",
-            "Use a .safetensors file of the model instead.",
-        ) from error
-    except _UNPICKLING_ERRORS as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(
-            f"'{path}' is not a whole checkpoint of the present format ({reason}).",
-            "Download or copy it again, it may be cut short, or use a .safetensors file of the model instead.",
-        ) from error
 
 
 def _made(tensor: TensorToWrite) -> torch.Tensor:

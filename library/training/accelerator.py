@@ -4,16 +4,20 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import InitProcessGroupKwargs, broadcast, gather_object
 from torch import nn
 
 from library.training.precision import PrecisionOptions
 
+_PATIENCE = timedelta(days=1)  # for the process that saves and draws, while the others wait
 
-def make_accelerator(precision: PrecisionOptions, trackers: list[str], log_folder: str | None) -> Accelerator:
+
+def make_accelerator(precision: PrecisionOptions, trackers: list[str], log_folder: str | Path | None) -> Accelerator:
     """accelerate's object for this process.
 
     Accumulation is not left to it: it would divide by a fixed number of batches, and the last step of an epoch may
@@ -23,6 +27,7 @@ def make_accelerator(precision: PrecisionOptions, trackers: list[str], log_folde
         mixed_precision=precision.mixed_precision,
         log_with=trackers or None,
         project_dir=log_folder,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
     )
 
 
@@ -48,6 +53,11 @@ def any_process(accelerator: Accelerator, flag: bool) -> bool:
     return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum"))
 
 
+def all_of(accelerator: Accelerator, names: list[str]) -> list[str]:
+    """The names that the processes give, of all of them, each once; to be called by every process."""
+    return list(dict.fromkeys(gather_object(names)))
+
+
 def step_seed(seed: int, step: int, process_index: int) -> int:
     """The seed of all that is random in one step of one process.
 
@@ -55,6 +65,12 @@ def step_seed(seed: int, step: int, process_index: int) -> int:
     """
     text = f"{seed}/{step}/{process_index}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def start_generators(noise: torch.Generator, seed: int, step: int, process_index: int) -> None:
+    """Start what is random in a step: the generator of noise and timesteps, and torch's own, used by dropout."""
+    noise.manual_seed(step_seed(seed, step, process_index))
+    torch.manual_seed(step_seed(seed, -step, process_index))
 
 
 def draw_seed(accelerator: Accelerator) -> int:

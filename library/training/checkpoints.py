@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -12,10 +13,25 @@ from tqdm import tqdm
 
 from library.config.errors import UserError
 from library.config.options import option
+from library.config.output_files import CannotWrite
 from library.training.state import STATE_SUFFIX
 
 _WITHOUT_NAME = {"step": "at", "epoch": "epoch", "last": "last"}
 """What kohya's trainers call a model where no output name is given."""
+
+
+RETRY_SECONDS = 60.0
+"""How long a run that is over waits until it tries again to save what the disk did not take."""
+
+
+@dataclass(frozen=True)
+class Save:
+    """One save: the name of model and state, and the names of those that go when it is complete."""
+
+    name: str
+    with_state: bool
+    outdated: str | None = None
+    outdated_state: str | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +84,44 @@ class SaveOptions:
             if getattr(self, keeping[1]) is not None and not self.save_state:
                 yield f"--{keeping[1]} needs --save_state."
 
+    def save_after_step(self, step: int) -> "Save | None":
+        """What is saved after optimizer step `step` (from 1), if anything."""
+        every = self.save_every_n_steps
+        if every is None or step % every != 0:
+            return None
+        outdated = step_to_remove(step, every=every, keep=self.save_last_n_steps)
+        keep_states = self.save_last_n_steps_state or self.save_last_n_steps
+        outdated_state = step_to_remove(step, every=every, keep=keep_states)
+        return self._save(partial(step_name, self.output_name), step, outdated, outdated_state)
+
+    def save_after_epoch(self, epoch: int) -> "Save | None":
+        """What is saved after epoch `epoch` (from 1) unless it is the last, if anything."""
+        every = self.save_every_n_epochs
+        if every is None or epoch % every != 0:
+            return None
+        outdated = epoch_to_remove(epoch, every=every, keep=self.save_last_n_epochs)
+        keep_states = self.save_last_n_epochs_state or self.save_last_n_epochs
+        outdated_state = epoch_to_remove(epoch, every=every, keep=keep_states)
+        return self._save(partial(epoch_name, self.output_name), epoch, outdated, outdated_state)
+
+    def save_at_end(self) -> "Save":
+        """The finished model, and a state if the options ask for one at all."""
+        return Save(last_name(self.output_name), with_state=self.saves_state)
+
+    def save_at_stop(self, step: int) -> "Save":
+        """Model and state of a run that is stopped after optimizer step `step`."""
+        return Save(step_name(self.output_name, step), with_state=True)
+
+    def _save(
+        self, name_of: Callable[[int], str], count: int, outdated: int | None, outdated_state: int | None
+    ) -> "Save":
+        return Save(
+            name_of(count),
+            with_state=self.save_state,
+            outdated=None if outdated is None else name_of(outdated),
+            outdated_state=None if outdated_state is None or not self.save_state else name_of(outdated_state),
+        )
+
     def format(self, *, source_is_diffusers: bool) -> str:
         """ "safetensors", "ckpt" or "diffusers"."""
         if self.save_model_as is None:
@@ -110,7 +164,8 @@ class Checkpoints:
 
     `write_model(path)` and `write_state(folder)` write what is now; `suffix` is ".safetensors", ".ckpt" or "" for a
     diffusers folder. A save that fails while the run goes on (a full disk) is told to `say` and tried again when the
-    next one is due; the one before it stays.
+    next one is due; the one before it stays. When the run is over it is tried until it succeeds: what was learnt
+    exists nowhere else.
     """
 
     def __init__(
@@ -128,59 +183,86 @@ class Checkpoints:
         self._write_model = write_model
         self._write_state = write_state
         self._say = say
+        self._failed: list[Save] = []  # what they were to remove goes with the next save that is complete
+        self._present_state: Path | None = None  # the state of what is now, where there is one
+
+    def after_resume(self, state: Path, step: int, epoch: int) -> None:
+        """Remove what the run that saved `state`, after `step` steps and `epoch` epochs, had no time to remove."""
+        self._present_state = state
+        for save in (self._options.save_after_step(step), self._options.save_after_epoch(epoch)):
+            if save is not None:
+                self._remove_outdated(save)
 
     def after_step(self, step: int) -> None:
         """Save if the options ask for it after optimizer step `step` (from 1)."""
-        options = self._options
-        every = options.save_every_n_steps
-        if every is None or step % every != 0:
-            return
-        keep, keep_states = options.save_last_n_steps, options.save_last_n_steps_state or options.save_last_n_steps
-        outdated = step_to_remove(step, every=every, keep=keep)
-        outdated_state = step_to_remove(step, every=every, keep=keep_states)
-        self._save_if_possible(partial(step_name, options.output_name), step, outdated, outdated_state)
+        self._present_state = None
+        save = self._options.save_after_step(step)
+        if save is not None:
+            self._save_if_possible(save)
 
     def after_epoch(self, epoch: int, *, is_last: bool) -> None:
         """Save if the options ask for it after epoch `epoch` (from 1); the last is saved as the finished model."""
-        options = self._options
-        every = options.save_every_n_epochs
-        if every is None or epoch % every != 0 or is_last:
-            return
-        keep, keep_states = options.save_last_n_epochs, options.save_last_n_epochs_state or options.save_last_n_epochs
-        outdated = epoch_to_remove(epoch, every=every, keep=keep)
-        outdated_state = epoch_to_remove(epoch, every=every, keep=keep_states)
-        self._save_if_possible(partial(epoch_name, options.output_name), epoch, outdated, outdated_state)
+        save = self._options.save_after_epoch(epoch)
+        if save is not None and not is_last:
+            self._save_if_possible(save)
 
     def at_end(self) -> Path:
         """Save the finished model (and a state, if the options ask for it); gives the model's path."""
-        options = self._options
-        return self._save(last_name(options.output_name), with_state=options.saves_state)
+        return self._save_at_last(self._options.save_at_end())
 
     def at_stop(self, step: int) -> Path:
-        """Save model and state where the run is stopped, after optimizer step `step`; gives the state's folder."""
-        name = step_name(self._options.output_name, step)
-        self._save(name, with_state=True)
-        return self._state(name)
+        """Save model and state where the run is stopped, after optimizer step `step`; gives the state's folder.
 
-    def _save_if_possible(
-        self, name_of: Callable[[int], str], count: int, outdated: int | None, outdated_state: int | None
-    ) -> None:
+        Where a state of that step has just been saved, or the run was resumed from one, that is it.
+        """
+        if self._present_state is None:
+            self._save_at_last(self._options.save_at_stop(step))
+        assert self._present_state is not None  # this save has one
+        return self._present_state
+
+    def conclude(self, step: int, is_finished: bool) -> str:
+        """Save what a run has learnt that has finished, or was stopped after `step`; gives what the user is told."""
+        if is_finished:
+            return f"saved '{self.at_end()}'"
+        if step == 0:
+            return "stopped before the first step: there is nothing to save"
+        return f'stopped after step {step}; go on with the same command and --resume "{self.at_stop(step)}"'
+
+    def _save_if_possible(self, save: Save) -> None:
         try:
-            self._save(name_of(count), with_state=self._options.save_state)
+            self._save(save)
         except UserError as error:
-            self._say(f"'{name_of(count)}' is not saved, the run goes on and tries again at the next save: {error}")
-            return
-        if outdated is not None:
-            _remove(self._model(name_of(outdated)))
-        if outdated_state is not None and self._options.save_state:
-            _remove(self._state(name_of(outdated_state)))
+            self._failed.append(save)
+            self._say(f"'{save.name}' is not saved, the run goes on and tries again at the next save: {error}")
 
-    def _save(self, name: str, *, with_state: bool) -> Path:
+    def _save_at_last(self, save: Save) -> Path:
+        said = ""
+        while True:
+            try:
+                return self._save(save)
+            except CannotWrite as error:
+                if str(error) != said:
+                    said = str(error)
+                    self._say(f"'{save.name}' is not saved: {said} It is tried again every minute; Ctrl-C gives it up.")
+                time.sleep(RETRY_SECONDS)
+
+    def _save(self, save: Save) -> Path:
         # The model first: a run killed in between goes on from the state before, and writes the same model again.
-        self._write_model(self._model(name))
-        if with_state:
-            self._write_state(self._state(name))
-        return self._model(name)
+        model, state = self._model(save.name), self._state(save.name)
+        self._write_model(model)
+        if save.with_state:
+            self._write_state(state)
+            self._present_state = state
+        for each in (*self._failed, save):
+            self._remove_outdated(each)
+        self._failed.clear()
+        return model
+
+    def _remove_outdated(self, save: Save) -> None:
+        if save.outdated is not None:
+            _remove(self._model(save.outdated))
+        if save.outdated_state is not None:
+            _remove(self._state(save.outdated_state))
 
     def _model(self, name: str) -> Path:
         return self._folder / f"{name}{self._suffix}"

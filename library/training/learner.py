@@ -1,26 +1,29 @@
 """What learns: the trained networks as accelerate runs them, and what moves their weights."""
 
+import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from library.sdxl.architecture import SdxlModel
 from library.sdxl.weight_names import unet_name
 from library.training.lr_schedules import ScheduleOptions, make_lr_schedule
 from library.training.optimizers import OptimizerOptions, make_optimizer, make_parameter_groups
-from library.training.state import Resumable
+from library.training.state import Resumable, group_settings
 
 
 @dataclass
 class Learner:
     """The networks as the loop calls them, those `trained` among them, and the optimizer over `parameters`.
 
-    `rates` has the learning rate of each part in the last step.
+    `settings` are the optimizer's as the options give them, group by group. `rates` has the learning rate of each part
+    in the last step.
     """
 
     unet: UNet2DConditionModel
@@ -29,16 +32,22 @@ class Learner:
     trained: dict[str, nn.Module]
     parameters: list[nn.Parameter]
     optimizer: Optimizer
-    lr_schedule: LRScheduler
+    settings: list[dict[str, Any]]
+    lr_schedule: LambdaLR
     rates: dict[str, float] = field(default_factory=dict)
 
     def step(self, accelerator: Accelerator, max_grad_norm: float) -> float | None:
-        """Clip (unless `max_grad_norm` is 0), move the weights; gives the norm of the gradient where it was taken."""
+        """Clip (unless `max_grad_norm` is 0), move the weights; gives the norm of the gradient where it was taken.
+
+        A gradient that is NaN or Inf leaves the weights as they are. (fp16's scaler takes the norm after it has undone
+        its scaling, and passes such steps over by itself.)
+        """
         grad_norm = None
         if max_grad_norm != 0:
             grad_norm = float(accelerator.clip_grad_norm_(self.parameters, max_grad_norm))
         self.rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
-        self.optimizer.step()
+        if grad_norm is None or math.isfinite(grad_norm) or accelerator.scaler is not None:
+            self.optimizer.step()
         self._next()
         return grad_norm
 
@@ -49,7 +58,7 @@ class Learner:
     def resumable(self, accelerator: Accelerator) -> Resumable:
         """What a state holds of all this."""
         networks = {name: accelerator.unwrap_model(network) for name, network in self.trained.items()}
-        return Resumable(networks, self.optimizer, self.lr_schedule, accelerator.scaler)
+        return Resumable(networks, self.optimizer, self.settings, self.lr_schedule, accelerator.scaler)
 
     def _next(self) -> None:
         self.lr_schedule.step()
@@ -81,6 +90,7 @@ def make_learner(
         text_encoder_g=model.text_encoder_g.parameters() if trains_g else (),
     )
     optimizer = make_optimizer(groups, optimizer_options)
+    settings = group_settings(optimizer)  # before the schedule takes the rates over
     lr_schedule = make_lr_schedule(optimizer, schedule_options, num_steps)
     trained = {"unet": accelerator.prepare(model.unet)}
     if trains_l:
@@ -94,13 +104,16 @@ def make_learner(
         trained=trained,
         parameters=[parameter for group in groups for parameter in group["params"]],
         optimizer=accelerator.prepare(optimizer),
+        settings=settings,
         lr_schedule=lr_schedule,
     )
 
 
 def enable_gradient_checkpointing(network: UNet2DConditionModel | PreTrainedModel) -> None:
-    """Compute the network's activations again in the backward pass; diffusers and transformers differ in the name."""
+    """Compute the network's activations again in the backward pass."""
     if isinstance(network, UNet2DConditionModel):
         network.enable_gradient_checkpointing()
+    elif hasattr(network, "activation_checkpointing_enable"):  # newer releases of transformers
+        network.activation_checkpointing_enable()
     else:
         network.gradient_checkpointing_enable()

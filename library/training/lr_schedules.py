@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from transformers.optimization import get_scheduler
 
 from library.config.errors import UserError
@@ -47,7 +47,7 @@ class ScheduleOptions:
             yield f"--lr_scheduler_power has no effect on {name}; only on polynomial."
 
 
-def make_lr_schedule(optimizer: Optimizer, options: ScheduleOptions, num_steps: int) -> LRScheduler:
+def make_lr_schedule(optimizer: Optimizer, options: ScheduleOptions, num_steps: int) -> LambdaLR:
     """The schedule for a run of `num_steps` optimizer steps, to be stepped once after each of them.
 
     It scales the rate of every parameter group alike. Raises `UserError` where the warm-up is longer than the run, or

@@ -1,18 +1,49 @@
 """What can go wrong in a step, and what the user is told: losses that are no numbers, spikes, a full GPU."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from accelerate import Accelerator
 
 from library.config.errors import UserError
 from library.data.dataset import Batch
+from library.training.accelerator import all_of, mean_over_processes
 
 SPIKE = 10.0
 """A gradient is a spike if its norm is so many times the running mean of those before it."""
 
 _MEMORY = 0.98  # how slowly the running mean forgets
+
+
+class StepLoss:
+    """The loss of one optimizer step, added up over its batches; knows which of them made it NaN or Inf."""
+
+    def __init__(self, accelerator: Accelerator):
+        self._accelerator = accelerator
+        self._batches: list[tuple[tuple[str, ...], torch.Tensor]] = []
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the step's first batch is still to come."""
+        return not self._batches
+
+    def add(self, keys: tuple[str, ...], loss: torch.Tensor) -> None:
+        """Add the loss (a scalar) of the batch with the images `keys`."""
+        self._batches.append((keys, loss.detach()))
+
+    def mean(self) -> float:
+        """The loss of the step, the mean over all processes."""
+        return mean_over_processes(self._accelerator, torch.stack([loss for _, loss in self._batches]).sum())
+
+    def bad_images(self) -> list[str]:
+        """The images, in all processes, of the batches whose loss is NaN or Inf; every process has to ask."""
+        return all_of(self._accelerator, [key for keys, loss in self._batches if not loss.isfinite() for key in keys])
+
+    def clear(self) -> None:
+        """Begin the next step."""
+        self._batches.clear()
 
 
 class LossWatch:
@@ -24,16 +55,16 @@ class LossWatch:
         self._bad_in_a_row = 0
         self._mean_norm: float | None = None
 
-    def accepts(self, step: int, loss: float, keys: Sequence[str]) -> bool:
-        """Whether step number `step` may move the weights: its loss is a number. Its images are named if not.
+    def accepts(self, step: int, loss: float, bad_images: Callable[[], list[str]]) -> bool:
+        """Whether step number `step` may move the weights: its loss is a number. Else its images are named.
 
-        Raises `UserError` after `max_bad_steps` such steps in a row.
+        `bad_images` gives them and is called only then. Raises `UserError` after `max_bad_steps` such steps in a row.
         """
         if math.isfinite(loss):
             self._bad_in_a_row = 0
             return True
         self._bad_in_a_row += 1
-        problem = f"step {step}: the loss is {loss}, with the images {', '.join(keys)}"
+        problem = f"step {step}: the loss is {loss}, with the images {', '.join(bad_images())}"
         if self._bad_in_a_row >= self._max_bad_steps:
             raise UserError(
                 f"{problem}. The run has stopped; its weights are not saved, what was saved before is as it was.",
@@ -44,8 +75,11 @@ class LossWatch:
         return False
 
     def heed_gradient(self, step: int, norm: float | None) -> None:
-        """Say so if the gradient's norm jumps."""
-        if norm is None or not math.isfinite(norm):
+        """Say so if the gradient's norm (None where it was not taken) jumps, or is no number."""
+        if norm is None:
+            return
+        if not math.isfinite(norm):
+            self._say(f"step {step}: the gradient's norm is {norm}; the weights are left as they are")
             return
         if self._mean_norm is not None and norm > SPIKE * self._mean_norm:
             self._say(f"step {step}: the gradient's norm is {norm:.3g}, {norm / self._mean_norm:.0f} times the usual")
@@ -53,15 +87,17 @@ class LossWatch:
 
 
 @contextmanager
-def explained_out_of_memory(step: int, batch: Batch) -> Iterator[None]:
-    """Within the block, a GPU without memory left is a `UserError` that says where, and which flags help."""
+def explained_out_of_memory(when: str, batch: Batch | None = None) -> Iterator[None]:
+    """Within the block, a GPU without memory left is a `UserError` that says when, and which flags help."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        num_pictures, (height, width) = len(batch.keys), batch.target_sizes[0].tolist()
+        size = ""
+        if batch is not None:
+            height, width = batch.target_sizes[0].int().tolist()
+            size = f", with {len(batch.keys)} pictures of {width}x{height} at once"
         raise UserError(
-            f"the GPU has no memory left in step {step}, with {num_pictures} pictures of {width}x{height} at once "
-            f"({str(error).partition('.')[0]}).",
+            f"the GPU has no memory left {when}{size} ({str(error).partition('.')[0]}).",
             "Lower --train_batch_size (and raise --gradient_accumulation_steps), add --gradient_checkpointing, "
             "--full_bf16 with --mixed_precision=bf16, --optimizer_type=Adafactor, or prepare smaller pictures.",
         ) from error

@@ -9,7 +9,7 @@ from library.config.errors import UserError
 from library.config.options import option
 from library.training.state import Setting
 
-_LIBRARIES = ("torch", "diffusers", "transformers", "accelerate")
+_LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "numpy")
 _NAMES_SHOWN = 10
 
 _DECIDE_THE_COURSE = frozenset(
@@ -31,7 +31,7 @@ class ResumeOptions:
     _argument_group_name: ClassVar[str] = "Resuming"
 
     resume: str | None = option(
-        None, "Go on from a state: its folder, or 'latest' for the furthest one in --output_dir."
+        None, "Go on from a state: its folder, or 'latest' for the newest one of --output_name in --output_dir."
     )
     resume_anyway: bool = option(False, "Go on even if pictures, captions or options that decide the course changed.")
 
@@ -57,10 +57,10 @@ def library_versions() -> dict[str, str]:
     return {library: version(library) for library in _LIBRARIES}
 
 
-def check_changes(then: Setting, now: Setting, *, anyway: bool) -> list[str]:
-    """What has changed since a state was made, a sentence each.
+def check_options(then: Setting, now: Setting, *, anyway: bool) -> list[str]:
+    """Which options and library versions have changed since a state was made, a sentence each.
 
-    Raises `UserError` with the names of what changed if that makes the continuation another run, unless `anyway`.
+    Raises `UserError` with those that make the continuation another run, unless `anyway`.
     """
     harmless = [
         f"{library}: {before} then, {now.versions.get(library)} now"
@@ -72,13 +72,23 @@ def check_changes(then: Setting, now: Setting, *, anyway: bool) -> list[str]:
         before = then.options.get(name, value)
         if before != value and name not in _ABOUT_RESUMING:
             (serious if _decides(name, value) else harmless).append(f"--{name}: {before} then, {value} now")
-    serious += _data_changes(then.data, now.data)
+    _refuse(serious, anyway=anyway)
+    return harmless + serious
+
+
+def check_images(then: Mapping[str, str], now: Mapping[str, str], *, anyway: bool) -> list[str]:
+    """Which images have changed since a state was made, by their fingerprints; as `check_options`."""
+    changes = list(_image_changes(then, now))
+    _refuse(changes, anyway=anyway)
+    return changes
+
+
+def _refuse(serious: list[str], *, anyway: bool) -> None:
     if serious and not anyway:
         raise UserError(
             f"since the state was made this has changed: {'; '.join(serious)}.",
             "Put it back as it was, or go on with --resume_anyway.",
         )
-    return harmless + serious
 
 
 def _decides(name: str, now: str) -> bool:
@@ -86,13 +96,15 @@ def _decides(name: str, now: str) -> bool:
     return name in _DECIDE_THE_COURSE and not (name == "seed" and now == "None")
 
 
-def _data_changes(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
+def _image_changes(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
     changed = [key for key, fingerprint in before.items() if now.get(key, fingerprint) != fingerprint]
     for what, keys in (
         ("removed", [key for key in before if key not in now]),
         ("added", [key for key in now if key not in before]),
-        ("with another picture, bucket or caption", changed),
+        ("with another picture, bucket, caption or kind of latents", changed),
     ):
         if keys:
             more = f" and {len(keys) - _NAMES_SHOWN} more" if len(keys) > _NAMES_SHOWN else ""
             yield f"{len(keys)} images {what}: {', '.join(keys[:_NAMES_SHOWN])}{more}"
+    if before.keys() == now.keys() and list(before) != list(now):
+        yield "the images stand in another order in the metadata"

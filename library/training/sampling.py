@@ -7,10 +7,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import ClassVar
 
+import torch
+from PIL.Image import Image
+
 from library.config.errors import UserError
 from library.config.options import option
+from library.config.output_files import CannotWrite
 from library.data.buckets import Size
-from library.diffusion.picture_files import PictureRecord, parameters_text, picture_name, save_picture
+from library.diffusion.picture_files import PictureRecord, other_drawings, parameters_text, picture_name, save_picture
 from library.diffusion.prompts import SAMPLERS, SamplePrompt, read_prompt_file
 from library.diffusion.sampler import SamplingNetworks, draw_picture
 from library.training.tracking import Tracker
@@ -60,6 +64,9 @@ class SampleOptions:
 class Sampling:
     """Draws the pictures of the prompt file when they are due, into `output_dir/sample` and the trackers.
 
+    A picture that cannot be drawn or saved is named, and the run goes on. One that was drawn before, but not before
+    `since`, is that of a run which was killed and has gone back to a state: the new one takes its place.
+
     A prompt without `--d` gets a seed of its own at every step, made from the run's seed, so that a run can be
     repeated. Training is not touched: every picture has its own generator.
     """
@@ -75,6 +82,7 @@ class Sampling:
         model_name: str | None,
         size: Size,
         seed: int,
+        since: datetime | None = None,
     ):
         self._options = options
         self._prompts = prompts
@@ -84,6 +92,7 @@ class Sampling:
         self._model_name = model_name
         self._size = size
         self._seed = seed
+        self._since = since
         shared = [str(prompt.line) for prompt in prompts if prompt.shared]
         if shared:
             tracker.say(f"{options.sample_prompts}: no --e in line {', '.join(shared)}: both encoders read one prompt")
@@ -119,22 +128,37 @@ class Sampling:
             step=step,
             model_name=self._model_name or "",
         )
-        image = draw_picture(
-            self._networks,
-            prompt,
-            sampler=record.sampler,
-            width=record.width,
-            height=record.height,
-            seed=record.seed,
-        )
+        image = self._try_to_draw(record)
         if image is None:
-            self._tracker.say(
-                f"step {step}: the picture of prompt {prompt.line} is NaN and is not saved (fp16? add --no_half_vae)"
-            )
             return
         name = picture_name(self._model_name, now=datetime.now(), step=step, epoch=epoch, index=index, seed=prompt.seed)
-        save_picture(self._folder / name, image, record)
+        try:
+            save_picture(self._folder / name, image, record)
+        except CannotWrite as error:
+            self._tracker.say(f"step {step}: {error}")
+        else:
+            for other in () if self._since is None else other_drawings(self._folder / name, self._since):
+                other.unlink(missing_ok=True)
         self._tracker.log_picture(step, f"sample/{index:02d}", image, parameters_text(record))
+
+    def _try_to_draw(self, record: PictureRecord) -> Image | None:
+        where = f"step {record.step}: the picture of prompt {record.prompt.line}"
+        try:
+            image = draw_picture(
+                self._networks,
+                record.prompt,
+                sampler=record.sampler,
+                width=record.width,
+                height=record.height,
+                seed=record.seed,
+            )
+        except torch.OutOfMemoryError:
+            size = f"{record.width}x{record.height}"
+            self._tracker.say(f"{where} is not drawn: no memory is left for {size}; lower its --w and --h")
+            return None
+        if image is None:
+            self._tracker.say(f"{where} is NaN and is not saved (fp16? add --no_half_vae)")
+        return image
 
     def _fresh_seed(self, step: int, index: int) -> int:
         text = f"{self._seed}/{step}/{index}"

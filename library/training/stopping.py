@@ -1,8 +1,10 @@
 """How a run is asked to stop: Ctrl-C, a termination signal, or a file named `stop` in the output folder."""
 
+import os
 import signal
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -12,6 +14,8 @@ from tqdm import tqdm
 STOP_FILE = "stop"
 EXIT_AFTER_SIGNAL = 128
 """A run that a signal has stopped exits with this plus the signal's number: 130 after Ctrl-C, 143 after SIGTERM."""
+SAME_SIGNAL_SECONDS = 1.0
+"""Launchers hand a Ctrl-C on that the terminal has already sent: what comes so soon is not a second one."""
 
 
 @dataclass
@@ -26,8 +30,9 @@ class StopRequest:
         """Look whether a stop has been asked for; the file is removed as it is obeyed."""
         file = self.output_dir / STOP_FILE
         if file.is_file():
-            file.unlink(missing_ok=True)
             self._file_seen = True
+            with suppress(OSError):
+                file.unlink()
         return self._file_seen or self.signal_number is not None
 
     @property
@@ -40,23 +45,32 @@ class StopRequest:
 def listening_for_stop(output_dir: Path) -> Iterator[StopRequest]:
     """Within the block, the first SIGINT or SIGTERM makes the request; a second one ends the process at once.
 
-    Ending at once is an exception too, so that a file being written is taken back. Outside the main thread, where no
-    signal arrives, only the file is heeded.
+    Ending at once is an exception too, so that a file being written is taken back. A stop file that is there already
+    was meant for an earlier run and is removed. Outside the main thread, where no signal arrives, only the file is
+    heeded.
     """
     request = StopRequest(output_dir)
+    if (output_dir / STOP_FILE).is_file():
+        print(f"removed '{output_dir / STOP_FILE}', which an earlier run was to obey")
+        with suppress(OSError):
+            (output_dir / STOP_FILE).unlink()
+    first_time = 0.0
+    process = os.getpid()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        if request.signal_number is not None:
+        nonlocal first_time
+        if os.getpid() != process:  # a reader of batches that was forked a moment ago
+            return
+        if request.signal_number is None:
+            request.signal_number, first_time = number, time.monotonic()
+            tqdm.write("stopping after this step; once more to stop at once, without saving")
+        elif time.monotonic() - first_time > SAME_SIGNAL_SECONDS:
             raise SystemExit(EXIT_AFTER_SIGNAL + number)
-        request.signal_number = number
-        tqdm.write("stopping after this step; once more to stop at once, without saving")
 
     before = {}
-    try:
+    with suppress(ValueError):  # not the main thread
         for number in (signal.SIGINT, signal.SIGTERM):
             before[number] = signal.signal(number, on_signal)
-    except ValueError:  # not the main thread
-        before = {}
     try:
         yield request
     finally:

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import pytest
 import skimage
+import torch
+from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 from finetune import prepare_buckets_latents
@@ -57,3 +59,11 @@ def tiny_folder(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     folder = tmp_path_factory.mktemp("folders") / "tiny sdxl"
     write_diffusers_folder(folder, read_single_file(tiny_sdxl, ModelDtypes()), None)
     return folder
+
+
+@pytest.fixture(scope="session")
+def diffusers_model(tiny_sdxl: Path, tiny_folder: Path) -> StableDiffusionXLPipeline:
+    """The tiny SDXL as diffusers reads it, in float32. Not to be changed: train a copy."""
+    return StableDiffusionXLPipeline.from_single_file(
+        str(tiny_sdxl), config=str(tiny_folder), torch_dtype=torch.float32
+    )

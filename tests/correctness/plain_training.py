@@ -1,14 +1,15 @@
 """A training step of SDXL written out with diffusers, transformers, OpenCLIP's tokenizer and torch alone."""
 
+import copy
 import json
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 from open_clip.tokenizer import SimpleTokenizer
+from torch import nn
 from torch.nn.functional import mse_loss
 
 from tests.conftest import PreparedSet
@@ -37,34 +38,56 @@ class PlainNoise:
 
 
 class PlainTraining:
-    """A model that diffusers has read, to be trained on pictures of a prepared set."""
+    """A copy of a model that diffusers has read, to be trained on pictures of a prepared set.
 
-    def __init__(self, pipeline: StableDiffusionXLPipeline, prepared: PreparedSet, noise: PlainNoise):
-        self.unet = pipeline.unet
-        self._pipeline = pipeline
+    `computes_in` bfloat16 is what --mixed_precision=bf16 means; `trained` names the networks that learn, in the
+    precision `held_in`. The others are held in that of the computation.
+    """
+
+    def __init__(
+        self,
+        model: StableDiffusionXLPipeline,
+        prepared: PreparedSet,
+        noise: PlainNoise,
+        *,
+        trained: Sequence[str] = ("unet",),
+        held_in: torch.dtype = torch.float32,
+        computes_in: torch.dtype = torch.float32,
+    ):
+        networks = {"unet": model.unet, "text_encoder_l": model.text_encoder, "text_encoder_g": model.text_encoder_2}
+        self._networks = {
+            # torch's own `to`: that of diffusers warns at every change of precision
+            name: nn.Module.to(copy.deepcopy(network), held_in if name in trained else computes_in)
+            for name, network in networks.items()
+        }
+        self.trained = {name: self._networks[name].requires_grad_(True) for name in trained}
+        for name in self._networks.keys() - self.trained.keys():
+            self._networks[name].requires_grad_(False)
+        self._model = model
         self._prepared = prepared
         self._noise = noise
+        self._precision = torch.autocast("cpu", computes_in, enabled=computes_in != torch.float32)
         self._entries = json.loads(prepared.latents_json.read_text(encoding="utf-8"))
         self._schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
         self._tokenizer = SimpleTokenizer()
 
     def backward(self, batches: Sequence[Sequence[str]], generator: torch.Generator) -> float:
-        """Add up the gradients of a step on batches of pictures; gives its loss, the mean over all of them."""
+        """Add up the gradients of a step on these batches of pictures; gives its loss, the mean over all pictures."""
         num_pictures = sum(len(keys) for keys in batches)
-        step_loss = 0.0
+        step_loss = torch.zeros(())
         for keys in batches:
             loss = self._losses(keys, generator).sum() / num_pictures
             loss.backward()
-            step_loss += loss.item()
-        return step_loss
+            step_loss += loss.detach()
+        return step_loss.item()
 
     def _losses(self, keys: Sequence[str], generator: torch.Generator) -> torch.Tensor:
         """The loss of each picture of a batch of one bucket."""
         latents = torch.stack([self._latents(key) for key in keys]) * 0.13025
         noise, timesteps = self._noise.drawn_for(latents, generator)
         hidden, pooled = self._text(keys)
-        with self._precision():
-            predicted = self.unet(
+        with self._precision:
+            predicted = self._networks["unet"](
                 self._schedule.add_noise(latents, noise, timesteps),
                 timesteps,
                 encoder_hidden_states=hidden,
@@ -72,31 +95,26 @@ class PlainTraining:
             ).sample
         return mse_loss(predicted.float(), noise, reduction="none").mean(dim=(1, 2, 3))
 
-    def _precision(self) -> AbstractContextManager[object]:
-        dtype = self._pipeline.text_encoder.dtype
-        return nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype)
-
     def _latents(self, key: str) -> torch.Tensor:
         with np.load(self._prepared.images / f"{key}.npz") as file:
             return torch.from_numpy(file["latents"])
 
-    @torch.no_grad()
     def _text(self, keys: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """As `StableDiffusionXLPipeline.encode_prompt` with the L caption as prompt and the G caption as prompt_2."""
         ids_l = self._tokenizer([self._entries[key]["captionL"] for key in keys])
         ids_l = torch.where((ids_l == END_TOKEN).cumsum(dim=1) > 0, END_TOKEN, ids_l)  # L's padding is the end token
         ids_g = self._tokenizer([self._entries[key]["captionG"] for key in keys])
-        output_l = self._pipeline.text_encoder(ids_l, output_hidden_states=True)
-        output_g = self._pipeline.text_encoder_2(ids_g, output_hidden_states=True)
+        output_l = self._networks["text_encoder_l"](ids_l, output_hidden_states=True)
+        output_g = self._networks["text_encoder_g"](ids_g, output_hidden_states=True)
         hidden = torch.cat([output_l.hidden_states[-2], output_g.hidden_states[-2]], dim=-1)
         return hidden, output_g.text_embeds
 
     def _sizes(self, key: str) -> torch.Tensor:
         shape = SHAPES[key.split()[-1]]
-        return self._pipeline._get_add_time_ids(
+        return self._model._get_add_time_ids(
             original_size=shape.size[::-1],
             crops_coords_top_left=shape.crop[::-1],
             target_size=shape.bucket[::-1],
             dtype=torch.float32,
-            text_encoder_projection_dim=self._pipeline.text_encoder_2.config.projection_dim,
+            text_encoder_projection_dim=self._model.text_encoder_2.config.projection_dim,
         )

@@ -1,27 +1,30 @@
 """accelerate's object for a run. What processes do together is tested in tests/test_two_processes.py."""
 
-from datetime import datetime
 from pathlib import Path
 
 import pytest
 import torch
 
-from library.training.accelerator import draw_seed, exchange_gradients, make_accelerator, mean_over_processes
+from library.training.accelerator import (
+    any_process,
+    draw_seed,
+    exchange_gradients,
+    make_accelerator,
+    mean_over_processes,
+    step_seed,
+)
 from library.training.precision import PrecisionOptions
-from library.training.tracking import TrackingOptions
-
-NOW = datetime(2026, 2, 3, 4, 5, 6)
 
 
 @pytest.fixture
 def accelerator(fresh_accelerate):
-    return make_accelerator(PrecisionOptions(), TrackingOptions(), NOW)
+    return make_accelerator(PrecisionOptions(), [], None)
 
 
 def test_it_computes_and_logs_as_the_options_say(tmp_path: Path, fresh_accelerate):
-    made = make_accelerator(PrecisionOptions(mixed_precision="bf16"), TrackingOptions(logging_dir=tmp_path), NOW)
+    made = make_accelerator(PrecisionOptions(mixed_precision="bf16"), ["tensorboard"], str(tmp_path))
     assert made.mixed_precision == "bf16"
-    assert made.project_dir == tmp_path / "20260203040506"
+    assert made.project_dir == str(tmp_path)
     assert [str(name) for name in made.log_with] == ["tensorboard"]
 
 
@@ -44,3 +47,15 @@ def test_a_drawn_seed_is_one_that_could_be_given(accelerator):
     seeds = {draw_seed(accelerator) for _ in range(3)}
     assert len(seeds) == 3  # two alike once in a thousand million runs
     assert all(0 <= seed < 2**32 for seed in seeds)
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_of_one_process_its_own_flag_holds(flag: bool, accelerator):
+    assert any_process(accelerator, flag) is flag
+
+
+def test_each_step_of_each_process_has_a_seed_of_its_own_that_comes_back():
+    seeds = [step_seed(seed, step, process) for seed in (1, 2, 11) for step in (1, 2, 11) for process in (0, 1)]
+    assert len(set(seeds)) == len(seeds)
+    assert seeds == [step_seed(seed, step, process) for seed in (1, 2, 11) for step in (1, 2, 11) for process in (0, 1)]
+    torch.Generator().manual_seed(max(seeds))  # none is too large

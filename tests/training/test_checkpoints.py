@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
+from library.config.errors import UserError
 from library.config.options import parse_options
 from library.training.checkpoints import Checkpoints, SaveOptions, epoch_to_remove, step_to_remove
 
@@ -26,6 +28,19 @@ def write_folder(path: Path) -> None:
     write_file(path / "unet" / "weights")
 
 
+@dataclass
+class Saving:
+    """`Checkpoints` of `options`, with the writers given, and what they said."""
+
+    options: SaveOptions
+    suffix: str = ""
+    write: Callable[[Path], None] = write_file
+    said: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.checkpoints = Checkpoints(self.options, self.suffix, self.write, write_folder, self.said.append)
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
@@ -40,23 +55,17 @@ def drive(checkpoints: Checkpoints, event: dict) -> None:
 
 
 @pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: case["title"])
-def test_files_come_and_go_as_in_the_reference(case: dict, tmp_path: Path):
-    folder = tmp_path / "my output"
+def test_models_and_states_come_and_go_as_in_the_reference(case: dict, tmp_path: Path):
+    options = save_options(tmp_path / "my output", *case["flags"])
     is_folder = case["title"].startswith("diffusers")
-    checkpoints = Checkpoints(
-        save_options(folder, *case["flags"]),
-        "" if is_folder else ".safetensors",
-        write_folder if is_folder else write_file,
-    )
+    saving = Saving(options, "", write_folder) if is_folder else Saving(options, ".safetensors")
     for event in case["sequence"]:
-        drive(checkpoints, event)
-        assert names(folder) == event["files"], event
+        drive(saving.checkpoints, event)
+        assert names(options.output_dir) == event["files"], event
 
 
 def test_without_an_output_name_files_are_called_as_in_the_reference(tmp_path: Path):
-    checkpoints = Checkpoints(
-        save_options(tmp_path, "--save_every_n_steps=5", "--save_every_n_epochs=1"), "", write_file
-    )
+    checkpoints = Saving(save_options(tmp_path, "--save_every_n_steps=5", "--save_every_n_epochs=1")).checkpoints
     checkpoints.after_step(5)
     checkpoints.after_epoch(1, is_last=False)
     assert checkpoints.at_end() == tmp_path / "last"
@@ -64,7 +73,7 @@ def test_without_an_output_name_files_are_called_as_in_the_reference(tmp_path: P
 
 
 def test_nothing_is_saved_before_the_end_unless_asked_for(tmp_path: Path):
-    checkpoints = Checkpoints(save_options(tmp_path), ".ckpt", write_file)
+    checkpoints = Saving(save_options(tmp_path), ".ckpt").checkpoints
     checkpoints.after_step(10)
     checkpoints.after_epoch(1, is_last=False)
     assert names(tmp_path) == []
@@ -88,9 +97,9 @@ def test_as_many_epochs_stay_as_are_kept(epoch, every, keep, removed):
 # -- what happens when something goes wrong ---------------------------------------------------------------------------
 
 
-def keep_one(folder: Path, write: Callable[[Path], None]) -> Checkpoints:
-    return Checkpoints(
-        save_options(folder, "--output_name=m", "--save_every_n_steps=1", "--save_last_n_steps=1"), "", write
+def keep_one(folder: Path, write: Callable[[Path], None] = write_file) -> Saving:
+    return Saving(
+        save_options(folder, "--output_name=m", "--save_every_n_steps=1", "--save_last_n_steps=1"), write=write
     )
 
 
@@ -101,32 +110,46 @@ def test_the_old_model_is_there_until_the_new_one_is_complete(tmp_path: Path):
         write_file(path)
         seen.append(names(tmp_path))
 
-    checkpoints = keep_one(tmp_path, write)
+    checkpoints = keep_one(tmp_path, write).checkpoints
     for step in (1, 2, 3):
         checkpoints.after_step(step)
     assert seen[-1] == ["m-step00000001", "m-step00000002", "m-step00000003"]
     assert names(tmp_path) == ["m-step00000002", "m-step00000003"]
 
 
-def test_a_save_that_fails_removes_nothing(tmp_path: Path):
+def test_a_save_that_fails_removes_nothing_is_told_and_tried_again(tmp_path: Path):
     def write(path: Path) -> None:
-        if path.name.endswith("3"):
-            raise OSError("disk full")
+        if path.name == "m-step00000003":
+            raise UserError("disk full.")
         write_file(path)
 
-    checkpoints = keep_one(tmp_path, write)
-    checkpoints.after_step(1)
-    checkpoints.after_step(2)
-    with pytest.raises(OSError, match="disk full"):
-        checkpoints.after_step(3)
+    saving = keep_one(tmp_path, write)
+    for step in (1, 2, 3):
+        saving.checkpoints.after_step(step)
     assert names(tmp_path) == ["m-step00000001", "m-step00000002"]
+    assert [said for said in saving.said if "'m-step00000003' is not saved" in said and "disk full." in said]
+    saving.checkpoints.after_step(4)
+    assert "m-step00000004" in names(tmp_path)
+
+
+def test_a_finished_model_that_cannot_be_saved_is_an_error(tmp_path: Path):
+    def write(path: Path) -> None:
+        raise UserError("disk full.")
+
+    with pytest.raises(UserError, match="disk full"):
+        keep_one(tmp_path, write).checkpoints.at_end()
+
+
+def test_a_stopped_run_leaves_its_model_and_the_state_to_go_on_from(tmp_path: Path):
+    assert keep_one(tmp_path).checkpoints.at_stop(7) == tmp_path / "m-step00000007-state"
+    assert names(tmp_path) == ["m-step00000007", "m-step00000007-state"]
 
 
 def test_an_old_model_that_another_program_holds_open_stays_and_is_named(tmp_path: Path, monkeypatch, capsys):
     def refuse(self: Path, missing_ok: bool = False) -> None:
         raise PermissionError(13, "used by another process", str(self))  # what Windows answers
 
-    checkpoints = keep_one(tmp_path, write_file)
+    checkpoints = keep_one(tmp_path).checkpoints
     checkpoints.after_step(1)
     checkpoints.after_step(2)
     monkeypatch.setattr(Path, "unlink", refuse)
@@ -136,7 +159,7 @@ def test_an_old_model_that_another_program_holds_open_stays_and_is_named(tmp_pat
 
 
 def test_an_old_model_that_someone_removed_already_is_not_missed(tmp_path: Path):
-    checkpoints = keep_one(tmp_path, write_file)
+    checkpoints = keep_one(tmp_path).checkpoints
     checkpoints.after_step(1)
     checkpoints.after_step(2)
     (tmp_path / "m-step00000001").unlink()
@@ -171,6 +194,10 @@ def test_the_format_is_the_one_asked_for_or_that_of_the_source(given, from_diffu
         ({"save_every_n_epochs": -1}, "--save_every_n_epochs is -1; it must be 1 or more."),
         ({"save_last_n_steps": 5}, "--save_last_n_steps needs --save_every_n_steps."),
         ({"save_last_n_epochs": 5}, "--save_last_n_epochs needs --save_every_n_epochs."),
+        (
+            {"save_every_n_steps": 5, "save_last_n_steps_state": 5},
+            "--save_last_n_steps_state needs --save_state.",
+        ),
     ],
 )
 def test_each_mistake_is_one_sentence(fields: dict, problem: str, tmp_path: Path):

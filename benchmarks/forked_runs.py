@@ -1,0 +1,171 @@
+"""Run the project's scripts in processes of their own that start at once (POSIX).
+
+Importing torch and diffusers takes seconds. A server process does it once, computes nothing, and forks a child for each
+run; the child is an ordinary process that can be signalled and killed.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # run from anywhere, find library/
+
+KILL_AT = "KILL_AT_FILE_OPERATION"
+"""Environment variable: the run kills itself just before the n-th time that it writes, renames or removes in `FOLDER`."""
+FOLDER = "KILL_IN_FOLDER"
+_FILE_OPERATIONS = frozenset({"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"})
+_POLL_SECONDS = 0.01
+
+
+@dataclass(frozen=True)
+class Command:
+    """One process to be: a script ("train", "prepare"), its arguments, where its output goes, its environment."""
+
+    script: str
+    argv: Sequence[str]
+    output: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+class ForkedRun:
+    """A process of the server that runs a script; it leads a process group of its own."""
+
+    def __init__(self, pid: int, output: Path, status_file: Path):
+        self.pid = pid
+        self._output = output
+        self._status_file = status_file
+
+    @property
+    def said(self) -> str:
+        """What it has printed so far, both streams."""
+        return self._output.read_text(encoding="utf-8", errors="replace")
+
+    def send(self, signal_number: int, *, to_group: bool = False) -> None:
+        """Signal the process, or with `to_group` its workers too, as a terminal does."""
+        (os.killpg if to_group else os.kill)(self.pid, signal_number)
+
+    def is_over(self) -> bool:
+        """Whether the process has ended."""
+        return self._status_file.exists()
+
+    def wait_until_said(self, text: str, timeout: float = 60) -> None:
+        """Wait for the process to print `text`."""
+        self._wait(lambda: text in self.said, timeout, f"said '{text}'")
+
+    def wait(self, timeout: float = 120) -> int:
+        """Its exit status once it has ended; that of a killed process is minus the signal's number."""
+        self._wait(self.is_over, timeout, "ended")
+        return int(self._status_file.read_text(encoding="ascii"))
+
+    def _wait(self, condition: Any, timeout: float, what: str) -> None:
+        deadline = time.monotonic() + timeout
+        while not condition():
+            if time.monotonic() > deadline or (self.is_over() and not condition()):
+                raise TimeoutError(f"the run has not {what}: {self.said}")
+            time.sleep(_POLL_SECONDS)
+
+
+class RunServer:
+    """Starts runs; a context manager, since its process must end."""
+
+    def __init__(self) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        self._process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+            env=environment,
+        )
+        self._answer()
+
+    def __enter__(self) -> "RunServer":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.communicate()
+
+    def start(self, command: Command) -> ForkedRun:
+        """The process of a command, which is running."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(asdict(command), default=str) + "\n")
+        self._process.stdin.flush()
+        return ForkedRun(int(self._answer()), command.output, _status_file(command.output))
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline()
+
+
+# -- in the server's process ------------------------------------------------------------------------------------------
+
+
+def _status_file(output: Path) -> Path:
+    return output.with_name(f"{output.name}.status")
+
+
+def serve() -> None:
+    """Fork a process for each command that comes in."""
+    import sdxl_train
+    from finetune import prepare_buckets_latents
+
+    importlib.import_module("torch.utils.tensorboard")  # which the first log would import
+    scripts = {"train": sdxl_train.main, "prepare": prepare_buckets_latents.main}
+    print("ready", flush=True)
+    for line in sys.stdin:
+        content = json.loads(line)
+        _status_file(Path(content["output"])).unlink(missing_ok=True)
+        if os.fork() == 0:  # waits for the run, which need not be waited for by anybody else
+            pid = os.fork()
+            if pid == 0:
+                _prepare_process(content)
+                sys.exit(scripts[content["script"]](content["argv"]))
+            print(pid, flush=True)
+            _note_status(pid, _status_file(Path(content["output"])))
+            os._exit(0)
+
+
+def _prepare_process(content: dict[str, Any]) -> None:
+    os.setpgid(0, 0)
+    descriptor = os.open(content["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    os.environ.update(content["environment"])
+    if KILL_AT in os.environ:
+        _kill_at(int(os.environ[KILL_AT]), os.environ[FOLDER])
+
+
+def _note_status(pid: int, file: Path) -> None:
+    _, status = os.waitpid(pid, 0)
+    part = file.with_suffix(".new")
+    part.write_text(str(os.waitstatus_to_exitcode(status)), encoding="ascii")
+    part.rename(file)
+
+
+def _kill_at(number: int, folder: str) -> None:
+    count = 0
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal count
+        is_reading = event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if event in _FILE_OPERATIONS and folder in str(arguments[0]) and not is_reading:
+            count += 1
+            if count == number:
+                os.kill(os.getpid(), 9)
+
+    sys.addaudithook(hook)
+
+
+if __name__ == "__main__":
+    serve()

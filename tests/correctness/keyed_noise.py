@@ -1,0 +1,67 @@
+"""Runs of sdxl_train.py in which each picture's noise depends on the picture alone, and the gradient of the one step.
+
+The trainer draws noise batch by batch and process by process, so that the same four pictures get other noise when they
+are split in another way. That is as it should be, and would hide whether the split itself changes anything.
+
+    python -m torch.distributed.run --nproc_per_node=2 -m tests.correctness.keyed_noise OUTPUT [FLAGS [FLAGS ...]]
+
+writes the gradients as the main process sees them, `OUTPUT/0.safetensors` of the first run and so on; the flags of a
+run are one argument, as JSON.
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from accelerate import Accelerator, PartialState
+from diffusers import DDPMScheduler
+from safetensors.torch import save_file
+
+import sdxl_train
+from library.diffusion.noise_schedule import NoiseOptions, NoisyBatch, draw_training_noise
+from library.training.learner import Learner
+
+
+def noise_of_each_picture(
+    latents: torch.Tensor, schedule: DDPMScheduler, options: NoiseOptions, generator: torch.Generator
+) -> NoisyBatch:
+    """As `draw_training_noise`, but from a generator that each picture's latents seed."""
+    drawn = []
+    for picture in latents.unbind():
+        digest = hashlib.blake2b(picture.numpy().tobytes(), digest_size=8).digest()
+        own = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+        drawn.append(draw_training_noise(picture[None], schedule, options, own))
+    return NoisyBatch(*(torch.cat(parts) for parts in zip(*drawn, strict=True)))
+
+
+def gradient_of_one_step(argv: list[str]) -> dict[str, torch.Tensor]:
+    """The gradient that the optimizer gets in a run of one step."""
+    steps: list[dict[str, torch.Tensor]] = []
+
+    def recording(self: Learner, accelerator, max_grad_norm):
+        unet = accelerator.unwrap_model(self.unet)
+        steps.append({name: parameter.grad.clone() for name, parameter in unet.named_parameters()})
+        self.skip_step()
+
+    with patch.object(Learner, "step", recording), patch("sdxl_train.draw_training_noise", noise_of_each_picture):
+        assert sdxl_train.main(argv) == 0
+    [gradient] = steps
+    return gradient
+
+
+def main() -> None:
+    """Make the runs that the command line asks for."""
+    output, *runs = sys.argv[1:]
+    with patch.object(Accelerator, "end_training"):  # which would end the group of processes with the first run
+        gradients = [gradient_of_one_step(json.loads(flags)) for flags in runs]
+    if PartialState().is_main_process:
+        for index, gradient in enumerate(gradients):
+            save_file(gradient, Path(output) / f"{index}.safetensors")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
