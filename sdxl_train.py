@@ -26,9 +26,10 @@ from library.config.errors import UserError, exits_on_user_error
 from library.config.kohya_flags import TRAINER_REFUSED, TRAINER_REPLACED
 from library.config.options import parse_options
 from library.config.output_files import remove_leftovers
+from library.data.caption_lengths import cut_captions
 from library.data.dataset import Batch
 from library.data.fingerprint import fingerprints
-from library.data.training_set import TrainingImage, encode_missing, read_training_set
+from library.data.training_set import TrainingImage, encode_missing, read_training_set, require_images
 from library.diffusion.loss import per_sample_loss
 from library.diffusion.noise_schedule import NUM_TIMESTEPS, draw_training_noise, make_noise_schedule
 from library.diffusion.sampler import SamplingNetworks
@@ -81,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(options: TrainingOptions, stop: StopRequest) -> int:
     """Build what training needs, train, save the finished model; gives the exit status."""
+    require_images(options.training_set)  # before a model is loaded for nothing
     accelerator = make_accelerator(options.precision, options.tracking.trackers, options.tracking.logging_dir)
     state, progress = where_to_begin(options, accelerator)
     model, digest = prepare_model(options, accelerator)
@@ -247,9 +249,10 @@ def prepare_images(
         if options.training_set.cache_latents or options.training_set.cache_latents_to_disk:
             images = encode_missing(images, model.vae, options.training_set, digest=digest)
     now = fingerprints(images)
+    notes = cut_captions(images, options.loader.num_chunks)
     if options.resume.resume is not None:
-        changes = check_images(progress.setting.images, now, anyway=options.resume.resume_anyway)
-        accelerator.print(*changes, sep="\n", end="\n" if changes else "")
+        notes += check_images(progress.setting.images, now, anyway=options.resume.resume_anyway)
+    accelerator.print(*notes, sep="\n", end="\n" if notes else "")
     progress.setting = replace(progress.setting, images=now)
     return images
 

@@ -7,6 +7,7 @@ run; the child is an ordinary process that can be signalled and killed.
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -20,8 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run from anywhere, find library/
 
 KILL_AT = "KILL_AT_FILE_OPERATION"
-"""Environment variable: the run kills itself just before the n-th time that it writes, renames or removes in `FOLDER`."""
+"""Environment variable: the run kills itself just before the n-th writing, renaming or removing in `FOLDER`."""
 FOLDER = "KILL_IN_FOLDER"
+KILL_BY = "KILL_BY_SIGNAL"
+"""Environment variable: the number of the signal, SIGKILL where it is not given."""
 _FILE_OPERATIONS = frozenset({"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"})
 _POLL_SECONDS = 0.01
 
@@ -99,6 +102,7 @@ class RunServer:
     def start(self, command: Command) -> ForkedRun:
         """The process of a command, which is running."""
         assert self._process.stdin is not None
+        command.output.touch()
         self._process.stdin.write(json.dumps(asdict(command), default=str) + "\n")
         self._process.stdin.flush()
         return ForkedRun(int(self._answer()), command.output, _status_file(command.output))
@@ -162,7 +166,7 @@ def _kill_at(number: int, folder: str) -> None:
         if event in _FILE_OPERATIONS and folder in str(arguments[0]) and not is_reading:
             count += 1
             if count == number:
-                os.kill(os.getpid(), 9)
+                os.kill(os.getpid(), int(os.environ.get(KILL_BY, signal.SIGKILL)))
 
     sys.addaudithook(hook)
 

@@ -106,7 +106,11 @@ class KillExperiment:
         for attempt in range(MOST_ATTEMPTS):
             is_resumable = script == "train" and any((folder / "output").glob("*-state/progress.json"))
             command = [*argv, "--resume=latest"] if is_resumable else list(argv)
-            # A picture's name holds the second: attempts of one second could not be told apart.
+            if script == "train" and not is_resumable:  # another run, to which the first one's pictures do not belong
+                shutil.rmtree(folder / "logs", ignore_errors=True)
+                shutil.rmtree(folder / "output" / "sample", ignore_errors=True)
+            if chance is not None and script == "train":
+                command.append(f"--max_data_loader_n_workers={chance.choice([0, 2])}")
             said = folder.with_name(f"{folder.name} {script} {attempt}.txt")
             aim, run = self._start(script, command, folder, said, chance)
             if (status := run.wait()) == 0:

@@ -1,6 +1,7 @@
 """Everything that a training run leaves behind, in a form that can be compared bit by bit."""
 
 import json
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ from library.training.state import STATE_SUFFIX
 
 Outcome = dict[str, Any]
 """Name of a thing ("model m-step00000002", "curve loss/current") to what compares equal only if it is the same."""
+
+logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns where a resumed run goes on
 
 _TIME = re.compile(r"\d{14}(?=_)")
 _TIMED_CURVES = ("steps_per_second",)

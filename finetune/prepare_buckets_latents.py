@@ -21,7 +21,7 @@ from library.config.errors import UserError, exits_on_user_error
 from library.config.kohya_flags import PREPARE_REFUSED, PREPARE_REPLACED
 from library.config.options import option, parse_options, positional
 from library.config.output_files import remove_leftovers
-from library.data.buckets import BucketOptions, BucketRule, parse_resolution
+from library.data.buckets import LEGACY_CROP_NOTICE, BucketOptions, BucketRule, parse_resolution
 from library.data.images import UnusableImage, find_images, read_size
 from library.data.latent_cache import CacheDemands, cache_path, read_fitting_cache, require_separate_caches, write_cache
 from library.data.latent_preparation import EncodingOptions, Outcome, Picture, encode_pictures, require_room
@@ -63,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     remove_leftovers(options.out_json.parent)
     metadata = read_metadata(options.in_json)
     path_of = _pictures_with_metadata(options, metadata)
+    if encoding.legacy_crop_coords:
+        print(LEGACY_CROP_NOTICE, file=sys.stderr)
     vae = load_vae(options.model_name_or_path, None)
     digest = vae_digest(vae)  # before it is narrowed to the precision asked for
     # Not diffusers' own `to`, which warns of every change of precision.

@@ -102,7 +102,7 @@ def _take(key: str, value: Any, known: dict[str, Option], spellings: Spellings, 
     if option.is_switch:
         # kohya's files hold "sdpa = false" beside "xformers = true", which means sdpa here: what is on stays on.
         new = new or values.get(option.name, False)
-    elif values.get(option.name, new) != new:
+    elif option.name in values and values[option.name] != new:
         raise UserError(f"'{key}' says {new!r} where another key says {option.name} = {values[option.name]!r}.")
     values[option.name] = new
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import os
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from library.config.errors import UserError
 NONE_TEXT = "None"
 TRUE_WORDS = frozenset({"true", "yes", "on", "1"})
 FALSE_WORDS = frozenset({"false", "no", "off", "0"})
+_LONGEST_NAME = 255  # of a file or folder, in bytes; asking the system about a longer one is an error
 
 
 def option(
@@ -118,9 +120,9 @@ class Option:
 
     def _element_from_toml(self, value: Any) -> Any:
         # An exact match: True is an int for isinstance.
-        if type(value) not in VALUE_KINDS[self.value_type].toml_types or (self.value_type is Path and not value):
+        if type(value) not in VALUE_KINDS[self.value_type].toml_types:
             raise self._refusal(value)
-        return self._among_choices(self.value_type(value))
+        return self.from_text(value) if self.value_type is Path else self._among_choices(self.value_type(value))
 
     def _among_choices(self, value: Any) -> Any:
         if self.choices and value not in self.choices:
@@ -187,7 +189,7 @@ def _is_true(text: str) -> bool:
 
 def _path(text: str) -> Path:
     # Path("") is the current folder: never what an empty shell variable was meant to say.
-    if not text:
+    if not text or "\0" in text or max(len(os.fsencode(part)) for part in text.split("/")) > _LONGEST_NAME:
         raise ValueError(text)
     return Path(text)
 

@@ -10,6 +10,11 @@ from library.config.errors import UserError
 from library.config.options import option
 
 PIXELS_PER_LATENT_CELL = 8
+LEGACY_CROP_NOTICE = (
+    "--legacy_crop_coords: as crop the model is told the offset of a letterbox, on the axis that is not cropped, unlike"
+    " in SDXL's own training and in diffusers. Use it only to go on with a model that was trained so."
+)
+_MOST_DIGITS = 5  # of a side of the resolution
 
 
 class Size(NamedTuple):
@@ -193,7 +198,7 @@ def legacy_crop_ltrb(bucket: Size, image_size: Size) -> tuple[float, float, floa
 def parse_resolution(text: str) -> Size:
     """The size that "1024" (a square), "1216,832" or "1216x832" (width, height) means; else raises `UserError`."""
     sides = text.lower().replace("x", ",").split(",")
-    numbers = [int(side) for side in sides if side.strip().isdecimal()]
+    numbers = [int(side) for side in sides if side.strip().isdecimal() and len(side.strip()) <= _MOST_DIGITS]
     if len(sides) > 2 or len(numbers) != len(sides) or min(numbers) == 0:
         raise UserError(
             f"'{text}' is not a resolution.", "Give one number for a square, or width,height: 1024 or 1216,832."

@@ -23,6 +23,8 @@ _READING_ERRORS = (
     ValueError,
     KeyError,
     TypeError,
+    OverflowError,
+    MemoryError,
     EOFError,
     AttributeError,
     RuntimeError,
@@ -228,7 +230,7 @@ def _from_arrays(arrays: dict[str, np.ndarray]) -> CachedLatents:
         original_size=_size(arrays["original_size"]),
         crop_ltrb=(left, top, right, bottom),
         latents_flipped=flipped,
-        alpha_mask=arrays.get("alpha_mask"),
+        alpha_mask=_checked_mask(arrays["alpha_mask"]) if "alpha_mask" in arrays else None,
         resized_size=None if resized is None else _size(resized),
         image_digest=str(arrays["image_blake2b"]) if "image_blake2b" in arrays else None,
         vae_digest=str(arrays["vae_blake2b"]) if "vae_blake2b" in arrays else None,
@@ -241,6 +243,12 @@ def _checked_latents(latents: np.ndarray) -> np.ndarray:
     if not np.isfinite(latents).all():
         raise ValueError("latents hold NaN or Inf")
     return latents.astype(np.float32, copy=False)
+
+
+def _checked_mask(mask: np.ndarray) -> np.ndarray:
+    if mask.ndim != 2 or mask.dtype.kind != "f" or not np.isfinite(mask).all():
+        raise ValueError(f"alpha_mask is {mask.dtype} {mask.shape}, expected numbers of float32 (H, W)")
+    return mask
 
 
 def _size(values: np.ndarray) -> Size:

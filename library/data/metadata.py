@@ -173,7 +173,7 @@ def resolve_image(key: str, folder: Path, by_stem: Mapping[str, Sequence[Path]])
         return named[0]
     spellings = [Path(key), Path(key.replace("\\", "/"))]
     candidates = [start / path for path in spellings for start in (Path(), folder)]
-    found = [path for path in candidates if path.is_file()]
+    found = [path for path in candidates if is_file(path)]
     inside = [path for path in found if ".." not in path.parts or _lies_in(path, folder)]
     if found and not inside:
         raise UserError(
@@ -181,6 +181,14 @@ def resolve_image(key: str, folder: Path, by_stem: Mapping[str, Sequence[Path]])
             "Correct the key, or give the folder that holds the image.",
         )
     return inside[0] if inside else None
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; what no file system would take for a name leads to none."""
+    try:
+        return path.is_file()
+    except OSError:  # too long
+        return False
 
 
 def merge_captions(options: MergeOptions, encoder: Encoder) -> None:

@@ -4,14 +4,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from diffusers import AutoencoderKL
 from tqdm import tqdm
 
 from library.config.errors import UserError
 from library.config.options import option
-from library.data.buckets import BucketAssignment, BucketRule, Size, covering_size, parse_resolution
+from library.data.buckets import LEGACY_CROP_NOTICE, BucketAssignment, BucketRule, Size, covering_size, parse_resolution
 from library.data.images import IMAGE_SUFFIXES, read_size
 from library.data.latent_cache import (
     CacheDemands,
@@ -29,6 +29,7 @@ from library.data.metadata import (
     caption_g,
     caption_l,
     images_by_stem,
+    is_file,
     read_metadata,
     resolve_image,
     train_resolution,
@@ -93,12 +94,41 @@ class TrainingImage:
     picture: Picture | None = None
 
 
+class _Found(NamedTuple):
+    """An image of the metadata: its picture, None where there is none, and where its cache is or would be."""
+
+    key: str
+    entry: Entry
+    picture: Path | None
+    cache: Path
+
+
+def require_images(options: TrainingSetOptions) -> None:
+    """Raise the `UserError` of `read_training_set` that needs no model: for metadata, captions and missing images."""
+    _find_images(options)
+
+
 def read_training_set(options: TrainingSetOptions, rule: BucketRule, digest: str) -> list[TrainingImage]:
     """Every image of the metadata, with its cache where that fits the picture, the VAE (of `digest`) and the bucket.
 
     Caches that no longer fit are named on stderr and made again. Raises `UserError` naming every image that lacks a
     caption, and every one that has neither picture nor cache.
     """
+    if options.legacy_crop_coords:
+        _report(LEGACY_CROP_NOTICE)
+    demands = CacheDemands(digest, flip=options.flip_aug, check_image=not options.skip_cache_check)
+    images: list[TrainingImage] = []
+    for found in tqdm(_find_images(options), desc="reading the training set", unit="picture", disable=None):
+        cached = _read_if_fitting(found.cache, found.picture, train_resolution(found.entry), demands)
+        if cached is not None:
+            images.append(_from_cache(found.key, found.entry, found.cache, cached, options))
+        else:
+            assert found.picture is not None  # or its cache would have been used, or refused
+            images.append(_from_picture(found.key, found.entry, found.picture, rule, options))
+    return images
+
+
+def _find_images(options: TrainingSetOptions) -> list[_Found]:
     assert options.in_json is not None and options.train_data_dir is not None  # checked by problems()
     metadata = read_metadata(options.in_json)
     if not metadata:
@@ -108,25 +138,17 @@ def read_training_set(options: TrainingSetOptions, rule: BucketRule, digest: str
     by_stem = images_by_stem(folder)
     picture_of = {key: resolve_image(key, folder, by_stem) for key in metadata}
     require_separate_caches(path for path in picture_of.values() if path is not None)
-    demands = CacheDemands(digest, flip=options.flip_aug, check_image=not options.skip_cache_check)
-    images: list[TrainingImage] = []
-    missing: list[str] = []
-    for key, entry in tqdm(metadata.items(), desc="reading the training set", unit="picture", disable=None):
-        picture = picture_of[key]
-        cache = cache_path(picture) if picture is not None else _cache_without_picture(key, folder)
-        cached = _read_if_fitting(cache, picture, train_resolution(entry), demands)
-        if cached is not None:
-            images.append(_from_cache(key, entry, cache, cached, options))
-        elif picture is not None:
-            images.append(_from_picture(key, entry, picture, rule, options))
-        else:
-            missing.append(key)
+    found = [
+        _Found(key, entry, picture, _cache_without_picture(key, folder) if picture is None else cache_path(picture))
+        for (key, entry), picture in zip(metadata.items(), picture_of.values(), strict=True)
+    ]
+    missing = [each.key for each in found if each.picture is None and not is_file(each.cache)]
     if missing:
         raise UserError(
             f"{len(missing)} images of '{options.in_json}' are not in '{folder}': {_some(missing)}.",
             "Check --train_data_dir, or take them out of the metadata.",
         )
-    return images
+    return found
 
 
 def encode_missing(
@@ -166,7 +188,7 @@ def _read_if_fitting(
     cache: Path, picture: Path | None, bucket: Size | None, demands: CacheDemands
 ) -> CachedLatents | None:
     """What the cache file holds; None if there is none, or (with a notice) if it does not fit the picture beside it."""
-    if not cache.is_file():
+    if not is_file(cache):
         return None
     try:
         return read_fitting_cache(cache, picture, bucket, demands)
@@ -219,8 +241,10 @@ def _cache_without_picture(key: str, folder: Path) -> Path:
     """
     path = Path(key.replace("\\", "/"))
     name = path.with_suffix(".npz") if path.suffix.lower() in IMAGE_SUFFIXES else Path(f"{path}.npz")
+    if ".." in name.parts:  # nothing that lies outside may be read
+        name = Path(name.name)
     candidates = [folder / name, name, folder / name.name] if len(name.parts) > 1 else [folder / name]
-    return next((candidate for candidate in candidates if candidate.is_file()), candidates[0])
+    return next((candidate for candidate in candidates if is_file(candidate)), candidates[0])
 
 
 def _require_captions(metadata: dict[str, Entry], path: Path) -> None:

@@ -18,6 +18,7 @@ SAMPLERS: tuple[str, ...] = (
     *("k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a"),
 )
 MIN_SIDE, MAX_SIDE = 64, 8192  # pixels
+MAX_CHARACTERS = 10_000  # each 75 tokens are another pass through both encoders
 MAX_STEPS = 1000  # as many as the noise schedule has
 MAX_SEED = 2**64 - 1  # the last one that torch.Generator takes
 PIXELS_PER_LATENT = 8
@@ -130,6 +131,9 @@ def _picture(said: dict[str, Any], line: int, where: str) -> SamplePrompt:
     """The picture that the settings `said` describe, with defaults for what they leave open."""
     if not said.keys() & {"prompt_g", "prompt_l"}:
         raise UserError(f"{where}: there is no prompt.", "Give the text of the picture, before any option.")
+    longest = max(len(text) for text in said.values() if isinstance(text, str))
+    if longest > MAX_CHARACTERS:
+        raise UserError(f"{where}: a text has {longest} characters.", f"Keep it below {MAX_CHARACTERS}.")
     prompt_g = said.get("prompt_g", "")
     negative = said.get("negative", "")
     sides = {side: said[side] // PIXELS_PER_LATENT * PIXELS_PER_LATENT for side in ("width", "height") if side in said}

@@ -77,7 +77,7 @@ def _load(network_class: Any, name_or_path: str, subfolder: str | None, dtype: t
     problem = f"'{name_or_path}' is not a whole SDXL model in diffusers format: {subfolder or 'the VAE'}"
     try:
         network, report = network_class.from_pretrained(
-            name_or_path, torch_dtype=dtype or torch.float32, output_loading_info=True, **where
+            name_or_path, dtype=dtype or torch.float32, output_loading_info=True, **where
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__

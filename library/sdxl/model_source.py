@@ -45,7 +45,7 @@ class ModelOptions:
             ("pretrained_model_name_or_path", self.pretrained_model_name_or_path),
             ("vae", self.vae),
         ):
-            if source is not None and not Path(source).exists() and not _may_be_hub_name(source):
+            if source is not None and not _exists(source) and not _may_be_hub_name(source):
                 yield f"--{flag}: there is no '{source}'."
 
 
@@ -82,6 +82,13 @@ def _is_file(source: str) -> bool:
     if Path(source).is_dir():
         return False
     return Path(source).is_file() or not _may_be_hub_name(source)
+
+
+def _exists(source: str) -> bool:
+    try:
+        return Path(source).exists()
+    except OSError:  # too long to be the name of anything
+        return False
 
 
 def _may_be_hub_name(source: str) -> bool:

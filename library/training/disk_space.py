@@ -27,15 +27,18 @@ def bytes_of_state(options: OptimizerOptions, networks: Iterable[nn.Module]) -> 
     """
     total = 0.0
     for network in networks:
-        weights = next(weights for weights in network.parameters() if weights.requires_grad)
+        total += bytes_of([network], None)
+        trained = [weights for weights in network.parameters() if weights.requires_grad]
+        if not trained:
+            continue
+        weights = trained[0]
         probe = nn.Parameter(torch.ones(_PROBE_SIDE, _PROBE_SIDE, dtype=weights.dtype, device=weights.device))
         probe.grad = torch.ones_like(probe)
         optimizer = make_optimizer([{"name": "probe", "params": [probe], "lr": 1e-3}], options)
         optimizer.step()
         kept = [value for value in optimizer.state[probe].values() if isinstance(value, torch.Tensor)]
         each = sum(value.numel() * value.dtype.itemsize for value in kept) / probe.numel()
-        trained = sum(weights.numel() for weights in network.parameters() if weights.requires_grad)
-        total += bytes_of([network], None) + each * trained
+        total += each * sum(weights.numel() for weights in trained)
     return int(total)
 
 

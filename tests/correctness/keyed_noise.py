@@ -3,10 +3,10 @@
 The trainer draws noise batch by batch and process by process, so that the same four pictures get other noise when they
 are split in another way. That is as it should be, and would hide whether the split itself changes anything.
 
-    python -m torch.distributed.run --nproc_per_node=2 -m tests.correctness.keyed_noise OUTPUT [FLAGS [FLAGS ...]]
+    python -m tests.correctness.keyed_noise OUTPUT [FLAGS [FLAGS ...]]
 
-writes the gradients as the main process sees them, `OUTPUT/0.safetensors` of the first run and so on; the flags of a
-run are one argument, as JSON.
+is one process of several. The main one writes the gradients: `OUTPUT/0.safetensors` of the first run, and so on. The
+flags of a run are one argument, as JSON.
 """
 
 import hashlib
@@ -41,10 +41,12 @@ def gradient_of_one_step(argv: list[str]) -> dict[str, torch.Tensor]:
     """The gradient that the optimizer gets in a run of one step."""
     steps: list[dict[str, torch.Tensor]] = []
 
-    def recording(self: Learner, accelerator, max_grad_norm):
+    step = Learner.step
+
+    def recording(self: Learner, accelerator: Accelerator, max_grad_norm: float) -> float | None:
         unet = accelerator.unwrap_model(self.unet)
         steps.append({name: parameter.grad.clone() for name, parameter in unet.named_parameters()})
-        self.skip_step()
+        return step(self, accelerator, max_grad_norm)
 
     with patch.object(Learner, "step", recording), patch("sdxl_train.draw_training_noise", noise_of_each_picture):
         assert sdxl_train.main(argv) == 0

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,7 +37,7 @@ class Case:
     flags: tuple[str, ...]
     shape: BatchShape
     num_steps: int = 1
-    noise: PlainNoise = PlainNoise()
+    noise: PlainNoise = field(default_factory=PlainNoise)
     optimizer: Callable[..., torch.optim.Optimizer] = AdamW
     arguments: dict[str, Any] = field(default_factory=dict)
     max_grad_norm: float = 0.0
@@ -64,7 +63,7 @@ CASES = {
     ),
     "weights in float32, computed in bfloat16": Case(
         ("--optimizer_type=AdamW", "--mixed_precision=bf16", "--gradient_checkpointing"),
-        FOUR_BATCHES,
+        ONE_BY_ONE,
         precision={"computes_in": torch.bfloat16},
     ),
     "all in bfloat16": Case(

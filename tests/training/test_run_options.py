@@ -17,7 +17,8 @@ def refused(tmp_path: Path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("model.safetensors").write_text("nothing", encoding="utf-8")
     Path("images").mkdir()
-    Path("meta.json").write_text("{}", encoding="utf-8")
+    Path("images", "01.png").touch()
+    Path("meta.json").write_text('{"01": {"captionL": "", "captionG": ""}}', encoding="utf-8")
 
     def run(*flags: str, leave_out: str = "") -> str:
         right = {

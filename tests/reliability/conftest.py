@@ -1,0 +1,45 @@
+"""What the tests of reliability share: scripts as processes that can be signalled and killed."""
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.forked_runs import Command, ForkedRun, RunServer
+
+
+@pytest.fixture(scope="session")
+def _server() -> Iterator[RunServer]:
+    if not hasattr(os, "fork"):
+        pytest.skip("processes are forked")
+    with RunServer() as server:
+        yield server
+
+
+@pytest.fixture
+def run_server(_server: RunServer, tmp_path: Path) -> Callable[..., ForkedRun]:
+    """`run_server("train", argv, NAME="value")` starts a script in a process, with these environment variables."""
+    started: list[ForkedRun] = []
+
+    def start(script: str, argv: list[str], **environment: str) -> ForkedRun:
+        if "PORT" in environment:
+            environment |= {"MASTER_PORT": environment.pop("PORT"), "MASTER_ADDR": "127.0.0.1"}
+        run = _server.start(Command(script, argv, tmp_path / f"said {len(started)}.txt", environment))
+        started.append(run)
+        return run
+
+    return start
+
+
+@pytest.fixture
+def free_port() -> Callable[[], int]:
+    """`free_port()` is a port that nobody listens on."""
+
+    def find() -> int:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return probe.getsockname()[1]
+
+    return find

@@ -1,0 +1,97 @@
+"""Pictures that cannot be used: the preparation lists them and goes on (1), the trainer names them and ends (2)."""
+
+import io
+import json
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import sdxl_train
+from finetune import prepare_buckets_latents
+from tests.conftest import BUCKET_FLAGS
+from tests.reliability.refusal import said_on_refusal
+
+
+def _png() -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    written = io.BytesIO()
+    Image.fromarray(pixels).save(written, "PNG")
+    return written.getvalue()
+
+
+def _bomb() -> bytes:
+    """A PNG of a few hundred bytes that says it is 60000 pixels wide and high."""
+    whole = _png()
+    start = whole.index(b"IHDR") + 4
+    header = struct.pack(">II", 60_000, 60_000) + whole[start + 8 : start + 13]
+    return whole[:start] + header + struct.pack(">I", zlib.crc32(b"IHDR" + header)) + whole[start + 17 :]
+
+
+WHOLE = _png()
+BAD = {
+    "truncated": (WHOLE[: len(WHOLE) // 2], "cannot be used"),
+    "zero bytes": (b"", "the file is empty"),
+    "a page of a web site": (b"<html>not found</html>", "it is not a picture of a known format"),
+    "a text named png": (b"a cat", "it is not a picture of a known format"),
+    "a film": (b"\x00\x00\x00\x20ftypisom" + bytes(64), "it is not a picture of a known format"),
+    "a bomb": (_bomb(), "it has too many pixels"),
+    "a header alone": (WHOLE[:33], "cannot be used"),
+}
+
+
+@pytest.fixture
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder with the good picture and the metadata of itself and of `bad`."""
+    monkeypatch.chdir(tmp_path)
+    Path("images").mkdir()
+    Path("images/good.png").write_bytes(WHOLE)
+    entries = {key: {"captionL": "", "captionG": ""} for key in ("good", "bad")}
+    Path("meta.json").write_text(json.dumps(entries), encoding="utf-8")
+    return tmp_path
+
+
+def prepare(model: Path) -> int:
+    argv = ["images", "meta.json", "out.json", str(model), "--max_resolution=64,64", *BUCKET_FLAGS]
+    return prepare_buckets_latents.main(argv)
+
+
+def train(model: Path, capsys) -> str:
+    argv = [
+        *(f"--pretrained_model_name_or_path={model}", "--in_json=meta.json", "--train_data_dir=images"),
+        *("--output_dir=output", "--resolution=64,64", "--cache_latents", "--max_data_loader_n_workers=0"),
+    ]
+    return said_on_refusal(sdxl_train, argv, capsys)
+
+
+@pytest.mark.parametrize(("content", "reason"), BAD.values(), ids=BAD)
+def test_the_preparation_names_a_bad_picture_and_prepares_the_others(
+    content: bytes, reason: str, in_folder, tiny_sdxl: Path, capsys
+):
+    Path("images/bad.png").write_bytes(content)
+    assert prepare(tiny_sdxl) == 1
+    said = capsys.readouterr().out
+    assert "1 pictures could not be used:" in said
+    assert "bad.png' cannot be used: " in said
+    assert reason in said
+    assert [path.name for path in Path("images").glob("*.npz")] == ["good.npz"]
+    entries = json.loads(Path("out.json").read_text(encoding="utf-8"))
+    assert [key for key, entry in entries.items() if "train_resolution" in entry] == ["good"]
+
+
+def test_a_folder_named_like_a_picture_is_no_picture(in_folder, tiny_sdxl: Path, capsys):
+    Path("images/bad.png").mkdir()
+    assert prepare(tiny_sdxl) == 0
+    assert "1 entries of the metadata without a picture stay as they are:\n  bad" in capsys.readouterr().out
+    assert "1 images of 'meta.json' are not in 'images': bad" in train(tiny_sdxl, capsys)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "zero bytes", "a text named png", "a bomb"])
+def test_the_trainer_names_a_bad_picture(kind: str, in_folder, tiny_sdxl: Path, capsys):
+    Path("images/bad.png").write_bytes(BAD[kind][0])
+    said = train(tiny_sdxl, capsys)
+    assert "bad.png' cannot be used: " in said
+    assert "Replace the file or remove it." in said

@@ -1,0 +1,180 @@
+"""A run with stops in between is the run without: the same weights, losses, pictures and names, bit for bit."""
+
+import json
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import sdxl_train
+from benchmarks.outcome import Outcome, differences, outcome_of
+from library.training.stopping import STOP_FILE
+from library.training.tracking import Tracker
+from tests.conftest import BUCKET_FLAGS, PreparedSet, forget_accelerator
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Runs sdxl_train.py on the tiny SDXL, three pictures, output and logs in a folder of its own."""
+
+    argv: list[str]
+    folder: Path
+
+    def run(self, *flags: str) -> int:
+        forget_accelerator()
+        folders = [f"--output_dir={self.output}", f"--logging_dir={self.folder / 'logs'}"]
+        return sdxl_train.main([*self.argv, *folders, *flags])
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "output"
+
+    def outcome(self, *, less: tuple[int, ...] = ()) -> Outcome:
+        """What is there, less what was saved at the stops after these steps."""
+        found = outcome_of(self.output, self.folder / "logs")
+        return {name: thing for name, thing in found.items() if not name.endswith(tuple(_saved_at(less)))}
+
+
+def _saved_at(steps: tuple[int, ...]) -> list[str]:
+    return [f"m-step{step:08d}{end}" for step in steps for end in ("", "-state")] or [" "]
+
+
+@pytest.fixture
+def trainer(tiny_sdxl: Path, prepared_set: PreparedSet, tmp_path: Path):
+    """`trainer("name", *flags)` trains in a folder of that name; sample pictures of 64x64 in one step."""
+    prompts = tmp_path / "prompt.txt"
+    prompts.write_text("a dog --e photo --w 64 --h 64 --s 1", encoding="utf-8")
+
+    def make(name: str, *flags: str) -> Trainer:
+        argv = [
+            f"--pretrained_model_name_or_path={tiny_sdxl}",
+            f"--in_json={prepared_set.latents_json}",
+            f"--train_data_dir={prepared_set.images}",
+            f"--sample_prompts={prompts}",
+            *("--output_name=m", "--resolution=128,128", "--seed=7", "--enable_bucket", *BUCKET_FLAGS, *flags),
+        ]
+        return Trainer(argv, tmp_path / name)
+
+    return make
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch):
+    """`stop_after(trainer, step)` lays the stop file while that step is under way; None lays none."""
+    log_step = Tracker.log_step
+
+    def arrange(trainer: Trainer, last: int | None) -> None:
+        def log_and_stop(tracker: Tracker, step: int, *rest, **named) -> None:
+            log_step(tracker, step, *rest, **named)
+            if step == last:
+                (trainer.output / STOP_FILE).touch()
+
+        monkeypatch.setattr(Tracker, "log_step", log_and_stop)
+
+    return arrange
+
+
+# Three pictures in batches of one. The first: two batches a step, so two steps an epoch; stopped in the middle of an
+# epoch, at the end of one, and again. The second: three steps an epoch.
+WAYS = {
+    "float32, accumulation, mirrored, cosine": (
+        *("--cache_latents", "--flip_aug", "--gradient_accumulation_steps=2", "--max_train_steps=4"),
+        *("--learning_rate=1e-3", "--lr_scheduler=cosine", "--lr_warmup_steps=2", "--sample_every_n_steps=2"),
+        *("--save_every_n_steps=3", "--save_last_n_steps=9"),
+    ),
+    "bfloat16, Adafactor, text encoders": (
+        *("--mixed_precision=bf16", "--full_bf16", "--train_text_encoder", "--max_train_steps=4"),
+        *("--optimizer_type=Adafactor", "--optimizer_args", "scale_parameter=False", "relative_step=False"),
+        *("warmup_init=False", "--learning_rate=1e-3", "--sample_every_n_epochs=1", "--save_every_n_epochs=1"),
+        "--save_state",
+    ),
+}
+
+
+@pytest.mark.parametrize(("way", "stops"), [(0, (1, 2)), (1, (3,))], ids=list(WAYS))
+def test_stops_change_nothing(way: int, stops: tuple[int, ...], trainer, stop_after):
+    flags = list(WAYS.values())[way]
+    at_once = trainer("at once", *flags, "--max_data_loader_n_workers=0")
+    assert at_once.run() == 0
+
+    stopped = trainer("with stops", *flags)
+    resume: tuple[str, ...] = ()
+    for number, stop in enumerate((*stops, None)):
+        stop_after(stopped, stop)
+        workers = f"--max_data_loader_n_workers={(0, 2)[number % 2]}"
+        assert stopped.run(*resume, workers) == 0
+        resume = ("--resume=latest",)
+
+    expected = at_once.outcome()
+    assert len([name for name in expected if name.startswith("picture ")]) == 3
+    assert differences(expected, stopped.outcome(less=stops)) == []
+
+
+def test_a_run_that_goes_on_in_two_processes_changes_nothing(trainer, run_server, free_port):
+    flags = ("--max_train_steps=3", "--max_data_loader_n_workers=0", "--learning_rate=1e-3", "--sample_at_first")
+
+    def run(made: Trainer, *more: str, stop: bool = False) -> int:
+        made.folder.mkdir(exist_ok=True)
+        folders = (f"--output_dir={made.output}", f"--logging_dir={made.folder / 'logs'}")
+        port = str(free_port())
+        runs = [
+            run_server("train", [*made.argv, *folders, *more], WORLD_SIZE="2", RANK=rank, LOCAL_RANK=rank, PORT=port)
+            for rank in ("0", "1")
+        ]
+        if stop:
+            runs[0].wait_until_said("1/3")
+            runs[1].send(signal.SIGTERM)  # one of them is enough
+        return max(each.wait() for each in runs)
+
+    at_once, stopped = trainer("at once", *flags), trainer("stopped", *flags)
+    assert run(at_once) == 0
+    assert run(stopped, stop=True) in (0, 143)  # 0 for those to whom nobody has sent anything
+    [state] = stopped.output.glob("m-step*-state")
+    step = json.loads((state / "progress.json").read_text(encoding="utf-8"))["step"]
+    assert run(stopped, "--resume=latest") == 0
+    assert differences(at_once.outcome(), stopped.outcome(less=(step,))) == []
+
+
+def test_what_is_done_is_not_done_again(trainer, stop_after, capsys):
+    finished = trainer("finished", "--max_train_steps=1", "--sample_every_n_steps=1", "--save_state_on_train_end")
+    assert finished.run("--max_data_loader_n_workers=0") == 0
+    before = finished.outcome()
+    capsys.readouterr()
+    assert finished.run("--resume=latest") == 0
+    assert differences(before, finished.outcome()) == []
+    assert "going on after step 1" in capsys.readouterr().out
+
+
+def test_another_learning_rate_holds_from_the_state_on(trainer):
+    one = trainer("one", "--save_every_n_steps=1", "--save_state", "--max_data_loader_n_workers=0")
+    rates = "--sample_at_first", "--lr_scheduler=linear"
+    assert one.run("--max_train_steps=1", "--learning_rate=1e-3", *rates) == 0
+    assert one.run("--max_train_steps=4", "--learning_rate=1e-4", "--resume=latest", *rates) == 0
+    shown = [value for _, value in one.outcome()["curve lr/unet"]]
+    # Linear from the rate to 0 in 4 steps, as the second run has it, after its first quarter.
+    assert shown[1:] == pytest.approx([0.75e-4, 0.5e-4, 0.25e-4])
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda entries: entries["coffee"].update(captionL="another"), "1 images with another picture, bucket"),
+        (lambda entries: entries.pop("coffee"), "1 images removed: coffee"),
+        (lambda entries: entries.update(astronaut=entries.pop("astronaut")), "another order"),
+    ],
+    ids=["caption", "removed", "order"],
+)
+def test_other_images_are_named_before_a_step_is_taken(change, named: str, trainer, prepared_set, tmp_path, capsys):
+    made = trainer("changed", "--max_train_steps=1", "--save_state", "--sample_at_first")
+    assert made.run("--max_data_loader_n_workers=0") == 0
+    entries = json.loads(prepared_set.latents_json.read_text(encoding="utf-8"))
+    change(entries)
+    (tmp_path / "changed.json").write_text(json.dumps(entries), encoding="utf-8")
+    again = (f"--in_json={tmp_path / 'changed.json'}", "--resume=latest", "--max_train_steps=2")
+    capsys.readouterr()
+    assert made.run(*again) == 2
+    said = capsys.readouterr().err
+    assert "since the state was made this has changed" in said
+    assert named in said
+    assert "--resume_anyway" in said

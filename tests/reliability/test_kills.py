@@ -1,0 +1,17 @@
+"""Processes killed at random moments and started again come to the same as one that nobody disturbed.
+
+benchmarks/kill_runs.py does it longer: its figures are in benchmarks/results/kill_runs.txt.
+"""
+
+import random
+from pathlib import Path
+
+from benchmarks.kill_runs import KillExperiment
+
+
+def test_a_round_of_kills_changes_nothing(_server, tmp_path: Path):
+    experiment = KillExperiment(_server, tmp_path, num_steps=3)
+    assert len(experiment.expected) > 20
+    kills, different = experiment.killed_round("killed", random.Random(3))
+    assert kills
+    assert different == []

@@ -1,0 +1,90 @@
+"""Signals and the stop file: what is saved, what is said, how the process ends."""
+
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.forked_runs import FOLDER, KILL_AT, KILL_BY
+from benchmarks.outcome import outcome_of
+from library.training.state import read_progress
+from tests.conftest import PreparedSet
+
+STEP_OF_SECONDS = ("--dataset_repeats=20", "--gradient_accumulation_steps=60", "--max_train_steps=2")
+
+
+@pytest.fixture
+def argv(tiny_sdxl: Path, prepared_set: PreparedSet, tmp_path: Path) -> list[str]:
+    """A run of a few steps that saves nothing before its end."""
+    return [
+        f"--pretrained_model_name_or_path={tiny_sdxl}",
+        f"--in_json={prepared_set.latents_json}",
+        f"--train_data_dir={prepared_set.images}",
+        f"--output_dir={tmp_path / 'my output'}",
+        *("--output_name=m", "--seed=7", "--max_train_steps=50"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("number", "to_group", "status"), [(signal.SIGINT, True, 130), (signal.SIGTERM, True, 143)], ids=str
+)
+def test_the_first_signal_ends_the_run_after_the_step(number, to_group, status, argv, run_server, tmp_path: Path):
+    run = run_server("train", [*argv, "--max_data_loader_n_workers=2"])
+    run.wait_until_said("1/50")
+    run.send(number, to_group=to_group)  # the workers that read batches get it too, as from a terminal
+    assert run.wait() == status
+    assert "stopping after this step" in run.said
+    assert "Traceback" not in run.said
+    last = [line for line in run.said.splitlines() if line.strip()][-1]
+    said = re.fullmatch(r'stopped after step (\d+); go on with the same command and --resume "(.+)"', last)
+    assert said is not None, last
+    state = Path(said[2])
+    assert read_progress(state).step == int(said[1]) < 50
+    assert outcome_of(tmp_path / "my output").keys() == {f"state {state.name}", f"model {state.name[:-6]}"}
+
+
+def test_a_second_signal_ends_it_at_once(argv, run_server, tmp_path: Path):
+    run = run_server("train", [*argv, *STEP_OF_SECONDS, "--max_data_loader_n_workers=0"])
+    run.wait_until_said("0/2")
+    run.send(signal.SIGINT)
+    run.wait_until_said("once more to stop at once")
+    time.sleep(1.2)  # sooner it would be taken for the same Ctrl-C, handed on by a launcher
+    run.send(signal.SIGINT)
+    assert run.wait(timeout=20) == 130
+    assert not list((tmp_path / "my output").glob("*"))
+
+
+def test_a_second_signal_in_the_middle_of_a_save_leaves_no_half_written_file(argv, run_server, tmp_path: Path):
+    output = tmp_path / "my output"
+    second_file = {KILL_AT: "5", KILL_BY: str(int(signal.SIGINT)), FOLDER: str(output)}
+    run = run_server("train", [*argv, *STEP_OF_SECONDS, "--max_data_loader_n_workers=0"], **second_file)
+    run.wait_until_said("0/2")
+    run.send(signal.SIGINT)
+    assert run.wait() == 130
+    assert "stopped after" not in run.said
+    assert outcome_of(output).keys() == {"model m-step00000001"}  # whole; of the state there is nothing
+
+
+def test_what_comes_before_the_first_step_saves_nothing(argv, run_server, tmp_path: Path):
+    run = run_server("train", argv)
+    time.sleep(0.3)  # the model is being loaded
+    run.send(signal.SIGTERM)
+    assert run.wait() == 143
+    assert not list((tmp_path / "my output").glob("*.safetensors"))
+    assert "Traceback" not in run.said
+
+
+def test_the_stop_file_ends_a_run_well_and_one_of_before_does_not(argv, run_server, tmp_path: Path):
+    output = tmp_path / "my output"
+    output.mkdir()
+    (output / "stop").touch()
+    run = run_server("train", [*argv, "--max_data_loader_n_workers=0"])
+    run.wait_until_said("1/50")
+    assert "which an earlier run was to obey" in run.said
+    (output / "stop").touch()
+    assert run.wait() == 0
+    assert not (output / "stop").exists()
+    [state] = output.glob("*-state")
+    assert read_progress(state).step > 0

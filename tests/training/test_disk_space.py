@@ -1,0 +1,70 @@
+"""How much a run is going to save, known before it starts."""
+
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from library.config.errors import UserError
+from library.training.checkpoints import SaveOptions
+from library.training.disk_space import bytes_of, bytes_of_state, require_room
+from library.training.optimizers import OptimizerOptions
+
+Usage = namedtuple("Usage", "free")
+WEIGHTS = 1000 * 1000
+
+
+@pytest.fixture
+def needs(tmp_path: Path, monkeypatch):
+    """`needs(free, **options)`: whether a run of 10 steps, 5 an epoch, does not fit; a model of 100, a state of 300."""
+
+    def check(free: int, steps: range = range(1, 11), **options) -> bool:
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(free))
+        try:
+            require_room(
+                SaveOptions(output_dir=tmp_path, output_name="m", **options),
+                model_bytes=100,
+                state_bytes=300,
+                steps=steps,
+                steps_per_epoch=5,
+            )
+        except UserError:
+            return True
+        return False
+
+    return check
+
+
+@pytest.mark.parametrize(
+    ("options", "bytes_needed"),
+    [
+        ({}, 100),
+        ({"save_state_on_train_end": True}, 400),
+        ({"save_every_n_steps": 2}, 5 * 100 + 100),
+        ({"save_every_n_steps": 2, "save_last_n_steps": 2}, 3 * 100),
+        ({"save_every_n_steps": 5, "save_state": True}, 3 * 400),
+        ({"save_every_n_epochs": 1}, 200),
+    ],
+)
+def test_all_that_is_kept_at_once_must_fit(options: dict, bytes_needed: int, needs):
+    assert needs(bytes_needed - 1, **options)
+    assert not needs(bytes_needed, **options)
+
+
+def test_a_resumed_run_needs_room_for_the_rest(needs, tmp_path: Path):
+    (tmp_path / "m-step00000002.safetensors").touch()
+    assert not needs(300, steps=range(7, 11), save_every_n_steps=2)
+
+
+@pytest.mark.parametrize(("name", "numbers_beside"), [("AdamW", 2), ("torch.optim.SGD", 0), ("Adafactor", 0)])
+def test_a_state_is_as_large_as_weights_and_optimizer(name: str, numbers_beside: int):
+    layer = nn.Linear(1000, 1000, bias=False)
+    options = OptimizerOptions(optimizer_type=name, learning_rate=1e-3)
+    if name == "Adafactor":
+        options = OptimizerOptions(optimizer_type=name, learning_rate=1e-3, optimizer_args=["relative_step=False"])
+    expected = 4 * WEIGHTS * (1 + numbers_beside)
+    assert expected <= bytes_of_state(options, [layer]) <= 1.02 * expected  # Adafactor's rows and columns
+    assert bytes_of([layer], torch.bfloat16) == 2 * WEIGHTS
