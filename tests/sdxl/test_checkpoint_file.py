@@ -6,7 +6,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from library.config.errors import UserError
-from library.sdxl.architecture import DEFAULT_LOGIT_SCALE, ARCHITECTURE_KEY
+from library.sdxl.architecture import ARCHITECTURE_KEY, DEFAULT_LOGIT_SCALE
 from library.sdxl.checkpoint_file import (
     ModelDtypes,
     read_single_file,
