@@ -1,9 +1,9 @@
 """A disk that fills up: what was there stays, the run goes on, the message says what happened."""
 
-import resource
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ import pytest
 import sdxl_train
 from finetune import prepare_buckets_latents, sdxl_merge_captions_g_to_metadata
 from library.config.errors import UserError
-from library.config.output_files import require_disk_space
+from library.config.output_files import replacing, require_disk_space
 from library.training import checkpoints
 from library.training.checkpoints import Checkpoints, SaveOptions
 from library.training.tracking import Tracker
@@ -26,14 +26,9 @@ class Disk:
         self._filler = folder / "filler"
 
     def fill(self) -> None:
-        with self._filler.open("wb") as file:
-            file.truncate(0)
-            try:
-                while True:
-                    file.write(bytes(4096))
-                    file.flush()
-            except OSError:
-                return
+        with self._filler.open("wb", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(bytes(4096))
 
     def make_room(self) -> None:
         self._filler.unlink(missing_ok=True)
@@ -91,11 +86,8 @@ def test_the_finished_model_is_saved_as_soon_as_there_is_room(disk: Disk, monkey
         disk.make_room()
 
     def write(path: Path) -> None:
-        checkpoint_bytes = bytes(1_000_000)
-        with checkpoints_replacing(path) as file:
-            file.write(checkpoint_bytes)
-
-    from library.config.output_files import replacing as checkpoints_replacing
+        with replacing(path) as file:
+            file.write(bytes(1_000_000))
 
     disk.fill()
     options = SaveOptions(output_dir=disk.folder / "output", output_name="m")
@@ -128,6 +120,7 @@ def test_a_cache_that_does_not_fit_leaves_the_old_one(prepared_set: PreparedSet,
     shutil.copytree(prepared_set.images, images)
     before = {path.name: path.read_bytes() for path in images.iterdir()}
     argv = [images, prepared_set.captions_json, tmp_path / "meta_lat.json", tiny_sdxl, *BUCKET_FLAGS]
+    resource = pytest.importorskip("resource", reason="limits on files are POSIX")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # no file can grow beyond a kilobyte
     try:

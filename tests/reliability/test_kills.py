@@ -10,7 +10,7 @@ from benchmarks.kill_runs import KillExperiment
 
 
 def test_a_round_of_kills_changes_nothing(_server, tmp_path: Path):
-    experiment = KillExperiment(_server, tmp_path, num_steps=3)
+    experiment = KillExperiment(_server, tmp_path, num_steps=2)
     assert len(experiment.expected) > 20
     kills, different = experiment.killed_round("killed", random.Random(3))
     assert kills

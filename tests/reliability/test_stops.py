@@ -13,6 +13,7 @@ from library.training.state import read_progress
 from tests.conftest import PreparedSet
 
 STEP_OF_SECONDS = ("--dataset_repeats=20", "--gradient_accumulation_steps=60", "--max_train_steps=2")
+SETTING_OUT = 3  # seconds, from the first sight of the progress bar until a step of many more seconds is under way
 
 
 @pytest.fixture
@@ -48,6 +49,7 @@ def test_the_first_signal_ends_the_run_after_the_step(number, to_group, status, 
 def test_a_second_signal_ends_it_at_once(argv, run_server, tmp_path: Path):
     run = run_server("train", [*argv, *STEP_OF_SECONDS, "--max_data_loader_n_workers=0"])
     run.wait_until_said("0/2")
+    time.sleep(SETTING_OUT)
     run.send(signal.SIGINT)
     run.wait_until_said("once more to stop at once")
     time.sleep(1.2)  # sooner it would be taken for the same Ctrl-C, handed on by a launcher
@@ -61,6 +63,7 @@ def test_a_second_signal_in_the_middle_of_a_save_leaves_no_half_written_file(arg
     second_file = {KILL_AT: "5", KILL_BY: str(int(signal.SIGINT)), FOLDER: str(output)}
     run = run_server("train", [*argv, *STEP_OF_SECONDS, "--max_data_loader_n_workers=0"], **second_file)
     run.wait_until_said("0/2")
+    time.sleep(SETTING_OUT)
     run.send(signal.SIGINT)
     assert run.wait() == 130
     assert "stopped after" not in run.said

@@ -17,6 +17,8 @@ from library.config.errors import UserError
 from library.training.mishaps import LossWatch, StepLoss, require_finite
 from tests.conftest import BUCKET_FLAGS, PreparedSet, forget_accelerator
 
+OVERFLOWING = ("--learning_rate=1e38", "--max_grad_norm=0", "--optimizer_args", "weight_decay=1e38")
+
 
 @pytest.fixture
 def train_in(tiny_sdxl: Path, prepared_set: PreparedSet, tmp_path: Path):
@@ -67,7 +69,7 @@ def test_a_bad_step_may_pass_and_leaves_the_weights_alone(train_in, bad_set, tmp
 def test_broken_weights_never_take_the_place_of_good_ones(train_in, prepared_set, tmp_path, capsys):
     assert train_in(prepared_set.images, "--max_train_steps=1") == 0
     good = (tmp_path / "output" / "m.safetensors").read_bytes()
-    assert train_in(prepared_set.images, "--max_train_steps=1", "--learning_rate=1e38", "--max_grad_norm=0") == 2
+    assert train_in(prepared_set.images, "--max_train_steps=1", *OVERFLOWING) == 2
     assert "the weights of unet have become NaN or Inf" in capsys.readouterr().err
     assert (tmp_path / "output" / "m.safetensors").read_bytes() == good
 

@@ -34,7 +34,7 @@ def test_a_seed_that_is_not_given_again_is_the_states():
 
 
 def test_what_makes_another_run_stops_with_its_name_unless_told_otherwise():
-    with pytest.raises(UserError, match="--train_batch_size: 1 then, 2 now.*--resume_anyway"):
+    with pytest.raises(UserError, match=r"--train_batch_size: 1 then, 2 now.*--resume_anyway"):
         check_options(THEN, changed(train_batch_size="2"), anyway=False)
     assert check_options(THEN, changed(train_batch_size="2"), anyway=True) == ["--train_batch_size: 1 then, 2 now"]
 
