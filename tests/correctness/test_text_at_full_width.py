@@ -99,8 +99,11 @@ def before_the_last_block(tower: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 
 def assert_equal_but_for_the_order_of_sums(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    """float32 keeps 6e-8 of a number, and each of these is a sum of 1280 products, in two blocks. Found: 4e-7."""
-    assert (ours - theirs).norm() < 1e-6 * theirs.norm()
+    """float32 keeps 6e-8 of a number, and each of these comes of sums of up to 5120 products, one after another.
+
+    Found: 4e-7 of the hidden states and 7e-7 of the pooled vectors; other processors add up in other orders.
+    """
+    assert (ours - theirs).norm() < 3e-6 * theirs.norm()
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
