@@ -149,8 +149,8 @@ def train(options: TrainingOptions, stop: StopRequest) -> int:
                     added_cond_kwargs={"text_embeds": text.pooled, "time_ids": sizes},
                 ).sample
                 loss = per_sample_loss(predicted, noise).sum() * batch.loss_scale  # added up over a step: its mean
+                step_loss.add(batch.keys, loss, is_last=batch.completes_step)
                 accelerator.backward(loss)
-            step_loss.add(batch.keys, loss)
             if not batch.completes_step:
                 continue
 

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from library.config.errors import UserError
 from library.config.options import option
 from library.data.buckets import Size
+from library.data.device_copies import to_device
 from library.data.epoch_order import EpochOrder, MicroBatch
 from library.data.images import load_rgb, resize_and_crop
 from library.data.latent_cache import CachedLatents, read_cache
@@ -72,12 +73,12 @@ class Batch(NamedTuple):
     def to(self, device: torch.device) -> "Batch":
         """The same batch with its tensors on `device`."""
         return self._replace(
-            latents=None if self.latents is None else self.latents.to(device),
-            pixels=None if self.pixels is None else self.pixels.to(device),
-            tokens=self.tokens.to(device),
-            original_sizes=self.original_sizes.to(device),
-            crop_top_lefts=self.crop_top_lefts.to(device),
-            target_sizes=self.target_sizes.to(device),
+            latents=None if self.latents is None else to_device(self.latents, device),
+            pixels=None if self.pixels is None else to_device(self.pixels, device),
+            tokens=CaptionTokens(to_device(self.tokens.tokens_l, device), to_device(self.tokens.tokens_g, device)),
+            original_sizes=to_device(self.original_sizes, device),
+            crop_top_lefts=to_device(self.crop_top_lefts, device),
+            target_sizes=to_device(self.target_sizes, device),
         )
 
 

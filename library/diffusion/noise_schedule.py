@@ -10,6 +10,7 @@ from diffusers import DDPMScheduler
 from torch.nn.functional import interpolate
 
 from library.config.options import option
+from library.data.device_copies import to_device
 
 NUM_TIMESTEPS = 1000
 
@@ -128,7 +129,7 @@ def draw_timesteps(
     """Timesteps int64 [B] on `device`, uniform from `min_timestep` to `max_timestep` (exclusive)."""
     trained = options.timestep_range
     drawn = torch.randint(trained.start, trained.stop, (batch_size,), generator=generator, device=generator.device)
-    return drawn.to(device)
+    return to_device(drawn, device)
 
 
 def _offset_strength(latents: torch.Tensor, options: NoiseOptions) -> torch.Tensor | float:
@@ -161,7 +162,7 @@ def _add_coarser_noise(
 def _normal(
     shape: tuple[int, ...], generator: torch.Generator, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    return torch.randn(shape, generator=generator, device=generator.device, dtype=dtype).to(device)
+    return to_device(torch.randn(shape, generator=generator, device=generator.device, dtype=dtype), device)
 
 
 def _uniform(generator: torch.Generator) -> float:

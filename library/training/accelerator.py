@@ -41,9 +41,9 @@ def exchange_gradients(accelerator: Accelerator, networks: Iterable[nn.Module], 
         yield
 
 
-def mean_over_processes(accelerator: Accelerator, value: torch.Tensor) -> float:
+def mean_over_processes(accelerator: Accelerator, value: torch.Tensor) -> torch.Tensor:
     """The mean of a number over all processes."""
-    return float(accelerator.reduce(value, reduction="mean"))
+    return accelerator.reduce(value, reduction="mean")
 
 
 def any_process(accelerator: Accelerator, flag: bool) -> bool:

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from library.config.errors import UserError
 from library.data.dataset import Batch
+from library.data.device_copies import HostCopy
 from library.training.accelerator import all_of, mean_over_processes
 
 SPIKE = 10.0
@@ -18,24 +19,33 @@ _MEMORY = 0.98  # how slowly the running mean forgets
 
 
 class StepLoss:
-    """The loss of one optimizer step, added up over its batches; knows which of them made it NaN or Inf."""
+    """The loss of one optimizer step, added up over its batches; knows which of them made it NaN or Inf.
+
+    It is on its way to the host as soon as the last forward pass is launched: who asks for its `mean` waits for that,
+    and not for the backward pass that may have been launched since.
+    """
 
     def __init__(self, accelerator: Accelerator):
         self._accelerator = accelerator
         self._batches: list[tuple[tuple[str, ...], torch.Tensor]] = []
+        self._mean: HostCopy | None = None
 
     @property
     def is_empty(self) -> bool:
         """Whether the step's first batch is still to come."""
         return not self._batches
 
-    def add(self, keys: tuple[str, ...], loss: torch.Tensor) -> None:
-        """Add the loss (a scalar) of the batch with the images `keys`."""
+    def add(self, keys: tuple[str, ...], loss: torch.Tensor, *, is_last: bool) -> None:
+        """Add the loss (a scalar) of the batch with the images `keys`; `is_last` where it completes the step."""
         self._batches.append((keys, loss.detach()))
+        if is_last:
+            whole = torch.stack([loss for _, loss in self._batches]).sum()
+            self._mean = HostCopy(mean_over_processes(self._accelerator, whole))
 
     def mean(self) -> float:
-        """The loss of the step, the mean over all processes."""
-        return mean_over_processes(self._accelerator, torch.stack([loss for _, loss in self._batches]).sum())
+        """The loss of the step, which is complete: the mean over all processes."""
+        assert self._mean is not None
+        return float(self._mean.wait())
 
     def bad_images(self) -> list[str]:
         """The images, in all processes, of the batches whose loss is NaN or Inf; every process has to ask."""
@@ -44,6 +54,7 @@ class StepLoss:
     def clear(self) -> None:
         """Begin the next step."""
         self._batches.clear()
+        self._mean = None
 
 
 class LossWatch:

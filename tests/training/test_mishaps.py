@@ -102,8 +102,8 @@ def test_a_full_gpu_is_explained_with_step_size_and_flags(train_in, prepared_set
 
 def test_the_images_of_the_bad_batch_alone_are_named(fresh_accelerate):
     loss = StepLoss(Accelerator(cpu=True))
-    loss.add(("a", "b"), torch.tensor(1.0))
-    loss.add(("c",), torch.tensor(math.inf))
+    loss.add(("a", "b"), torch.tensor(1.0), is_last=False)
+    loss.add(("c",), torch.tensor(math.inf), is_last=True)
     assert math.isinf(loss.mean())
     assert loss.bad_images() == ["c"]
     loss.clear()

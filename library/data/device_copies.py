@@ -1,0 +1,34 @@
+"""Host tensors to the GPU without a stop: copies that the host does not wait for."""
+
+import torch
+
+
+def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """`tensor` on `device`. A copy to a GPU goes through pinned memory and is put in line behind what the GPU does.
+
+    An ordinary copy would first let the host wait until the GPU has nothing left to do.
+    """
+    device = torch.device(device)
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class HostCopy:
+    """A copy of a tensor in host memory that is on its way; `wait` gives it.
+
+    It is made where this object is: `wait` waits for what the GPU was told before, and for nothing that it is told
+    later.
+    """
+
+    def __init__(self, tensor: torch.Tensor):
+        self._arrived = torch.cuda.Event() if tensor.is_cuda else None
+        self._copy = tensor.to("cpu", non_blocking=tensor.is_cuda)  # torch pins the memory of such a copy
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def wait(self) -> torch.Tensor:
+        """The copy, once it has arrived."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._copy
