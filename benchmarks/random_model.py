@@ -1,0 +1,73 @@
+"""SDXL of random weights, made where it is needed: no file is read, and the device draws the numbers itself."""
+
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere, find library/
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from library.sdxl.architecture import (
+    LATENT_CHANNELS,
+    PIXELS_PER_LATENT,
+    Architecture,
+    SdxlModel,
+    empty_model,
+    empty_unet,
+)
+from library.sdxl.checkpoint_file import ModelDtypes
+
+_POOL_SIZE = 2**24
+_TEXT_TOKENS = 77
+_NUM_SIZES = 6
+
+
+def random_model(architecture: Architecture, dtypes: ModelDtypes, device: torch.device) -> SdxlModel:
+    """A model on `device` in evaluation mode; parts whose precision is left open are held in bfloat16."""
+    model = empty_model(architecture)
+    generator = torch.Generator(device).manual_seed(0)
+    pool = torch.randn(_POOL_SIZE, generator=generator, device=device, dtype=torch.bfloat16)
+    for network, dtype in (
+        (model.unet, dtypes.unet),
+        (model.vae, dtypes.vae),
+        (model.text_encoder_l, dtypes.text_encoder_l),
+        (model.text_encoder_g, dtypes.text_encoder_g),
+    ):
+        weights = {
+            name: _drawn(name, tuple(parameter.shape), pool).to(dtype or torch.bfloat16)
+            for name, parameter in network.named_parameters()
+        }
+        network.load_state_dict(weights, strict=False, assign=True)
+        network.to(device).eval()  # the buffers too
+    return model
+
+
+def _drawn(name: str, shape: tuple[int, ...], pool: torch.Tensor) -> torch.Tensor:
+    """Weights that keep the size of what passes through them: matrices out of the pool, norms the identity."""
+    if len(shape) == 1:
+        return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, device=pool.device, dtype=pool.dtype)
+    deviation = 0.02 if "embedding" in name else 1 / math.sqrt(math.prod(shape[1:]))
+    weight = torch.empty(shape, device=pool.device, dtype=pool.dtype)
+    for part in weight.view(-1).split(_POOL_SIZE):
+        torch.mul(pool[: part.numel()], deviation, out=part)
+    return weight
+
+
+def forward_flops(architecture: Architecture, width: int, height: int) -> int:
+    """Floating point operations of the U-Net's forward pass for one picture, counted without computing it."""
+    unet = empty_unet(architecture)
+    meta = torch.device("meta")
+    pooled_width = architecture.text_encoder_g["projection_dim"]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        unet(
+            torch.empty(1, LATENT_CHANNELS, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT, device=meta),
+            torch.empty(1, dtype=torch.int64, device=meta),
+            encoder_hidden_states=torch.empty(1, _TEXT_TOKENS, architecture.unet["cross_attention_dim"], device=meta),
+            added_cond_kwargs={
+                "text_embeds": torch.empty(1, pooled_width, device=meta),
+                "time_ids": torch.empty(1, _NUM_SIZES, device=meta),
+            },
+        )
+    return counter.get_total_flops()

@@ -1,0 +1,78 @@
+"""A training set of random latents, as prepare_buckets_latents.py would leave it, without pictures."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+
+import numpy as np
+
+from library.data.buckets import Size
+from library.data.dataset import Batch, CaptionedPictures
+from library.data.epoch_order import MicroBatch
+from library.data.latent_cache import CachedLatents, Crop, cache_path, write_cache
+from library.data.training_set import TrainingImage
+from library.sdxl.architecture import LATENT_CHANNELS, PIXELS_PER_LATENT
+
+PICTURES_PER_BUCKET = 8
+
+
+@dataclass(frozen=True)
+class SyntheticSet:
+    """Eight pictures in each of the buckets."""
+
+    folder: Path
+    buckets: tuple[Size, ...]
+
+    @property
+    def metadata(self) -> Path:
+        """The file for `--in_json`."""
+        return self.folder / "meta_lat.json"
+
+    @property
+    def images(self) -> Path:
+        """The folder for `--train_data_dir`."""
+        return self.folder / "images"
+
+    def write(self) -> None:
+        """Write metadata and latents."""
+        self.images.mkdir(parents=True)
+        random = np.random.default_rng(0)
+        for image in self._training_images():
+            assert isinstance(image.latents, Path)
+            height, width = image.bucket.height // PIXELS_PER_LATENT, image.bucket.width // PIXELS_PER_LATENT
+            # Of the size that SDXL's VAE gives, whose scale makes it about 1.
+            latents = random.normal(scale=8, size=(LATENT_CHANNELS, height, width)).astype(np.float32)
+            whole = (0.0, 0.0, float(image.bucket.width), float(image.bucket.height))
+            write_cache(image.latents, CachedLatents(latents, image.bucket, whole, resized_size=image.bucket))
+        entries = {
+            image.key: {
+                "captionG": image.caption_g,
+                "captionL": image.caption_l,
+                "train_resolution": list(image.bucket),
+            }
+            for image in self._training_images()
+        }
+        self.metadata.write_text(json.dumps(entries), encoding="utf-8")
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """Batches without end, bucket after bucket, read when they are asked for."""
+        pictures = CaptionedPictures(list(self._training_images()), num_chunks=1)
+        for first in cycle(range(0, len(self.buckets) * PICTURES_PER_BUCKET, PICTURES_PER_BUCKET)):
+            indices = tuple(first + index % PICTURES_PER_BUCKET for index in range(batch_size))
+            yield pictures[MicroBatch(indices, (False,) * batch_size, 1 / batch_size, completes_step=True)]
+
+    def _training_images(self) -> Iterator[TrainingImage]:
+        for bucket in self.buckets:
+            for index in range(PICTURES_PER_BUCKET):
+                key = f"{bucket}_{index}"
+                yield TrainingImage(
+                    key=key,
+                    caption_l=f"photographic, soft light, picture {index}",
+                    caption_g=f"a woman in nature looks to the left, trees behind her, {key}",
+                    size=bucket,
+                    bucket=bucket,
+                    crop=Crop(0, 0, 0),
+                    latents=cache_path(self.images / f"{key}.png"),
+                )
