@@ -49,6 +49,7 @@ from library.training.accelerator import (
     start_generators,
 )
 from library.training.checkpoints import Checkpoints, last_name
+from library.training.compilation import compile_regions
 from library.training.course import Course, make_course
 from library.training.disk_space import bytes_of, bytes_of_state, require_room
 from library.training.learner import Learner, enable_gradient_checkpointing, make_learner
@@ -111,6 +112,7 @@ def train(options: TrainingOptions, stop: StopRequest) -> int:
         losses=progress.losses,
     )
     tracker.say(f"{course}, seed {progress.seed}")
+    compile_regions(model.unet, options.compilation, accelerator.device, tracker.say)
     checkpoints = make_checkpoints(options, model, learner, progress, tracker, accelerator)
     sampling = make_sampling(options, model, tracker, progress.seed, started)
     watch = LossWatch(options.run.max_bad_steps, tracker.say)

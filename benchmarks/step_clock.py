@@ -59,10 +59,6 @@ class StepClock:
         """Whether the first step has begun."""
         return bool(self._steps)
 
-    def is_open(self, name: str) -> bool:
-        """Whether a stretch of this name is going on."""
-        return name in self._open
-
     @contextmanager
     def stretch(self, name: str) -> Iterator[None]:
         """Count the block as part `name` of the step."""

@@ -19,7 +19,6 @@ import sdxl_train  # isort: skip  # before torch, since it says how torch is to 
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from benchmarks.ceilings import machine, measure
 from benchmarks.plain_loop import train_plainly
@@ -32,6 +31,7 @@ from library.data.buckets import Size
 from library.sdxl.architecture import PIXELS_PER_LATENT, SDXL_BASE, SdxlModel
 from library.sdxl.checkpoint_file import ModelDtypes
 from library.training.checkpoints import Checkpoints
+from library.training.learner import Learner
 from library.training.tracking import Tracker
 
 ARCHITECTURES = {"full": SDXL_BASE, "tiny": TINY}
@@ -156,6 +156,7 @@ def _watch_networks(model: SdxlModel, clock: StepClock, plan: Plan) -> None:
 def _watch_loop(clock: StepClock) -> None:
     """Time the rest of the trainer's loop, and leave out what it saves."""
     Accelerator.backward = _timed(clock, Accelerator.backward, "backward")
+    Learner.step = _timed(clock, Learner.step, "optimizer")  # type: ignore[method-assign]
     log_step = Tracker.log_step
 
     def log_and_end_step(*arguments: Any, **named: Any) -> None:
@@ -165,8 +166,6 @@ def _watch_loop(clock: StepClock) -> None:
     Tracker.log_step = log_and_end_step  # type: ignore[method-assign]
     Checkpoints.conclude = lambda *arguments: ""  # type: ignore[method-assign]
     sdxl_train.check_disk = lambda *arguments: None
-    register_optimizer_step_pre_hook(lambda *_: None if clock.is_open("backward") else clock.begin("optimizer"))
-    register_optimizer_step_post_hook(lambda *_: clock.end("optimizer") if clock.is_open("optimizer") else None)
 
 
 def _timed(clock: StepClock, function: Callable[..., Any], name: str) -> Callable[..., Any]:

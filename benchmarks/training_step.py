@@ -45,6 +45,7 @@ VARIANTS: dict[str, tuple[str, ...] | None] = {
     "ours": ("--gradient_checkpointing",),
     "fused": _FUSED,
     "text_cache": _CACHED,
+    "compile_alone": ("--gradient_checkpointing", "--torch_compile"),
     "compile": (*_CACHED, "--torch_compile"),
     "no_checkpointing": _CACHED[1:],
     "no_checkpointing_compile": (*_CACHED[1:], "--torch_compile"),

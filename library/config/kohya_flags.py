@@ -142,10 +142,6 @@ _PRECISION_AND_MEMORY: dict[str, str] = {
         "not offered yet: both captions are encoded in every step. Leave it off.",
     ),
     **dict.fromkeys(
-        ("--torch_compile", "--dynamo_backend"),
-        "not offered yet: the model runs uncompiled, with PyTorch's own fast attention. Leave it off.",
-    ),
-    **dict.fromkeys(
         (
             "--deepspeed",
             "--zero_stage",

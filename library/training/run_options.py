@@ -14,6 +14,7 @@ from library.diffusion.noise_schedule import NoiseOptions
 from library.sdxl.model_source import ModelOptions
 from library.sdxl.model_spec import ModelSpecOptions
 from library.training.checkpoints import SaveOptions
+from library.training.compilation import CompileOptions
 from library.training.lr_schedules import ScheduleOptions
 from library.training.optimizers import OptimizerOptions
 from library.training.precision import PrecisionOptions
@@ -57,6 +58,7 @@ class TrainingOptions:
     loader: LoaderOptions
     run: RunOptions
     precision: PrecisionOptions
+    compilation: CompileOptions
     optimizer: OptimizerOptions
     schedule: ScheduleOptions
     noise: NoiseOptions

@@ -1,0 +1,129 @@
+"""`--torch_compile`: the blocks that the U-Net repeats run as compiled kernels while it is trained."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any, ClassVar
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+
+from library.config.errors import UserError
+from library.config.options import option
+
+REGIONS: tuple[type[nn.Module], ...] = (BasicTransformerBlock, ResnetBlock2D)
+"""What is compiled: 70 transformer blocks of 2 widths and 17 residual blocks of 12 of SDXL's U-Net hold nearly all of
+its time. The whole of it at once would compile for many minutes, and anew for each size of picture."""
+
+MAX_KERNELS = 48
+"""How often the code of one kind of block may be compiled: all widths of a kind for one size, for any size, and for any
+number of pictures, with room to spare."""
+
+_DEFAULT_BACKEND = "inductor"
+_NOTEWORTHY_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """Compilation."""
+
+    _argument_group_name: ClassVar[str] = "Compilation"
+
+    torch_compile: bool = option(
+        False, "Compile the U-Net's blocks: the first steps take minutes, the others are faster on a GPU."
+    )
+    dynamo_backend: str = option(
+        _DEFAULT_BACKEND,
+        "What compiles them; eager and aot_eager compile nothing, and are there to look for faults.",
+        choices=(_DEFAULT_BACKEND, "aot_eager", "eager"),
+    )
+
+    def problems(self) -> Iterator[str]:
+        """What cannot work."""
+        if self.dynamo_backend != _DEFAULT_BACKEND and not self.torch_compile:
+            yield f"--dynamo_backend {self.dynamo_backend} has no effect without --torch_compile; add that."
+
+
+def compile_regions(
+    network: nn.Module, options: CompileOptions, device: torch.device, say: Callable[[str], None]
+) -> None:
+    """Let the blocks of `network` that are repeated run compiled, if the options ask for it; `say` tells how it goes.
+
+    Blocks of one kind and width share their kernels. A second size of picture has them compiled once more, for any
+    size. Without gradients (in sampling) the blocks run as ever, and so they do for sizes that come after
+    `MAX_KERNELS`. Names, weights and files of the network stay as they are. Raises `UserError` where no compiler works.
+    """
+    if not options.torch_compile:
+        return
+    _require_compiler(options.dynamo_backend, device)
+    torch._dynamo.config.recompile_limit = max(MAX_KERNELS, torch._dynamo.config.recompile_limit)
+    for kind in REGIONS:
+        region = _Region(kind, options.dynamo_backend, say)
+        for module in network.modules():
+            if type(module) is kind:
+                # A method, so that a deep copy of the network computes with its own weights.
+                module.forward = MethodType(region.forward, module)
+    network.register_forward_pre_hook(_WarmUp(say).look)
+
+
+class _Region:
+    """A kind of block, as it is and compiled."""
+
+    def __init__(self, kind: type[nn.Module], backend: str, say: Callable[[str], None]):
+        self._kind = kind
+        # A whole graph: without, torch would give up in silence where it cannot go on.
+        self._compiled = torch.compile(kind.forward, backend=backend, fullgraph=True)
+        self._say = say
+        self._left_alone: set[tuple[int, torch.Size]] = set()
+
+    def forward(self, module: nn.Module, hidden: torch.Tensor, *arguments: Any, **named: Any) -> Any:
+        """What `module` makes of `hidden`."""
+        key = (id(module), hidden.shape)
+        if not torch.is_grad_enabled() or key in self._left_alone:
+            return self._kind.forward(module, hidden, *arguments, **named)
+        try:
+            return self._compiled(module, hidden, *arguments, **named)
+        except torch._dynamo.exc.FailOnRecompileLimitHit:
+            if not self._left_alone:
+                self._say(
+                    f"torch.compile: {self._kind.__name__} has been compiled {MAX_KERNELS} times, which is the limit. "
+                    f"Sizes that come now, the first of them {list(hidden.shape)}, run uncompiled."
+                )
+            self._left_alone.add(key)
+            return self._kind.forward(module, hidden, *arguments, **named)
+
+
+class _WarmUp:
+    """Says how long compiling has taken, before the forward pass that comes after it."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self._say = say
+        self._said_seconds = 0.0
+
+    def look(self, network: nn.Module, arguments: tuple[Any, ...]) -> None:
+        """A hook before a forward pass."""
+        seconds = compiling_seconds()
+        if seconds - self._said_seconds > _NOTEWORTHY_SECONDS:
+            again = " for another size of picture" if self._said_seconds else ""
+            self._say(f"torch.compile: {seconds - self._said_seconds:.0f} s of compiling{again}")
+            self._said_seconds = seconds
+
+
+def compiling_seconds() -> float:
+    """How long this process has been compiling so far."""
+    return float(torch._dynamo.utils.calculate_time_spent().get("total_wall_time", 0.0))
+
+
+def _require_compiler(backend: str, device: torch.device) -> None:
+    """Raise `UserError` unless a small function can be compiled (and not only found among those compiled before)."""
+    try:
+        with torch._inductor.config.patch(force_disable_caches=True):
+            torch.compile(torch.neg, backend=backend)(torch.ones(64, device=device))
+    except (torch._dynamo.exc.BackendCompilerFailed, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        compiler = "Triton (on Windows: triton-windows)" if device.type == "cuda" else "a C++ compiler (g++, MSVC)"
+        raise UserError(
+            f"--torch_compile does not work here ({reason}).", f"Install {compiler}, or leave --torch_compile out."
+        ) from error
