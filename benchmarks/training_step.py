@@ -23,7 +23,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,6 @@ VARIANTS: dict[str, tuple[str, ...] | None] = {
     "ours": ("--gradient_checkpointing",),
     "fused": _FUSED,
     "text_cache": _CACHED,
-    "compile_alone": ("--gradient_checkpointing", "--torch_compile"),
     "compile": (*_CACHED, "--torch_compile"),
     "no_checkpointing": _CACHED[1:],
     "no_checkpointing_compile": (*_CACHED[1:], "--torch_compile"),
@@ -86,8 +85,8 @@ def mixed_buckets(resolution: int) -> tuple[Size, ...]:
     return tuple(Size(cell * width, cell * height) for width, height in ((16, 16), (13, 19), (19, 13), (14, 18)))
 
 
-def plans(arguments: argparse.Namespace) -> Iterator[Plan]:
-    """The rows in the order in which they are run, most wanted first."""
+def plans(arguments: argparse.Namespace) -> list[Plan]:
+    """The rows in the order in which they are run: last those that compile, which takes longest."""
     square = (Size(arguments.resolution, arguments.resolution),)
     mix = mixed_buckets(arguments.resolution)
 
@@ -104,11 +103,12 @@ def plans(arguments: argparse.Namespace) -> Iterator[Plan]:
         )
 
     first, *others = arguments.batch_sizes
-    yield from (plan(variant, first, square) for variant in arguments.variants)
     compared = [name for name in arguments.compared if name in arguments.variants]
-    yield from (plan(variant, size, square) for size in others for variant in compared)
+    found = [plan(variant, first, square) for variant in arguments.variants]
+    found += [plan(variant, size, square) for size in others for variant in compared]
     if arguments.mix:
-        yield from (plan(variant, first, mix) for variant in compared)
+        found += [plan(variant, first, mix) for variant in compared]
+    return sorted(found, key=lambda each: "--torch_compile" in (each.flags or ()))
 
 
 # -- running ----------------------------------------------------------------------------------------------------------
@@ -250,7 +250,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--compared",
         nargs="+",
         choices=VARIANTS,
-        default=["plain", "compile"],
+        default=["plain", "text_cache", "compile"],
         help="for other batch sizes and buckets",
     )
     parser.add_argument("--mix", action="store_true", help="also batches of mixed buckets")

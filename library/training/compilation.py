@@ -100,15 +100,16 @@ class _WarmUp:
 
     def __init__(self, say: Callable[[str], None]):
         self._say = say
-        self._said_seconds = 0.0
+        self._said_seconds = compiling_seconds()
+        self._is_first = True
 
     def look(self, network: nn.Module, arguments: tuple[Any, ...]) -> None:
         """A hook before a forward pass."""
         seconds = compiling_seconds()
         if seconds - self._said_seconds > _NOTEWORTHY_SECONDS:
-            again = " for another size of picture" if self._said_seconds else ""
+            again = "" if self._is_first else " for another size of picture"
             self._say(f"torch.compile: {seconds - self._said_seconds:.0f} s of compiling{again}")
-            self._said_seconds = seconds
+            self._said_seconds, self._is_first = seconds, False
 
 
 def compiling_seconds() -> float:
@@ -117,10 +118,9 @@ def compiling_seconds() -> float:
 
 
 def _require_compiler(backend: str, device: torch.device) -> None:
-    """Raise `UserError` unless a small function can be compiled (and not only found among those compiled before)."""
+    """Raise `UserError` unless a small function can be compiled."""
     try:
-        with torch._inductor.config.patch(force_disable_caches=True):
-            torch.compile(torch.neg, backend=backend)(torch.ones(64, device=device))
+        torch.compile(torch.neg, backend=backend)(torch.ones(64, device=device))
     except (torch._dynamo.exc.BackendCompilerFailed, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0]
         compiler = "Triton (on Windows: triton-windows)" if device.type == "cuda" else "a C++ compiler (g++, MSVC)"
