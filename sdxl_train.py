@@ -97,6 +97,8 @@ def train(options: TrainingOptions, stop: StopRequest) -> int:
         trains_l=options.trains_l,
         trains_g=options.trains_g,
         num_steps=course.num_steps,
+        seed=progress.seed,
+        rounding=options.precision.rounding,
     )
     if state is not None:
         read_learnt(state, learner.resumable(accelerator))
@@ -114,7 +116,7 @@ def train(options: TrainingOptions, stop: StopRequest) -> int:
     tracker.say(f"{course}, seed {progress.seed}")
     compile_regions(model.unet, options.compilation, accelerator.device, tracker.say)
     checkpoints = make_checkpoints(options, model, learner, progress, tracker, accelerator)
-    sampling = make_sampling(options, model, tracker, progress.seed, started)
+    sampling = make_sampling(options, model, learner, tracker, progress.seed, started)
     watch = LossWatch(options.run.max_bad_steps, tracker.say)
     if accelerator.is_main_process:
         check_disk(options, model, learner, course, progress)
@@ -152,14 +154,14 @@ def train(options: TrainingOptions, stop: StopRequest) -> int:
                 ).sample
                 loss = per_sample_loss(predicted, noise).sum() * batch.loss_scale  # added up over a step: its mean
                 step_loss.add(batch.keys, loss, is_last=batch.completes_step)
-                accelerator.backward(loss)
+                learner.backward(accelerator, loss, step)
             if not batch.completes_step:
                 continue
 
             mean_loss, grad_norm = step_loss.mean(), None
             if watch.accepts(step, mean_loss, step_loss.bad_images):
                 with explained_out_of_memory(f"in step {step}", batch):
-                    grad_norm = learner.step(accelerator, options.optimizer.max_grad_norm)
+                    grad_norm = learner.step(accelerator, step)
             else:
                 learner.skip_step()
             step_loss.clear()
@@ -288,10 +290,11 @@ def make_checkpoints(
 
     def save_model(path: Path) -> None:
         require_finite(learner.trained)
-        if file_format == "diffusers":
-            write_diffusers_folder(path, model, options.precision.save_dtype)
-        else:
-            write_single_file(path, model, options.precision.save_dtype, header(options))
+        with learner.finished_weights():
+            if file_format == "diffusers":
+                write_diffusers_folder(path, model, options.precision.save_dtype)
+            else:
+                write_single_file(path, model, options.precision.save_dtype, header(options))
 
     def save_state(folder: Path) -> None:
         write_state(folder, replace(progress, losses=tracker.losses), learner.resumable(accelerator))
@@ -331,7 +334,9 @@ def check_disk(
     )
 
 
-def make_sampling(options: TrainingOptions, model: SdxlModel, tracker: Tracker, seed: int, since: datetime) -> Sampling:
+def make_sampling(
+    options: TrainingOptions, model: SdxlModel, learner: Learner, tracker: Tracker, seed: int, since: datetime
+) -> Sampling:
     """What draws the sample pictures. (accelerate wraps networks in place; the model's own are the trained ones.)"""
     return Sampling(
         options.sample,
@@ -343,6 +348,7 @@ def make_sampling(options: TrainingOptions, model: SdxlModel, tracker: Tracker, 
         size=options.resolution,
         seed=seed,
         since=since,
+        finished_weights=learner.finished_weights,
     )
 
 

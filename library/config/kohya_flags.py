@@ -114,11 +114,7 @@ _LOSS: dict[str, str] = {
 }
 
 _OPTIMIZER: dict[str, str] = {
-    **dict.fromkeys(
-        ("--fused_backward_pass", "--fused_optimizer_groups"),
-        "not offered yet. To save memory meanwhile use --full_bf16, --gradient_checkpointing and "
-        "--optimizer_type=Adafactor.",
-    ),
+    "--fused_optimizer_groups": "--fused_backward_pass frees each gradient by itself, with every optimizer. Use that.",
     **dict.fromkeys(
         ("--lr_scheduler_type", "--lr_scheduler_args"),
         "schedules from a class of your own are not offered yet. Choose one of --lr_scheduler.",

@@ -46,6 +46,16 @@ class OptimizerOptions:
         None, f"Learning rates of the {NUM_UNET_BLOCKS} U-Net blocks, with commas; 0 leaves a block as it is."
     )
     max_grad_norm: float = option(1.0, "Gradients of a larger norm are scaled down to it; 0 lets every gradient pass.")
+    fused_backward_pass: bool = option(
+        False,
+        "Step each weight in the backward pass and free its gradient: the same weights for far less memory. "
+        "With --max_grad_norm a backward pass that measures comes first; set it to 0 to spare that time.",
+    )
+
+    @property
+    def is_schedule_free(self) -> bool:
+        """Whether the optimizer averages its weights instead of lowering its rate."""
+        return self.optimizer_type.lower() in {name.lower() for name in SCHEDULE_FREE}
 
     def problems(self) -> Iterator[str]:
         """What is wrong with these values, one sentence each; the optimizer is made once, on a single number."""
@@ -164,16 +174,18 @@ class OptimizerKind:
 
 NESTEROV = {"momentum": 0.9, "nesterov": True}
 BITSANDBYTES = ("AdamW8bit", "PagedAdamW", "PagedAdamW8bit", "PagedAdamW32bit", "Lion8bit", "PagedLion8bit")
+SCHEDULE_FREE = ("AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree")
 DADAPTATION = ("DAdaptAdaGrad", "DAdaptAdam", "DAdaptAdan", "DAdaptLion", "DAdaptSGD")
 
 # kohya's names; those of one package in one line where they need nothing but their name.
 OPTIMIZERS = (
     OptimizerKind("AdamW", "torch.optim", "AdamW", "torch"),
     OptimizerKind("SGDNesterov", "torch.optim", "SGD", "torch", NESTEROV),
-    OptimizerKind("Adafactor", "transformers.optimization", "Adafactor", "transformers"),
+    OptimizerKind("Adafactor", "library.training.adafactor", "Adafactor", "torch"),
     *(OptimizerKind(name, "bitsandbytes.optim", name, "bitsandbytes") for name in BITSANDBYTES),
     OptimizerKind("SGDNesterov8bit", "bitsandbytes.optim", "SGD8bit", "bitsandbytes", NESTEROV),
     OptimizerKind("Lion", "lion_pytorch", "Lion", "lion-pytorch"),
+    *(OptimizerKind(name, "schedulefree", name, "schedulefree") for name in SCHEDULE_FREE),
     OptimizerKind("Prodigy", "prodigyopt", "Prodigy", "prodigyopt", one_rate=True),
     *(OptimizerKind(name, "dadaptation", name, "dadaptation", one_rate=True) for name in DADAPTATION),
     OptimizerKind("DAdaptation", "dadaptation.experimental", "DAdaptAdamPreprint", "dadaptation", one_rate=True),
@@ -197,9 +209,12 @@ def make_optimizer(groups: Sequence[dict[str, Any]], options: OptimizerOptions) 
             "Leave out --block_lr, --learning_rate_te1 and --learning_rate_te2.",
         )
     try:
-        return optimizer_class(list(groups), lr=options.learning_rate, **arguments)  # type: ignore[call-arg]
+        optimizer = optimizer_class(list(groups), lr=options.learning_rate, **arguments)  # type: ignore[call-arg]
     except (TypeError, ValueError) as error:
         raise UserError(f"--optimizer_type {kind.name} refuses its arguments: {error}.", "Mend them.") from error
+    if options.is_schedule_free:
+        optimizer.train()  # type: ignore[attr-defined]
+    return optimizer
 
 
 def parse_optimizer_args(words: Sequence[str]) -> dict[str, Any]:

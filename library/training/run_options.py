@@ -106,6 +106,27 @@ class TrainingOptions:
         if not (self.optimizer.learning_rate or self.trains_l or self.trains_g):
             yield "every learning rate is 0: there is nothing to train. Set --learning_rate, such as 1e-5."
         yield from self._bucket_conflicts()
+        yield from self._fused_conflicts()
+        if self.optimizer.is_schedule_free and self.schedule.lr_scheduler != "constant":
+            yield (
+                f"--optimizer_type {self.optimizer.optimizer_type} takes the place of a schedule: set "
+                "--lr_scheduler=constant; it warms up with --optimizer_args warmup_steps=100."
+            )
+
+    def _fused_conflicts(self) -> Iterator[str]:
+        if not self.optimizer.fused_backward_pass:
+            return
+        if self.run.gradient_accumulation_steps > 1:
+            yield (
+                "--fused_backward_pass steps after every batch and cannot add up gradients over "
+                f"{self.run.gradient_accumulation_steps} of them; set --gradient_accumulation_steps=1 and a larger "
+                "--train_batch_size, or leave --fused_backward_pass out."
+            )
+        if self.precision.mixed_precision == "fp16":
+            yield (
+                "--fused_backward_pass cannot work with --mixed_precision=fp16, whose steps wait until no gradient has "
+                "overflowed; use bf16."
+            )
 
     def _bucket_conflicts(self) -> Iterator[str]:
         try:

@@ -1,7 +1,8 @@
 """When a run draws sample pictures, and where they go."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -68,7 +69,8 @@ class Sampling:
     `since`, is that of a run which was killed and has gone back to a state: the new one takes its place.
 
     A prompt without `--d` gets a seed of its own at every step, made from the run's seed, so that a run can be
-    repeated. Training is not touched: every picture has its own generator.
+    repeated. Training is not touched: every picture has its own generator, and `finished_weights` is a block in which
+    the networks have the weights that a saved model would have.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Sampling:
         size: Size,
         seed: int,
         since: datetime | None = None,
+        finished_weights: Callable[[], AbstractContextManager[None]] = nullcontext,
     ):
         self._options = options
         self._prompts = prompts
@@ -93,6 +96,7 @@ class Sampling:
         self._size = size
         self._seed = seed
         self._since = since
+        self._finished_weights = finished_weights
         shared = [str(prompt.line) for prompt in prompts if prompt.shared]
         if shared:
             tracker.say(f"{options.sample_prompts}: no --e in line {', '.join(shared)}: both encoders read one prompt")
@@ -114,7 +118,7 @@ class Sampling:
             self._draw(step=step, epoch=epoch)
 
     def _draw(self, step: int, epoch: int | None) -> None:
-        with self._tracker.untimed():
+        with self._tracker.untimed(), self._finished_weights():
             for index, prompt in enumerate(self._prompts):
                 self._draw_one(prompt, index, step, epoch)
 
