@@ -3,6 +3,7 @@
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere, find library/
 
@@ -58,16 +59,24 @@ def _drawn(name: str, shape: tuple[int, ...], pool: torch.Tensor) -> torch.Tenso
 def forward_flops(architecture: Architecture, width: int, height: int) -> int:
     """Floating point operations of the U-Net's forward pass for one picture, counted without computing it."""
     unet = empty_unet(architecture)
-    meta = torch.device("meta")
-    pooled_width = architecture.text_encoder_g["projection_dim"]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        unet(
-            torch.empty(1, LATENT_CHANNELS, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT, device=meta),
-            torch.empty(1, dtype=torch.int64, device=meta),
-            encoder_hidden_states=torch.empty(1, _TEXT_TOKENS, architecture.unet["cross_attention_dim"], device=meta),
-            added_cond_kwargs={
-                "text_embeds": torch.empty(1, pooled_width, device=meta),
-                "time_ids": torch.empty(1, _NUM_SIZES, device=meta),
-            },
-        )
+        unet(**unet_inputs(architecture, width, height, batch_size=1, dtype=torch.float32))
     return counter.get_total_flops()
+
+
+def unet_inputs(
+    architecture: Architecture, width: int, height: int, batch_size: int, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Arguments of a U-Net without weights: meta tensors, of pictures of width x height pixels."""
+    meta = torch.device("meta")
+    height_cells, width_cells = height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT
+    text_width, pooled_width = architecture.unet["cross_attention_dim"], architecture.text_encoder_g["projection_dim"]
+    return {
+        "sample": torch.empty(batch_size, LATENT_CHANNELS, height_cells, width_cells, device=meta, dtype=dtype),
+        "timestep": torch.empty(batch_size, dtype=torch.int64, device=meta),
+        "encoder_hidden_states": torch.empty(batch_size, _TEXT_TOKENS, text_width, device=meta, dtype=dtype),
+        "added_cond_kwargs": {
+            "text_embeds": torch.empty(batch_size, pooled_width, device=meta, dtype=dtype),
+            "time_ids": torch.empty(batch_size, _NUM_SIZES, device=meta),
+        },
+    }
