@@ -62,6 +62,7 @@ class Plan:
     model_size: str
     num_warm_up: int
     num_measured: int
+    channels_last: bool
     forward_flops: tuple[int, ...] = ()
 
 
@@ -111,6 +112,8 @@ def _train(plan: Plan, training_set: SyntheticSet, clock: StepClock) -> None:
 
     def make_model(dtypes: ModelDtypes) -> SdxlModel:
         model = random_model(ARCHITECTURES[plan.model_size], dtypes, device)
+        if plan.channels_last:
+            nn.Module.to(model.unet, memory_format=torch.channels_last)
         _watch_networks(model, clock, plan)
         return model
 

@@ -48,10 +48,14 @@ VARIANTS: dict[str, tuple[str, ...] | None] = {
     "compile": (*_CACHED, "--torch_compile"),
     "no_checkpointing": _CACHED[1:],
     "no_checkpointing_compile": (*_CACHED[1:], "--torch_compile"),
+    "channels_last": _CACHED,
     "nearest": (*_CACHED, "--bf16_rounding=nearest"),
     "kahan": (*_CACHED, "--bf16_rounding=kahan"),
 }
-"""Name to the flags beside the recipe; None is the plain loop of diffusers' examples."""
+"""Name to the flags beside the recipe; None is the plain loop of diffusers' examples.
+
+"channels_last" is an experiment, not a flag: the U-Net's weights lie in that order.
+"""
 
 _COLUMNS = {
     "variant": "variant",
@@ -100,6 +104,7 @@ def plans(arguments: argparse.Namespace) -> list[Plan]:
             model_size=arguments.model_size,
             num_warm_up=arguments.num_warm_up * len(buckets),
             num_measured=arguments.num_steps * len(buckets),
+            channels_last=variant == "channels_last",
         )
 
     first, *others = arguments.batch_sizes

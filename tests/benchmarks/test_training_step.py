@@ -46,7 +46,9 @@ def test_time_in_which_kernels_overlap_counts_once(stretches, expected):
 def test_every_weight_of_a_random_model_is_drawn_in_the_precision_asked_for():
     model = random_model(TINY, ModelDtypes(unet=torch.float32), CPU)
     assert all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in model.unet.parameters())
-    assert model.unet.conv_in.weight.std().item() == pytest.approx(1 / 6, rel=0.2)  # 1 / sqrt(4 * 3 * 3), of 576 numbers
+    assert model.unet.conv_in.weight.std().item() == pytest.approx(
+        1 / 6, rel=0.2
+    )  # 1 / sqrt(4 * 3 * 3), of 576 numbers
     assert {weight.dtype for weight in model.vae.parameters()} == {torch.bfloat16}
 
 
