@@ -9,23 +9,20 @@ scikit-learn for their photographs, and Linux for the figures of memory.
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import time
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere, find library/
 
-import psutil
 import skimage.data
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from benchmarks.ceilings import machine
 from benchmarks.phases import STARTED_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -152,18 +149,6 @@ def run(folder: Path, num_steps: int) -> dict[str, Any]:
     rows.append(measured("load again", [python, "-c", CHECK, str(ROOT), str(written), str(model)]))
     rows.append(measured("diffusers", [python, "-c", DIFFUSERS, str(ROOT), str(written)]))
     return {"machine": machine(), "num_steps": num_steps, "rows": rows}
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
-    return {
-        "date": date.today().isoformat(),
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate")},
-    }
 
 
 def table(result: dict[str, Any]) -> str:

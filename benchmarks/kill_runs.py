@@ -170,7 +170,7 @@ def _phase(folder: Path, said: str) -> str:
 
 def run_kills(num_kills: int, seed: int, num_steps: int) -> dict[str, Any]:
     """Rounds of kills until there are `num_kills`; every figure of them."""
-    from benchmarks.full_size_workflow import machine
+    from benchmarks.ceilings import machine
 
     chance = random.Random(seed)
     rounds: list[dict[str, Any]] = []

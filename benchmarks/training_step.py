@@ -9,8 +9,8 @@ with the flags of a variant. Every row runs in a process of its own; one that fa
 JSON are written after each row, so that a run cut short keeps what it has. Batches of mixed buckets are timed last.
 
 `--nine_minutes` needs no network. Where torch, transformers, accelerate, numpy, pillow, psutil, safetensors, tqdm and
-tensorboard are installed, it needs these wheels beside them: diffusers, open_clip_torch, ftfy, wcwidth, tomli_w (all
-pure Python). open_clip is only looked at for its vocabulary, and never imported, so that what it needs is not needed.
+tensorboard are installed, it needs these wheels beside them, 9 MB: diffusers, open_clip_torch, ftfy, wcwidth,
+tomli_w. open_clip is only looked at for its vocabulary, and never imported, so that what it needs is not needed.
 
     pip install --no-index --no-deps --target site wheels/*.whl
     PYTHONPATH=site python benchmarks/training_step.py --nine_minutes --output FOLDER
