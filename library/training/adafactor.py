@@ -81,19 +81,20 @@ class Adafactor(Optimizer):
         weights = parameter.data.view(shape)
         factors = _update_mean_squares(state, gradient, group)
         gradient = gradient.reshape(shape)
-        rate = _scalar(group["lr"], weights)
+        scale = None
         if group["scale_parameter"]:
-            rate *= _root_mean_square(weights.float().square().sum(), weights).clamp(min=group["eps"][1])
+            scale = _root_mean_square(weights.float().square().sum(), weights).clamp(min=group["eps"][1])
         clip = _root_mean_square(_squares_of_update(gradient, factors).sum(), weights) / group["clip_threshold"]
         _apply(
             weights,
             gradient,
             factors,
             clip=clip.clamp(min=1.0),
-            rate=rate,
-            weight_decay=_scalar(group["weight_decay"], weights),
+            scale=scale,
+            rate=group["lr"],
+            weight_decay=group["weight_decay"],
             first_moment=_first_moment(state, weights, group["beta1"]),
-            beta1=_scalar(group["beta1"] or 0.0, weights),
+            beta1=group["beta1"] or 0.0,
             **self._rounding_of(parameter, state, shape),
         )
 
@@ -115,11 +116,6 @@ def _rows_first(shape: torch.Size) -> tuple[int, ...]:
     return tuple(shape) if len(shape) < 2 else (shape[0], math.prod(shape[1:]))
 
 
-def _scalar(value: float, like: Tensor) -> Tensor:
-    """A number as a tensor: as a plain number it would be compiled into the kernel, anew for each value."""
-    return torch.tensor(value, dtype=torch.float32, device=like.device)
-
-
 def _root_mean_square(sum_of_squares: Tensor, of: Tensor) -> Tensor:
     return (sum_of_squares / of.numel()).sqrt()
 
@@ -134,7 +130,7 @@ def _first_moment(state: dict[str, Any], weights: Tensor, beta1: float | None) -
 
 def _update_mean_squares(state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> list[Tensor]:
     """Let this step's squares into their running means; gives what the gradient is multiplied by, as factors."""
-    eps = _scalar(group["eps"][0], gradient)
+    eps = group["eps"][0]
     new_part = math.pow(state["step"], group["decay_rate"])  # 1 - beta2 of the paper, section 7.2
     if gradient.ndim < 2:
         [squares] = _running(state, new_part, exp_avg_sq=gradient.float().square() + eps)
@@ -166,14 +162,14 @@ def _running(state: dict[str, Any], new_part: float, **values: Tensor) -> list[T
 
 
 @compiled
-def _mean_squares(gradient: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+def _mean_squares(gradient: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Mean squares of rows [..., r] and columns [..., c] of matrices [..., r, c]."""
     squares = gradient.float().square() + eps
     return squares.mean(dim=-1), squares.mean(dim=-2)
 
 
 @compiled
-def _mean_squares_of_kernels(gradient: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+def _mean_squares_of_kernels(gradient: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Mean squares of rows [o, i, h] and columns [o, i, w] of the kernels of a convolution [o, i, h, w].
 
     Written as sums of whole tensors: a reduction over three numbers is slower than all the rest.
@@ -205,20 +201,22 @@ def _apply(
     factors: list[Tensor],
     *,
     clip: Tensor,
-    rate: Tensor,
-    weight_decay: Tensor,
+    scale: Tensor | None,
+    rate: float,
+    weight_decay: float,
     first_moment: Tensor | None,
-    beta1: Tensor,
-    seed: Tensor | None,
+    beta1: float,
+    seed: int | None,
     residual: Tensor | None,
 ) -> None:
     """Move `weights`, in place (and `first_moment` and `residual`, where they are kept)."""
-    update = _product(gradient, factors) / clip * rate
+    step_size = rate if scale is None else rate * scale
+    update = _product(gradient, factors) / clip * step_size
     if first_moment is not None:
         first_moment.copy_(first_moment * beta1 + update * (1 - beta1))
         update = first_moment
     values = weights.float() if residual is None else weights.float() + residual.float()
-    values = values - values * (weight_decay * rate) - update
+    values = values - values * (weight_decay * step_size) - update
     if residual is not None:
         rounded, missing = with_residual(values)
         residual.copy_(missing)

@@ -23,10 +23,10 @@ _LOW_HALF = 0xFFFF
 """The 16 bits of a float32 that bfloat16 does not have."""
 
 
-def stochastically_rounded(values: Tensor, seed: Tensor) -> Tensor:
+def stochastically_rounded(values: Tensor, seed: int) -> Tensor:
     """float32 `values` as bfloat16, up or down at random with the value as the mean; Inf and NaN stay.
 
-    The random numbers are a function of `seed` (an int32 scalar) and of the position in the tensor: no generator has a
+    The random numbers are a function of `seed` (32 bits, signed) and of the position in the tensor: no generator has a
     state to keep. In the sign-and-magnitude bits of a float32, adding 16 random bits below the mantissa of bfloat16
     carries into it with exactly the probability wanted.
     """
@@ -35,7 +35,7 @@ def stochastically_rounded(values: Tensor, seed: Tensor) -> Tensor:
     return torch.where(values.isfinite(), bits.view(torch.float32), values).to(torch.bfloat16)
 
 
-def _hashed(counter: Tensor, seed: Tensor) -> Tensor:
+def _hashed(counter: Tensor, seed: int) -> Tensor:
     """32 random bits for each number: multiply and shift as in `lowbias32` of C. Wellons' hash-prospector (2018).
 
     int32 wraps around; its shifts copy the sign, so that the upper bits have to be masked off.
@@ -78,8 +78,7 @@ class Rounder:
         """Begin optimizer step `step`."""
         self._step = step
 
-    def seed(self, parameter: Parameter, what: str = "weights") -> Tensor:
-        """The seed for `what` of a parameter in this step: an int32 scalar on the parameter's device."""
+    def seed(self, parameter: Parameter, what: str = "weights") -> int:
+        """The seed for `what` of a parameter in this step: 32 bits, signed."""
         text = f"{self._seed}/{self._step}/{self._places[parameter]}/{what}"
-        number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little", signed=True)
-        return torch.tensor(number, dtype=torch.int32, device=parameter.device)
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little", signed=True)

@@ -76,7 +76,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch):
 
 
 # Three pictures in batches of one. The first: two batches a step, so two steps an epoch; stopped in the middle of an
-# epoch, at the end of one, and again. The second: three steps an epoch.
+# epoch, at the end of one, and again. The others: three steps an epoch.
 WAYS = {
     "float32, accumulation, mirrored, cosine": (
         *("--cache_latents", "--flip_aug", "--gradient_accumulation_steps=2", "--max_train_steps=4"),
@@ -87,12 +87,16 @@ WAYS = {
         *("--mixed_precision=bf16", "--full_bf16", "--train_text_encoder", "--max_train_steps=4"),
         *("--optimizer_type=Adafactor", "--optimizer_args", "scale_parameter=False", "relative_step=False"),
         *("warmup_init=False", "--learning_rate=1e-3", "--sample_every_n_epochs=1", "--save_every_n_epochs=1"),
-        "--save_state",
+        *("--save_state", "--fused_backward_pass", "--max_grad_norm=0.01"),
+    ),
+    "bfloat16 with compensation, schedule-free": (
+        *("--mixed_precision=bf16", "--full_bf16", "--bf16_rounding=kahan", "--optimizer_type=AdamWScheduleFree"),
+        *("--learning_rate=1e-3", "--max_train_steps=4", "--sample_every_n_steps=2"),
     ),
 }
 
 
-@pytest.mark.parametrize(("way", "stops"), [(0, (1, 2)), (1, (3,))], ids=list(WAYS))
+@pytest.mark.parametrize(("way", "stops"), [(0, (1, 2)), (1, (3,)), (2, (1,))], ids=list(WAYS))
 def test_stops_change_nothing(way: int, stops: tuple[int, ...], trainer, stop_after):
     flags = list(WAYS.values())[way]
     at_once = trainer("at once", *flags, "--max_data_loader_n_workers=0")

@@ -15,15 +15,11 @@ from library.training.rounding import (
 )
 
 
-def seed(number: int) -> torch.Tensor:
-    return torch.tensor(number, dtype=torch.int32)
-
-
 @pytest.mark.parametrize("value", [1.0 + 1e-5, -1.001, 3.14159, 1e-20, -0.3333, 65000.1, 1.0 - 2**-20])
 def test_the_mean_of_many_roundings_is_the_value(value: float):
     number = 2**20
     values = torch.full((number,), value)
-    rounded = stochastically_rounded(values, seed(5))
+    rounded = stochastically_rounded(values, 5)
     lower, upper = sorted({float(each) for each in rounded.unique()})[0], float(rounded.max())
     exact = float(values[0])
     assert lower <= exact <= upper
@@ -36,7 +32,7 @@ def test_the_mean_of_many_roundings_is_the_value(value: float):
 
 def test_what_bfloat16_can_hold_stays_as_it_is():
     values = torch.tensor([0.0, -0.0, 1.0, -2.5, 2.0**-130, 3.3895313892515355e38, math.inf, -math.inf, math.nan])
-    rounded = stochastically_rounded(values, seed(1))
+    rounded = stochastically_rounded(values, 1)
     torch.testing.assert_close(rounded.float(), values, rtol=0, atol=0, equal_nan=True)
     assert math.copysign(1, float(rounded[1])) == -1
 
@@ -44,14 +40,14 @@ def test_what_bfloat16_can_hold_stays_as_it_is():
 def test_neighbours_and_seeds_are_rounded_independently():
     # At a fraction of 1/2 each rounding is a fair coin; five standard errors of the share of equal pairs is 0.0035.
     values = torch.full((512, 1024), 1 + 2**-8)
-    first, second = (stochastically_rounded(values, seed(number)) > 1 for number in (1, 2))
+    first, second = (stochastically_rounded(values, number) > 1 for number in (1, 2))
     for one, other in ((first, second), (first[:, 1:], first[:, :-1]), (first[1:], first[:-1])):
         assert abs(float((one == other).float().mean()) - 0.5) < 0.0035
 
 
 def test_the_compiled_kernel_rounds_to_the_same_bits():
     values = torch.randn(2**17 + 3, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(round_stochastically(values, seed(-9)), stochastically_rounded(values, seed(-9)))
+    assert torch.equal(round_stochastically(values, -9), stochastically_rounded(values, -9))
 
 
 def test_each_parameter_step_and_run_has_a_seed_of_its_own_and_a_resumed_run_the_same():
@@ -62,7 +58,7 @@ def test_each_parameter_step_and_run_has_a_seed_of_its_own_and_a_resumed_run_the
         found = []
         for step in steps:
             rounder.start(step)
-            found += [int(rounder.seed(each, what)) for each in of for what in ("weights", "exp_avg")]
+            found += [rounder.seed(each, what) for each in of for what in ("weights", "exp_avg")]
         return found
 
     from_the_start = seeds(1, range(1, 3), parameters)
