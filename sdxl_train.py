@@ -86,7 +86,8 @@ def train(options: TrainingOptions, stop: StopRequest) -> int:
     state, progress = where_to_begin(options, accelerator)
     model, digest = prepare_model(options)
     prepared = prepare_set(options, model, digest, accelerator, progress)
-    settle(prepared.networks_of_steps(model), accelerator.device)
+    of_steps = prepared.networks_of_steps(model)
+    settle(model.networks, of_steps=of_steps, device=accelerator.device, folder=options.output_dir)
     course = make_course(*prepared, options.loader, options.training_set, options.run, accelerator, progress.seed)
     learner = make_learner(
         model,
@@ -220,7 +221,7 @@ def prepare_model(options: TrainingOptions) -> tuple[SdxlModel, str]:
     model = load_model(options.model, replace(dtypes, vae=None))
     digest = vae_digest(model.vae)  # before it is narrowed, as prepare_buckets_latents.py takes it
     nn.Module.to(model.vae, dtypes.vae)
-    for network in (model.unet, model.vae, model.text_encoder_l, model.text_encoder_g):
+    for network in model.networks:
         network.requires_grad_(False)
     trains = {model.unet: True, model.text_encoder_l: options.trains_l, model.text_encoder_g: options.trains_g}
     for network in [network for network, is_trained in trains.items() if is_trained]:
@@ -280,10 +281,9 @@ def check_disk(
     options: TrainingOptions, model: SdxlModel, learner: Learner, course: Course, progress: Progress
 ) -> None:
     """Raise `UserError` unless the disk holds what the rest of this run is going to save."""
-    networks = (model.unet, model.vae, model.text_encoder_l, model.text_encoder_g)
     require_room(
         options.save,
-        model_bytes=bytes_of(networks, options.precision.save_dtype),
+        model_bytes=bytes_of(model.networks, options.precision.save_dtype),
         state_bytes=bytes_of_state(options.optimizer, learner.trained.values()),
         steps=range(progress.step + 1, course.num_steps + 1),
         steps_per_epoch=course.order.steps_per_epoch,

@@ -1,6 +1,5 @@
 """The training set before the first step: what is read, what is encoded once, and what is left for every step."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -31,15 +30,15 @@ class PreparedSet(NamedTuple):
     images: list[TrainingImage]
     texts: CachedTexts
 
-    def networks_of_steps(self, model: SdxlModel) -> Iterator[nn.Module]:
+    def networks_of_steps(self, model: SdxlModel) -> list[nn.Module]:
         """The networks that every step needs; what the others could say is cached."""
-        yield model.unet
-        if self.texts.outputs_l is None:
-            yield model.text_encoder_l
-        if self.texts.outputs_g is None:
-            yield model.text_encoder_g
-        if any(image.latents is None for image in self.images):
-            yield model.vae
+        is_needed = {
+            model.unet: True,
+            model.vae: any(image.latents is None for image in self.images),
+            model.text_encoder_l: self.texts.outputs_l is None,
+            model.text_encoder_g: self.texts.outputs_g is None,
+        }
+        return [network for network, needed in is_needed.items() if needed]
 
 
 def prepare_set(

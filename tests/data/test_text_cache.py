@@ -21,9 +21,14 @@ from library.sdxl.tokenizers import PAD_L, tokenize, tokenize_captions
 CAPTIONS = [("photographic", "a cat"), ("photographic", "a dog"), ("anime", "a cat"), ("anime", "A  DOG")]
 
 
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
+@pytest.fixture(scope="module")
 def model(tiny_sdxl: Path, request: pytest.FixtureRequest) -> SdxlModel:
-    return read_single_file(tiny_sdxl, ModelDtypes(text_encoder_l=request.param, text_encoder_g=request.param))
+    """The tiny SDXL with its encoders in float32, or in what the test asks for."""
+    dtype = getattr(request, "param", torch.float32)
+    return read_single_file(tiny_sdxl, ModelDtypes(text_encoder_l=dtype, text_encoder_g=dtype))
+
+
+in_both_precisions = pytest.mark.parametrize("model", [torch.float32, torch.bfloat16], indirect=True, ids=str)
 
 
 @pytest.fixture
@@ -79,6 +84,7 @@ def files(folder: Path) -> dict[Path, bytes]:
 # -- what is cached ---------------------------------------------------------------------------------------------------
 
 
+@in_both_precisions
 @pytest.mark.parametrize("num_chunks", [1, 2])
 @pytest.mark.parametrize("on_disk", [False, True], ids=["memory", "disk"])
 def test_cached_outputs_are_those_of_the_encoders_bit_for_bit(model, num_chunks, on_disk, tmp_path):
@@ -90,6 +96,7 @@ def test_cached_outputs_are_those_of_the_encoders_bit_for_bit(model, num_chunks,
         assert cached.hidden.dtype == expected.hidden.dtype
 
 
+@in_both_precisions
 def test_a_batch_is_its_captions_one_by_one_and_near_those_encoded_together(model):
     texts = encode(model)
     batch, together = from_cache(texts, CAPTIONS), by_encoders(model, CAPTIONS)
