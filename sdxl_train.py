@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 # Read by torch when it is imported: large tensors in huge pages, or the kernel spends longer handing out the memory of
@@ -19,24 +20,20 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL
 from torch import nn
 
-from library.config.errors import UserError, exits_on_user_error
+from library.config.errors import exits_on_user_error
 from library.config.kohya_flags import TRAINER_REFUSED, TRAINER_REPLACED
 from library.config.options import parse_options
 from library.config.output_files import remove_leftovers
-from library.data.caption_lengths import cut_captions
-from library.data.dataset import Batch
-from library.data.fingerprint import fingerprints
-from library.data.training_set import TrainingImage, encode_missing, read_training_set, require_images
+from library.data.training_set import require_images
 from library.diffusion.loss import per_sample_loss
 from library.diffusion.noise_schedule import NUM_TIMESTEPS, draw_training_noise, make_noise_schedule
 from library.diffusion.sampler import SamplingNetworks
 from library.sdxl.architecture import LATENT_SCALE, SdxlModel
 from library.sdxl.checkpoint_file import write_single_file
 from library.sdxl.diffusers_folder import write_diffusers_folder
-from library.sdxl.latents import encode_pixels_finite, vae_digest
+from library.sdxl.latents import vae_digest
 from library.sdxl.model_source import load_model
 from library.sdxl.model_spec import model_spec
 from library.sdxl.size_conditioning import size_conditioning
@@ -54,7 +51,9 @@ from library.training.course import Course, make_course
 from library.training.disk_space import bytes_of, bytes_of_state, require_room
 from library.training.learner import Learner, enable_gradient_checkpointing, make_learner
 from library.training.mishaps import LossWatch, StepLoss, explained_out_of_memory, require_finite
-from library.training.resume import check_images, check_options, flat_options, library_versions
+from library.training.preparation import latents_of, prepare_set
+from library.training.residency import settle, visiting
+from library.training.resume import check_options, flat_options, library_versions
 from library.training.run_options import OPTION_CLASSES, TrainingOptions
 from library.training.sampling import SAMPLE_FOLDER, Sampling
 from library.training.state import Progress, Setting, find_state, read_learnt, read_progress, write_state
@@ -86,9 +85,11 @@ def train(options: TrainingOptions, stop: StopRequest) -> int:
     require_images(options.training_set)  # before a model is loaded for nothing
     accelerator = make_accelerator(options.precision, options.tracking.trackers, options.tracking.logging_dir)
     state, progress = where_to_begin(options, accelerator)
-    model, digest = prepare_model(options, accelerator)
-    images = prepare_images(options, model, digest, accelerator, progress)
-    course = make_course(images, options.loader, options.training_set, options.run, accelerator, progress.seed)
+    model, digest = prepare_model(options)
+    prepared = prepare_set(options, model, digest, accelerator, progress)
+    of_steps = prepared.networks_of_steps(model)
+    settle(model.networks, of_steps=of_steps, device=accelerator.device, folder=options.output_dir)
+    course = make_course(*prepared, options.loader, options.training_set, options.run, accelerator, progress.seed)
     learner = make_learner(
         model,
         accelerator,
@@ -141,7 +142,7 @@ def train(options: TrainingOptions, stop: StopRequest) -> int:
                 explained_out_of_memory(f"in step {step}", batch),
             ):
                 latents = latents_of(batch, model.vae) * LATENT_SCALE  # [B, 4, h, w]
-                text = encode_captions(learner.text_encoder_l, learner.text_encoder_g, batch.tokens)  # [B, T, 2048] ...
+                text = encode_captions(learner.text_encoder_l, learner.text_encoder_g, batch.tokens, batch.encoded)
                 sizes = size_conditioning(batch.original_sizes, batch.crop_top_lefts, batch.target_sizes)  # [B, 6]
                 noise, timesteps, noisy_latents = draw_training_noise(
                     latents, noise_schedule, options.noise, noise_generator
@@ -216,61 +217,22 @@ def where_to_begin(options: TrainingOptions, accelerator: Accelerator) -> tuple[
 # -- what is trained --------------------------------------------------------------------------------------------------
 
 
-def prepare_model(options: TrainingOptions, accelerator: Accelerator) -> tuple[SdxlModel, str]:
-    """The model on the device, in the precision of training, ready to be trained where it will be; the VAE's digest."""
+def prepare_model(options: TrainingOptions) -> tuple[SdxlModel, str]:
+    """The model on the CPU, in the precision of training, ready to be trained where it will be; the VAE's digest."""
     dtypes = options.precision.model_dtypes(
         trains_l=options.trains_l, trains_g=options.trains_g, float32_vae=options.model.no_half_vae
     )
     model = load_model(options.model, replace(dtypes, vae=None))
     digest = vae_digest(model.vae)  # before it is narrowed, as prepare_buckets_latents.py takes it
     nn.Module.to(model.vae, dtypes.vae)
-    for network in (model.unet, model.vae, model.text_encoder_l, model.text_encoder_g):
+    for network in model.networks:
         network.requires_grad_(False)
-        with explained_out_of_memory("while the model is loaded"):
-            network.to(accelerator.device)
     trains = {model.unet: True, model.text_encoder_l: options.trains_l, model.text_encoder_g: options.trains_g}
     for network in [network for network, is_trained in trains.items() if is_trained]:
         network.train()
         if options.run.gradient_checkpointing:
             enable_gradient_checkpointing(network)
     return model, digest
-
-
-# -- what it is trained on --------------------------------------------------------------------------------------------
-
-
-def prepare_images(
-    options: TrainingOptions, model: SdxlModel, digest: str, accelerator: Accelerator, progress: Progress
-) -> list[TrainingImage]:
-    """The training set; what lacks latents is encoded now, if it is to be cached, by the main process first.
-
-    Raises `UserError` where the state that is resumed was made with other images.
-    """
-    with accelerator.main_process_first():
-        if accelerator.is_main_process and options.training_set.train_data_dir is not None:
-            remove_leftovers(options.training_set.train_data_dir, recursive=True)
-        images = read_training_set(options.training_set, options.bucket_rule, digest)
-        if options.training_set.cache_latents or options.training_set.cache_latents_to_disk:
-            images = encode_missing(images, model.vae, options.training_set, digest=digest)
-    now = fingerprints(images)
-    notes = cut_captions(images, options.loader.num_chunks)
-    if options.resume.resume is not None:
-        notes += check_images(progress.setting.images, now, anyway=options.resume.resume_anyway)
-    accelerator.print(*notes, sep="\n", end="\n" if notes else "")
-    progress.setting = replace(progress.setting, images=now)
-    return images
-
-
-def latents_of(batch: Batch, vae: AutoencoderKL) -> torch.Tensor:
-    """Unscaled latents [B, 4, h, w] of a batch: from its cache, or encoded now; raises `UserError` where not finite."""
-    if batch.latents is not None:
-        return batch.latents
-    assert batch.pixels is not None
-    encoded = encode_pixels_finite(vae, batch.pixels)
-    if encoded.failed:
-        names = ", ".join(batch.keys[index] for index in encoded.failed)
-        raise UserError(f"{names}: NaN or Inf in the VAE, in float32 too.", "Look at the picture and the VAE's file.")
-    return encoded.latents
 
 
 # -- what comes out ---------------------------------------------------------------------------------------------------
@@ -324,10 +286,9 @@ def check_disk(
     options: TrainingOptions, model: SdxlModel, learner: Learner, course: Course, progress: Progress
 ) -> None:
     """Raise `UserError` unless the disk holds what the rest of this run is going to save."""
-    networks = (model.unet, model.vae, model.text_encoder_l, model.text_encoder_g)
     require_room(
         options.save,
-        model_bytes=bytes_of(networks, options.precision.save_dtype),
+        model_bytes=bytes_of(model.networks, options.precision.save_dtype),
         state_bytes=bytes_of_state(options.optimizer, learner.trained.values()),
         steps=range(progress.step + 1, course.num_steps + 1),
         steps_per_epoch=course.order.steps_per_epoch,
@@ -341,7 +302,13 @@ def make_sampling(
     return Sampling(
         options.sample,
         options.sample.read_prompts(),
-        SamplingNetworks(model.unet, model.vae, model.text_encoder_l, model.text_encoder_g),
+        SamplingNetworks(
+            model.unet,
+            model.vae,
+            model.text_encoder_l,
+            model.text_encoder_g,
+            at_hand=partial(visiting, model.unet.device),
+        ),
         tracker,
         output_dir=options.output_dir,
         model_name=options.save.output_name,

@@ -78,7 +78,8 @@ def main() -> int:
         from library.training.checkpoints import Checkpoints
         from library.training.sampling import Sampling
     sdxl_train.load_model = recorder.wrapped(sdxl_train.load_model, "load")
-    sdxl_train.prepare_images = recorder.wrapped(sdxl_train.prepare_images, "read training set")
+    sdxl_train.prepare_set = recorder.wrapped(sdxl_train.prepare_set, "read training set")
+    sdxl_train.settle = recorder.wrapped(sdxl_train.settle, "place networks")
     sdxl_train.make_learner = recorder.wrapped(sdxl_train.make_learner, "build optimizer")
     sdxl_train.encode_captions = recorder.wrapped(sdxl_train.encode_captions, "step begins: encode captions")
     sdxl_train.Learner.step = recorder.wrapped(sdxl_train.Learner.step, "optimizer step")  # type: ignore[method-assign]

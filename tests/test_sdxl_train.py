@@ -1,6 +1,7 @@
 """What sdxl_train.py computes on the tiny SDXL: runs against each other, and against steps written out plainly."""
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,14 @@ def assert_same_training(run: Run, other: Run, start: Path) -> None:
     one, two = gradient(run, start), gradient(other, start)
     assert one.norm() > 1
     assert (one - two).norm() < 1e-3 * one.norm()
+
+
+def assert_equal(run: Run, other: Run) -> None:
+    """Same losses and same weights, bit for bit."""
+    assert run.logged("loss/current") == other.logged("loss/current")
+    one, two = run.weights(), other.weights()
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], weight) for name, weight in two.items())
 
 
 # -- against a plain training -----------------------------------------------------------------------------------------
@@ -92,10 +101,7 @@ def test_sampling_and_repeating_leave_losses_and_weights_bit_for_bit(train, base
     prompts.write_text("a cat --e photo --n ugly --w 64 --h 64 --s 1 --l 3", encoding="utf-8")
     run = train(f"--sample_prompts={prompts}", "--sample_every_n_steps=1")
     assert len(list((run.output / "sample").iterdir())) == 4
-    assert run.logged("loss/current") == base_run.logged("loss/current")
-    again, weights = run.weights(), base_run.weights()
-    assert again.keys() == weights.keys()
-    assert all(torch.equal(again[name], weight) for name, weight in weights.items())
+    assert_equal(run, base_run)
 
 
 def test_another_seed_is_another_run(train, base_run: Run):
@@ -123,6 +129,22 @@ def test_worker_processes_change_nothing(train, base_run: Run):
     losses = run.logged("loss/current")
     assert losses[:3] == base_run.logged("loss/current")
     assert len(losses) == 6
+
+
+@pytest.mark.parametrize("cache", ["--cache_text_encoder_outputs", "--cache_text_encoder_outputs_to_disk"])
+def test_cached_captions_change_nothing_bit_for_bit(cache: str, train, base_run: Run, prepared_set: PreparedSet):
+    run = train(cache, "--max_data_loader_n_workers=1")
+    assert_equal(run, base_run)
+    folder = prepared_set.images / "text_encoder_outputs"
+    assert len(list(folder.rglob("*.safetensors"))) == (6 if cache.endswith("disk") else 0)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_one_encoder_may_be_cached_while_the_other_is_trained(train, one_picture: str, unet_inputs):
+    flags = (one_picture, "--max_train_steps=2", "--train_text_encoder", "--learning_rate_te1=0")
+    cached, plain = train(*flags, "--cache_text_encoder_outputs"), train(*flags)
+    assert_equal(cached, plain)
+    assert torch.equal(unet_inputs[1]["hidden"], unet_inputs[3]["hidden"])
 
 
 def test_bfloat16_comes_near(train, base_run: Run):

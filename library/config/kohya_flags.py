@@ -134,10 +134,6 @@ _PRECISION_AND_MEMORY: dict[str, str] = {
     "--disable_mmap_load_safetensors": "mapping the file is what keeps loading small. If it is slow from a network "
     "drive, copy the checkpoint to a local disk first.",
     **dict.fromkeys(
-        ("--cache_text_encoder_outputs", "--cache_text_encoder_outputs_to_disk"),
-        "not offered yet: both captions are encoded in every step. Leave it off.",
-    ),
-    **dict.fromkeys(
         (
             "--deepspeed",
             "--zero_stage",

@@ -2,8 +2,9 @@
 
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -19,10 +20,14 @@ from library.data.epoch_order import EpochOrder, MicroBatch
 from library.data.images import load_rgb, resize_and_crop
 from library.data.latent_cache import CachedLatents, read_cache
 from library.data.latent_preparation import pixels_to_tensor
+from library.data.read_ahead import read_ahead
+from library.data.text_cache import NO_TEXTS, CachedTexts
 from library.data.training_set import TrainingImage
+from library.sdxl.text_encoding import EncodedText
 from library.sdxl.tokenizers import CHUNK_TOKENS, CaptionTokens, tokenize_captions
 
 _TOKEN_LENGTHS = (None, 150, 225)
+_BATCHES_AHEAD = 3
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,9 @@ class LoaderOptions:
     _argument_group_name: ClassVar[str] = "Batches"
 
     train_batch_size: int = option(1, "Pictures that go through the network at once, in each process.")
-    max_data_loader_n_workers: int = option(8, "Processes that read batches ahead; 0 reads them in the training one.")
+    max_data_loader_n_workers: int = option(
+        8, "Processes that read batches ahead; 0 leaves it to a thread of the training one."
+    )
     persistent_data_loader_workers: bool = option(False, "Keep these processes from one epoch to the next.")
     max_token_length: int | None = option(
         None, "Longest caption in tokens: 75, or 150 or 225 in two or three chunks.", choices=_TOKEN_LENGTHS
@@ -57,7 +64,8 @@ class Batch(NamedTuple):
     """B pictures of one bucket. Sizes are [B, 2], height (top) first, in float32: a legacy crop has fractions.
 
     Either `latents` [B, 4, h, w] (float32, not yet scaled) or `pixels` [B, 3, H, W] (float32, -1..1) is there.
-    `loss_scale` and `completes_step` are as in `MicroBatch`.
+    `encoded` is what is cached of the captions, whose `tokens` are there in any case. `loss_scale` and `completes_step`
+    are as in `MicroBatch`.
     """
 
     latents: torch.Tensor | None
@@ -66,28 +74,41 @@ class Batch(NamedTuple):
     original_sizes: torch.Tensor
     crop_top_lefts: torch.Tensor
     target_sizes: torch.Tensor
+    encoded: EncodedText
     loss_scale: float
     completes_step: bool
     keys: tuple[str, ...]
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch with its tensors on `device`."""
+        """The same batch with its tensors on `device`; to a GPU they are copied while Python goes on."""
+        return self._each(partial(to_device, device=device))
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in memory from which a GPU can copy by itself."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        def changed(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else change(tensor)
+
         return self._replace(
-            latents=None if self.latents is None else to_device(self.latents, device),
-            pixels=None if self.pixels is None else to_device(self.pixels, device),
-            tokens=CaptionTokens(to_device(self.tokens.tokens_l, device), to_device(self.tokens.tokens_g, device)),
-            original_sizes=to_device(self.original_sizes, device),
-            crop_top_lefts=to_device(self.crop_top_lefts, device),
-            target_sizes=to_device(self.target_sizes, device),
+            latents=changed(self.latents),
+            pixels=changed(self.pixels),
+            tokens=CaptionTokens(*map(change, self.tokens)),
+            original_sizes=change(self.original_sizes),
+            crop_top_lefts=change(self.crop_top_lefts),
+            target_sizes=change(self.target_sizes),
+            encoded=EncodedText(*map(changed, self.encoded)),
         )
 
 
 class CaptionedPictures(Dataset[Batch]):
     """The training set by micro-batch: `dataset[micro_batch]` is its `Batch`. Works in spawned workers."""
 
-    def __init__(self, images: Sequence[TrainingImage], num_chunks: int):
+    def __init__(self, images: Sequence[TrainingImage], num_chunks: int, texts: CachedTexts = NO_TEXTS):
         self._images = images
         self._num_chunks = num_chunks
+        self._texts = texts
 
     @property
     def kinds(self) -> list[tuple[object, ...]]:
@@ -99,26 +120,38 @@ class CaptionedPictures(Dataset[Batch]):
         flips = micro_batch.flips
         samples = torch.stack([_sample(image, flip) for image, flip in zip(images, flips, strict=True)])
         are_latents = images[0].latents is not None
+        tokens = tokenize_captions(
+            [image.caption_l for image in images], [image.caption_g for image in images], self._num_chunks
+        )
         return Batch(
             latents=samples if are_latents else None,
             pixels=None if are_latents else samples,
-            tokens=tokenize_captions(
-                [image.caption_l for image in images], [image.caption_g for image in images], self._num_chunks
-            ),
+            tokens=tokens,
             original_sizes=torch.tensor([_height_width(image.size) for image in images]),
             crop_top_lefts=torch.tensor([_top_left(image, flip) for image, flip in zip(images, flips, strict=True)]),
             target_sizes=torch.tensor([_height_width(image.bucket) for image in images]),
+            encoded=self._texts.of(tokens),
             loss_scale=micro_batch.loss_scale,
             completes_step=micro_batch.completes_step,
             keys=tuple(image.key for image in images),
         )
 
 
-def make_loader(dataset: CaptionedPictures, order: EpochOrder, options: LoaderOptions) -> DataLoader[Batch]:
-    """Batches in the order of `order`, one epoch an iteration, read ahead by as many workers as there are cores for."""
+def make_loader(
+    dataset: CaptionedPictures,
+    order: EpochOrder,
+    options: LoaderOptions,
+    device: torch.device = torch.device("cpu"),  # noqa: B008 (a value)
+) -> DataLoader[Batch]:
+    """Batches in the order of `order`, one epoch an iteration, read ahead of their use.
+
+    A thread does that, with as many workers behind it as the options ask for and there are cores for. Batches for a
+    GPU wait in pinned memory.
+    """
     num_workers = min(options.max_data_loader_n_workers, max(1, (os.cpu_count() or 1) - 1))
     return _Loader(
         _ErrorsAsItems(dataset),
+        device,
         batch_size=None,  # the order gives whole batches
         collate_fn=_unchanged,  # torch's own turns the tuple of keys into a list
         sampler=order,  # not integers: without automatic batching any index will do
@@ -152,11 +185,24 @@ class _ErrorsAsItems(Dataset[Any]):
 
 
 class _Loader(DataLoader[Any]):
+    def __init__(self, dataset: _ErrorsAsItems, device: torch.device, **options: Any):
+        super().__init__(dataset, **options)
+        self._device = device
+
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # torch names its own class of iterators
-        for batch in super().__iter__():
+        batches: Iterator[Batch | UserError] = super().__iter__()  # starts workers before there is a thread
+        begin = None
+        if self._device.type == "cuda":
+            batches = map(_pinned, batches)
+            begin = partial(torch.cuda.set_device, self._device)  # a new thread has the first GPU
+        for batch in read_ahead(batches, _BATCHES_AHEAD, begin=begin):
             if isinstance(batch, UserError):
                 raise batch
             yield batch
+
+
+def _pinned(batch: Batch | UserError) -> Batch | UserError:
+    return batch if isinstance(batch, UserError) else batch.pin_memory()
 
 
 def _unchanged(item: Any) -> Any:

@@ -18,6 +18,7 @@ from library.config.output_files import require_disk_space
 from library.data.buckets import BucketAssignment, Size
 from library.data.images import load_rgb_and_alpha, resize_and_crop
 from library.data.latent_cache import CachedLatents, cache_bytes, crop_to_record, file_digest
+from library.data.read_ahead import read_ahead
 from library.sdxl.latents import encode_pixels_finite
 
 
@@ -96,10 +97,16 @@ def encode_pictures(
 ) -> Iterator[Outcome]:
     """The latents of every picture, in the order of their buckets.
 
-    Pictures are read by threads while the VAE works, in the precision it is held in; `vae_digest` is what the caches
-    say it is. A picture that cannot be read, or whose latents are NaN or Inf even in float32, comes out with its error;
-    the others go on.
+    Pictures are read by threads while the VAE works, in the precision it is held in; and the VAE works in a thread
+    while the caller is busy with what has come out. `vae_digest` is what the caches say it is. A picture that cannot be
+    read, or whose latents are NaN or Inf even in float32, comes out with its error; the others go on.
     """
+    return read_ahead(_outcomes(pictures, vae, options, vae_digest), options.batch_size)
+
+
+def _outcomes(
+    pictures: Sequence[Picture], vae: AutoencoderKL, options: EncodingOptions, vae_digest: str
+) -> Iterator[Outcome]:
     with ThreadPoolExecutor(options.num_threads) as pool:
         for batch, loading in _loaded_ahead(pool, _batches(pictures, options.batch_size), options.num_threads):
             yield from _encode_batch(batch, loading, vae, options, vae_digest)

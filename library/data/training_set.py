@@ -56,10 +56,26 @@ class TrainingSetOptions:
     )
     cache_latents_to_disk: bool = option(False, "Encode them before training and write the .npz files beside them.")
     vae_batch_size: int = option(1, "Pictures that are encoded at once.")
+    cache_text_encoder_outputs: bool = option(
+        False, "Encode the captions of frozen text encoders before training, each once, and keep that in memory."
+    )
+    cache_text_encoder_outputs_to_disk: bool = option(
+        False, "Encode them before training and write that to the folder text_encoder_outputs among the pictures."
+    )
     skip_cache_check: bool = option(False, "Do not read the pictures to see whether their .npz still fits them.")
     legacy_crop_coords: bool = option(
         False, "Use the crop coordinates of kohya's trainers (the wrong axis), to continue a model trained there."
     )
+
+    @property
+    def caches_latents(self) -> bool:
+        """Whether pictures are encoded before training."""
+        return self.cache_latents or self.cache_latents_to_disk
+
+    @property
+    def caches_texts(self) -> bool:
+        """Whether captions are encoded before training."""
+        return self.cache_text_encoder_outputs or self.cache_text_encoder_outputs_to_disk
 
     def problems(self) -> Iterator[str]:
         """What cannot work."""

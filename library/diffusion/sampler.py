@@ -1,5 +1,7 @@
 """A prompt for each text encoder to a picture, with diffusers' pipeline and the scheduler of the asked-for name."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,14 +50,22 @@ _SCHEDULERS: dict[str, tuple[type, dict[str, Any]]] = {
 }
 
 
+def _already_there(*networks: nn.Module) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
 @dataclass(frozen=True)
 class SamplingNetworks:
-    """What a picture is drawn with, all on one device; the U-Net gives float32."""
+    """What a picture is drawn with; the U-Net gives float32.
+
+    Within `at_hand(network, ...)` the others are on the U-Net's device: they are called only there.
+    """
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
     text_encoder_l: nn.Module
     text_encoder_g: nn.Module
+    at_hand: Callable[..., AbstractContextManager[None]] = _already_there
 
 
 def make_sampling_scheduler(name: str) -> Any:
@@ -73,9 +83,10 @@ def draw_latents(
     The same as `StableDiffusionXLPipeline(prompt=L, prompt_2=G)`, whose denoising loop this is; only the captions are
     encoded here. All randomness is the generator's: the random state of training is left alone.
     """
-    wanted, unwanted = _encode_prompt(networks, prompt)
+    with networks.at_hand(networks.text_encoder_l, networks.text_encoder_g):
+        wanted, unwanted = _encode_prompt(networks, prompt)
     pipeline = StableDiffusionXLPipeline(
-        vae=networks.vae,
+        vae=None,  # which may be elsewhere, and only decodes
         text_encoder=None,
         text_encoder_2=None,
         tokenizer=None,
@@ -104,7 +115,8 @@ def draw_picture(
 ) -> Image.Image | None:
     """The picture of a prompt, or None where the networks give NaN or Inf."""
     latents = draw_latents(networks, prompt, sampler=sampler, width=width, height=height, seed=seed)
-    pixels = decode_latents(networks.vae, latents / LATENT_SCALE)[0]  # [3, H, W] in -1..1
+    with networks.at_hand(networks.vae):
+        pixels = decode_latents(networks.vae, latents / LATENT_SCALE)[0]  # [3, H, W] in -1..1
     if not pixels.isfinite().all():
         return None
     scaled = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
@@ -116,7 +128,7 @@ def _encode_prompt(networks: SamplingNetworks, prompt: SamplePrompt) -> tuple[Te
     captions_l = [prompt.prompt_l, prompt.negative_l]
     captions_g = [prompt.prompt_g, prompt.negative_g]
     num_chunks = max(num_chunks_needed(caption) for caption in captions_l + captions_g)
-    tokens = tokenize_captions(captions_l, captions_g, num_chunks).to(networks.vae.device)
+    tokens = tokenize_captions(captions_l, captions_g, num_chunks).to(networks.unet.device)
     both = encode_captions(networks.text_encoder_l, networks.text_encoder_g, tokens)
     hidden, pooled = both.hidden.float(), both.pooled.float()
     return TextConditioning(hidden[:1], pooled[:1]), TextConditioning(hidden[1:], pooled[1:])

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 LATENT_CHANNELS = 4
@@ -145,6 +146,11 @@ class SdxlModel:
     architecture: Architecture
     logit_scale: torch.Tensor
     """OpenCLIP's temperature: unused in diffusion, kept so that a written file has every tensor of the one read."""
+
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """U-Net, VAE, encoder L, encoder G."""
+        return self.unet, self.vae, self.text_encoder_l, self.text_encoder_g
 
 
 def empty_unet(architecture: Architecture) -> UNet2DConditionModel:

@@ -1,10 +1,21 @@
 """Pixels to latents and back, through the VAE."""
 
 import hashlib
-from typing import NamedTuple
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, TypeVar
 
 import torch
 from diffusers import AutoencoderKL
+from tqdm import tqdm
+
+from library.sdxl.architecture import PIXELS_PER_LATENT
+
+TILE = 64
+"""Latent cells along the side of a tile, where a picture is decoded in tiles."""
+
+Result = TypeVar("Result")
 
 
 class EncodedPixels(NamedTuple):
@@ -20,9 +31,18 @@ def encode_pixels(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
     """Unscaled latents [B, 4, h, w] in float32 of pixels [B, 3, H, W] in -1..1, on the VAE's device.
 
     The mean of the posterior: kohya's trainers draw from it, but its deviation is far below what the U-Net can tell
-    apart, and the mean makes cached and uncached training the same.
+    apart, and the mean makes cached and uncached training the same. A GPU that has no memory for a batch gets its
+    pictures one by one from then on.
     """
-    return vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean.float()
+    pixels = pixels.to(vae.device, vae.dtype)
+    together = len(pixels) > 1 and not vae.use_slicing
+    encoded = _unless_out_of_memory(lambda: vae.encode(pixels)) if together else None
+    if encoded is None:
+        if together:
+            _say(f"no memory to encode {len(pixels)} pictures at once: they are encoded one by one")
+            vae.enable_slicing()
+        encoded = vae.encode(pixels)
+    return encoded.latent_dist.mean.float()
 
 
 def encode_pixels_finite(vae: AutoencoderKL, pixels: torch.Tensor) -> EncodedPixels:
@@ -41,8 +61,17 @@ def encode_pixels_finite(vae: AutoencoderKL, pixels: torch.Tensor) -> EncodedPix
 
 @torch.no_grad()
 def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """Pixels [B, 3, H, W] in -1..1, float32, of unscaled latents [B, 4, h, w]."""
-    return vae.decode(latents.to(vae.device, vae.dtype)).sample.float()
+    """Pixels [B, 3, H, W] in -1..1, float32, of unscaled latents [B, 4, h, w].
+
+    Where the device has no memory for that, in tiles that overlap, which differ a little in brightness.
+    """
+    latents = latents.to(vae.device, vae.dtype)
+    decoded = _unless_out_of_memory(lambda: vae.decode(latents))
+    if decoded is None:
+        _say("no memory to decode a picture at once: it is decoded in tiles")
+        with _tiles(vae):
+            decoded = vae.decode(latents)
+    return decoded.sample.float()
 
 
 def vae_digest(vae: AutoencoderKL) -> str:
@@ -56,6 +85,31 @@ def vae_digest(vae: AutoencoderKL) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _unless_out_of_memory(compute: Callable[[], Result]) -> Result | None:
+    """What `compute` gives, or None. (What it held is free only when its exception is gone: after this returns.)"""
+    try:
+        return compute()
+    except torch.OutOfMemoryError:
+        return None
+
+
+@contextmanager
+def _tiles(vae: AutoencoderKL) -> Iterator[None]:
+    """Within the block the VAE decodes in tiles; diffusers' own are as large as the pictures of SDXL."""
+    before = vae.tile_latent_min_size, vae.tile_sample_min_size
+    vae.tile_latent_min_size, vae.tile_sample_min_size = TILE, TILE * PIXELS_PER_LATENT
+    vae.enable_tiling()
+    try:
+        yield
+    finally:
+        vae.disable_tiling()
+        vae.tile_latent_min_size, vae.tile_sample_min_size = before
+
+
+def _say(what: str) -> None:
+    tqdm.write(what, file=sys.stderr)
 
 
 def _not_finite(latents: torch.Tensor) -> list[int]:

@@ -1,11 +1,14 @@
 """Two captions to the conditioning of the U-Net: L and G are encoded apart and meet only side by side."""
 
+import hashlib
+import json
 from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers import CLIPTextModelWithProjection
+from transformers import CLIPTextModelWithProjection, PreTrainedModel
 
+from library.sdxl.architecture import SDXL_BASE, recorded_facts
 from library.sdxl.tokenizers import CaptionTokens
 
 
@@ -17,6 +20,20 @@ class TextConditioning(NamedTuple):
 
     hidden: torch.Tensor
     pooled: torch.Tensor
+
+
+class EncodedText(NamedTuple):
+    """What the encoders have already made of a batch of caption pairs; None where an encoder still has to work.
+
+    Shapes are [B, T, 768], [B, T, 1280] and [B, 1280].
+    """
+
+    hidden_l: torch.Tensor | None = None
+    hidden_g: torch.Tensor | None = None
+    pooled_g: torch.Tensor | None = None
+
+
+NOT_ENCODED = EncodedText()
 
 
 def encode_l(text_encoder_l: nn.Module, tokens_l: torch.Tensor) -> torch.Tensor:
@@ -36,11 +53,33 @@ def encode_g(text_encoder_g: nn.Module, tokens_g: torch.Tensor) -> tuple[torch.T
     return _join_chunks(output.hidden_states[-2], num_chunks), output.text_embeds[::num_chunks]
 
 
-def encode_captions(text_encoder_l: nn.Module, text_encoder_g: nn.Module, tokens: CaptionTokens) -> TextConditioning:
-    """The conditioning for a batch of caption pairs: L's features before G's, and G's pooled vector."""
-    hidden_l = encode_l(text_encoder_l, tokens.tokens_l)
-    hidden_g, pooled_g = encode_g(text_encoder_g, tokens.tokens_g)
+def encode_captions(
+    text_encoder_l: nn.Module, text_encoder_g: nn.Module, tokens: CaptionTokens, encoded: EncodedText = NOT_ENCODED
+) -> TextConditioning:
+    """The conditioning for a batch of caption pairs: L's features before G's, and G's pooled vector.
+
+    An encoder works only where `encoded` does not have its outputs.
+    """
+    hidden_l, hidden_g, pooled_g = encoded
+    if hidden_l is None:
+        hidden_l = encode_l(text_encoder_l, tokens.tokens_l)
+    if hidden_g is None or pooled_g is None:
+        hidden_g, pooled_g = encode_g(text_encoder_g, tokens.tokens_g)
     return TextConditioning(torch.cat([hidden_l, hidden_g.to(hidden_l.dtype)], dim=-1), pooled_g)
+
+
+def text_encoder_digest(text_encoder: PreTrainedModel) -> str:
+    """A fingerprint of all that decides what an encoder makes of given tokens: weights as they are held, and its form.
+
+    Other precisions have other fingerprints, and so has the legacy projection.
+    """
+    form = recorded_facts(text_encoder.config.to_dict(), SDXL_BASE.text_encoder_g)
+    projection = type(getattr(text_encoder, "text_projection", None)).__name__
+    digest = hashlib.blake2b(json.dumps([form, projection], sort_keys=True).encode(), digest_size=16)
+    for name, tensor in sorted(text_encoder.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 class LegacyTextProjection(nn.Linear):

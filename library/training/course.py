@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from library.data.dataset import Batch, CaptionedPictures, LoaderOptions, make_loader
 from library.data.epoch_order import BatchShape, EpochOrder
+from library.data.text_cache import CachedTexts
 from library.data.training_set import TrainingImage, TrainingSetOptions
 from library.training.run_options import RunOptions
 from library.training.state import Progress
@@ -44,6 +45,7 @@ class Course:
 
 def make_course(
     images: Sequence[TrainingImage],
+    texts: CachedTexts,
     loader_options: LoaderOptions,
     training_set_options: TrainingSetOptions,
     run_options: RunOptions,
@@ -51,7 +53,7 @@ def make_course(
     seed: int,
 ) -> Course:
     """The course of this process over `images`; `--max_train_epochs`, where given, decides its length."""
-    dataset = CaptionedPictures(images, loader_options.num_chunks)
+    dataset = CaptionedPictures(images, loader_options.num_chunks, texts)
     shape = BatchShape(
         batch_size=loader_options.train_batch_size,
         accumulation_steps=run_options.gradient_accumulation_steps,
@@ -68,4 +70,4 @@ def make_course(
     num_steps = run_options.max_train_steps
     if run_options.max_train_epochs is not None:
         num_steps = run_options.max_train_epochs * order.steps_per_epoch
-    return Course(make_loader(dataset, order, loader_options), order, len(images), num_steps)
+    return Course(make_loader(dataset, order, loader_options, accelerator.device), order, len(images), num_steps)

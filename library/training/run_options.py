@@ -105,6 +105,11 @@ class TrainingOptions:
                 yield f"--{flag} has no effect without --train_text_encoder; add it or leave the rate out."
         if not (self.optimizer.learning_rate or self.trains_l or self.trains_g):
             yield "every learning rate is 0: there is nothing to train. Set --learning_rate, such as 1e-5."
+        if self.training_set.caches_texts and self.trains_l and self.trains_g:
+            yield (
+                "--cache_text_encoder_outputs: both text encoders are trained and give other outputs in every step; "
+                "leave it off, or freeze one of them by --learning_rate_te1=0 (L) or --learning_rate_te2=0 (G)."
+            )
         yield from self._bucket_conflicts()
         yield from self._fused_conflicts()
         if self.optimizer.is_schedule_free and self.schedule.lr_scheduler != "constant":

@@ -17,7 +17,7 @@ from library.data.dataset import CaptionedPictures
 from library.data.epoch_order import MicroBatch
 from library.data.training_set import TrainingSetOptions, encode_missing, read_training_set
 from library.sdxl.latents import vae_digest
-from sdxl_train import latents_of
+from library.training.preparation import latents_of
 from tests.conftest import BUCKET_FLAGS, PreparedSet
 
 RULE = BucketRule(Size(128, 128), 64, 256, 64, no_upscale=False)

@@ -2,6 +2,8 @@
 
 import copy
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -202,3 +204,25 @@ def test_networks_that_give_nan_give_no_picture(broken: str, tiny_networks: Samp
     networks = replace(tiny_networks, **{broken: network})
     quick = replace(PROMPT, num_inference_steps=1)
     assert draw_picture(networks, quick, sampler="euler", seed=SEED, **SIZE) is None
+
+
+def test_encoders_and_vae_are_used_only_while_they_are_at_hand(tiny_networks: SamplingNetworks):
+    there: list[torch.nn.Module] = []
+
+    @contextmanager
+    def at_hand(*networks: torch.nn.Module) -> Iterator[None]:
+        there.extend(module for network in networks for module in network.modules())
+        yield
+        there.clear()
+
+    def require_there(network: torch.nn.Module, *_: object) -> None:
+        assert network in there
+
+    visitors = (tiny_networks.text_encoder_l, tiny_networks.text_encoder_g, tiny_networks.vae.decoder)
+    hooks = [network.register_forward_pre_hook(require_there) for network in visitors]
+    picture = draw_picture(replace(tiny_networks, at_hand=at_hand), PROMPT, sampler="euler", seed=SEED, **SIZE)
+    for hook in hooks:
+        hook.remove()
+    assert picture is not None
+    assert there == []
+    assert picture.tobytes() == draw_picture(tiny_networks, PROMPT, sampler="euler", seed=SEED, **SIZE).tobytes()

@@ -60,8 +60,8 @@ def test_a_second_signal_ends_it_at_once(argv, run_server, tmp_path: Path):
 
 def test_a_second_signal_in_the_middle_of_a_save_leaves_no_half_written_file(argv, run_server, tmp_path: Path):
     output = tmp_path / "my output"
-    second_file = {KILL_AT: "5", KILL_BY: str(int(signal.SIGINT)), FOLDER: str(output)}
-    run = run_server("train", [*argv, *STEP_OF_SECONDS, "--max_data_loader_n_workers=0"], **second_file)
+    in_the_state = {KILL_AT: "4", KILL_BY: str(int(signal.SIGINT)), FOLDER: str(output / "m-")}  # 3 for the model
+    run = run_server("train", [*argv, *STEP_OF_SECONDS, "--max_data_loader_n_workers=0"], **in_the_state)
     run.wait_until_said("0/2")
     time.sleep(SETTING_OUT)
     run.send(signal.SIGINT)

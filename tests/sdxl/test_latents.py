@@ -123,3 +123,59 @@ def test_one_changed_weight_gives_another_digest(float16_vae, name):
     changed = copy.deepcopy(float16_vae)
     changed.state_dict()[name].view(-1)[0] += 0.25
     assert vae_digest(changed) != vae_digest(float16_vae)
+
+
+# -- too little memory ------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_too_large_for_the_memory_is_decoded_in_tiles_and_that_is_said(vae, monkeypatch, capsys):
+    """Memory that ends at 64 x 64 latent cells."""
+    latents = torch.randn(1, 4, 64, 80, generator=torch.Generator().manual_seed(0))
+    whole = decode_latents(vae, latents)
+    decode = vae.decoder.forward
+    seen = []
+
+    def in_little_memory(sample, *others):
+        seen.append(tuple(sample.shape[-2:]))
+        if sample.shape[-2] * sample.shape[-1] > 64 * 64:
+            raise torch.OutOfMemoryError("no memory")
+        return decode(sample, *others)
+
+    monkeypatch.setattr(vae.decoder, "forward", in_little_memory)
+    tiled = decode_latents(vae, latents)
+    assert seen[0] == (64, 80)
+    assert set(seen[1:]) <= {(64, 64), (64, 32), (16, 64), (16, 32)}
+    assert "decoded in tiles" in capsys.readouterr().err
+    # Normalisation is over a tile instead of the picture: of noise, means that hardly differ.
+    assert tiled.shape == whole.shape
+    assert (tiled - whole).norm() < 0.1 * whole.norm()
+    assert not vae.use_tiling
+
+
+def test_a_batch_too_large_for_the_memory_is_encoded_one_by_one_from_then_on(vae, monkeypatch, capsys):
+    pixels = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    expected = torch.cat([encode_pixels(vae, one[None]) for one in pixels])
+    encode = vae.encoder.forward
+    seen = []
+
+    def in_little_memory(sample):
+        seen.append(len(sample))
+        if len(sample) > 1:
+            raise torch.OutOfMemoryError("no memory")
+        return encode(sample)
+
+    monkeypatch.setattr(vae.encoder, "forward", in_little_memory)
+    assert torch.equal(encode_pixels(vae, pixels), expected)
+    assert torch.equal(encode_pixels(vae, pixels), expected)
+    assert seen == [3, 1, 1, 1, 1, 1, 1]
+    assert capsys.readouterr().err.count("one by one") == 1
+    vae.disable_slicing()
+
+
+def test_a_single_picture_too_large_for_the_memory_is_an_error(vae, monkeypatch):
+    def no_memory(sample):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(vae.encoder, "forward", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        encode_pixels(vae, torch.zeros(1, 3, 32, 32))

@@ -90,6 +90,13 @@ def test_a_mistake_is_one_line_before_the_model_is_loaded(flags: list[str], prob
     assert "\n" not in said
 
 
+@pytest.mark.parametrize("flag", ["--cache_text_encoder_outputs", "--cache_text_encoder_outputs_to_disk"])
+def test_outputs_of_trained_encoders_are_not_cached(flag: str, refused):
+    said = refused(flag, "--train_text_encoder")
+    assert said.startswith("--cache_text_encoder_outputs: both text encoders are trained")
+    assert "--learning_rate_te1=0" in said
+
+
 @pytest.mark.parametrize(
     ("line", "problem"),
     [

@@ -1,0 +1,148 @@
+"""Measure how long sdxl_train.py takes from the start of its process to the end of its first step, phase by phase.
+
+    python benchmarks/start.py [--model sd_xl_base_1.0.safetensors] [--side 128] [--num_variants 2]
+
+Without --model it is the tiny SDXL. Pictures are drawn and prepared in a temporary folder; each variant of the flags is
+a process of its own (benchmarks/phases.py). The result goes to benchmarks/results/start_<model>.{json,txt}. Needs Linux
+for the figures of memory.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere, find library/
+
+import torch
+
+from benchmarks import ceilings
+from benchmarks.phases import STARTED_VARIABLE
+from demo import pictures
+from demo.random_sdxl import TINY, write_random_sdxl
+from finetune import prepare_buckets_latents, sdxl_merge_captions_g_to_metadata, sdxl_merge_captions_l_to_metadata
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+_BLOCK = 2**24
+
+TRAINING = (
+    "--max_train_steps=1 --seed=1 --full_bf16 --mixed_precision=bf16 --optimizer_type=Adafactor --max_grad_norm=0 "
+    "--optimizer_args scale_parameter=False relative_step=False warmup_init=False "
+    "--gradient_checkpointing --max_data_loader_n_workers=0 --cache_latents --output_name=m"
+)
+VARIANTS: dict[str, list[str]] = {
+    "captions encoded in each step": [],
+    "captions cached in memory": ["--cache_text_encoder_outputs"],
+    "captions cached on disk, for the first time": ["--cache_text_encoder_outputs_to_disk"],
+    "captions found on disk": ["--cache_text_encoder_outputs_to_disk"],
+}
+
+
+def prepare(folder: Path, model: Path, side: int, num_pictures: int) -> None:
+    """Pictures with captions, metadata and latents."""
+    images = folder / "images"
+    assert pictures.main([str(images), f"--num_pictures={num_pictures}"]) == 0
+    captions, latents = folder / "meta_cap.json", folder / "meta_lat.json"
+    for script in (sdxl_merge_captions_g_to_metadata, sdxl_merge_captions_l_to_metadata):
+        assert script.main([str(images), str(captions)]) == 0
+    limits = [f"--max_resolution={side},{side}", f"--min_bucket_reso={side // 2}", f"--max_bucket_reso={side * 2}"]
+    argv = [str(path) for path in (images, captions, latents, model)]
+    assert prepare_buckets_latents.main([*argv, *limits]) == 0
+
+
+def bytes_read_per_second(path: Path) -> float:
+    """How fast the file can be read at all, as it is: in the system's memory or on the disk."""
+    started = time.perf_counter()
+    with path.open("rb", buffering=0) as file:
+        block = bytearray(_BLOCK)
+        while file.readinto(block):
+            pass
+    return path.stat().st_size / (time.perf_counter() - started)
+
+
+def started_run(folder: Path, model: Path, side: int, flags: Sequence[str]) -> list[dict[str, Any]]:
+    """The phases of one process, in the order in which they began."""
+    figures = folder / "phases.json"
+    command = [
+        *(sys.executable, str(ROOT / "benchmarks/phases.py"), str(figures)),
+        f"--pretrained_model_name_or_path={model}",
+        f"--in_json={folder / 'meta_lat.json'}",
+        f"--train_data_dir={folder / 'images'}",
+        f"--output_dir={folder / 'output'}",
+        f"--resolution={side},{side}",
+        *(*TRAINING.split(), *flags),
+    ]
+    started = {STARTED_VARIABLE: str(time.time()), "THP_MEM_ALLOC_ENABLE": "1"}
+    subprocess.run(command, env={**os.environ, **started}, check=True, stdout=subprocess.DEVNULL)
+    rows: list[dict[str, Any]] = json.loads(figures.read_text(encoding="utf-8"))
+    return [row for row in rows if row["phase"] not in ("whole run", "save")]
+
+
+def run(model: Path | None, side: int, num_pictures: int, num_variants: int) -> dict[str, Any]:
+    """The ceilings, and the phases of the first `num_variants` variants."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = ceilings.measure(device, torch.bfloat16)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if model is None:
+            model = folder / "tiny.safetensors"
+            write_random_sdxl(model, TINY, torch.float16, seed=0)
+        prepare(folder, model, side, num_pictures)
+        read_rate = bytes_read_per_second(model)
+        size = model.stat().st_size
+        chosen = list(VARIANTS.items())[:num_variants]
+        variants = {label: started_run(folder, model, side, flags) for label, flags in chosen}
+    about = {"device": device.type, "side": side, "num_pictures": num_pictures, "model_bytes": size}
+    ceiling = asdict(found) | {"bytes_read_per_second": read_rate}
+    return {"machine": ceilings.machine(), **about, **ceiling, "variants": variants}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result to read."""
+    lines = [
+        " ".join(f"{key}={value}" for key, value in result["machine"].items()),
+        f"a model of {result['model_bytes'] / 1e9:.2f} GB, {result['num_pictures']} pictures at about "
+        f"{result['side']}x{result['side']}, batch 1, on {result['device']}",
+        f"ceilings: {result['matmul_flops'] / 1e12:.2f} TFLOP/s in matrix products, "
+        f"{result['copy_bytes_per_second'] / 1e9:.1f} GB/s in copies; reading the model's file at "
+        f"{result['bytes_read_per_second'] / 1e9:.2f} GB/s takes "
+        f"{result['model_bytes'] / result['bytes_read_per_second']:.1f} s",
+    ]
+    for label, rows in result["variants"].items():
+        end = max(row["from_start_s"] + row["seconds"] for row in rows)
+        lines += ["", f"{label}: first step done after {end:.1f} s"]
+        for row in rows:
+            lines.append(
+                f"    {row['phase']:32} from {row['from_start_s']:7.2f} s   takes {row['seconds']:6.2f} s   "
+                f"peak anonymous {row['peak_gib']:6.2f} GiB"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="an SDXL checkpoint; the tiny SDXL where not given")
+    parser.add_argument("--side", type=int, default=128, help="pixels along the side of a square bucket")
+    parser.add_argument("--num_pictures", type=int, default=12)
+    parser.add_argument("--num_variants", type=int, default=len(VARIANTS))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args(argv)
+    result = run(arguments.model, arguments.side, arguments.num_pictures, arguments.num_variants)
+    name = f"start_{'tiny' if arguments.model is None else 'full'}_{result['device']}"
+    (arguments.results / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (arguments.results / f"{name}.txt").write_text(table(result), encoding="utf-8")
+    print(table(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

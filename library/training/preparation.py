@@ -1,0 +1,103 @@
+"""The training set before the first step: what is read, what is encoded once, and what is left for every step."""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+from torch import nn
+
+from library.config.errors import UserError
+from library.config.output_files import remove_leftovers
+from library.data.caption_lengths import cut_captions
+from library.data.dataset import Batch
+from library.data.fingerprint import fingerprints
+from library.data.text_cache import FOLDER_NAME, NO_TEXTS, CachedTexts, encode_texts
+from library.data.training_set import TrainingImage, encode_missing, read_training_set
+from library.sdxl.architecture import SdxlModel
+from library.sdxl.latents import encode_pixels_finite
+from library.training.mishaps import explained_out_of_memory
+from library.training.residency import visiting
+from library.training.resume import check_images
+from library.training.run_options import TrainingOptions
+from library.training.state import Progress
+
+
+class PreparedSet(NamedTuple):
+    """What is trained on: the images, with latents where they are cached, and what is cached of their captions."""
+
+    images: list[TrainingImage]
+    texts: CachedTexts
+
+    def networks_of_steps(self, model: SdxlModel) -> list[nn.Module]:
+        """The networks that every step needs; what the others could say is cached."""
+        is_needed = {
+            model.unet: True,
+            model.vae: any(image.latents is None for image in self.images),
+            model.text_encoder_l: self.texts.outputs_l is None,
+            model.text_encoder_g: self.texts.outputs_g is None,
+        }
+        return [network for network, needed in is_needed.items() if needed]
+
+
+def prepare_set(
+    options: TrainingOptions, model: SdxlModel, digest: str, accelerator: Accelerator, progress: Progress
+) -> PreparedSet:
+    """The training set; what is to be cached and is not yet is encoded now, on disk by the main process first.
+
+    `digest` is the VAE's. Raises `UserError` where the state that is resumed was made with other images.
+    """
+    with accelerator.main_process_first():
+        if accelerator.is_main_process and options.training_set.train_data_dir is not None:
+            remove_leftovers(options.training_set.train_data_dir, recursive=True)
+        images = _images(options, model.vae, digest, accelerator.device)
+        texts, notes = _texts(options, model, images, accelerator.device)
+    now = fingerprints(images)
+    notes += cut_captions(images, options.loader.num_chunks)
+    if options.resume.resume is not None:
+        notes += check_images(progress.setting.images, now, anyway=options.resume.resume_anyway)
+    accelerator.print(*notes, sep="\n", end="\n" if notes else "")
+    progress.setting = replace(progress.setting, images=now)
+    return PreparedSet(images, texts)
+
+
+def _images(options: TrainingOptions, vae: AutoencoderKL, digest: str, device: torch.device) -> list[TrainingImage]:
+    images = read_training_set(options.training_set, options.bucket_rule, digest)
+    if not options.training_set.caches_latents or all(image.latents is not None for image in images):
+        return images
+    with explained_out_of_memory("while pictures are encoded"), visiting(device, vae):
+        return encode_missing(images, vae, options.training_set, digest=digest)
+
+
+def _texts(
+    options: TrainingOptions, model: SdxlModel, images: list[TrainingImage], device: torch.device
+) -> tuple[CachedTexts, list[str]]:
+    training_set = options.training_set
+    if not training_set.caches_texts:
+        return NO_TEXTS, []
+    assert training_set.train_data_dir is not None  # checked by problems()
+    on_disk = training_set.cache_text_encoder_outputs_to_disk
+    frozen_l = None if options.trains_l else model.text_encoder_l
+    frozen_g = None if options.trains_g else model.text_encoder_g
+    frozen = [encoder for encoder in (frozen_l, frozen_g) if encoder is not None]
+    with explained_out_of_memory("while captions are encoded"), visiting(device, *frozen):
+        return encode_texts(
+            images,
+            frozen_l,
+            frozen_g,
+            num_chunks=options.loader.num_chunks,
+            folder=training_set.train_data_dir / FOLDER_NAME if on_disk else None,
+        )
+
+
+def latents_of(batch: Batch, vae: AutoencoderKL) -> torch.Tensor:
+    """Unscaled latents [B, 4, h, w] of a batch: from its cache, or encoded now; raises `UserError` where not finite."""
+    if batch.latents is not None:
+        return batch.latents
+    assert batch.pixels is not None
+    encoded = encode_pixels_finite(vae, batch.pixels)
+    if encoded.failed:
+        names = ", ".join(batch.keys[index] for index in encoded.failed)
+        raise UserError(f"{names}: NaN or Inf in the VAE, in float32 too.", "Look at the picture and the VAE's file.")
+    return encoded.latents
