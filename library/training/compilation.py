@@ -12,14 +12,11 @@ from torch import nn
 
 from library.config.errors import UserError
 from library.config.options import option
+from library.training.compiled import MAX_KERNELS, allow_kernels, why_not_compiled
 
 REGIONS: tuple[type[nn.Module], ...] = (BasicTransformerBlock, ResnetBlock2D)
 """What is compiled: 70 transformer blocks of 2 widths and 17 residual blocks of 12 of SDXL's U-Net hold nearly all of
 its time. The whole of it at once would compile for many minutes, and anew for each size of picture."""
-
-MAX_KERNELS = 48
-"""How often the code of one kind of block may be compiled: all widths of a kind for one size, for any size, and for any
-number of pictures, with room to spare."""
 
 _DEFAULT_BACKEND = "inductor"
 _NOTEWORTHY_SECONDS = 1.0
@@ -58,7 +55,7 @@ def compile_regions(
     if not options.torch_compile:
         return
     _require_compiler(options.dynamo_backend, device)
-    torch._dynamo.config.recompile_limit = max(MAX_KERNELS, torch._dynamo.config.recompile_limit)
+    allow_kernels()
     for kind in REGIONS:
         region = _Region(kind, options.dynamo_backend, say)
         for module in network.modules():
@@ -119,11 +116,9 @@ def compiling_seconds() -> float:
 
 def _require_compiler(backend: str, device: torch.device) -> None:
     """Raise `UserError` unless a small function can be compiled."""
-    try:
-        torch.compile(torch.neg, backend=backend)(torch.ones(64, device=device))
-    except (torch._dynamo.exc.BackendCompilerFailed, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0]
+    reason = why_not_compiled(device.type, backend)
+    if reason is not None:
         compiler = "Triton (on Windows: triton-windows)" if device.type == "cuda" else "a C++ compiler (g++, MSVC)"
         raise UserError(
             f"--torch_compile does not work here ({reason}).", f"Install {compiler}, or leave --torch_compile out."
-        ) from error
+        )

@@ -11,6 +11,9 @@ from torch import Tensor
 _WORTH_COMPILING = 2**17
 """Elements of a tensor on the CPU. Compiling takes seconds, and so much work is done in a millisecond without."""
 
+MAX_KERNELS = 48
+"""How often one function may be compiled, for tensors of other ranks, precisions or sizes; torch would stop at 8."""
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -25,6 +28,7 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
 
     @cache
     def kernel() -> Callable[P, R]:
+        allow_kernels()
         return torch.compile(function, dynamic=True)
 
     @wraps(function)
@@ -32,25 +36,34 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
         first = args[0]
         assert isinstance(first, Tensor)
         is_worth_it = first.is_cuda or first.numel() >= _WORTH_COMPILING
-        compiles = is_worth_it and can_compile(first.device.type)
+        compiles = is_worth_it and _can_compile(first.device.type)
         return (kernel() if compiles else function)(*args, **kwargs)
 
     return chosen
 
 
-@cache
-def can_compile(device_type: str) -> bool:
-    """Whether `torch.compile` works on this kind of device; tried once, and the reason is said where it does not."""
-    from torch._dynamo.exc import BackendCompilerFailed  # costs a second, and only those who compile need it
+def allow_kernels() -> None:
+    """Let torch compile each function `MAX_KERNELS` times."""
+    torch._dynamo.config.recompile_limit = max(MAX_KERNELS, torch._dynamo.config.recompile_limit)
 
+
+@cache
+def why_not_compiled(device_type: str, backend: str = "inductor") -> str | None:
+    """Why `torch.compile` does not work on this kind of device, in its own words, or None where it does; tried once."""
     try:
-        torch.compile(torch.neg)(torch.ones(64, device=device_type))
-    except (BackendCompilerFailed, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        torch.compile(torch.neg, backend=backend)(torch.ones(64, device=device_type))
+    except (torch._dynamo.exc.BackendCompilerFailed, RuntimeError) as error:
+        return str(error).strip().partition("\n")[0]
+    return None
+
+
+@cache
+def _can_compile(device_type: str) -> bool:
+    reason = why_not_compiled(device_type)
+    if reason is not None:
         print(
             f"torch.compile does not work here ({reason}). Optimizer and rounding run as separate operations, which is "
             "slower and gives the same. A C++ compiler (for the CPU) or Triton (for a GPU) mends it.",
             file=sys.stderr,
         )
-        return False
-    return True
+    return reason is None

@@ -123,3 +123,13 @@ def test_going_on_with_convolutions_factored_otherwise_is_an_error_of_the_user()
     optimizer.param_groups[0]["flatten_convolutions"] = True
     with pytest.raises(UserError, match="flatten_convolutions"):
         optimizer.step()
+
+
+def test_without_a_compiler_it_takes_the_same_steps_and_says_so_once(no_compiler, capsys):
+    settings = {"scale_parameter": False, "weight_decay": 0.01, "num_steps": 2}
+    ours, _ = after_steps(Adafactor, LARGE, **settings)
+    theirs, _ = after_steps(transformers.Adafactor, LARGE, **settings)
+    torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-7)  # order of sums, as above
+    said = capsys.readouterr().err
+    assert said.count("torch.compile does not work here") == 1
+    assert "C++ compiler" in said

@@ -11,6 +11,7 @@ from torch import nn
 
 from library.config.errors import UserError
 from library.training import compilation
+from library.training import compiled as compiled_kernels
 from library.training.compilation import CompileOptions, compile_regions
 
 CPU = torch.device("cpu")
@@ -99,7 +100,8 @@ def test_nothing_is_compiled_without_gradients_or_without_the_flag(blocks):
 
 
 def test_sizes_beyond_the_limit_run_uncompiled_and_that_is_said_once_for_each_kind(blocks, monkeypatch):
-    monkeypatch.setattr(compilation, "MAX_KERNELS", 1)
+    for room in (compilation, compiled_kernels):
+        monkeypatch.setattr(room, "MAX_KERNELS", 1)
     expected, _ = gradient_of(blocks, pixels_of(6))
     said = []
     with torch._dynamo.config.patch(recompile_limit=1):
@@ -110,11 +112,8 @@ def test_sizes_beyond_the_limit_run_uncompiled_and_that_is_said_once_for_each_ki
     assert about_limit == ["torch.compile: ResnetBlock2D", "torch.compile: BasicTransformerBlock"]
 
 
-def test_a_machine_without_a_compiler_is_told_what_to_install(blocks):
-    with (
-        torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}),
-        pytest.raises(UserError, match=r"(?s)--torch_compile does not work here.*g\+\+, MSVC"),
-    ):
+def test_a_machine_without_a_compiler_is_told_what_to_install(blocks, no_compiler):
+    with pytest.raises(UserError, match=r"(?s)--torch_compile does not work here.*g\+\+, MSVC"):
         compile_regions(blocks, CompileOptions(torch_compile=True), CPU, print)
 
 
