@@ -1,0 +1,127 @@
+"""Time the optimizer alone, over weights of the shapes of SDXL's U-Net in bfloat16, and count what it keeps.
+
+    python benchmarks/optimizer_step.py [--device cuda] [--variants ours flat ...]
+
+Every variant steps the same weights by the same gradients a few times; the best step counts. What is to be read and
+written at least is each weight, and its gradient once: 6 bytes.
+"""
+
+import argparse
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere, find library/
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as sdxl_train.py does, before torch is imported
+
+import torch
+from torch.nn import Parameter
+
+from benchmarks.ceilings import machine, measure
+from library.config.output_files import write_text
+from library.sdxl.architecture import SDXL_BASE, empty_unet
+from library.training.optimizers import ADAFACTOR_RECIPE, OptimizerOptions, make_optimizer
+from library.training.rounding import KAHAN, NEAREST, STOCHASTIC, Rounder
+from library.training.stepping import Stepper, keys_in_bfloat16
+
+RESULTS = Path(__file__).resolve().parent / "results"
+RECIPE = [*ADAFACTOR_RECIPE.split()[1:], "weight_decay=0.01"]
+FLAT = [*RECIPE, "flatten_convolutions=True"]
+VARIANTS: dict[str, tuple[str, list[str], str]] = {
+    "transformers": ("transformers.optimization.Adafactor", RECIPE, NEAREST),
+    "ours, nearest": ("Adafactor", RECIPE, NEAREST),
+    "ours": ("Adafactor", RECIPE, STOCHASTIC),
+    "ours, kahan": ("Adafactor", RECIPE, KAHAN),
+    "flat, nearest": ("Adafactor", FLAT, NEAREST),
+    "flat": ("Adafactor", FLAT, STOCHASTIC),
+    "AdamW": ("AdamW", [], STOCHASTIC),
+}
+"""Name to optimizer, its arguments, and the rounding."""
+
+BYTES_AT_LEAST = 6
+_STEPS = 4
+_POOL_SIZE = 2**25
+
+
+def timed(weights: list[Parameter], gradients: torch.Tensor, variant: str) -> dict[str, Any]:
+    """Seconds of the best step, nanoseconds a weight, and bytes of the state."""
+    name, arguments, rounding = VARIANTS[variant]
+    options = OptimizerOptions(optimizer_type=name, optimizer_args=arguments, learning_rate=1e-5)
+    device = weights[0].device
+    optimizer = make_optimizer([{"name": "unet", "params": weights, "lr": 1e-5}], options)
+    narrow = keys_in_bfloat16(partial(make_optimizer, options=options), device)
+    stepper = Stepper(optimizer, Rounder(rounding, weights, seed=0), narrow)
+    seconds = []
+    for step in range(1, _STEPS + 1):
+        for weight in weights:
+            weight.grad = gradients[: weight.numel()].view(weight.shape)
+        _wait(device)
+        started = time.perf_counter()
+        stepper.step(step)
+        _wait(device)
+        seconds.append(time.perf_counter() - started)
+        for weight in weights:
+            weight.grad = None
+    kept = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    num_weights = sum(weight.numel() for weight in weights)
+    return {
+        "variant": variant,
+        "seconds": min(seconds),
+        "first_seconds": seconds[0],
+        "nanoseconds_a_weight": min(seconds) / num_weights * 1e9,
+        "state_gib": sum(value.numel() * value.dtype.itemsize for value in kept) / 2**30,
+    }
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table and write it beside a JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS)[:-1])
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    arguments = parser.parse_args(argv)
+    device = torch.device(arguments.device)
+    ceilings = measure(device, torch.bfloat16)
+    shapes = [parameter.shape for parameter in empty_unet(SDXL_BASE).parameters()]
+    weights = [Parameter(torch.full(shape, 0.02, dtype=torch.bfloat16, device=device)) for shape in shapes]
+    gradients = torch.randn(_POOL_SIZE, device=device).to(torch.bfloat16)
+    num_weights = sum(weight.numel() for weight in weights)
+    floor = BYTES_AT_LEAST * num_weights / ceilings.copy_bytes_per_second
+
+    lines = [
+        " ".join(f"{key}={value}" for key, value in machine().items()),
+        f"{num_weights / 1e9:.2f} billion weights in bfloat16 on {device}; copies at "
+        f"{ceilings.copy_bytes_per_second / 1e9:.1f} GB/s, so no step can take less than {floor:.2f} s",
+        "",
+        f"{'variant':<16}{'s/step':>8}{'first':>8}{'ns/weight':>11}{'state GiB':>11}",
+    ]
+    print("\n".join(lines), flush=True)
+    rows = []
+    for variant in arguments.variants:
+        row = timed(weights, gradients, variant)
+        gc.collect()
+        rows.append(row)
+        lines.append(
+            f"{variant:<16}{row['seconds']:8.2f}{row['first_seconds']:8.2f}{row['nanoseconds_a_weight']:11.2f}"
+            f"{row['state_gib']:11.2f}"
+        )
+        print(lines[-1], flush=True)
+    result = {"machine": machine(), "floor_seconds": floor, "rows": rows}
+    write_text(arguments.output / f"optimizer_step_{device.type}.json", json.dumps(result, indent=1) + "\n")
+    write_text(arguments.output / f"optimizer_step_{device.type}.txt", "\n".join(lines) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
