@@ -289,7 +289,7 @@ def check_disk(
     require_room(
         options.save,
         model_bytes=bytes_of(model.networks, options.precision.save_dtype),
-        state_bytes=bytes_of_state(options.optimizer, learner.trained.values()),
+        state_bytes=bytes_of_state(options.optimizer, learner.trained.values(), options.precision.rounding),
         steps=range(progress.step + 1, course.num_steps + 1),
         steps_per_epoch=course.order.steps_per_epoch,
     )

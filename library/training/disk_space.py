@@ -9,6 +9,7 @@ from torch import nn
 from library.config.output_files import require_disk_space
 from library.training.checkpoints import Save, SaveOptions
 from library.training.optimizers import OptimizerOptions, make_optimizer
+from library.training.rounding import KAHAN, NEAREST
 from library.training.state import STATE_SUFFIX
 
 _PROBE_SIDE = 256  # wide enough for the sums that Adafactor keeps of rows and columns to be small beside the matrix
@@ -20,10 +21,11 @@ def bytes_of(networks: Iterable[nn.Module], dtype: torch.dtype | None) -> int:
     return sum(tensor.numel() * (dtype or tensor.dtype).itemsize for tensor in tensors)
 
 
-def bytes_of_state(options: OptimizerOptions, networks: Iterable[nn.Module]) -> int:
-    """Bytes of a state: the weights of the trained networks, and what the optimizer will keep beside each of them.
+def bytes_of_state(options: OptimizerOptions, networks: Iterable[nn.Module], rounding: str = NEAREST) -> int:
+    """Bytes of a state: the weights of the trained networks, and what is kept beside each of them.
 
-    The latter is measured on a small matrix, since the optimizer has nothing to show before its first step.
+    What the optimizer keeps is measured on a small matrix, since it has nothing to show before its first step. A
+    `rounding` with compensation keeps one more bfloat16 for each weight that is one.
     """
     total = 0.0
     for network in networks:
@@ -38,6 +40,7 @@ def bytes_of_state(options: OptimizerOptions, networks: Iterable[nn.Module]) -> 
         optimizer.step()
         kept = [value for value in optimizer.state[probe].values() if isinstance(value, torch.Tensor)]
         each = sum(value.numel() * value.dtype.itemsize for value in kept) / probe.numel()
+        each += weights.dtype.itemsize if rounding == KAHAN and weights.dtype == torch.bfloat16 else 0
         total += each * sum(weights.numel() for weights in trained)
     return int(total)
 

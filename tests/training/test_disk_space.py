@@ -12,6 +12,7 @@ from library.config.errors import UserError
 from library.training.checkpoints import SaveOptions
 from library.training.disk_space import bytes_of, bytes_of_state, require_room
 from library.training.optimizers import OptimizerOptions
+from library.training.rounding import KAHAN, STOCHASTIC
 
 Usage = namedtuple("Usage", "free")
 WEIGHTS = 1000 * 1000
@@ -68,3 +69,12 @@ def test_a_state_is_as_large_as_weights_and_optimizer(name: str, numbers_beside:
     expected = 4 * WEIGHTS * (1 + numbers_beside)
     assert expected <= bytes_of_state(options, [layer]) <= 1.02 * expected  # Adafactor's rows and columns
     assert bytes_of([layer], torch.bfloat16) == 2 * WEIGHTS
+
+
+def test_compensated_rounding_keeps_one_more_number_for_a_bfloat16_weight():
+    options = OptimizerOptions(optimizer_type="torch.optim.SGD", learning_rate=1e-3)
+    layer = nn.Linear(1000, 1000, bias=False)
+    assert bytes_of_state(options, [layer], KAHAN) == 4 * WEIGHTS
+    layer.to(torch.bfloat16)
+    assert bytes_of_state(options, [layer], STOCHASTIC) == 2 * WEIGHTS
+    assert bytes_of_state(options, [layer], KAHAN) == 4 * WEIGHTS

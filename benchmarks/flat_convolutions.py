@@ -1,0 +1,114 @@
+"""What Adafactor's `flatten_convolutions` does to learning: the same U-Net trained with and without it.
+
+    python benchmarks/flat_convolutions.py [--num_steps 300] [--seeds 0 1 2]
+
+The U-Net of the tiny SDXL learns from nothing to denoise thumbnails of the demo's pictures, 16x16 cells, with SDXL's
+noise schedule and float32 weights. Its loss is measured on noise and pictures that it was not trained on.
+"""
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere, find library/
+
+import numpy as np
+import torch
+from diffusers import UNet2DConditionModel
+from tqdm import tqdm
+
+from benchmarks.ceilings import machine
+from demo.pictures import draw, make_scenes
+from demo.random_sdxl import TINY
+from library.config.output_files import write_text
+from library.diffusion.loss import per_sample_loss
+from library.diffusion.noise_schedule import NUM_TIMESTEPS, make_noise_schedule
+from library.training.adafactor import Adafactor
+
+RESULTS = Path(__file__).resolve().parent / "results"
+_CELLS = 16
+_BATCH_SIZE = 8
+_LEARNING_RATE = 1e-3
+_NUM_PICTURES, _NUM_HELD_OUT = 160, 32
+
+
+def thumbnails(num_pictures: int) -> torch.Tensor:
+    """[N, 4, 16, 16] of mean 0 and deviation 1: red, green, blue and grey of drawn pictures."""
+    small = [draw(scene).resize((_CELLS, _CELLS)).convert("RGB") for scene in make_scenes(num_pictures, seed=0)]
+    colours = torch.from_numpy(np.stack([np.asarray(picture, dtype=np.float32) for picture in small])).movedim(-1, 1)
+    cells = torch.cat([colours, colours.mean(dim=1, keepdim=True)], dim=1)
+    return (cells - cells.mean()) / cells.std()
+
+
+def loss_of(unet: UNet2DConditionModel, cells: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """The mean loss [] of `cells` [B, 4, 16, 16] with noise and timesteps out of `generator`."""
+    batch_size = len(cells)
+    noise = torch.randn(cells.shape, generator=generator)
+    timesteps = torch.randint(0, NUM_TIMESTEPS, (batch_size,), generator=generator)
+    predicted = unet(
+        make_noise_schedule().add_noise(cells, noise, timesteps),
+        timesteps,
+        encoder_hidden_states=torch.zeros(batch_size, 1, unet.config.cross_attention_dim),
+        added_cond_kwargs={
+            "text_embeds": torch.zeros(batch_size, TINY.text_encoder_g["projection_dim"]),
+            "time_ids": torch.zeros(batch_size, 6),
+        },
+    ).sample
+    return per_sample_loss(predicted, noise).mean()
+
+
+def trained_loss(pictures: torch.Tensor, *, flatten: bool, num_steps: int, seed: int) -> float:
+    """The loss on held-out pictures after training on the others."""
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel.from_config(TINY.unet)
+    optimizer = Adafactor(
+        unet.parameters(),
+        lr=_LEARNING_RATE,
+        scale_parameter=False,
+        relative_step=False,
+        flatten_convolutions=flatten,
+    )
+    learnt, held_out = pictures[:-_NUM_HELD_OUT], pictures[-_NUM_HELD_OUT:]
+    generator, order = torch.Generator().manual_seed(seed), random.Random(seed)
+    for _ in tqdm(range(num_steps), desc=f"flatten_convolutions={flatten}, seed {seed}", leave=False):
+        batch = learnt[order.sample(range(len(learnt)), _BATCH_SIZE)]
+        loss_of(unet, batch, generator).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        fixed = torch.Generator().manual_seed(0)
+        return float(torch.stack([loss_of(unet, held_out, fixed) for _ in range(4)]).mean())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the losses and write them beside a JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num_steps", type=int, default=300)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    arguments = parser.parse_args(argv)
+    pictures = thumbnails(_NUM_PICTURES)
+    lines = [
+        " ".join(f"{key}={value}" for key, value in machine().items()),
+        f"loss on held-out pictures after {arguments.num_steps} steps of Adafactor at {_LEARNING_RATE}",
+        f"{'seed':<8}{'kernel by kernel':>18}{'flattened':>12}",
+    ]
+    rows = []
+    for seed in arguments.seeds:
+        usual, flat = (
+            trained_loss(pictures, flatten=flatten, num_steps=arguments.num_steps, seed=seed)
+            for flatten in (False, True)
+        )
+        rows.append({"seed": seed, "kernel_by_kernel": usual, "flattened": flat})
+        lines.append(f"{seed:<8}{usual:18.4f}{flat:12.4f}")
+    print("\n".join(lines))
+    result = {"machine": machine(), "num_steps": arguments.num_steps, "rows": rows}
+    write_text(RESULTS / "flat_convolutions.json", json.dumps(result, indent=1) + "\n")
+    write_text(RESULTS / "flat_convolutions.txt", "\n".join(lines) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
