@@ -1,0 +1,179 @@
+"""The second part of the pretraining: text encoders and U-Net, together, on the latents of drawn pictures."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import AutoencoderKL
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm, trange
+
+from demo.pictures import PLACES, Scene, draw, random_scene
+from demo.pretrain_vae import warm_cosine
+from library.data.buckets import BucketAssignment, BucketRule, Size, true_crop_ltrb
+from library.data.images import resize_and_crop
+from library.data.latent_preparation import pixels_to_tensor
+from library.diffusion.loss import per_sample_loss
+from library.diffusion.noise_schedule import NoiseOptions, draw_training_noise, make_noise_schedule
+from library.sdxl.architecture import LATENT_SCALE, SdxlModel
+from library.sdxl.latents import encode_pixels
+from library.sdxl.size_conditioning import size_conditioning
+from library.sdxl.text_encoding import TextConditioning, encode_captions
+from library.sdxl.tokenizers import tokenize_captions
+
+PARTS = ("unet", "text_encoder_l", "text_encoder_g")
+"""Of a model, that are trained here."""
+BUCKETS = BucketRule(Size(128, 128), min_bucket_reso=96, max_bucket_reso=160, bucket_reso_steps=32, no_upscale=False)
+ORIGINAL_SIZES = ((128, 128), (192, 192), (144, 128), (160, 96), (240, 160), (96, 160), (144, 240))
+"""Width and height of the drawings; `BUCKETS` says what becomes of them."""
+BATCH_PICTURES = 12
+DRAWS_PER_PICTURE = 2
+"""Noise and timesteps that each picture of a batch meets at once: its captions are encoded only once."""
+PEAK_RATE = 1.5e-3
+EMA_DECAY = 0.999
+EMBEDDING_DEVIATION = 0.3
+"""Of the initial token embeddings: the U-Net is to tell words apart from its first step."""
+IDLE_WORDS = (
+    *("photographic", "anime", "detailed", "soft", "vintage", "modern", "quiet", "cinematic", "abstract", "fine"),
+    *("bright", "calm", "simple", "drawing", "poster", "print", "digital", "art", "sharp", "clean", "glossy", "matte"),
+)
+"""Words that mean nothing here. L meets them beside a caption of G, and learns that unknown words change nothing."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A drawn picture, ready to be trained on: scaled latents [4, h, w]."""
+
+    scene: Scene
+    latents: torch.Tensor
+    assignment: BucketAssignment
+
+
+def make_drawings(vae: AutoencoderKL, num_drawings: int, seed: int) -> list[Drawing]:
+    """Random plain scenes of all `ORIGINAL_SIZES`, resized and cropped to their buckets, and their latents."""
+    generator = random.Random(seed)
+    return [_make_drawing(vae, generator) for _ in trange(num_drawings, desc="drawings", mininterval=10)]
+
+
+def train_text_and_unet(
+    model: SdxlModel, drawings: Sequence[Drawing], num_steps: int, seed: int, save: Callable[[nn.ModuleDict], None]
+) -> None:
+    """Train both text encoders and the U-Net with the loss of SDXL; at its end `model` has their running averages.
+
+    `save` is given the averages now and then.
+    """
+    choice = random.Random(seed)
+    noise_generator = torch.Generator().manual_seed(seed)
+    spread_embeddings(model, noise_generator)
+    trained = nn.ModuleDict({part: getattr(model, part) for part in PARTS}).train()
+    averages = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_cosine(step, num_steps))
+    by_bucket = _by_bucket(drawings)
+    bar = trange(num_steps, desc="text encoders and U-Net", mininterval=10)
+    mean_loss = 1.0
+    for step in bar:
+        loss = _loss(model, _draw_batch(by_bucket, choice), choice, noise_generator)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained.parameters(), 1.0, foreach=True)
+        optimizer.step()
+        schedule.step()
+        averages.update_parameters(trained)
+        mean_loss += (loss.item() - mean_loss) / min(step + 1, 100)
+        if step % 20 == 19:
+            bar.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
+        if step % 250 == 249:
+            tqdm.write(f"step {step + 1}: loss {mean_loss:.4f}")
+            save(averages.module)
+    trained.load_state_dict(averages.module.state_dict())
+    trained.eval()
+
+
+@torch.no_grad()
+def spread_embeddings(model: SdxlModel, generator: torch.Generator) -> None:
+    """Draw the token embeddings of both encoders anew, with `EMBEDDING_DEVIATION`."""
+    for encoder in (model.text_encoder_l, model.text_encoder_g):
+        encoder.get_input_embeddings().weight.normal_(std=EMBEDDING_DEVIATION, generator=generator)
+
+
+def caption_pair(scene: Scene, choice: random.Random) -> tuple[str, str]:
+    """The captions for L and G: mostly the same for both, as SDXL was trained; sometimes one or both say nothing.
+
+    Without these a fine-tune could not part what L says from what G says, and there would be no guidance.
+    """
+    caption = partial_caption(scene, choice)
+    kind = choice.random()
+    if kind < 0.1:
+        return "", ""
+    if kind < 0.2:
+        return "", caption
+    if kind < 0.3:
+        return caption, ""
+    if kind < 0.4:
+        return ", ".join(choice.sample(IDLE_WORDS, choice.randint(1, 2))), caption
+    return caption, caption
+
+
+def partial_caption(scene: Scene, choice: random.Random) -> str:
+    """The scene in words, some of which are left out, so that shorter prompts work too."""
+    where, _ = PLACES[scene.place]
+    words = ["a", scene.magnitude, scene.colour, scene.shape, where]
+    kept = [word for word in words if word in (scene.colour, scene.shape, "a") or choice.random() < 0.85]
+    background = f", {scene.background} background" if choice.random() < 0.85 else ""
+    return " ".join(kept) + background
+
+
+def _make_drawing(vae: AutoencoderKL, generator: random.Random) -> Drawing:
+    scene = random_scene(generator, size=generator.choice(ORIGINAL_SIZES))
+    assignment = BUCKETS.assign(Size(*scene.size))
+    pixels = pixels_to_tensor(resize_and_crop(draw(scene), assignment.resized, assignment.bucket))
+    return Drawing(scene, encode_pixels(vae, pixels[None])[0] * LATENT_SCALE, assignment)
+
+
+def _by_bucket(drawings: Sequence[Drawing]) -> dict[Size, list[Drawing]]:
+    by_bucket: dict[Size, list[Drawing]] = {}
+    for drawing in drawings:
+        by_bucket.setdefault(drawing.assignment.bucket, []).append(drawing)
+    return by_bucket
+
+
+def _draw_batch(by_bucket: dict[Size, list[Drawing]], choice: random.Random) -> list[Drawing]:
+    """Pictures of one bucket; the buckets come as often as their pictures are many."""
+    sizes = [len(drawings) for drawings in by_bucket.values()]
+    (drawings,) = choice.choices(list(by_bucket.values()), weights=sizes)
+    return choice.sample(drawings, BATCH_PICTURES)
+
+
+def _loss(
+    model: SdxlModel, batch: Sequence[Drawing], choice: random.Random, noise_generator: torch.Generator
+) -> torch.Tensor:
+    """The mean loss of a batch of B pictures, each with `DRAWS_PER_PICTURE` draws of noise and timestep."""
+    captions_l, captions_g = zip(*(caption_pair(drawing.scene, choice) for drawing in batch), strict=True)
+    text = encode_captions(model.text_encoder_l, model.text_encoder_g, tokenize_captions(captions_l, captions_g, 1))
+    text = TextConditioning(*(tensor.repeat(DRAWS_PER_PICTURE, *[1] * (tensor.dim() - 1)) for tensor in text))
+    sizes = _sizes(batch).repeat(DRAWS_PER_PICTURE, 1)
+    latents = torch.stack([drawing.latents for drawing in batch]).repeat(DRAWS_PER_PICTURE, 1, 1, 1)
+    noisy = draw_training_noise(latents, make_noise_schedule(), NoiseOptions(), noise_generator)
+    predicted = model.unet(
+        noisy.noisy_latents,
+        noisy.timesteps,
+        encoder_hidden_states=text.hidden,
+        added_cond_kwargs={"text_embeds": text.pooled, "time_ids": sizes},
+    ).sample
+    return per_sample_loss(predicted, noisy.noise).mean()
+
+
+def _sizes(batch: Sequence[Drawing]) -> torch.Tensor:
+    """The six sizes of each picture, [B, 6]."""
+    original, crop, target = [], [], []
+    for drawing in batch:
+        bucket, resized, _ = drawing.assignment
+        left, top, _, _ = true_crop_ltrb(bucket, resized)
+        width, height = drawing.scene.size
+        original.append((height, width))
+        crop.append((top, left))
+        target.append((bucket.height, bucket.width))
+    return size_conditioning(torch.tensor(original), torch.tensor(crop), torch.tensor(target))
