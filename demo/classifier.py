@@ -7,6 +7,7 @@ noisy a little, so that it reads pictures of the model as well as drawings.
 """
 
 import argparse
+import itertools
 import random
 import sys
 from collections.abc import Mapping, Sequence
@@ -69,7 +70,7 @@ class Classifier(nn.Module):
         super().__init__()
         channels = (3, 24, 48, 64, 64)
         self.features = nn.Sequential(
-            *(_halving(inputs, outputs) for inputs, outputs in zip(channels, channels[1:], strict=False)), nn.Flatten()
+            *(_halving(inputs, outputs) for inputs, outputs in itertools.pairwise(channels)), nn.Flatten()
         )
         width = channels[-1] * (SIDE // 16) ** 2
         self.heads = nn.ModuleDict({name: nn.Linear(width, len(answers)) for name, answers in QUESTIONS.items()})
@@ -147,8 +148,7 @@ def accuracies(classifier: Classifier, pictures: Sequence[Image.Image], scenes: 
     """The part of right answers to each question."""
     pairs = list(zip(read_pictures(classifier, pictures), map(reading_of, scenes), strict=True))
     return {
-        name: sum(getattr(read, name) == getattr(true, name) for read, true in pairs) / len(pairs)
-        for name in QUESTIONS
+        name: sum(getattr(read, name) == getattr(true, name) for read, true in pairs) / len(pairs) for name in QUESTIONS
     }
 
 

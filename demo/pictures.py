@@ -22,27 +22,27 @@ COLOURS = {"red": "#d42a22", "yellow": "#f0b414", "green": "#26984a", "blue": "#
 BACKGROUNDS = {"white": "#fafafa", "grey": "#a6acb4", "black": "#16181c"}
 SHAPES = ("circle", "triangle", "square", "star")
 PLACES = {  # name: the phrase of the caption, and where the centre of the shape is, as parts of width and height
-    "left": ("on the left", (0.36, 0.5)),
-    "right": ("on the right", (0.64, 0.5)),
-    "top": ("at the top", (0.5, 0.36)),
-    "bottom": ("at the bottom", (0.5, 0.64)),
+    "left": ("on the left", (0.34, 0.5)),
+    "right": ("on the right", (0.66, 0.5)),
+    "top": ("at the top", (0.5, 0.34)),
+    "bottom": ("at the bottom", (0.5, 0.66)),
     "middle": ("in the middle", (0.5, 0.5)),
 }
-RADII = {"small": 0.25, "large": 0.38}
+RADII = {"small": 0.26, "large": 0.38}
 """Radius of the circle around the shape, as a part of the shorter side."""
 PLAIN = "plain"
 """The style of the pictures that the tiny SDXL was first trained on; no caption names it."""
 PATTERNS = ("stripes", "dots", "checks")
 STYLES = (*PATTERNS, "outline")
 """The styles that a fine-tuning adds."""
-SIZES = ((128, 128), (160, 96), (96, 160))
+SIZES = ((96, 96), (128, 64), (64, 128))
 """Width and height in pixels: square, landscape and portrait, so that three buckets are used."""
 HELD_OUT = (("stripes", "circle"), ("dots", "triangle"), ("checks", "square"), ("outline", "star"))
 """Pairs of style and shape that the fine-tuning set lacks: whether they can be drawn all the same is measured."""
 
 _OVERSAMPLING = 4  # drawn this much larger, then averaged: smooth edges
 _PERIOD = 16  # pixels from one stripe, dot or check to the next
-_LINE_WIDTH = 6  # pixels
+_LINE_WIDTH = 5  # pixels
 _JITTER = 0.03  # of the centre, as a part of each side, and of the radius
 _PALE = 0.7  # of white in the second colour of a pattern
 
@@ -74,7 +74,7 @@ class Scene:
         return self.content if self.style == PLAIN else f"{self.style}, {self.content}"
 
 
-def random_scene(generator: random.Random, styles: Sequence[str] = (PLAIN,), size: tuple[int, int] = (128, 128)) -> Scene:
+def random_scene(generator: random.Random, styles: Sequence[str] = (PLAIN,), size: tuple[int, int] = SIZES[0]) -> Scene:
     """A scene of which everything but the size of the picture is drawn by chance."""
     place = generator.choice(list(PLACES))
     magnitude = generator.choice(list(RADII))
@@ -98,9 +98,7 @@ def fine_tuning_scenes(num_pictures: int, seed: int) -> list[Scene]:
     generator = random.Random(seed)
     pairs = [pair for pair in itertools.product(STYLES, SHAPES) if pair not in HELD_OUT]
     chosen = zip(range(num_pictures), itertools.cycle(pairs), itertools.cycle(SIZES + SIZES[:1]), strict=False)
-    return [
-        replace(random_scene(generator, size=size), style=style, shape=shape) for _, (style, shape), size in chosen
-    ]
+    return [replace(random_scene(generator, size=size), style=style, shape=shape) for _, (style, shape), size in chosen]
 
 
 def draw(scene: Scene) -> Image.Image:

@@ -5,6 +5,7 @@ python demo/pretrain_tiny_sdxl.py tiny.safetensors --vae demo/tiny_sdxl.safetens
 """
 
 import argparse
+import math
 import random
 import sys
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from demo.pictures import PLAIN, STYLES, draw, random_scene
+from demo.pictures import PLAIN, SIZES, STYLES, draw, random_scene
 from demo.pretrain_unet import make_drawings, train_text_and_unet
 from demo.pretrain_vae import fold_latent_statistics, signal_to_noise, train_vae
 from library.config.errors import exits_on_user_error
@@ -39,14 +40,14 @@ _NARROW = make_architecture(
     heads_g=2,
     norm_num_groups=4,
 )
-TINY = replace(_NARROW, vae={**_NARROW.vae, "norm_num_groups": 2})
+TINY = replace(_NARROW, vae={**_NARROW.vae, "norm_num_groups": 1})
 """SDXL's skeleton as narrow as a file of 15 MB needs: the two tables of 49408 tokens are a third of it.
 
-A group norm over few channels takes the brightness and the colour of a flat picture away: the VAE has larger groups.
+A group norm over few channels takes the brightness and the colour of a flat picture away: the VAE has one group.
 """
-VAE_STEPS = 2400
-UNET_STEPS = 6000
-NUM_DRAWINGS = 6000
+VAE_STEPS = 1800
+UNET_STEPS = 3000
+NUM_DRAWINGS = 3000
 
 
 @exits_on_user_error
@@ -62,16 +63,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_single_file(arguments.path, replace(model, **averaged), torch.float16, header())
 
     if arguments.vae is None:
-        train_vae(model.vae, arguments.vae_steps, arguments.seed, save)
+        train_vae(model.vae, arguments.vae_steps, arguments.seed)
         fold_latent_statistics(model.vae, drawn_pixels(256, seed=arguments.seed + 1))
-    else:
-        model.vae = read_vae(arguments.vae, torch.float32)
-    save()
+        save()
+    model.vae = read_vae(arguments.vae or arguments.path, torch.float32)  # in the file's precision from here on
     for styles in ((PLAIN,), STYLES):
         decibels = signal_to_noise(model.vae, drawn_pixels(64, seed=arguments.seed + 2, styles=styles))
         print(f"the VAE reconstructs {', '.join(styles)} to {decibels:.1f} dB", flush=True)
     drawings = make_drawings(model.vae, arguments.num_drawings, arguments.seed)
-    train_text_and_unet(model, drawings, arguments.unet_steps, arguments.seed, save)
+    seconds = 60 * arguments.max_minutes
+    train_text_and_unet(model, drawings, arguments.unet_steps, arguments.seed, save, seconds)
     save()
     return 0
 
@@ -83,6 +84,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--vae", type=Path, help="take the VAE from this file instead of training it")
     parser.add_argument("--vae_steps", type=int, default=VAE_STEPS)
     parser.add_argument("--unet_steps", type=int, default=UNET_STEPS)
+    parser.add_argument("--max_minutes", type=float, default=math.inf, help="for text encoders and U-Net")
     parser.add_argument("--num_drawings", type=int, default=NUM_DRAWINGS, help="that the U-Net learns from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num_threads", type=int, default=1, help="CPU cores to use")
@@ -102,7 +104,7 @@ def new_model(architecture: Architecture) -> SdxlModel:
 
 
 def drawn_pixels(num_pictures: int, *, seed: int, styles: Sequence[str] = (PLAIN,)) -> torch.Tensor:
-    """Square drawings [num_pictures, 3, 128, 128] in -1..1."""
+    """Square drawings [num_pictures, 3, 96, 96] in -1..1."""
     generator = random.Random(seed)
     pictures = [draw(random_scene(generator, styles)) for _ in range(num_pictures)]
     return torch.stack([pixels_to_tensor(np.array(picture)) for picture in pictures])
@@ -111,7 +113,7 @@ def drawn_pixels(num_pictures: int, *, seed: int, styles: Sequence[str] = (PLAIN
 def header() -> dict[str, str]:
     """The header of the file."""
     about = ModelSpecOptions(metadata_description="Tiny SDXL that draws coloured shapes, for demo and tests.")
-    return model_spec(about, name="tiny SDXL", resolution=(128, 128), timesteps=None, now=datetime.now())
+    return model_spec(about, name="tiny SDXL", resolution=SIZES[0], timesteps=None, now=datetime.now())
 
 
 if __name__ == "__main__":

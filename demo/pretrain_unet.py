@@ -1,11 +1,14 @@
 """The second part of the pretraining: text encoders and U-Net, together, on the latents of drawn pictures."""
 
+import math
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm, trange
@@ -25,11 +28,11 @@ from library.sdxl.tokenizers import tokenize_captions
 
 PARTS = ("unet", "text_encoder_l", "text_encoder_g")
 """Of a model, that are trained here."""
-BUCKETS = BucketRule(Size(128, 128), min_bucket_reso=96, max_bucket_reso=160, bucket_reso_steps=32, no_upscale=False)
-ORIGINAL_SIZES = ((128, 128), (192, 192), (144, 128), (160, 96), (240, 160), (96, 160), (144, 240))
+BUCKETS = BucketRule(Size(96, 96), min_bucket_reso=64, max_bucket_reso=128, bucket_reso_steps=32, no_upscale=False)
+ORIGINAL_SIZES = ((96, 96), (144, 144), (108, 96), (128, 64), (192, 100), (64, 128), (96, 180))
 """Width and height of the drawings; `BUCKETS` says what becomes of them."""
-BATCH_PICTURES = 12
-DRAWS_PER_PICTURE = 2
+BATCH_PICTURES = 8
+DRAWS_PER_PICTURE = 3
 """Noise and timesteps that each picture of a batch meets at once: its captions are encoded only once."""
 PEAK_RATE = 1.5e-3
 EMA_DECAY = 0.999
@@ -58,29 +61,39 @@ def make_drawings(vae: AutoencoderKL, num_drawings: int, seed: int) -> list[Draw
 
 
 def train_text_and_unet(
-    model: SdxlModel, drawings: Sequence[Drawing], num_steps: int, seed: int, save: Callable[[nn.ModuleDict], None]
+    model: SdxlModel,
+    drawings: Sequence[Drawing],
+    num_steps: int,
+    seed: int,
+    save: Callable[[nn.ModuleDict], None],
+    max_seconds: float = math.inf,
 ) -> None:
     """Train both text encoders and the U-Net with the loss of SDXL; at its end `model` has their running averages.
 
-    `save` is given the averages now and then.
+    `save` is given the averages now and then. Where `max_seconds` would be over before the last step, the learning
+    rate falls sooner and there are fewer steps.
     """
     choice = random.Random(seed)
     noise_generator = torch.Generator().manual_seed(seed)
     spread_embeddings(model, noise_generator)
+    soften_residuals(model)
     trained = nn.ModuleDict({part: getattr(model, part) for part in PARTS}).train()
     averages = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
     optimizer = torch.optim.AdamW(trained.parameters(), lr=PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_cosine(step, num_steps))
     by_bucket = _by_bucket(drawings)
     bar = trange(num_steps, desc="text encoders and U-Net", mininterval=10)
     mean_loss = 1.0
+    started = time.monotonic()
     for step in bar:
+        done = max(step / num_steps, (time.monotonic() - started) / max_seconds)
+        if done >= 1:
+            break
+        optimizer.param_groups[0]["lr"] = PEAK_RATE * warm_cosine(done)
         loss = _loss(model, _draw_batch(by_bucket, choice), choice, noise_generator)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(trained.parameters(), 1.0, foreach=True)
         optimizer.step()
-        schedule.step()
         averages.update_parameters(trained)
         mean_loss += (loss.item() - mean_loss) / min(step + 1, 100)
         if step % 20 == 19:
@@ -97,6 +110,16 @@ def spread_embeddings(model: SdxlModel, generator: torch.Generator) -> None:
     """Draw the token embeddings of both encoders anew, with `EMBEDDING_DEVIATION`."""
     for encoder in (model.text_encoder_l, model.text_encoder_g):
         encoder.get_input_embeddings().weight.normal_(std=EMBEDDING_DEVIATION, generator=generator)
+
+
+@torch.no_grad()
+def soften_residuals(model: SdxlModel) -> None:
+    """Let the U-Net's 70 transformer blocks and its residual blocks add little at first: deep networks begin better."""
+    for name, layer in model.unet.named_modules():
+        if isinstance(layer, ResnetBlock2D):
+            nn.init.zeros_(layer.conv2.weight)
+        elif name.endswith(("proj_out", "to_out.0", "ff.net.2")):  # what a transformer adds, whole and part by part
+            layer.weight *= 0.2
 
 
 def caption_pair(scene: Scene, choice: random.Random) -> tuple[str, str]:
