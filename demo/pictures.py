@@ -94,11 +94,16 @@ def random_scene(generator: random.Random, styles: Sequence[str] = (PLAIN,), siz
 
 
 def fine_tuning_scenes(num_pictures: int, seed: int) -> list[Scene]:
-    """The scenes of the demo: every pair of style and shape but `HELD_OUT` in turn, and every size of picture."""
+    """The scenes of the demo: every pair of style and shape but `HELD_OUT` in turn, each time in another size."""
     generator = random.Random(seed)
     pairs = [pair for pair in itertools.product(STYLES, SHAPES) if pair not in HELD_OUT]
-    chosen = zip(range(num_pictures), itertools.cycle(pairs), itertools.cycle(SIZES + SIZES[:1]), strict=False)
-    return [replace(random_scene(generator, size=size), style=style, shape=shape) for _, (style, shape), size in chosen]
+    scenes = []
+    for number in range(num_pictures):
+        rounds, index = divmod(number, len(pairs))
+        style, shape = pairs[index]
+        size = SIZES[(index + rounds) % len(SIZES)]
+        scenes.append(replace(random_scene(generator, size=size), style=style, shape=shape))
+    return scenes
 
 
 def draw(scene: Scene) -> Image.Image:

@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywher
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from demo.pictures import PLAIN, SIZES, STYLES, draw, random_scene
@@ -46,8 +45,8 @@ TINY = replace(_NARROW, vae={**_NARROW.vae, "norm_num_groups": 1})
 A group norm over few channels takes the brightness and the colour of a flat picture away: the VAE has one group.
 """
 VAE_STEPS = 1800
-UNET_STEPS = 3000
-NUM_DRAWINGS = 3000
+UNET_STEPS = 4000
+NUM_DRAWINGS = 2000
 
 
 @exits_on_user_error
@@ -58,9 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(arguments.seed)
     model = new_model(TINY)
 
-    def save(trained: nn.ModuleDict | None = None) -> None:
-        averaged = {} if trained is None else dict(trained.items())
-        write_single_file(arguments.path, replace(model, **averaged), torch.float16, header())
+    def save() -> None:
+        write_single_file(arguments.path, model, torch.float16, header())
 
     if arguments.vae is None:
         train_vae(model.vae, arguments.vae_steps, arguments.seed)
@@ -73,7 +71,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     drawings = make_drawings(model.vae, arguments.num_drawings, arguments.seed)
     seconds = 60 * arguments.max_minutes
     train_text_and_unet(model, drawings, arguments.unet_steps, arguments.seed, save, seconds)
-    save()
     return 0
 
 

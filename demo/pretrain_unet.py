@@ -3,8 +3,9 @@
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from diffusers import AutoencoderKL
@@ -15,6 +16,7 @@ from tqdm import tqdm, trange
 
 from demo.pictures import PLACES, Scene, draw, random_scene
 from demo.pretrain_vae import warm_cosine
+from demo.shallow import silence_deep_blocks, without_deep_blocks
 from library.data.buckets import BucketAssignment, BucketRule, Size, true_crop_ltrb
 from library.data.images import resize_and_crop
 from library.data.latent_preparation import pixels_to_tensor
@@ -35,7 +37,8 @@ BATCH_PICTURES = 8
 DRAWS_PER_PICTURE = 3
 """Noise and timesteps that each picture of a batch meets at once: its captions are encoded only once."""
 PEAK_RATE = 1.5e-3
-EMA_DECAY = 0.999
+EMA_DECAY = 0.998
+STEPS_BETWEEN_SAVES = 250
 EMBEDDING_DEVIATION = 0.3
 """Of the initial token embeddings: the U-Net is to tell words apart from its first step."""
 IDLE_WORDS = (
@@ -65,25 +68,52 @@ def train_text_and_unet(
     drawings: Sequence[Drawing],
     num_steps: int,
     seed: int,
-    save: Callable[[nn.ModuleDict], None],
+    save: Callable[[], None],
     max_seconds: float = math.inf,
 ) -> None:
     """Train both text encoders and the U-Net with the loss of SDXL; at its end `model` has their running averages.
 
-    `save` is given the averages now and then. Where `max_seconds` would be over before the last step, the learning
-    rate falls sooner and there are fewer steps.
+    `save` is called now and then, while `model` has the averages. Where `max_seconds` would be over before the last
+    step, the learning rate falls sooner and there are fewer steps.
     """
-    choice = random.Random(seed)
     noise_generator = torch.Generator().manual_seed(seed)
     spread_embeddings(model, noise_generator)
     soften_residuals(model)
-    trained = nn.ModuleDict({part: getattr(model, part) for part in PARTS}).train()
-    averages = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    silence_deep_blocks(model)
+    with without_deep_blocks(model):
+        trained = nn.ModuleDict({part: getattr(model, part) for part in PARTS})
+        averages = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
+    steps = _training_steps(model, trained, drawings, num_steps, seed, noise_generator, max_seconds)
+    while True:
+        with without_deep_blocks(model):
+            is_over = not [averages.update_parameters(trained) for _ in islice(steps, STEPS_BETWEEN_SAVES)]
+            latest = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
+            trained.load_state_dict(averages.module.state_dict())
+        save()
+        if is_over:
+            break
+        with without_deep_blocks(model):
+            trained.load_state_dict(latest)
+    trained.eval()
+
+
+def _training_steps(
+    model: SdxlModel,
+    trained: nn.ModuleDict,
+    drawings: Sequence[Drawing],
+    num_steps: int,
+    seed: int,
+    noise_generator: torch.Generator,
+    max_seconds: float,
+) -> Iterator[None]:
+    """The optimizer steps, each done when it is asked for."""
+    choice = random.Random(seed)
     by_bucket = _by_bucket(drawings)
-    bar = trange(num_steps, desc="text encoders and U-Net", mininterval=10)
-    mean_loss = 1.0
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    trained.train()
     started = time.monotonic()
+    mean_loss = 1.0
+    bar = trange(num_steps, desc="text encoders and U-Net", mininterval=10)
     for step in bar:
         done = max(step / num_steps, (time.monotonic() - started) / max_seconds)
         if done >= 1:
@@ -94,15 +124,11 @@ def train_text_and_unet(
         loss.backward()
         nn.utils.clip_grad_norm_(trained.parameters(), 1.0, foreach=True)
         optimizer.step()
-        averages.update_parameters(trained)
         mean_loss += (loss.item() - mean_loss) / min(step + 1, 100)
-        if step % 20 == 19:
-            bar.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
-        if step % 250 == 249:
+        bar.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
+        if step % STEPS_BETWEEN_SAVES == STEPS_BETWEEN_SAVES - 1:
             tqdm.write(f"step {step + 1}: loss {mean_loss:.4f}")
-            save(averages.module)
-    trained.load_state_dict(averages.module.state_dict())
-    trained.eval()
+        yield
 
 
 @torch.no_grad()

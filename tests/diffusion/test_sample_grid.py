@@ -40,7 +40,10 @@ def test_every_picture_lies_in_the_row_of_its_l_prompt_and_the_column_of_its_g_p
     assert cells == {(100, 10), (100, 30), (200, 10), (200, 20), (200, 30)}
     places = {
         (row, column): next(
-            (x, y) for y in range(table.height) for x in range(table.width) if table.getpixel((x, y)) == (255, row, column)
+            (x, y)
+            for y in range(table.height)
+            for x in range(table.width)
+            if table.getpixel((x, y)) == (255, row, column)
         )
         for row, column in cells
     }
@@ -55,5 +58,5 @@ def test_too_many_cells_are_refused_with_their_number():
 
 
 def test_a_file_without_any_l_prompt_makes_no_grid():
-    with pytest.raises(UserError, match="no line of the prompt file has an L prompt. Add --e"):
+    with pytest.raises(UserError, match="no line of the prompt file has an L prompt"):
         make_sample_grid([SamplePrompt("a cat", "a cat", shared=True)])
