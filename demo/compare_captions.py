@@ -46,7 +46,7 @@ def fine_tune(folder: Path, num_steps: int, seed: int, *, joint: bool) -> Path:
 
 def figures_of_seed(folder: Path, num_steps: int, seed: int) -> dict[str, Figures]:
     """The figures of every case, with the pictures and the noise of `seed`."""
-    models = {None: BASE}
+    models: dict[bool | None, Path] = {None: BASE}
     for joint in (False, True):
         name = f"{'joint' if joint else 'separate'}-{seed}"
         models[joint] = fine_tune(folder / name, num_steps, seed, joint=joint)

@@ -24,7 +24,7 @@ def read_samples(folder: Path) -> dict[tuple[Prompt, int], Image.Image]:
 
     What they show is read from their PNG texts. Raises `UserError` where there are none.
     """
-    samples = {}
+    samples: dict[tuple[Prompt, int], Image.Image] = {}
     for path in sorted(folder.glob("*.png"), key=lambda path: (path.stat().st_mtime, path.name)):
         with Image.open(path) as picture:
             picture.load()

@@ -114,7 +114,7 @@ def draw_all(networks: SamplingNetworks, prompts: Sequence[SamplePrompt], seeds:
 
 
 def read_drawn(
-    networks: SamplingNetworks, scenes: Sequence[Scene], *, joint: bool, seeds: Sequence[int]
+    networks: SamplingNetworks, scenes: Sequence[Scene], seeds: Sequence[int], *, joint: bool
 ) -> list[Reading]:
     """What the classifier reads in a picture of each scene."""
     prompts = [prompt_of(scene, joint=joint) for scene in scenes]

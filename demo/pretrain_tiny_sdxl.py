@@ -71,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     drawings = make_drawings(model.vae, arguments.num_drawings, arguments.seed)
     seconds = 60 * arguments.max_minutes
     train_text_and_unet(model, drawings, arguments.unet_steps, arguments.seed, save, seconds)
+    save()
     return 0
 
 

@@ -5,7 +5,6 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 from diffusers import AutoencoderKL
@@ -80,55 +79,52 @@ def train_text_and_unet(
     spread_embeddings(model, noise_generator)
     soften_residuals(model)
     silence_deep_blocks(model)
-    with without_deep_blocks(model):
-        trained = nn.ModuleDict({part: getattr(model, part) for part in PARTS})
-        averages = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
-    steps = _training_steps(model, trained, drawings, num_steps, seed, noise_generator, max_seconds)
-    while True:
-        with without_deep_blocks(model):
-            is_over = not [averages.update_parameters(trained) for _ in islice(steps, STEPS_BETWEEN_SAVES)]
+    trained = nn.ModuleDict({part: getattr(model, part) for part in PARTS}).train()
+    averages = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
+    for step in _training_steps(model, drawings, num_steps, seed, noise_generator, max_seconds):
+        averages.update_parameters(trained)
+        if step % STEPS_BETWEEN_SAVES == 0:
             latest = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
             trained.load_state_dict(averages.module.state_dict())
-        save()
-        if is_over:
-            break
-        with without_deep_blocks(model):
+            save()
             trained.load_state_dict(latest)
+    trained.load_state_dict(averages.module.state_dict())
     trained.eval()
 
 
 def _training_steps(
     model: SdxlModel,
-    trained: nn.ModuleDict,
     drawings: Sequence[Drawing],
     num_steps: int,
     seed: int,
     noise_generator: torch.Generator,
     max_seconds: float,
-) -> Iterator[None]:
-    """The optimizer steps, each done when it is asked for."""
+) -> Iterator[int]:
+    """The optimizer steps, counted from 1, each done when it is asked for."""
     choice = random.Random(seed)
     by_bucket = _by_bucket(drawings)
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    trained.train()
+    with without_deep_blocks(model):
+        parameters = [parameter for part in PARTS for parameter in getattr(model, part).parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     started = time.monotonic()
     mean_loss = 1.0
-    bar = trange(num_steps, desc="text encoders and U-Net", mininterval=10)
+    bar = trange(1, num_steps + 1, desc="text encoders and U-Net", mininterval=10)
     for step in bar:
-        done = max(step / num_steps, (time.monotonic() - started) / max_seconds)
+        done = max((step - 1) / num_steps, (time.monotonic() - started) / max_seconds)
         if done >= 1:
             break
         optimizer.param_groups[0]["lr"] = PEAK_RATE * warm_cosine(done)
-        loss = _loss(model, _draw_batch(by_bucket, choice), choice, noise_generator)
         optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained.parameters(), 1.0, foreach=True)
+        with without_deep_blocks(model):
+            loss = _loss(model, _draw_batch(by_bucket, choice), choice, noise_generator)
+            loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
         optimizer.step()
-        mean_loss += (loss.item() - mean_loss) / min(step + 1, 100)
+        mean_loss += (loss.item() - mean_loss) / min(step, 100)
         bar.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
-        if step % STEPS_BETWEEN_SAVES == STEPS_BETWEEN_SAVES - 1:
-            tqdm.write(f"step {step + 1}: loss {mean_loss:.4f}")
-        yield
+        if step % STEPS_BETWEEN_SAVES == 0:
+            tqdm.write(f"step {step}: loss {mean_loss:.4f}")
+        yield step
 
 
 @torch.no_grad()
