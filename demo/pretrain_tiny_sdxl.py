@@ -2,6 +2,7 @@
 
 python demo/pretrain_tiny_sdxl.py demo/tiny_sdxl.safetensors              an hour and a half on one core
 python demo/pretrain_tiny_sdxl.py tiny.safetensors --vae demo/tiny_sdxl.safetensors     keep that file's VAE
+python demo/pretrain_tiny_sdxl.py tiny.safetensors --start demo/tiny_sdxl.safetensors   go on with all of that file
 """
 
 import argparse
@@ -21,12 +22,13 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from demo.pictures import PLAIN, SIZES, STYLES, draw, random_scene
-from demo.pretrain_unet import make_drawings, train_text_and_unet
+from demo.pretrain_unet import make_drawings, soften_residuals, spread_embeddings, train_text_and_unet
 from demo.pretrain_vae import fold_latent_statistics, signal_to_noise, train_vae
+from demo.shallow import silence_deep_blocks
 from library.config.errors import exits_on_user_error
 from library.data.latent_preparation import pixels_to_tensor
 from library.sdxl.architecture import DEFAULT_LOGIT_SCALE, Architecture, SdxlModel, make_architecture
-from library.sdxl.checkpoint_file import read_vae, write_single_file
+from library.sdxl.checkpoint_file import ModelDtypes, read_single_file, read_vae, write_single_file
 from library.sdxl.model_spec import ModelSpecOptions, model_spec
 
 _NARROW = make_architecture(
@@ -54,17 +56,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train and write the file that the command line asks for."""
     arguments = parse_arguments(argv)
     torch.set_num_threads(arguments.num_threads)
-    torch.manual_seed(arguments.seed)
-    model = new_model(TINY)
+    model = first_model(arguments.start, arguments.seed)
 
     def save() -> None:
         write_single_file(arguments.path, model, torch.float16, header())
 
-    if arguments.vae is None:
+    if arguments.start is None and arguments.vae is None:
         train_vae(model.vae, arguments.vae_steps, arguments.seed)
         fold_latent_statistics(model.vae, drawn_pixels(256, seed=arguments.seed + 1))
         save()
-    model.vae = read_vae(arguments.vae or arguments.path, torch.float32)  # in the file's precision from here on
+    # In the file's precision from here on.
+    model.vae = read_vae(arguments.start or arguments.vae or arguments.path, torch.float32)
     for styles in ((PLAIN,), STYLES):
         decibels = signal_to_noise(model.vae, drawn_pixels(64, seed=arguments.seed + 2, styles=styles))
         print(f"the VAE reconstructs {', '.join(styles)} to {decibels:.1f} dB", flush=True)
@@ -80,6 +82,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, help="the .safetensors file to write")
     parser.add_argument("--vae", type=Path, help="take the VAE from this file instead of training it")
+    parser.add_argument("--start", type=Path, help="go on with the networks of this file instead of new ones")
     parser.add_argument("--vae_steps", type=int, default=VAE_STEPS)
     parser.add_argument("--unet_steps", type=int, default=UNET_STEPS)
     parser.add_argument("--max_minutes", type=float, default=math.inf, help="for text encoders and U-Net")
@@ -87,6 +90,19 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num_threads", type=int, default=1, help="CPU cores to use")
     return parser.parse_args(argv)
+
+
+def first_model(start: Path | None, seed: int) -> SdxlModel:
+    """The networks of the file `start`, or new ones that are ready to be trained; float32."""
+    if start is not None:
+        whole = torch.float32
+        return read_single_file(start, ModelDtypes(unet=whole, vae=whole, text_encoder_l=whole, text_encoder_g=whole))
+    torch.manual_seed(seed)
+    model = new_model(TINY)
+    spread_embeddings(model, torch.Generator().manual_seed(seed))
+    soften_residuals(model)
+    silence_deep_blocks(model)
+    return model
 
 
 def new_model(architecture: Architecture) -> SdxlModel:

@@ -15,7 +15,7 @@ from tqdm import tqdm, trange
 
 from demo.pictures import PLACES, Scene, draw, random_scene
 from demo.pretrain_vae import warm_cosine
-from demo.shallow import silence_deep_blocks, without_deep_blocks
+from demo.shallow import without_deep_blocks
 from library.data.buckets import BucketAssignment, BucketRule, Size, true_crop_ltrb
 from library.data.images import resize_and_crop
 from library.data.latent_preparation import pixels_to_tensor
@@ -72,13 +72,11 @@ def train_text_and_unet(
 ) -> None:
     """Train both text encoders and the U-Net with the loss of SDXL; at its end `model` has their running averages.
 
+    Its deep blocks are left out meanwhile, and must have been silenced before (demo/shallow.py).
     `save` is called now and then, while `model` has the averages. Where `max_seconds` would be over before the last
     step, the learning rate falls sooner and there are fewer steps.
     """
     noise_generator = torch.Generator().manual_seed(seed)
-    spread_embeddings(model, noise_generator)
-    soften_residuals(model)
-    silence_deep_blocks(model)
     trained = nn.ModuleDict({part: getattr(model, part) for part in PARTS}).train()
     averages = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
     for step in _training_steps(model, drawings, num_steps, seed, noise_generator, max_seconds):
