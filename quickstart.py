@@ -26,8 +26,12 @@ REQUIREMENTS = ROOT / "requirements.txt"
 DEV_REQUIREMENTS = ROOT / "requirements-dev.txt"
 
 DEMO_FOLDER = Path("demo/output/my set")
-DEMO_STEPS = 40
-MADE_BY_DEMO = ("images", "meta_cap.json", "meta_lat.json", "tiny_sdxl.safetensors", "output", "logs")
+DEMO_STEPS = 300
+DEMO_MODEL = "demo/tiny_sdxl.safetensors"
+MADE_BY_DEMO = (
+    *("images", "meta_cap.json", "meta_lat.json", "tiny_sdxl.safetensors", "output", "logs"),
+    *("contact_sheet.png", "figures.txt"),
+)
 """What a demo leaves in its folder, and the next one removes before it starts."""
 
 
@@ -132,32 +136,40 @@ def shown(command: list[str]) -> str:
 
 
 def demo_commands(folder: Path, num_steps: int) -> list[list[str]]:
-    """Pictures and a tiny model, then the four commands of the workflow, as a user would type them."""
+    """Pictures, the four commands of the workflow as a user would type them, and what shows their result."""
     my_set = folder.as_posix()
-    images, model = f"{my_set}/images", f"{my_set}/tiny_sdxl.safetensors"
-    meta_cap, meta_lat = f"{my_set}/meta_cap.json", f"{my_set}/meta_lat.json"
+    sampling = ["--sample_prompts=demo/prompt.txt", f"--sample_every_n_steps={max(1, num_steps // 5)}"]
     return [
-        ["python", "demo/pictures.py", images],
-        ["python", "demo/random_sdxl.py", model],
+        ["python", "demo/pictures.py", f"{my_set}/images"],
+        *workflow_commands(folder, num_steps, [*sampling, "--sample_sampler=euler_a", "--sample_grid"]),
+        ["python", "demo/contact_sheet.py", f"{my_set}/output/sample", f"{my_set}/contact_sheet.png"],
+        [
+            *["python", "demo/figures.py", DEMO_MODEL, f"{my_set}/output/finetuned_model.safetensors"],
+            f"--save={my_set}/figures.txt",
+        ],
+    ]
+
+
+def workflow_commands(folder: Path, num_steps: int, more_flags: list[str]) -> list[list[str]]:
+    """The four commands of the workflow, for pictures and captions in `folder`/images; the last one trains."""
+    my_set = folder.as_posix()
+    images, meta_cap, meta_lat = f"{my_set}/images", f"{my_set}/meta_cap.json", f"{my_set}/meta_lat.json"
+    buckets = ["--min_bucket_reso=64", "--max_bucket_reso=128", "--bucket_reso_steps=32"]
+    return [
         ["python", "finetune/sdxl_merge_captions_g_to_metadata.py", images, meta_cap],
         ["python", "finetune/sdxl_merge_captions_l_to_metadata.py", images, meta_cap],
         [
-            *["python", "finetune/prepare_buckets_latents.py", images, meta_cap, meta_lat, model],
-            *["--batch_size", "1", "--max_resolution=256,256", "--min_bucket_reso=128", "--max_bucket_reso=512"],
-            "--mixed_precision=bf16",
+            *["python", "finetune/prepare_buckets_latents.py", images, meta_cap, meta_lat, DEMO_MODEL],
+            *["--batch_size", "1", "--max_resolution=96,96", *buckets],
         ],
         [
             *["accelerate", "launch", "--num_cpu_threads_per_process=1", "./sdxl_train.py"],
-            *[f"--pretrained_model_name_or_path={model}", "--in_json", meta_lat, f"--train_data_dir={images}"],
-            *["--resolution=256,256", f"--output_dir={my_set}/output", f"--logging_dir={my_set}/logs"],
-            *["--save_model_as=safetensors", "--full_bf16", "--output_name=finetuned_model"],
-            *["--max_data_loader_n_workers=0", "--learning_rate=1e-5", "--train_batch_size=1"],
-            *[f"--max_train_steps={num_steps}", "--mixed_precision=bf16", "--save_precision=bf16"],
-            *["--cache_latents", "--cache_latents_to_disk", "--optimizer_type=Adafactor", "--optimizer_args"],
-            *["scale_parameter=False", "relative_step=False", "warmup_init=False", "weight_decay=0.01"],
-            *["--gradient_checkpointing", "--max_grad_norm=0.0"],
-            *["--noise_offset=0.0357", "--adaptive_noise_scale=0.00357", "--sample_prompts=demo/prompt.txt"],
-            *[f"--sample_every_n_steps={max(1, num_steps // 2)}", "--sample_sampler=euler_a", "--no_half_vae"],
+            *[f"--pretrained_model_name_or_path={DEMO_MODEL}", "--in_json", meta_lat, f"--train_data_dir={images}"],
+            *["--resolution=96,96", *buckets, f"--output_dir={my_set}/output", f"--logging_dir={my_set}/logs"],
+            *["--save_model_as=safetensors", "--output_name=finetuned_model", "--save_precision=fp16"],
+            *["--max_data_loader_n_workers=0", "--train_batch_size=6", f"--max_train_steps={num_steps}"],
+            *["--cache_latents", "--cache_latents_to_disk", "--train_text_encoder", "--learning_rate=1e-3"],
+            *["--optimizer_type=AdamW", "--lr_scheduler=cosine", "--lr_warmup_steps=20", *more_flags],
         ],
     ]
 
@@ -186,11 +198,22 @@ def clear_demo(folder: Path) -> None:
 
 
 def demo_report(environment: Environment, folder: Path, seconds: float) -> str:
-    """Where everything lies and what it is worth."""
+    """Where everything lies, and what to look at."""
     my_set = folder.as_posix()
+    grids = sorted(path.name for path in (ROOT / folder / "output" / "sample").glob("*_grid.png"))
+    before, after = (f"{my_set}/output/sample/{name}" for name in grids)
     tensorboard = shown([str(environment.program("tensorboard")), "--logdir", f"{my_set}/logs"])
     return f"""
-The demo is through, in {seconds:.0f} seconds. What it made:
+The demo is through, in {seconds:.0f} seconds. Look at these first:
+
+  contact sheet          {my_set}/contact_sheet.png
+                         each sample prompt, from before the first step to the last
+  grid before, after     {before}
+                         {after}
+                         each L prompt with each G prompt
+  figures                {my_set}/figures.txt
+
+What else it made:
 
   pictures and captions  {my_set}/images
   metadata               {my_set}/meta_cap.json, {my_set}/meta_lat.json
@@ -199,8 +222,8 @@ The demo is through, in {seconds:.0f} seconds. What it made:
   logs                   {my_set}/logs
                          to look at them: {tensorboard}
 
-The tiny model has SDXL's structure but random weights, so its samples are noise, and so few steps do not change that.
-What the demo shows is the workflow. With a real SDXL checkpoint the same commands train a real model: see README.md."""
+The tiny model has SDXL's structure, and was trained on drawn shapes only. docs/separate-captions.md tells what its
+pictures say about captions. With a real SDXL checkpoint the same commands train a real model: see README.md."""
 
 
 # -- the commands -----------------------------------------------------------------------------------------------------

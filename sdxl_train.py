@@ -104,11 +104,10 @@ def train(options: TrainingOptions, stop: StopRequest) -> int:
     if state is not None:
         read_learnt(state, learner.resumable(accelerator))
 
-    started = datetime.fromisoformat(progress.started)
     tracker = Tracker(
         accelerator,
         options.tracking,
-        options.tracking.run_folder(started),
+        options.tracking.run_folder(datetime.fromisoformat(progress.started)),
         num_steps=course.num_steps,
         steps_per_epoch=course.order.steps_per_epoch,
         steps_done=progress.step,
@@ -117,7 +116,7 @@ def train(options: TrainingOptions, stop: StopRequest) -> int:
     tracker.say(f"{course}, seed {progress.seed}")
     compile_regions(model.unet, options.compilation, accelerator.device, tracker.say)
     checkpoints = make_checkpoints(options, model, learner, progress, tracker, accelerator)
-    sampling = make_sampling(options, model, learner, tracker, progress.seed, started)
+    sampling = make_sampling(options, model, learner, tracker, progress, course)
     watch = LossWatch(options.run.max_bad_steps, tracker.say)
     if accelerator.is_main_process:
         check_disk(options, model, learner, course, progress)
@@ -296,7 +295,12 @@ def check_disk(
 
 
 def make_sampling(
-    options: TrainingOptions, model: SdxlModel, learner: Learner, tracker: Tracker, seed: int, since: datetime
+    options: TrainingOptions,
+    model: SdxlModel,
+    learner: Learner,
+    tracker: Tracker,
+    progress: Progress,
+    course: Course,
 ) -> Sampling:
     """What draws the sample pictures. (accelerate wraps networks in place; the model's own are the trained ones.)"""
     return Sampling(
@@ -313,8 +317,9 @@ def make_sampling(
         output_dir=options.output_dir,
         model_name=options.save.output_name,
         size=options.resolution,
-        seed=seed,
-        since=since,
+        seed=progress.seed,
+        num_steps=course.num_steps,
+        since=datetime.fromisoformat(progress.started),
         finished_weights=learner.finished_weights,
     )
 

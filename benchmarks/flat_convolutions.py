@@ -21,7 +21,7 @@ from diffusers import UNet2DConditionModel
 from tqdm import tqdm
 
 from benchmarks.ceilings import machine
-from demo.pictures import draw, make_scenes
+from demo.pictures import draw, random_scene
 from demo.random_sdxl import TINY
 from library.config.output_files import write_text
 from library.diffusion.loss import per_sample_loss
@@ -37,7 +37,8 @@ _NUM_PICTURES, _NUM_HELD_OUT = 160, 32
 
 def thumbnails(num_pictures: int) -> torch.Tensor:
     """[N, 4, 16, 16] of mean 0 and deviation 1: red, green, blue and grey of drawn pictures."""
-    small = [draw(scene).resize((_CELLS, _CELLS)).convert("RGB") for scene in make_scenes(num_pictures, seed=0)]
+    generator = random.Random(0)
+    small = [draw(random_scene(generator)).resize((_CELLS, _CELLS)) for _ in range(num_pictures)]
     colours = torch.from_numpy(np.stack([np.asarray(picture, dtype=np.float32) for picture in small])).movedim(-1, 1)
     cells = torch.cat([colours, colours.mean(dim=1, keepdim=True)], dim=1)
     return (cells - cells.mean()) / cells.std()

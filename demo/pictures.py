@@ -1,7 +1,7 @@
-"""Draw a small training set of shapes, each picture with its two captions: G names the content, L the style.
+"""Draw pictures of one shape each, and write them as a training set with a caption for each encoder.
 
-python demo/pictures.py "my set/images"                 12 pictures of up to 256 pixels, a second
-python demo/pictures.py "my set/images" --num_pictures 60 --seed 7
+python demo/pictures.py "my set/images"                 the set of the demo: G names the content, L the style
+python demo/pictures.py "my set/images" --joint         the same pictures, one caption of both for both encoders
 """
 
 import argparse
@@ -10,7 +10,7 @@ import math
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image, ImageChops, ImageColor, ImageDraw
@@ -18,16 +18,33 @@ from PIL import Image, ImageChops, ImageColor, ImageDraw
 Point = tuple[float, float]
 
 # Names that captions use, with the colours that are drawn.
-COLOURS = {"red": "#d22f27", "orange": "#ef8a17", "green": "#2e9e4f", "blue": "#2a5db0", "purple": "#7d3c98"}
-BACKGROUNDS = {"white": "#ffffff", "yellow": "#fbe7a1", "grey": "#c9ced6", "black": "#15181d"}
+COLOURS = {"red": "#d42a22", "yellow": "#f0b414", "green": "#26984a", "blue": "#2458b4", "purple": "#8236a0"}
+BACKGROUNDS = {"white": "#fafafa", "grey": "#a6acb4", "black": "#16181c"}
 SHAPES = ("circle", "triangle", "square", "star")
-STYLES = ("flat colours", "line drawing", "stripes", "polka dots")
-SIZES = ((256, 256), (256, 192), (192, 256), (256, 160), (144, 256))
-"""Width and height in pixels: landscape, portrait and square, so that several buckets are used."""
+PLACES = {  # name: the phrase of the caption, and where the centre of the shape is, as parts of width and height
+    "left": ("on the left", (0.34, 0.5)),
+    "right": ("on the right", (0.66, 0.5)),
+    "top": ("at the top", (0.5, 0.34)),
+    "bottom": ("at the bottom", (0.5, 0.66)),
+    "middle": ("in the middle", (0.5, 0.5)),
+}
+RADII = {"small": 0.26, "large": 0.38}
+"""Radius of the circle around the shape, as a part of the shorter side."""
+PLAIN = "plain"
+"""The style of the pictures that the tiny SDXL was first trained on; no caption names it."""
+PATTERNS = ("stripes", "dots", "checks")
+STYLES = (*PATTERNS, "outline")
+"""The styles that a fine-tuning adds."""
+SIZES = ((96, 96), (128, 64), (64, 128))
+"""Width and height in pixels: square, landscape and portrait, so that three buckets are used."""
+HELD_OUT = (("stripes", "circle"), ("dots", "triangle"), ("checks", "square"), ("outline", "star"))
+"""Pairs of style and shape that the fine-tuning set lacks: whether they can be drawn all the same is measured."""
 
 _OVERSAMPLING = 4  # drawn this much larger, then averaged: smooth edges
-_PERIOD = 16  # pixels from one stripe or dot to the next
-_LINE_WIDTH = 6  # pixels
+_PERIOD = 16  # pixels from one stripe, dot or check to the next
+_LINE_WIDTH = 5  # pixels
+_JITTER = 0.03  # of the centre, as a part of each side, and of the radius
+_PALE = 0.7  # of white in the second colour of a pattern
 
 
 @dataclass(frozen=True)
@@ -36,86 +53,108 @@ class Scene:
 
     shape: str
     colour: str
+    place: str
+    magnitude: str
+    """A key of `RADII`."""
     background: str
     style: str
     size: tuple[int, int]
     centre: Point
     radius: float
-    """Of the circle around the shape, as a part of the shorter side."""
 
     @property
-    def caption_g(self) -> str:
-        """The content: what is shown, in which colour, on what."""
-        article = "an" if self.colour[0] in "aeiou" else "a"
-        return f"{article} {self.colour} {self.shape} on a {self.background} background"
+    def content(self) -> str:
+        """What is shown: size, colour and shape, where, on what."""
+        where, _ = PLACES[self.place]
+        return f"a {self.magnitude} {self.colour} {self.shape} {where}, {self.background} background"
 
     @property
-    def caption_l(self) -> str:
-        """The style: how it is drawn."""
-        return self.style
+    def joint_caption(self) -> str:
+        """Style and content in one sentence, as one would write it for both encoders."""
+        return self.content if self.style == PLAIN else f"{self.style}, {self.content}"
 
 
-def make_scenes(num_pictures: int, seed: int) -> list[Scene]:
-    """Scenes drawn from `seed`: every size in turn, every pair of shape and style once before one comes again."""
+def random_scene(generator: random.Random, styles: Sequence[str] = (PLAIN,), size: tuple[int, int] = SIZES[0]) -> Scene:
+    """A scene of which everything but the size of the picture is drawn by chance."""
+    place = generator.choice(list(PLACES))
+    magnitude = generator.choice(list(RADII))
+    _, centre = PLACES[place]
+    x, y = (part + generator.uniform(-_JITTER, _JITTER) for part in centre)
+    return Scene(
+        shape=generator.choice(SHAPES),
+        colour=generator.choice(list(COLOURS)),
+        place=place,
+        magnitude=magnitude,
+        background=generator.choice(list(BACKGROUNDS)),
+        style=generator.choice(styles),
+        size=size,
+        centre=(x, y),
+        radius=RADII[magnitude] + generator.uniform(-_JITTER, _JITTER),
+    )
+
+
+def fine_tuning_scenes(num_pictures: int, seed: int) -> list[Scene]:
+    """The scenes of the demo: every pair of style and shape but `HELD_OUT` in turn, each time in another size."""
     generator = random.Random(seed)
-    pairs = list(itertools.product(SHAPES, STYLES))
-    generator.shuffle(pairs)
-    chosen = zip(range(num_pictures), itertools.cycle(pairs), itertools.cycle(SIZES), strict=False)
-    return [
-        Scene(
-            shape=shape,
-            colour=generator.choice(list(COLOURS)),
-            background=generator.choice(list(BACKGROUNDS)),
-            style=style,
-            size=size,
-            centre=(generator.uniform(0.4, 0.6), generator.uniform(0.4, 0.6)),
-            radius=generator.uniform(0.28, 0.38),
-        )
-        for _, (shape, style), size in chosen
-    ]
+    pairs = [pair for pair in itertools.product(STYLES, SHAPES) if pair not in HELD_OUT]
+    scenes = []
+    for number in range(num_pictures):
+        rounds, index = divmod(number, len(pairs))
+        style, shape = pairs[index]
+        size = SIZES[(index + rounds) % len(SIZES)]
+        scenes.append(replace(random_scene(generator, size=size), style=style, shape=shape))
+    return scenes
 
 
 def draw(scene: Scene) -> Image.Image:
     """The picture of a scene, RGB."""
-    width, height = (side * _OVERSAMPLING for side in scene.size)
-    ink = ImageChops.multiply(_silhouette(scene), _texture(scene))
-    picture = Image.new("RGB", (width, height), ImageColor.getrgb(BACKGROUNDS[scene.background]))
-    picture.paste(ImageColor.getrgb(COLOURS[scene.colour]), mask=ink)
+    shape = _silhouette(scene)
+    picture = Image.new("RGB", shape.size, ImageColor.getrgb(BACKGROUNDS[scene.background]))
+    picture.paste(ImageColor.getrgb(COLOURS[scene.colour]), mask=shape)
+    if scene.style in PATTERNS:
+        picture.paste(_pale(scene.colour), mask=ImageChops.multiply(shape, _pattern(scene)))
     return picture.reduce(_OVERSAMPLING)
 
 
-def write_training_set(folder: Path, num_pictures: int, seed: int) -> list[Scene]:
-    """Write 01.png, 01.caption (G), 01.txt (L), 02.png ... into `folder`; gives the scenes in that order."""
+def write_training_set(folder: Path, scenes: Sequence[Scene], *, joint: bool) -> None:
+    """Write 01.png, 01.caption (G), 01.txt (L), 02.png ... into `folder`.
+
+    G names the content and L the style; with `joint` both are the joint caption.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    scenes = make_scenes(num_pictures, seed)
     for number, scene in enumerate(scenes, start=1):
         picture = folder / f"{number:02d}.png"
+        caption_g, caption_l = (scene.joint_caption,) * 2 if joint else (scene.content, scene.style)
         draw(scene).save(picture)
-        picture.with_suffix(".caption").write_text(f"{scene.caption_g}\n", encoding="utf-8")
-        picture.with_suffix(".txt").write_text(f"{scene.caption_l}\n", encoding="utf-8")
-    return scenes
+        picture.with_suffix(".caption").write_text(f"{caption_g}\n", encoding="utf-8")
+        picture.with_suffix(".txt").write_text(f"{caption_l}\n", encoding="utf-8")
 
 
-# -- masks: white where there is ink ----------------------------------------------------------------------------------
-
-
-def _mask(scene: Scene) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    """An empty mask of the oversampled size, and what draws on it."""
-    width, height = scene.size
-    mask = Image.new("L", (width * _OVERSAMPLING, height * _OVERSAMPLING), 0)
-    return mask, ImageDraw.Draw(mask)
+# -- masks: white where something is to be painted ---------------------------------------------------------------------
 
 
 def _silhouette(scene: Scene) -> Image.Image:
-    """The shape: filled, or its contour for a line drawing."""
+    """The shape, or its contour, in the oversampled size."""
     mask, pen = _mask(scene)
     corners = _corners(scene)
-    if scene.style == "line drawing":
+    if scene.style == "outline":
         # Once around and one side more: the joint at the first corner is closed too.
         pen.line([*corners, *corners[:2]], fill=255, width=_LINE_WIDTH * _OVERSAMPLING, joint="curve")
     else:
         pen.polygon(corners, fill=255)
     return mask
+
+
+def _pale(colour: str) -> tuple[int, ...]:
+    """The second colour of a pattern."""
+    return tuple(round(_PALE * 255 + (1 - _PALE) * part) for part in ImageColor.getrgb(COLOURS[colour]))
+
+
+def _mask(scene: Scene) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    """An empty mask, and what draws on it."""
+    width, height = scene.size
+    mask = Image.new("L", (width * _OVERSAMPLING, height * _OVERSAMPLING), 0)
+    return mask, ImageDraw.Draw(mask)
 
 
 def _corners(scene: Scene) -> list[Point]:
@@ -135,18 +174,21 @@ def _corners(scene: Scene) -> list[Point]:
     return corners
 
 
-def _texture(scene: Scene) -> Image.Image:
-    """The pattern of the style, over the whole picture; all ink for styles that have none."""
+def _pattern(scene: Scene) -> Image.Image:
+    """The pattern of the style, over the whole picture; it begins at the upper left corner, not at the shape."""
     mask, pen = _mask(scene)
     period = _PERIOD * _OVERSAMPLING
+    half = period // 2
     if scene.style == "stripes":
-        for start in range(-mask.height, mask.width, period):
-            pen.line([(start, mask.height), (start + mask.height, 0)], fill=255, width=period // 3)
-    elif scene.style == "polka dots":
-        for x, y in itertools.product(range(0, mask.width, period), range(0, mask.height, period)):
-            pen.ellipse([x, y, x + period * 0.65, y + period * 0.65], fill=255)
-    else:
-        pen.rectangle([0, 0, *mask.size], fill=255)
+        for y in range(0, mask.height, period):
+            pen.rectangle([0, y, mask.width, y + half - 1], fill=255)
+        return mask
+    for x, y in itertools.product(range(0, mask.width, period), range(0, mask.height, period)):
+        if scene.style == "dots":
+            pen.ellipse([x, y, x + period * 0.6, y + period * 0.6], fill=255)
+        else:
+            pen.rectangle([x, y, x + half - 1, y + half - 1], fill=255)
+            pen.rectangle([x + half, y + half, x + period - 1, y + period - 1], fill=255)
     return mask
 
 
@@ -154,13 +196,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write the training set that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where pictures and captions are written")
-    parser.add_argument("--num_pictures", type=int, default=12)
+    parser.add_argument("--num_pictures", type=int, default=72)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--joint", action="store_true", help="one caption of style and content for both encoders")
     arguments = parser.parse_args(argv)
-    scenes = write_training_set(arguments.folder, arguments.num_pictures, arguments.seed)
+    scenes = fine_tuning_scenes(arguments.num_pictures, arguments.seed)
+    write_training_set(arguments.folder, scenes, joint=arguments.joint)
     print(f"{len(scenes)} pictures in '{arguments.folder}', for example:")
-    print(f"  01.caption (G): {scenes[0].caption_g}")
-    print(f"  01.txt     (L): {scenes[0].caption_l}")
+    for suffix, encoder in ((".caption", "G"), (".txt", "L")):
+        path = arguments.folder / f"01{suffix}"
+        print(f"  {path.name:11}({encoder}): {path.read_text(encoding='utf-8').strip()}")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from glob import escape
@@ -15,7 +16,7 @@ from library.diffusion.prompts import SamplePrompt
 
 _TIME_FORMAT = "%Y%m%d%H%M%S"
 _TIME_DIGITS = 14
-_TIME_OF_NAME = re.compile(r"(?:(?<=_)|^)[0-9]{14}(?=_e?[0-9]{6,}_[0-9]{2,}(?:_[0-9]+)?\.png$)")
+_TIME_OF_NAME = re.compile(r"(?:(?<=_)|^)[0-9]{14}(?=_e?[0-9]{6,}_(?:[0-9]{2,}(?:_[0-9]+)?|grid)\.png$)")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ def picture_name(
     when = f"e{epoch:06d}" if epoch is not None else f"{step:06d}"
     suffix = "" if seed is None else f"_{seed}"
     return f"{prefix}{now:{_TIME_FORMAT}}_{when}_{index:02d}{suffix}.png"
+
+
+def grid_name(model_name: str | None, *, now: datetime, step: int) -> str:
+    """The file name of the grid of `--sample_grid`: as `picture_name`, with "grid" for the index."""
+    return picture_name(model_name, now=now, step=step, epoch=None, index=0, seed=None).replace("_00.png", "_grid.png")
 
 
 def other_drawings(path: Path, since: datetime) -> list[Path]:
@@ -76,7 +82,9 @@ def parameters_text(record: PictureRecord) -> str:
     return "\n".join(lines)
 
 
-def save_picture(path: Path, image: Image.Image, record: PictureRecord) -> None:
+def save_picture(
+    path: Path, image: Image.Image, record: PictureRecord, more_texts: Mapping[str, str] | None = None
+) -> None:
     """Write the PNG, whole or not at all, with `parameters_text` and each setting under a name of its own."""
     prompt = record.prompt
     entries = {
@@ -92,6 +100,7 @@ def save_picture(path: Path, image: Image.Image, record: PictureRecord) -> None:
         "size": f"{record.width}x{record.height}",
         "training_step": str(record.step),
         "model": record.model_name,
+        **(more_texts or {}),
     }
     info = PngInfo()
     for name, value in entries.items():

@@ -1,6 +1,6 @@
 """A prompt for each text encoder to a picture, with diffusers' pipeline and the scheduler of the asked-for name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +74,6 @@ def make_sampling_scheduler(name: str) -> Any:
     return scheduler_class(**_BETAS, **settings)
 
 
-@torch.no_grad()
 def draw_latents(
     networks: SamplingNetworks, prompt: SamplePrompt, *, sampler: str, width: int, height: int, seed: int
 ) -> torch.Tensor:
@@ -83,8 +82,29 @@ def draw_latents(
     The same as `StableDiffusionXLPipeline(prompt=L, prompt_2=G)`, whose denoising loop this is; only the captions are
     encoded here. All randomness is the generator's: the random state of training is left alone.
     """
+    return draw_latents_together(networks, [prompt], sampler=sampler, width=width, height=height, seeds=[seed])
+
+
+@torch.no_grad()
+def draw_latents_together(
+    networks: SamplingNetworks,
+    prompts: Sequence[SamplePrompt],
+    *,
+    sampler: str,
+    width: int,
+    height: int,
+    seeds: Sequence[int],
+) -> torch.Tensor:
+    """As `draw_latents`, [B, 4, h, w] for B prompts in one batch, each from the generator of its own seed.
+
+    The prompts must agree in their number of sampling steps and in their guidance scale.
+    """
+    (num_inference_steps, guidance_scale), *others = {
+        (prompt.num_inference_steps, prompt.guidance_scale) for prompt in prompts
+    }
+    assert not others
     with networks.at_hand(networks.text_encoder_l, networks.text_encoder_g):
-        wanted, unwanted = _encode_prompt(networks, prompt)
+        wanted, unwanted = _encode_prompts(networks, prompts)
     pipeline = StableDiffusionXLPipeline(
         vae=None,  # which may be elsewhere, and only decodes
         text_encoder=None,
@@ -95,7 +115,7 @@ def draw_latents(
         scheduler=make_sampling_scheduler(sampler),
         add_watermarker=False,
     )
-    pipeline.set_progress_bar_config(desc=prompt.prompt_g[:40], leave=False, disable=None)
+    pipeline.set_progress_bar_config(desc=prompts[0].prompt_g[:40], leave=False, disable=None)
     return pipeline(
         prompt_embeds=wanted.hidden,
         pooled_prompt_embeds=wanted.pooled,
@@ -103,9 +123,9 @@ def draw_latents(
         negative_pooled_prompt_embeds=unwanted.pooled,
         width=width,
         height=height,
-        num_inference_steps=prompt.num_inference_steps,
-        guidance_scale=prompt.guidance_scale,
-        generator=torch.Generator().manual_seed(seed),
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         output_type="latent",
     ).images
 
@@ -115,6 +135,11 @@ def draw_picture(
 ) -> Image.Image | None:
     """The picture of a prompt, or None where the networks give NaN or Inf."""
     latents = draw_latents(networks, prompt, sampler=sampler, width=width, height=height, seed=seed)
+    return picture_of_latents(networks, latents)
+
+
+def picture_of_latents(networks: SamplingNetworks, latents: torch.Tensor) -> Image.Image | None:
+    """The picture of scaled latents [1, 4, h, w], or None where the decoder gives NaN or Inf."""
     with networks.at_hand(networks.vae):
         pixels = decode_latents(networks.vae, latents / LATENT_SCALE)[0]  # [3, H, W] in -1..1
     if not pixels.isfinite().all():
@@ -123,12 +148,14 @@ def draw_picture(
     return Image.fromarray(np.ascontiguousarray(scaled.permute(1, 2, 0).numpy()))
 
 
-def _encode_prompt(networks: SamplingNetworks, prompt: SamplePrompt) -> tuple[TextConditioning, TextConditioning]:
-    """Conditioning of prompt and negative prompt, in float32, padded to the same number of chunks."""
-    captions_l = [prompt.prompt_l, prompt.negative_l]
-    captions_g = [prompt.prompt_g, prompt.negative_g]
+def _encode_prompts(
+    networks: SamplingNetworks, prompts: Sequence[SamplePrompt]
+) -> tuple[TextConditioning, TextConditioning]:
+    """Conditioning of prompts and negative prompts, in float32, padded to the same number of chunks."""
+    captions_l = [prompt.prompt_l for prompt in prompts] + [prompt.negative_l for prompt in prompts]
+    captions_g = [prompt.prompt_g for prompt in prompts] + [prompt.negative_g for prompt in prompts]
     num_chunks = max(num_chunks_needed(caption) for caption in captions_l + captions_g)
     tokens = tokenize_captions(captions_l, captions_g, num_chunks).to(networks.unet.device)
     both = encode_captions(networks.text_encoder_l, networks.text_encoder_g, tokens)
-    hidden, pooled = both.hidden.float(), both.pooled.float()
-    return TextConditioning(hidden[:1], pooled[:1]), TextConditioning(hidden[1:], pooled[1:])
+    (hidden, unwanted_hidden), (pooled, unwanted_pooled) = (tensor.float().chunk(2) for tensor in both)
+    return TextConditioning(hidden, pooled), TextConditioning(unwanted_hidden, unwanted_pooled)

@@ -1,7 +1,7 @@
 """When a run draws sample pictures, and where they go."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,8 +15,16 @@ from library.config.errors import UserError
 from library.config.options import option
 from library.config.output_files import CannotWrite
 from library.data.buckets import Size
-from library.diffusion.picture_files import PictureRecord, other_drawings, parameters_text, picture_name, save_picture
+from library.diffusion.picture_files import (
+    PictureRecord,
+    grid_name,
+    other_drawings,
+    parameters_text,
+    picture_name,
+    save_picture,
+)
 from library.diffusion.prompts import SAMPLERS, SamplePrompt, read_prompt_file
+from library.diffusion.sample_grid import SampleGrid, make_sample_grid
 from library.diffusion.sampler import SamplingNetworks, draw_picture
 from library.training.tracking import Tracker
 
@@ -35,14 +43,22 @@ class SampleOptions:
     sample_every_n_steps: int | None = option(None, "Draw before the first step and after every n optimizer steps.")
     sample_every_n_epochs: int | None = option(None, "Draw before the first step and after every n epochs.")
     sample_at_first: bool = option(False, "Draw before the first step, also where nothing is drawn later.")
+    sample_grid: bool = option(
+        False,
+        "Draw a grid before the first step and after the last: each L prompt of the prompt file (rows) with each G"
+        " prompt (columns), all with the seed and the other settings of its first line.",
+    )
     sample_sampler: str = option("ddim", "Sampler of pictures whose line names none.", choices=SAMPLERS)
 
     def problems(self) -> Iterator[str]:
         """What cannot work, mistakes in the prompt file among it."""
-        is_due = self.sample_every_n_steps or self.sample_every_n_epochs or self.sample_at_first
+        is_due = self.draws_each_prompt or self.sample_grid
         if self.sample_prompts is None:
             if is_due:
-                yield "--sample_every_n_steps, --sample_every_n_epochs and --sample_at_first need --sample_prompts."
+                yield (
+                    "--sample_every_n_steps, --sample_every_n_epochs, --sample_at_first and --sample_grid need"
+                    " --sample_prompts."
+                )
             return
         if not is_due:
             yield "--sample_prompts: nothing says when to draw; add --sample_every_n_steps=100 or --sample_at_first."
@@ -53,9 +69,19 @@ class SampleOptions:
         if self.sample_every_n_steps and self.sample_every_n_epochs:
             yield "--sample_every_n_steps and --sample_every_n_epochs exclude each other: file names count one of them."
         try:
-            read_prompt_file(self.sample_prompts)
+            self.read_grid()
         except UserError as error:
             yield str(error)
+
+    @property
+    def draws_each_prompt(self) -> bool:
+        """Whether the pictures of the prompt file are drawn at all, not only the grid."""
+        return bool(self.sample_every_n_steps or self.sample_every_n_epochs or self.sample_at_first)
+
+    def read_grid(self) -> SampleGrid | None:
+        """The grid to draw, if one is; raises `UserError` for prompts that make none, and as `read_prompt_file`."""
+        prompts = self.read_prompts()
+        return make_sample_grid(prompts) if prompts and self.sample_grid else None
 
     def read_prompts(self) -> list[SamplePrompt]:
         """The pictures to draw; none without a prompt file."""
@@ -84,6 +110,7 @@ class Sampling:
         model_name: str | None,
         size: Size,
         seed: int,
+        num_steps: int,
         since: datetime | None = None,
         finished_weights: Callable[[], AbstractContextManager[None]] = nullcontext,
     ):
@@ -95,6 +122,8 @@ class Sampling:
         self._model_name = model_name
         self._size = size
         self._seed = seed
+        self._num_steps = num_steps
+        self._grid = options.read_grid()
         self._since = since
         self._finished_weights = finished_weights
         shared = [str(prompt.line) for prompt in prompts if prompt.shared]
@@ -103,13 +132,17 @@ class Sampling:
 
     def at_start(self) -> None:
         """Draw the initial pictures, if any are drawn at all."""
-        self._draw(step=0, epoch=None)
+        if self._options.draws_each_prompt:
+            self._draw(step=0, epoch=None)
+        self._draw_grid(step=0)
 
     def after_step(self, step: int) -> None:
         """Draw if pictures are due after optimizer step `step` (from 1)."""
         every = self._options.sample_every_n_steps
         if every is not None and step % every == 0:
             self._draw(step=step, epoch=None)
+        if step == self._num_steps:
+            self._draw_grid(step)
 
     def after_epoch(self, step: int, epoch: int) -> None:
         """Draw if pictures are due after epoch `epoch` (from 1), which ended with optimizer step `step`."""
@@ -123,27 +156,45 @@ class Sampling:
                 self._draw_one(prompt, index, step, epoch)
 
     def _draw_one(self, prompt: SamplePrompt, index: int, step: int, epoch: int | None) -> None:
-        record = PictureRecord(
-            prompt=prompt,
-            sampler=prompt.sampler or self._options.sample_sampler,
-            width=prompt.width or self._size.width,
-            height=prompt.height or self._size.height,
-            seed=self._fresh_seed(step, index) if prompt.seed is None else prompt.seed,
-            step=step,
-            model_name=self._model_name or "",
-        )
+        record = self._record(prompt, step, self._fresh_seed(step, index))
         image = self._try_to_draw(record)
         if image is None:
             return
         name = picture_name(self._model_name, now=datetime.now(), step=step, epoch=epoch, index=index, seed=prompt.seed)
+        self._save(name, image, record)
+        self._tracker.log_picture(step, f"sample/{index:02d}", image, parameters_text(record))
+
+    def _draw_grid(self, step: int) -> None:
+        if self._grid is None:
+            return
+        seed = self._fresh_seed(step=0, index=0)  # the same before and after, unless the first line gives one
+        with self._tracker.untimed(), self._finished_weights():
+            image = self._grid.draw(lambda prompt: self._try_to_draw(self._record(prompt, step, seed)))
+        record = self._record(self._grid.first, step, seed)
+        self._save(grid_name(self._model_name, now=datetime.now(), step=step), image, record, self._grid.texts())
+        self._tracker.log_picture(step, "sample/grid", image, parameters_text(record))
+
+    def _record(self, prompt: SamplePrompt, step: int, fresh_seed: int) -> PictureRecord:
+        return PictureRecord(
+            prompt=prompt,
+            sampler=prompt.sampler or self._options.sample_sampler,
+            width=prompt.width or self._size.width,
+            height=prompt.height or self._size.height,
+            seed=fresh_seed if prompt.seed is None else prompt.seed,
+            step=step,
+            model_name=self._model_name or "",
+        )
+
+    def _save(
+        self, name: str, image: Image, record: PictureRecord, more_texts: Mapping[str, str] | None = None
+    ) -> None:
         try:
-            save_picture(self._folder / name, image, record)
+            save_picture(self._folder / name, image, record, more_texts)
         except CannotWrite as error:
-            self._tracker.say(f"step {step}: {error}")
+            self._tracker.say(f"step {record.step}: {error}")
         else:
             for other in () if self._since is None else other_drawings(self._folder / name, self._since):
                 other.unlink(missing_ok=True)
-        self._tracker.log_picture(step, f"sample/{index:02d}", image, parameters_text(record))
 
     def _try_to_draw(self, record: PictureRecord) -> Image | None:
         where = f"step {record.step}: the picture of prompt {record.prompt.line}"

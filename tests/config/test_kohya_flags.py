@@ -18,7 +18,14 @@ SCRIPTS = [
         "sdxl_train_2026",
         TRAINER_REPLACED,
         TRAINER_REFUSED,
-        {"--bf16_rounding", "--legacy_crop_coords", "--legacy_text_projection", "--max_bad_steps", "--resume_anyway"},
+        {
+            "--bf16_rounding",
+            "--legacy_crop_coords",
+            "--legacy_text_projection",
+            "--max_bad_steps",
+            "--resume_anyway",
+            "--sample_grid",
+        },
     ),
     (
         "finetune.prepare_buckets_latents",

@@ -20,11 +20,11 @@ PROMPTS = "a cat --d 7 --s 1\na dog --e photographic --s 1 --w 64 --h 96\n"  # a
 @pytest.fixture
 def sampling(tmp_path: Path, tiny_networks, fresh_accelerate):
     """`sampling("--flag", ...)` for `PROMPTS`, into tmp_path, at 64x64 where a line gives no size."""
-    prompts = tmp_path / "my prompts.txt"
-    prompts.write_text(PROMPTS, encoding="utf-8")
+    path = tmp_path / "my prompts.txt"
 
-    def make(*flags: str, seed: int = 1) -> Sampling:
-        (options,) = parse_options([SampleOptions], [f"--sample_prompts={prompts}", *flags], description="")
+    def make(*flags: str, seed: int = 1, num_steps: int = 1000, prompts: str = PROMPTS) -> Sampling:
+        path.write_text(prompts, encoding="utf-8")
+        (options,) = parse_options([SampleOptions], [f"--sample_prompts={path}", *flags], description="")
         tracker = Tracker(Accelerator(cpu=True), TrackingOptions(), num_steps=1, steps_per_epoch=1)
         return Sampling(
             options,
@@ -35,6 +35,7 @@ def sampling(tmp_path: Path, tiny_networks, fresh_accelerate):
             model_name="finetuned_model",
             size=Size(64, 64),
             seed=seed,
+            num_steps=num_steps,
         )
 
     return make
@@ -104,6 +105,45 @@ def test_lines_without_an_l_prompt_are_named_once(sampling, capsys, tmp_path: Pa
     assert said.count("no --e in line 1: both encoders read one prompt") == 1
 
 
+# -- the grid ---------------------------------------------------------------------------------------------------------
+
+GRID = """a cat --e photographic --d 7 --s 1 --w 64 --h 64
+a dog --e photographic --s 5
+a cat --e anime --s 5
+a fish --s 5
+"""
+
+
+def test_the_grid_is_drawn_before_the_first_step_and_after_the_last(sampling, tmp_path: Path):
+    made = sampling("--sample_grid", prompts=GRID, num_steps=3)
+    made.at_start()
+    for step in (1, 2, 3):
+        made.after_step(step)
+    assert drawn(tmp_path) == [
+        "finetuned_model_YYYYmmddHHMMSS_000000_grid.png",
+        "finetuned_model_YYYYmmddHHMMSS_000003_grid.png",
+    ]
+
+
+def test_the_grid_says_its_rows_and_columns_and_the_settings_of_the_first_line(sampling, tmp_path: Path):
+    sampling("--sample_grid", prompts=GRID).at_start()
+    with Image.open(next((tmp_path / "sample").glob("*_grid.png"))) as grid:
+        assert json.loads(grid.info["rows_prompt_l"]) == ["photographic", "anime"]
+        assert json.loads(grid.info["columns_prompt_g"]) == ["a cat", "a dog", "a fish"]
+        assert (grid.info["seed"], grid.info["steps"], grid.info["size"]) == ("7", "1", "64x64")
+        assert grid.width > 3 * 64 and grid.height > 2 * 64  # and its labels
+
+
+def test_without_a_seed_in_the_first_line_the_grid_has_the_same_one_before_and_after(sampling, tmp_path: Path):
+    made = sampling("--sample_grid", prompts="a cat --e photographic --s 1\n", num_steps=3)
+    made.at_start()
+    made.after_step(3)
+    before, after = sorted((tmp_path / "sample").glob("*_grid.png"))
+    assert before.name != after.name
+    with Image.open(before) as first, Image.open(after) as second:
+        assert first.info["seed"] == second.info["seed"]
+
+
 # -- options ----------------------------------------------------------------------------------------------------------
 
 
@@ -112,6 +152,8 @@ def test_lines_without_an_l_prompt_are_named_once(sampling, capsys, tmp_path: Pa
     [
         ({"sample_every_n_steps": 5}, "need --sample_prompts."),
         ({"sample_at_first": True}, "need --sample_prompts."),
+        ({"sample_grid": True}, "need --sample_prompts."),
+        ({"sample_prompts": "p.txt", "sample_grid": True}, "no line of the prompt file has an L prompt. Add --e"),
         ({"sample_prompts": "p.txt"}, "nothing says when to draw"),
         ({"sample_prompts": "p.txt", "sample_every_n_steps": -1}, "--sample_every_n_steps is -1"),
         ({"sample_prompts": "p.txt", "sample_every_n_steps": 1, "sample_every_n_epochs": 1}, "exclude each other"),

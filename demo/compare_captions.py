@@ -1,0 +1,88 @@
+"""The fine-tuning of the demo with separate captions and with one joint caption, several times, and their figures.
+
+python demo/compare_captions.py "my set/comparison"            three seeds, six runs of two minutes each
+python demo/compare_captions.py "my set/comparison" --seeds 0  one of each
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere, find library/ and quickstart.py
+
+import quickstart
+from demo.figures import Figures, mean_figures, measure
+from demo.pictures import fine_tuning_scenes, write_training_set
+from library.config.errors import exits_on_user_error
+from library.config.output_files import write_text
+
+NUM_PICTURES = 72
+BASE = quickstart.ROOT / quickstart.DEMO_MODEL
+CASES = {  # name: joint captions in training (None: no training), joint prompts in the pictures that are measured
+    "before, separate prompts": (None, False),
+    "before, joint prompt": (None, True),
+    "separate captions, separate prompts": (False, False),
+    "joint caption, joint prompt": (True, True),
+    "joint caption, separate prompts": (True, False),
+}
+
+
+def fine_tune(folder: Path, num_steps: int, seed: int, *, joint: bool) -> Path:
+    """The workflow of the demo in `folder`, with the set of pictures of `seed`; gives the model. Prints its output."""
+    write_training_set(folder / "images", fine_tuning_scenes(NUM_PICTURES, seed), joint=joint)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    for command in quickstart.workflow_commands(folder.absolute(), num_steps, [f"--seed={seed}"]):
+        script = next(index for index, word in enumerate(command) if word.endswith(".py"))
+        subprocess.run([sys.executable, *command[script:]], cwd=quickstart.ROOT, env=environment, check=True)
+    return folder / "output" / "finetuned_model.safetensors"
+
+
+def figures_of_seed(folder: Path, num_steps: int, seed: int) -> dict[str, Figures]:
+    """The figures of every case, with the pictures and the noise of `seed`."""
+    models: dict[bool | None, Path] = {None: BASE}
+    for joint in (False, True):
+        name = f"{'joint' if joint else 'separate'}-{seed}"
+        models[joint] = fine_tune(folder / name, num_steps, seed, joint=joint)
+    return {name: measure(models[trained], joint=asked, seed=seed) for name, (trained, asked) in CASES.items()}
+
+
+def table(by_seed: Mapping[int, Mapping[str, Figures]]) -> str:
+    """Means over the seeds and the figures of each seed, as a table of Markdown."""
+    lines = ["| | style right | content right | style words change content | content words change style |"]
+    lines.append("|---|---|---|---|---|")
+    for name in CASES:
+        each = [figures[name] for figures in by_seed.values()]
+        mean = asdict(mean_figures(each))
+        cells = [f"**{mean[field]:.0%}** ({', '.join(f'{asdict(one)[field]:.0%}' for one in each)})" for field in mean]
+        lines.append(f"| {' | '.join([name, *cells])} |")
+    return "\n".join(lines)
+
+
+@exits_on_user_error
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, measure, print the table and write it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where everything is written")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--num_steps", type=int, default=quickstart.DEMO_STEPS)
+    parser.add_argument("--at_once", type=int, default=1, help="seeds that run beside each other")
+    arguments = parser.parse_args(argv)
+    with ThreadPoolExecutor(arguments.at_once) as pool:
+        figures = pool.map(partial(figures_of_seed, arguments.folder, arguments.num_steps), arguments.seeds)
+        by_seed = dict(zip(arguments.seeds, figures, strict=True))
+    numbers = {seed: {name: asdict(each) for name, each in cases.items()} for seed, cases in by_seed.items()}
+    write_text(arguments.folder / "figures.json", json.dumps(numbers, indent=2) + "\n")
+    write_text(arguments.folder / "figures.md", table(by_seed) + "\n")
+    print(table(by_seed))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""How well a model obeys the two captions: figures from pictures that it draws and the classifier reads.
+
+python demo/figures.py "my set/output/finetuned_model.safetensors"             prompts of L and G apart
+python demo/figures.py "my set/output/finetuned_model.safetensors" --joint     one prompt for both encoders
+"""
+
+import argparse
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere, find library/
+
+import torch
+from PIL import Image
+
+from demo.classifier import QUESTIONS, Reading, load_classifier, read_pictures, reading_of
+from demo.pictures import HELD_OUT, SIZES, STYLES, Scene, random_scene
+from library.config.errors import exits_on_user_error
+from library.config.output_files import write_text
+from library.diffusion.prompts import SamplePrompt
+from library.diffusion.sampler import SamplingNetworks, draw_latents_together, picture_of_latents
+from library.sdxl.checkpoint_file import ModelDtypes, read_single_file
+
+SAMPLER, NUM_INFERENCE_STEPS, GUIDANCE_SCALE = "euler_a", 16, 4.0
+SCENES_PER_PAIR = 8
+BATCH_SIZE = 32
+CONTENT_QUESTIONS = tuple(name for name in QUESTIONS if name != "style")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What the classifier reads in the pictures of prompts whose style and shape the fine-tuning never saw together.
+
+    Each is a part of 1. Content is four questions (shape, colour, place, background), of which each counts a quarter.
+    """
+
+    style_right: float
+    """The picture has the style that was asked for."""
+    content_right: float
+    """Answers to the four questions that are as asked for."""
+    content_changed: float
+    """Answers that change with the style words: content prompt and seed stay the same. 0 is best."""
+    style_changed: float
+    """Pictures whose style changes with the content words: style prompt and seed stay the same. 0 is best."""
+
+    def __str__(self) -> str:
+        return (
+            f"style right {self.style_right:4.0%}   content right {self.content_right:4.0%}"
+            f"   style words change content {self.content_changed:4.0%}"
+            f"   content words change style {self.style_changed:4.0%}"
+        )
+
+
+def measure(model: Path, *, joint: bool, scenes_per_pair: int = SCENES_PER_PAIR, seed: int = 0) -> Figures:
+    """The figures of a model file; with `joint` both encoders get one prompt of style and content.
+
+    For each scene, of `HELD_OUT` pairs, three pictures are drawn from the same noise: as it is, in another style, and
+    with another content.
+    """
+    networks = load_networks(model)
+    generator = random.Random(seed)
+    scenes = held_out_scenes(scenes_per_pair, generator)
+    other_styles = [replace(scene, style=_other_style(scene, generator)) for scene in scenes]
+    other_contents = [replace(random_scene(generator), style=scene.style) for scene in scenes]
+    seeds = range(1000, 1000 + len(scenes))
+    asked, restyled, refilled = (
+        read_drawn(networks, each, seeds, joint=joint) for each in (scenes, other_styles, other_contents)
+    )
+    wanted = [reading_of(scene) for scene in scenes]
+    return Figures(
+        style_right=_mean([read.style == want.style for read, want in zip(asked, wanted, strict=True)]),
+        content_right=_mean([agreement(read, want) for read, want in zip(asked, wanted, strict=True)]),
+        content_changed=1 - _mean([agreement(read, other) for read, other in zip(asked, restyled, strict=True)]),
+        style_changed=_mean([read.style != other.style for read, other in zip(asked, refilled, strict=True)]),
+    )
+
+
+def load_networks(model: Path) -> SamplingNetworks:
+    """The networks of a model file in float32."""
+    whole = torch.float32
+    read = read_single_file(model, ModelDtypes(unet=whole, vae=whole, text_encoder_l=whole, text_encoder_g=whole))
+    return SamplingNetworks(read.unet, read.vae, read.text_encoder_l, read.text_encoder_g)
+
+
+def held_out_scenes(scenes_per_pair: int, generator: random.Random) -> list[Scene]:
+    """Random scenes of the pairs of style and shape that the fine-tuning set lacks, as many of each."""
+    pairs = [pair for pair in HELD_OUT for _ in range(scenes_per_pair)]
+    return [replace(random_scene(generator), style=style, shape=shape) for style, shape in pairs]
+
+
+def prompt_of(scene: Scene, *, joint: bool) -> SamplePrompt:
+    """The prompt for a scene, as training captions have it."""
+    prompt_l, prompt_g = (scene.joint_caption,) * 2 if joint else (scene.style, scene.content)
+    return SamplePrompt(
+        prompt_g=prompt_g, prompt_l=prompt_l, guidance_scale=GUIDANCE_SCALE, num_inference_steps=NUM_INFERENCE_STEPS
+    )
+
+
+def draw_all(networks: SamplingNetworks, prompts: Sequence[SamplePrompt], seeds: Sequence[int]) -> list[Image.Image]:
+    """A square picture for each prompt, in batches; one that is not finite is grey."""
+    width, height = SIZES[0]
+    pictures = []
+    for start in range(0, len(prompts), BATCH_SIZE):
+        batch = slice(start, start + BATCH_SIZE)
+        latents = draw_latents_together(
+            networks, prompts[batch], sampler=SAMPLER, width=width, height=height, seeds=seeds[batch]
+        )
+        drawn = [picture_of_latents(networks, each[None]) for each in latents]
+        pictures += [picture or Image.new("RGB", (width, height), "grey") for picture in drawn]
+    return pictures
+
+
+def read_drawn(
+    networks: SamplingNetworks, scenes: Sequence[Scene], seeds: Sequence[int], *, joint: bool
+) -> list[Reading]:
+    """What the classifier reads in a picture of each scene."""
+    prompts = [prompt_of(scene, joint=joint) for scene in scenes]
+    return read_pictures(load_classifier(), draw_all(networks, prompts, seeds))
+
+
+def agreement(one: Reading, other: Reading) -> float:
+    """The part of the four questions of content that have the same answer."""
+    return _mean([getattr(one, name) == getattr(other, name) for name in CONTENT_QUESTIONS])
+
+
+def mean_figures(figures: Sequence[Figures]) -> Figures:
+    """The mean of each figure."""
+    return Figures(*(_mean([getattr(each, field.name) for each in figures]) for field in fields(Figures)))
+
+
+def _other_style(scene: Scene, generator: random.Random) -> str:
+    return generator.choice([style for style in STYLES if style != scene.style])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+@exits_on_user_error
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the figures of the models that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", type=Path, nargs="+", help=".safetensors files of the tiny SDXL, fine-tuned or not")
+    parser.add_argument("--joint", action="store_true", help="one prompt of style and content for both encoders")
+    parser.add_argument("--scenes_per_pair", type=int, default=SCENES_PER_PAIR)
+    parser.add_argument("--save", type=Path, help="text file for the figures")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    lines = []
+    for model in arguments.models:
+        figures = measure(model, joint=arguments.joint, scenes_per_pair=arguments.scenes_per_pair)
+        lines += [str(model), f"  {figures}"]
+        print(*lines[-2:], sep="\n", flush=True)
+    if arguments.save is not None:
+        write_text(arguments.save, "\n".join(lines) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
