@@ -83,8 +83,8 @@ class Adafactor(Optimizer):
         gradient = gradient.reshape(shape)
         scale = None
         if group["scale_parameter"]:
-            scale = _root_mean_square(weights.float().square().sum(), weights).clamp(min=group["eps"][1])
-        clip = _root_mean_square(_squares_of_update(gradient, factors).sum(), weights) / group["clip_threshold"]
+            scale = (_norm(weights) / weights.numel() ** 0.5).clamp(min=group["eps"][1])
+        clip = _norm_of_update(gradient, factors) / weights.numel() ** 0.5 / group["clip_threshold"]
         _apply(
             weights,
             gradient,
@@ -116,10 +116,6 @@ def _rows_first(shape: torch.Size) -> tuple[int, ...]:
     return tuple(shape) if len(shape) < 2 else (shape[0], math.prod(shape[1:]))
 
 
-def _root_mean_square(sum_of_squares: Tensor, of: Tensor) -> Tensor:
-    return (sum_of_squares / of.numel()).sqrt()
-
-
 def _first_moment(state: dict[str, Any], weights: Tensor, beta1: float | None) -> Tensor | None:
     if beta1 is None:
         return None
@@ -131,20 +127,20 @@ def _first_moment(state: dict[str, Any], weights: Tensor, beta1: float | None) -
 def _update_mean_squares(state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> list[Tensor]:
     """Let this step's squares into their running means; gives what the gradient is multiplied by, as factors."""
     eps = group["eps"][0]
-    new_part = math.pow(state["step"], group["decay_rate"])  # 1 - beta2 of the paper, section 7.2
+    beta2 = 1.0 - math.pow(state["step"], group["decay_rate"])  # the paper, section 7.2
     if gradient.ndim < 2:
-        [squares] = _running(state, new_part, exp_avg_sq=gradient.float().square() + eps)
+        [squares] = _running(state, beta2, exp_avg_sq=gradient.float().square() + eps)
         return [squares.rsqrt()]
     if gradient.ndim == 2 or group["flatten_convolutions"]:
         rows, columns = _mean_squares(gradient.reshape(_rows_first(gradient.shape)), eps)
     else:
         rows, columns = _mean_squares_of_kernels(gradient, eps)
-    rows, columns = _running(state, new_part, exp_avg_sq_row=rows, exp_avg_sq_col=columns)
+    rows, columns = _running(state, beta2, exp_avg_sq_row=rows, exp_avg_sq_col=columns)
     factors = [(rows / rows.mean(dim=-1, keepdim=True)).rsqrt().unsqueeze(-1), columns.rsqrt().unsqueeze(-2)]
     return factors if rows.ndim == 1 else [_outer(*factors).view(_rows_first(gradient.shape))]
 
 
-def _running(state: dict[str, Any], new_part: float, **values: Tensor) -> list[Tensor]:
+def _running(state: dict[str, Any], beta2: float, **values: Tensor) -> list[Tensor]:
     """The running means in `state` of these names, after `values` have come in."""
     for name, value in values.items():
         if name not in state:
@@ -154,7 +150,7 @@ def _running(state: dict[str, Any], new_part: float, **values: Tensor) -> list[T
                 "the state that is resumed was made with another flatten_convolutions of Adafactor.",
                 "Give the same --optimizer_args as then.",
             )
-        state[name].mul_(1 - new_part).add_(value, alpha=new_part)
+        state[name].mul_(beta2).add_(value, alpha=1.0 - beta2)
     return [state[name] for name in values]
 
 
@@ -189,9 +185,15 @@ def _outer(row_factors: Tensor, column_factors: Tensor) -> Tensor:
 
 
 @compiled
-def _squares_of_update(gradient: Tensor, factors: list[Tensor]) -> Tensor:
-    """The sums of squares over the last dimension of the update before it is clipped."""
-    return _product(gradient, factors).square().sum(dim=-1)
+def _norm(weights: Tensor) -> Tensor:
+    """The Euclidean norm of all weights, in float32."""
+    return weights.float().norm(2)
+
+
+@compiled
+def _norm_of_update(gradient: Tensor, factors: list[Tensor]) -> Tensor:
+    """The Euclidean norm of the update before it is clipped."""
+    return _product(gradient, factors).norm(2)
 
 
 @compiled
@@ -213,10 +215,15 @@ def _apply(
     step_size = rate if scale is None else rate * scale
     update = _product(gradient, factors) / clip * step_size
     if first_moment is not None:
-        first_moment.copy_(first_moment * beta1 + update * (1 - beta1))
+        first_moment.mul_(beta1).add_(update, alpha=1 - beta1)
         update = first_moment
     values = weights.float() if residual is None else weights.float() + residual.float()
-    values = values - values * (weight_decay * step_size) - update
+    if scale is None:
+        # A number takes another path through torch than a tensor, with one rounding less: that of transformers.
+        values = torch.add(values, values, alpha=-weight_decay * rate)
+    else:
+        values = values - values * (weight_decay * step_size)
+    values = values - update
     if residual is not None:
         rounded, missing = with_residual(values)
         residual.copy_(missing)

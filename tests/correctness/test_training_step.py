@@ -67,7 +67,7 @@ CASES = {
         precision={"computes_in": torch.bfloat16},
     ),
     "all in bfloat16": Case(
-        (*ADAFACTOR_FLAGS, *NOISE_FLAGS, "--mixed_precision=bf16", "--full_bf16"),
+        (*ADAFACTOR_FLAGS, *NOISE_FLAGS, "--mixed_precision=bf16", "--full_bf16", "--bf16_rounding=nearest"),
         FOUR_BATCHES,
         noise=NOISE,
         optimizer=Adafactor,

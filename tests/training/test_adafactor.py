@@ -32,31 +32,28 @@ def after_steps(optimizer_class, shape, *, dtype=torch.float32, rounding=NEAREST
     return parameter.detach(), optimizer
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, LARGE], ids=str)
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"scale_parameter": False, "weight_decay": 0.01},
-        {"scale_parameter": True, "beta1": 0.9, "clip_threshold": 0.5, "large": 3.0},
-        {"scale_parameter": False, "decay_rate": -0.5, "eps": (1e-3, 1e-2)},
-    ],
-    ids=["recipe", "first moment", "decay rate"],
-)
-def test_steps_are_those_of_transformers(shape, settings):
-    ours, _ = after_steps(Adafactor, shape, **settings)
-    theirs, _ = after_steps(transformers.Adafactor, shape, **settings)
-    # Means over rows, columns and the whole tensor are summed in another order: a few units in the last place.
-    torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-7)
+SETTINGS = {
+    "recipe": {"scale_parameter": False, "weight_decay": 0.01},
+    "first moment": {"scale_parameter": True, "beta1": 0.9, "clip_threshold": 0.5, "large": 3.0},
+    "decay rate": {"scale_parameter": False, "decay_rate": -0.5, "eps": (1e-3, 1e-2)},
+}
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_bfloat16_weights_without_a_rounding_are_those_of_transformers(shape):
-    settings = {"scale_parameter": False, "weight_decay": 0.01, "dtype": torch.bfloat16}
-    ours, _ = after_steps(Adafactor, shape, **settings)
-    theirs, _ = after_steps(transformers.Adafactor, shape, **settings)
-    # Equal but where the last bit of a float32 decides to which neighbour it is rounded: one spacing of bfloat16.
-    torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=0)
-    assert (ours == theirs).float().mean() >= 0.99
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=list(SETTINGS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_steps_are_those_of_transformers_to_the_last_bit(shape, settings, dtype):
+    ours, _ = after_steps(Adafactor, shape, dtype=dtype, **settings)
+    theirs, _ = after_steps(transformers.Adafactor, shape, dtype=dtype, **settings)
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=list(SETTINGS))
+def test_compiled_steps_are_those_of_transformers(settings):
+    ours, _ = after_steps(Adafactor, LARGE, **settings)
+    theirs, _ = after_steps(transformers.Adafactor, LARGE, **settings)
+    # Means over rows, columns and the whole tensor are summed in another order: a few units in the last place.
+    torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-7)
 
 
 def test_its_state_is_that_of_transformers_and_float32():
@@ -94,7 +91,9 @@ def test_stochastic_rounding_in_the_kernel_is_the_float32_step_rounded(shape):
     rounder = Rounder(STOCHASTIC, [exact], seed=3)
     rounder.start(1)
     ours, _ = after_steps(Adafactor, shape, dtype=torch.bfloat16, rounding=STOCHASTIC, **settings)
-    assert torch.equal(ours, stochastically_rounded(exact.detach(), rounder.seed(exact)))
+    same = ours == stochastically_rounded(exact.detach(), rounder.seed(exact))
+    # Compiled for two precisions, sums have two orders: one in 65536 roundings turns on the last bit of a float32.
+    assert same.all() if shape != LARGE else same.float().mean() > 0.999
 
 
 @pytest.mark.parametrize("shape", [(40, 24), LARGE], ids=str)
