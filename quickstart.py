@@ -26,7 +26,6 @@ REQUIREMENTS = ROOT / "requirements.txt"
 DEV_REQUIREMENTS = ROOT / "requirements-dev.txt"
 
 DEMO_FOLDER = Path("demo/output/my set")
-DEMO_STEPS = 300
 DEMO_MODEL = "demo/tiny_sdxl.safetensors"
 MADE_BY_DEMO = (
     *("images", "meta_cap.json", "meta_lat.json", "tiny_sdxl.safetensors", "output", "logs"),
@@ -135,17 +134,27 @@ def shown(command: list[str]) -> str:
 # -- the demo ---------------------------------------------------------------------------------------------------------
 
 
-def demo_commands(folder: Path, num_steps: int) -> list[list[str]]:
+@dataclass(frozen=True)
+class DemoSize:
+    """How much a demo draws, trains and measures."""
+
+    num_steps: int = 300
+    num_pictures: int = 72
+    prompts: str = "demo/prompt.txt"
+    scenes_per_pair: int = 8
+
+
+def demo_commands(folder: Path, size: DemoSize) -> list[list[str]]:
     """Pictures, the four commands of the workflow as a user would type them, and what shows their result."""
     my_set = folder.as_posix()
-    sampling = ["--sample_prompts=demo/prompt.txt", f"--sample_every_n_steps={max(1, num_steps // 5)}"]
+    sampling = [f"--sample_prompts={size.prompts}", f"--sample_every_n_steps={max(1, size.num_steps // 5)}"]
     return [
-        ["python", "demo/pictures.py", f"{my_set}/images"],
-        *workflow_commands(folder, num_steps, [*sampling, "--sample_sampler=euler_a", "--sample_grid"]),
+        ["python", "demo/pictures.py", f"{my_set}/images", f"--num_pictures={size.num_pictures}"],
+        *workflow_commands(folder, size.num_steps, [*sampling, "--sample_sampler=euler_a", "--sample_grid"]),
         ["python", "demo/contact_sheet.py", f"{my_set}/output/sample", f"{my_set}/contact_sheet.png"],
         [
             *["python", "demo/figures.py", DEMO_MODEL, f"{my_set}/output/finetuned_model.safetensors"],
-            f"--save={my_set}/figures.txt",
+            *[f"--scenes_per_pair={size.scenes_per_pair}", f"--save={my_set}/figures.txt"],
         ],
     ]
 
@@ -174,11 +183,11 @@ def workflow_commands(folder: Path, num_steps: int, more_flags: list[str]) -> li
     ]
 
 
-def run_demo(environment: Environment, folder: Path, num_steps: int) -> None:
+def run_demo(environment: Environment, folder: Path, size: DemoSize) -> None:
     """The whole workflow in `folder`, from drawing the pictures to the finished checkpoint."""
     started = time.monotonic()
     clear_demo(ROOT / folder)
-    for command in demo_commands(folder, num_steps):
+    for command in demo_commands(folder, size):
         run(command, environment)
     print(demo_report(environment, folder, seconds=time.monotonic() - started))
 
@@ -273,7 +282,7 @@ def main(argv: list[str] | None = None) -> int:
         environment = Environment(arguments.venv.absolute())
         install(environment, REQUIREMENTS if arguments.command == "demo" else DEV_REQUIREMENTS)
         if arguments.command == "demo":
-            run_demo(environment, DEMO_FOLDER, DEMO_STEPS)
+            run_demo(environment, DEMO_FOLDER, DemoSize())
         elif arguments.command == "test":
             return run_tests(environment, for_pytest)
     except QuickstartError as error:

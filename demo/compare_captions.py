@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where everything is written")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--num_steps", type=int, default=quickstart.DEMO_STEPS)
+    parser.add_argument("--num_steps", type=int, default=quickstart.DemoSize.num_steps)
     parser.add_argument("--at_once", type=int, default=1, help="seeds that run beside each other")
     arguments = parser.parse_args(argv)
     with ThreadPoolExecutor(arguments.at_once) as pool:

@@ -183,25 +183,31 @@ def test_a_demo_removes_what_an_earlier_one_made_and_nothing_else(tmp_path):
     quickstart.clear_demo(tmp_path / "a folder that does not exist")
 
 
-def test_the_demo_runs_the_workflow_from_pictures_to_checkpoint_and_says_where_all_of_it_is(tmp_path, capfd):
+def test_the_demo_runs_the_workflow_and_says_where_its_pictures_and_figures_are(tmp_path, capfd):
     folder = tmp_path / "my set"
     (folder / "images").mkdir(parents=True)
     (folder / "images" / "left over.png").write_bytes(b"cut short")  # an earlier demo was aborted here
-    quickstart.run_demo(HERE, folder, num_steps=1)
+    prompts = tmp_path / "prompt.txt"
+    prompts.write_text("a red circle --e dots --d 1 --s 1\na blue star --e checks --s 1\n", encoding="utf-8")
+    size = quickstart.DemoSize(num_steps=1, num_pictures=6, prompts=str(prompts), scenes_per_pair=1)
+    quickstart.run_demo(HERE, folder, size)
 
-    assert sorted(path.name for path in folder.iterdir()) == sorted(quickstart.MADE_BY_DEMO)
-    assert len(list((folder / "images").glob("*.npz"))) == len(list((folder / "images").glob("*.png"))) == 12
-    samples = sorted((folder / "output" / "sample").glob("*.png"))
-    assert [name.name.split("_")[3] for name in samples] == ["000000"] * 3 + ["000001"] * 3
-    with Image.open(samples[0]) as sample:
-        assert sample.size == (256, 256)
-        assert sample.text["prompt_g"] == "a red circle on a white background"
-        assert sample.text["prompt_l"] == "flat colours"
+    assert {path.name for path in folder.iterdir()} <= set(quickstart.MADE_BY_DEMO)
+    assert len(list((folder / "images").glob("*.npz"))) == len(list((folder / "images").glob("*.png"))) == 6
+    samples = sorted(path.name for path in (folder / "output" / "sample").glob("*.png"))
+    assert [name.split("_")[3:] for name in samples] == [
+        [step, *rest] for step in ("000000", "000001") for rest in (["00", "1.png"], ["01.png"], ["grid.png"])
+    ]
+    with Image.open(folder / "output" / "sample" / samples[0]) as sample:
+        assert sample.size == (96, 96)
+        assert sample.text["prompt_g"] == "a red circle"
+        assert sample.text["prompt_l"] == "dots"
     assert list((folder / "logs").rglob("events.out.tfevents.*"))
+    assert "content right" in (folder / "figures.txt").read_text(encoding="utf-8")
 
     printed = capfd.readouterr().out
     report = printed[printed.index("The demo is through") :]
-    for path in ("images", "meta_lat.json", "output/sample", "output/finetuned_model.safetensors", "logs"):
+    shown = ("contact_sheet.png", "figures.txt", *(f"output/sample/{name}" for name in samples if "grid" in name))
+    for path in (*shown, "images", "meta_lat.json", "output/sample", "output/finetuned_model.safetensors", "logs"):
         assert (folder / path).exists()
         assert f"{folder.as_posix()}/{path}" in report
-    assert "noise" in report
