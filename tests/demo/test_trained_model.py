@@ -14,7 +14,7 @@ from library.sdxl.checkpoint_file import ModelDtypes, read_single_file, tensors_
 from library.sdxl.diffusers_folder import write_diffusers_folder
 
 SHOWN = [("circle", "white"), ("square", "black"), ("triangle", "grey"), ("star", "white")]
-"""Shapes and backgrounds: what the model does reliably. Its colours and places are right less often (demo/README.md)."""
+"""Shapes and backgrounds: what the model does reliably. Places are hardly learnt (demo/README.md)."""
 STEPS, GUIDANCE = 12, 4.0
 
 
