@@ -231,8 +231,8 @@ What else it made:
   logs                   {my_set}/logs
                          to look at them: {tensorboard}
 
-The tiny model has SDXL's structure, and was trained on drawn shapes only. docs/separate-captions.md tells what its
-pictures say about captions. With a real SDXL checkpoint the same commands train a real model: see README.md."""
+The tiny model has SDXL's structure, and was trained on drawn shapes only. docs/separate-captions.md tells how to
+read the grids. With a real SDXL checkpoint the same commands train a real model: see README.md."""
 
 
 # -- the commands -----------------------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ def test_a_caption_says_nothing_that_the_picture_does_not_show():
         _, caption_g = caption_pair(scene, random.Random(number))
         where, _ = PLACES[scene.place]
         allowed = f"a {scene.magnitude} {scene.colour} {scene.shape} {where}, {scene.background} background".split()
-        assert set(caption_g.split()) <= {*allowed, f"{scene.shape},", f"{scene.colour},"}
+        assert set(caption_g.replace(",", "").split()) <= {word.rstrip(",") for word in allowed}
 
 
 def test_the_rate_rises_shortly_and_falls_to_zero():
