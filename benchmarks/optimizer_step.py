@@ -45,7 +45,7 @@ VARIANTS: dict[str, tuple[str, list[str], str]] = {
 """Name to optimizer, its arguments, and the rounding."""
 
 BYTES_AT_LEAST = 6
-_STEPS = 4
+_STEPS = 3
 _POOL_SIZE = 2**25
 
 

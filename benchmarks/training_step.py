@@ -40,6 +40,10 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 _FUSED = ("--gradient_checkpointing", "--fused_backward_pass")
 _CACHED = (*_FUSED, "--cache_text_encoder_outputs")
+_FLAT = (
+    *("--optimizer_args", "scale_parameter=False", "relative_step=False", "warmup_init=False", "weight_decay=0.01"),
+    "flatten_convolutions=True",
+)
 VARIANTS: dict[str, tuple[str, ...] | None] = {
     "plain": None,
     "ours": ("--gradient_checkpointing",),
@@ -51,6 +55,8 @@ VARIANTS: dict[str, tuple[str, ...] | None] = {
     "channels_last": _CACHED,
     "nearest": (*_CACHED, "--bf16_rounding=nearest"),
     "kahan": (*_CACHED, "--bf16_rounding=kahan"),
+    "flat": (*_CACHED, *_FLAT),
+    "flat_nearest": (*_CACHED, *_FLAT, "--bf16_rounding=nearest"),
 }
 """Name to the flags beside the recipe; None is the plain loop of diffusers' examples.
 
