@@ -178,7 +178,7 @@ def workflow_commands(folder: Path, num_steps: int, more_flags: list[str]) -> li
             *["--save_model_as=safetensors", "--output_name=finetuned_model", "--save_precision=fp16"],
             *["--max_data_loader_n_workers=0", "--train_batch_size=6", f"--max_train_steps={num_steps}"],
             *["--cache_latents", "--cache_latents_to_disk", "--train_text_encoder", "--learning_rate=1e-3"],
-            *["--optimizer_type=AdamW", "--lr_scheduler=cosine", "--lr_warmup_steps=20", *more_flags],
+            *["--optimizer_type=AdamW", "--lr_scheduler=cosine", "--lr_warmup_steps=0.1", *more_flags],
         ],
     ]
 
