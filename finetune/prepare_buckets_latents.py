@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from library.config.errors import UserError, exits_on_user_error
 from library.config.kohya_flags import PREPARE_REFUSED, PREPARE_REPLACED
+from library.config.notices import notify
 from library.config.options import option, parse_options, positional
 from library.config.output_files import remove_leftovers
 from library.data.buckets import LEGACY_CROP_NOTICE, BucketOptions, BucketRule, parse_resolution
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     metadata = read_metadata(options.in_json)
     path_of = _pictures_with_metadata(options, metadata)
     if encoding.legacy_crop_coords:
-        print(LEGACY_CROP_NOTICE, file=sys.stderr)
+        notify(LEGACY_CROP_NOTICE)
     vae = load_vae(options.model_name_or_path, None)
     digest = vae_digest(vae)  # before it is narrowed to the precision asked for
     # Not diffusers' own `to`, which warns of every change of precision.
@@ -131,7 +132,7 @@ def _still_fitting(pictures: Iterable[Picture], encoding: EncodingOptions, diges
             read_fitting_cache(path, picture.path, picture.assignment.bucket, demands)
             yield picture
         except UserError as error:
-            tqdm.write(f"{error.problem} It is encoded again.")
+            notify(f"{error.problem} It is encoded again.")
 
 
 def _write_latents(outcomes: Iterable[Outcome], problems: list[str]) -> Iterator[Picture]:
@@ -142,7 +143,7 @@ def _write_latents(outcomes: Iterable[Outcome], problems: list[str]) -> Iterator
         write_cache(cache_path(outcome.picture.path), outcome.cached)
         yield outcome.picture
         if outcome.redone_in_float32:
-            tqdm.write(f"'{outcome.picture.path}' gave NaN or Inf in the VAE's precision and was encoded in float32.")
+            notify(f"'{outcome.picture.path}' gave NaN or Inf in the VAE's precision and was encoded in float32.")
 
 
 def _print_table(pictures: Iterable[Picture], num_kept: int) -> None:

@@ -1,7 +1,6 @@
 """What frozen text encoders make of captions, computed once: L and G apart, each by its own token ids."""
 
 import hashlib
-import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from library.config.errors import UserError
+from library.config.notices import notify
 from library.config.output_files import require_disk_space
 from library.data.training_set import TrainingImage
-from library.sdxl.tensor_file import TensorToWrite, open_tensors, write_safetensors
+from library.sdxl.tensor_file import TensorToWrite, open_tensors, raw_bytes, write_safetensors
 from library.sdxl.text_encoding import EncodedText, encode_g, encode_l, text_encoder_digest
 from library.sdxl.tokenizers import CHUNK_TOKENS, PAD_G, PAD_L, CaptionTokens, tokenize
 
@@ -218,7 +218,7 @@ def _onto_disk(encoder: _Encoder, texts: dict[str, _Text], cache: OutputsOnDisk)
         try:
             cache.read(key)
         except UserError as error:
-            tqdm.write(f"{error.problem} It is made again.", file=sys.stderr)
+            notify(f"{error.problem} It is made again.")
             missing.append(key)
             unusable += 1
     if missing:
@@ -245,5 +245,5 @@ def _digest(tensors: Iterable[torch.Tensor]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        digest.update(raw_bytes(tensor))
     return digest.hexdigest()

@@ -1,6 +1,5 @@
 """Metadata, pictures and caches to the list of what is trained on."""
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from diffusers import AutoencoderKL
 from tqdm import tqdm
 
 from library.config.errors import UserError
+from library.config.notices import notify
 from library.config.options import option
 from library.data.buckets import LEGACY_CROP_NOTICE, BucketAssignment, BucketRule, Size, covering_size, parse_resolution
 from library.data.images import IMAGE_SUFFIXES, read_size
@@ -131,7 +131,7 @@ def read_training_set(options: TrainingSetOptions, rule: BucketRule, digest: str
     caption, and every one that has neither picture nor cache.
     """
     if options.legacy_crop_coords:
-        _report(LEGACY_CROP_NOTICE)
+        notify(LEGACY_CROP_NOTICE)
     demands = CacheDemands(digest, flip=options.flip_aug, check_image=not options.skip_cache_check)
     images: list[TrainingImage] = []
     for found in tqdm(_find_images(options), desc="reading the training set", unit="picture", disable=None):
@@ -190,7 +190,7 @@ def encode_missing(
         if outcome.error is not None:
             raise outcome.error
         if outcome.redone_in_float32:
-            _report(f"'{outcome.picture.path}' gave NaN in the VAE's precision and was encoded in float32.")
+            notify(f"'{outcome.picture.path}' gave NaN in the VAE's precision and was encoded in float32.")
         assert outcome.cached is not None
         latents: Path | CachedLatents = outcome.cached
         if options.cache_latents_to_disk:
@@ -211,7 +211,7 @@ def _read_if_fitting(
     except UserError as error:
         if picture is None:
             raise
-        _report(f"{error.problem} It is encoded again.")
+        notify(f"{error.problem} It is encoded again.")
         return None
 
 
@@ -274,10 +274,6 @@ def _require_captions(metadata: dict[str, Entry], path: Path) -> None:
                 f"'{path}': {len(lacking)} images have no {name} caption: {_some(lacking)}.",
                 f"Run finetune/{script} on it (an empty caption is allowed).",
             )
-
-
-def _report(notice: str) -> None:
-    tqdm.write(notice, file=sys.stderr)
 
 
 def _some(names: list[str]) -> str:

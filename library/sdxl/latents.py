@@ -1,16 +1,16 @@
 """Pixels to latents and back, through the VAE."""
 
 import hashlib
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
 import torch
 from diffusers import AutoencoderKL
-from tqdm import tqdm
 
+from library.config.notices import notify
 from library.sdxl.architecture import PIXELS_PER_LATENT
+from library.sdxl.tensor_file import raw_bytes
 
 TILE = 64
 """Latent cells along the side of a tile, where a picture is decoded in tiles."""
@@ -39,7 +39,7 @@ def encode_pixels(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
     encoded = _unless_out_of_memory(lambda: vae.encode(pixels)) if together else None
     if encoded is None:
         if together:
-            _say(f"no memory to encode {len(pixels)} pictures at once: they are encoded one by one")
+            notify(f"no memory to encode {len(pixels)} pictures at once: they are encoded one by one")
             vae.enable_slicing()
         encoded = vae.encode(pixels)
     return encoded.latent_dist.mean.float()
@@ -68,7 +68,7 @@ def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     latents = latents.to(vae.device, vae.dtype)
     decoded = _unless_out_of_memory(lambda: vae.decode(latents))
     if decoded is None:
-        _say("no memory to decode a picture at once: it is decoded in tiles")
+        notify("no memory to decode a picture at once: it is decoded in tiles")
         with _tiles(vae):
             decoded = vae.decode(latents)
     return decoded.sample.float()
@@ -83,7 +83,7 @@ def vae_digest(vae: AutoencoderKL) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(vae.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().data)
+        digest.update(raw_bytes(tensor.to("cpu", torch.bfloat16)))
     return digest.hexdigest()
 
 
@@ -106,10 +106,6 @@ def _tiles(vae: AutoencoderKL) -> Iterator[None]:
     finally:
         vae.disable_tiling()
         vae.tile_latent_min_size, vae.tile_sample_min_size = before
-
-
-def _say(what: str) -> None:
-    tqdm.write(what, file=sys.stderr)
 
 
 def _not_finite(latents: torch.Tensor) -> list[int]:

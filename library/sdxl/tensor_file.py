@@ -125,7 +125,13 @@ def write_safetensors(path: Path, tensors: Iterable[TensorToWrite], metadata: di
     with replacing(path) as file:
         file.write(_header(ordered, metadata))
         for tensor in ordered:
-            file.write(_made(tensor).reshape(-1).view(torch.uint8).numpy().data)
+            file.write(raw_bytes(_made(tensor)))
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """The numbers of a tensor as a safetensors file holds them: in row-major order, without a copy where it can be."""
+    data: memoryview = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return data
 
 
 def write_pickle(path: Path, tensors: Iterable[TensorToWrite], metadata: dict[str, str]) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import CLIPTextModelWithProjection, PreTrainedModel
 
 from library.sdxl.architecture import SDXL_BASE, recorded_facts
+from library.sdxl.tensor_file import raw_bytes
 from library.sdxl.tokenizers import CaptionTokens
 
 
@@ -78,7 +79,7 @@ def text_encoder_digest(text_encoder: PreTrainedModel) -> str:
     digest = hashlib.blake2b(json.dumps([form, projection], sort_keys=True).encode(), digest_size=16)
     for name, tensor in sorted(text_encoder.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(raw_bytes(tensor))
     return digest.hexdigest()
 
 

@@ -1,7 +1,6 @@
 """When a model is saved, under which name, and which older one it replaces."""
 
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,9 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-from tqdm import tqdm
-
 from library.config.errors import UserError
+from library.config.notices import notify
 from library.config.options import option
 from library.config.output_files import CannotWrite
 from library.training.state import STATE_SUFFIX
@@ -279,4 +277,4 @@ def _remove(path: Path) -> None:
         else:
             path.unlink(missing_ok=True)
     except OSError as error:
-        tqdm.write(f"'{path}' is kept, it cannot be removed: {error.strerror or error}.", file=sys.stderr)
+        notify(f"'{path}' is kept, it cannot be removed: {error.strerror or error}.")

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from library.sdxl.tensor_file import raw_bytes
 from library.training.mishaps import explained_out_of_memory
 
 _ALIGNMENT = 64  # bytes; what vector instructions like best
@@ -53,7 +54,7 @@ def _written(tensors: list[torch.Tensor], folder: Path) -> list[torch.Tensor]:
     with tempfile.TemporaryFile(dir=folder) as file:
         for tensor in tensors:
             offsets.append(file.seek(-(-file.tell() // _ALIGNMENT) * _ALIGNMENT))
-            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            file.write(raw_bytes(tensor))
         file.flush()
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     return [

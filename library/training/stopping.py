@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from tqdm import tqdm
+from library.config.notices import notify
 
 STOP_FILE = "stop"
 EXIT_AFTER_SIGNAL = 128
@@ -63,7 +63,7 @@ def listening_for_stop(output_dir: Path) -> Iterator[StopRequest]:
             return
         if request.signal_number is None:
             request.signal_number, first_time = number, time.monotonic()
-            tqdm.write("stopping after this step; once more to stop at once, without saving")
+            notify("stopping after this step; once more to stop at once, without saving")
         elif time.monotonic() - first_time > SAME_SIGNAL_SECONDS:
             raise SystemExit(EXIT_AFTER_SIGNAL + number)
 

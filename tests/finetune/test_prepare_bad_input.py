@@ -42,7 +42,7 @@ def test_what_overflows_in_half_precision_is_redone_and_named(folder, write_vae,
     image = folder.add("a.png")
     folder.prepare_all("--mixed_precision=fp16", model=write_vae("overflowing", change))
     message = f"'{image}' gave NaN or Inf in the VAE's precision and was encoded in float32."
-    assert message in capsys.readouterr().out
+    assert message in capsys.readouterr().err
     assert folder.cached("a").latents.max() > torch.finfo(torch.float16).max
 
 

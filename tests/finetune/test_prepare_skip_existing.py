@@ -55,7 +55,7 @@ def test_a_cache_that_no_longer_fits_its_picture_is_named_and_made_again(prepare
     path = prepared.images / "a.npz"
     change(path)
     assert written_anew(prepared) == ["a"]
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     assert f"'{path}'" in printed
     assert reason in printed
     assert "It is encoded again." in printed
