@@ -1,6 +1,7 @@
 """Whether the disk holds what a run is going to save, before it starts."""
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from library.training.checkpoints import Save, SaveOptions
 from library.training.optimizers import OptimizerOptions, make_optimizer
 from library.training.rounding import KAHAN, NEAREST
 from library.training.state import STATE_SUFFIX
+from library.training.stepping import state_beside_matrix
 
 _PROBE_SIDE = 256  # wide enough for the sums that Adafactor keeps of rows and columns to be small beside the matrix
 
@@ -24,8 +26,8 @@ def bytes_of(networks: Iterable[nn.Module], dtype: torch.dtype | None) -> int:
 def bytes_of_state(options: OptimizerOptions, networks: Iterable[nn.Module], rounding: str = NEAREST) -> int:
     """Bytes of a state: the weights of the trained networks, and what is kept beside each of them.
 
-    What the optimizer keeps is measured on a small matrix, since it has nothing to show before its first step. A
-    `rounding` with compensation keeps one more bfloat16 for each weight that is one.
+    What the optimizer keeps is measured beside a small matrix. A `rounding` with compensation keeps one more bfloat16
+    for each weight that is one.
     """
     total = 0.0
     for network in networks:
@@ -34,12 +36,9 @@ def bytes_of_state(options: OptimizerOptions, networks: Iterable[nn.Module], rou
         if not trained:
             continue
         weights = trained[0]
-        probe = nn.Parameter(torch.ones(_PROBE_SIDE, _PROBE_SIDE, dtype=weights.dtype, device=weights.device))
-        probe.grad = torch.ones_like(probe)
-        optimizer = make_optimizer([{"name": "probe", "params": [probe], "lr": 1e-3}], options)
-        optimizer.step()
-        kept = [value for value in optimizer.state[probe].values() if isinstance(value, torch.Tensor)]
-        each = sum(value.numel() * value.dtype.itemsize for value in kept) / probe.numel()
+        make = partial(make_optimizer, options=options)
+        kept = state_beside_matrix(make, _PROBE_SIDE, weights.dtype, weights.device).values()
+        each = sum(value.numel() * value.dtype.itemsize for value in kept) / _PROBE_SIDE**2
         each += weights.dtype.itemsize if rounding == KAHAN and weights.dtype == torch.bfloat16 else 0
         total += each * sum(weights.numel() for weights in trained)
     return int(total)

@@ -8,7 +8,7 @@ import torch
 
 from library.config.options import option
 from library.sdxl.checkpoint_file import ModelDtypes
-from library.training.rounding import ROUNDINGS, STOCHASTIC
+from library.training.rounding import NEAREST, ROUNDINGS, STOCHASTIC
 
 _DTYPES = {"no": torch.float32, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -38,7 +38,9 @@ class PrecisionOptions:
 
     @property
     def rounding(self) -> str:
-        """How bfloat16 weights are rounded, one of `ROUNDINGS`."""
+        """How new weights are rounded, one of `ROUNDINGS`; float32 ones to nearest, as every operation does."""
+        if not self.full_bf16:
+            return NEAREST
         return self.bf16_rounding or STOCHASTIC
 
     def model_dtypes(self, *, trains_l: bool, trains_g: bool, float32_vae: bool) -> ModelDtypes:

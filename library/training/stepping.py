@@ -157,11 +157,16 @@ def _chunks_of(parameters: Sequence[Parameter], elements: float) -> Iterator[lis
 
 def keys_in_bfloat16(make: MakeOptimizer, device: torch.device) -> frozenset[str]:
     """What the optimizer keeps in bfloat16 for bfloat16 weights; to keep it in float32 would take twice the memory."""
-    parameter = _probe((80, 80), torch.bfloat16, device)
+    kept = state_beside_matrix(make, 80, torch.bfloat16, device).items()
+    return frozenset(key for key, value in kept if value.dtype == torch.bfloat16)
+
+
+def state_beside_matrix(make: MakeOptimizer, side: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """The tensors that the optimizer keeps beside a matrix [side, side]; before its first step it has none to show."""
+    parameter = _probe((side, side), dtype, device)
     optimizer = make([{"name": "probe", "params": [parameter], "lr": 1e-3}])
     optimizer.step()
-    kept = optimizer.state[parameter].items()
-    return frozenset(key for key, value in kept if isinstance(value, Tensor) and value.dtype == torch.bfloat16)
+    return {key: value for key, value in optimizer.state[parameter].items() if isinstance(value, Tensor)}
 
 
 def treats_each_alone(make: MakeOptimizer, device: torch.device) -> bool:
