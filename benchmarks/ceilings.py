@@ -12,9 +12,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere, find library/
 
 import psutil
 import torch
+
+from benchmarks.result_files import machine_line
 
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy")
 _MATMUL_SIDE = {"cuda": 8192, "cpu": 2048}
@@ -76,15 +81,16 @@ def _seconds(operation: Callable[[], object], device: torch.device) -> float:
     """Seconds of one `operation`, the mean of several after a warm-up."""
     for _ in range(_WARM_UPS):
         operation()
-    _wait(device)
+    wait(device)
     started = time.perf_counter()
     for _ in range(_REPEATS):
         operation()
-    _wait(device)
+    wait(device)
     return (time.perf_counter() - started) / _REPEATS
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until the device has done all that it was told to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -94,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(parser.parse_args(argv).device)
-    print(*(f"{key}={value}" for key, value in machine().items()))
+    print(machine_line(machine()))
     for dtype in (torch.bfloat16, torch.float32):
         found = measure(device, dtype)
         print(f"{dtype}: {found.matmul_flops / 1e12:.3f} TFLOP/s, {found.copy_bytes_per_second / 1e9:.1f} GB/s")

@@ -7,7 +7,6 @@ noise schedule and float32 weights. Its loss is measured on noise and pictures t
 """
 
 import argparse
-import json
 import random
 import sys
 from collections.abc import Sequence
@@ -21,14 +20,13 @@ from diffusers import UNet2DConditionModel
 from tqdm import tqdm
 
 from benchmarks.ceilings import machine
+from benchmarks.result_files import RESULTS, machine_line, write_result
 from demo.pictures import draw, random_scene
 from demo.random_sdxl import TINY
-from library.config.output_files import write_text
 from library.diffusion.loss import per_sample_loss
 from library.diffusion.noise_schedule import NUM_TIMESTEPS, make_noise_schedule
 from library.training.adafactor import Adafactor
 
-RESULTS = Path(__file__).resolve().parent / "results"
 _CELLS = 16
 _BATCH_SIZE = 8
 _LEARNING_RATE = 1e-3
@@ -92,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     pictures = thumbnails(_NUM_PICTURES)
     lines = [
-        " ".join(f"{key}={value}" for key, value in machine().items()),
+        machine_line(machine()),
         f"loss on held-out pictures after {arguments.num_steps} steps of Adafactor at {_LEARNING_RATE}",
         f"{'seed':<8}{'kernel by kernel':>18}{'flattened':>12}",
     ]
@@ -106,8 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines.append(f"{seed:<8}{usual:18.4f}{flat:12.4f}")
     print("\n".join(lines))
     result = {"machine": machine(), "num_steps": arguments.num_steps, "rows": rows}
-    write_text(RESULTS / "flat_convolutions.json", json.dumps(result, indent=1) + "\n")
-    write_text(RESULTS / "flat_convolutions.txt", "\n".join(lines) + "\n")
+    write_result(RESULTS / "flat_convolutions", result, "\n".join(lines))
     return 0
 
 

@@ -24,9 +24,10 @@ from sklearn.datasets import load_sample_images
 
 from benchmarks.ceilings import machine
 from benchmarks.phases import STARTED_VARIABLE
+from benchmarks.result_files import RESULTS, machine_line, write_result
+from library.training.optimizers import ADAFACTOR_RECIPE
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "camera", "retina")
 PROMPT = "portrait of a woman --e photographic --n low quality --w 256 --h 256 --d 42 --l 7 --s 2\n"
 
@@ -34,7 +35,7 @@ TRAINING = (
     "--resolution=256,256 --save_model_as=safetensors --full_bf16 --output_name=finetuned_model "
     "--max_data_loader_n_workers=0 --learning_rate=1e-5 --train_batch_size=1 --mixed_precision=bf16 "
     "--save_precision=bf16 --cache_latents --cache_latents_to_disk --optimizer_type=Adafactor "
-    "--optimizer_args scale_parameter=False relative_step=False warmup_init=False weight_decay=0.01 "
+    f"{ADAFACTOR_RECIPE} weight_decay=0.01 "
     "--gradient_checkpointing --max_grad_norm=0.0 --noise_offset=0.0357 --adaptive_noise_scale=0.00357 "
     "--sample_sampler=euler_a --no_half_vae --seed=1"
 )
@@ -153,7 +154,7 @@ def run(folder: Path, num_steps: int) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """The result to read."""
-    lines = [" ".join(f"{key}={value}" for key, value in result["machine"].items()), ""]
+    lines = [machine_line(result["machine"]), ""]
     for row in result["rows"]:
         lines.append(f"{row['phase']:32} {row['seconds']:8.2f} s   peak resident {row['max_rss_gib']:6.2f} GiB")
         for phase in row.get("phases", []):
@@ -173,12 +174,10 @@ def main() -> int:
     parser.add_argument("--num_steps", type=int, default=3)
     arguments = parser.parse_args()
     result = run(arguments.folder.resolve(), arguments.num_steps)
-    RESULTS.mkdir(parents=True, exist_ok=True)
     text = table(result)
-    (RESULTS / "full_size_workflow.txt").write_text(text, encoding="utf-8")
     for row in result["rows"]:
         row.pop("out")  # holds the paths of this machine
-    (RESULTS / "full_size_workflow.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_result(RESULTS / "full_size_workflow", result, text)
     print(text)
     return 0
 

@@ -29,11 +29,11 @@ from PIL import Image
 
 from benchmarks.forked_runs import FOLDER, KILL_AT, Command, ForkedRun, RunServer
 from benchmarks.outcome import Outcome, differences, outcome_of
+from benchmarks.result_files import RESULTS, machine_line, write_result
 from demo.random_sdxl import TINY, write_random_sdxl
 from finetune import sdxl_merge_captions_g_to_metadata, sdxl_merge_captions_l_to_metadata
 from library.config.output_files import PARTIAL_SUFFIX, REPLACED_SUFFIX
 
-RESULTS = Path(__file__).with_name("results")
 NUM_PICTURES = 5
 MOST_ATTEMPTS = 100
 _BUCKETS = ("--min_bucket_reso=64", "--max_bucket_reso=128", "--bucket_reso_steps=64")
@@ -198,7 +198,7 @@ def run_kills(num_kills: int, seed: int, num_steps: int) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """The result to read."""
     lines = [
-        " ".join(f"{key}={value}" for key, value in result["machine"].items()),
+        machine_line(result["machine"]),
         "",
         f"{result['num_kills']} kills in {len(result['rounds'])} rounds of preparing and training "
         f"({result['num_steps']} steps), seed {result['seed']}",
@@ -224,8 +224,7 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     result = run_kills(arguments.num_kills, arguments.seed, arguments.num_steps)
-    (arguments.results / "kill_runs.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (arguments.results / "kill_runs.txt").write_text(table(result), encoding="utf-8")
+    write_result(arguments.results / "kill_runs", result, table(result))
     print(table(result))
     return 1 if result["num_rounds_that_differ"] else 0
 

@@ -28,6 +28,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import ceilings
+from benchmarks.result_files import RESULTS, machine_line, write_result
 from demo.random_sdxl import TINY
 from finetune import prepare_buckets_latents
 from library.data import latent_preparation
@@ -36,7 +37,6 @@ from library.sdxl.latents import encode_pixels
 from library.sdxl.tensor_file import TensorToWrite, write_safetensors
 from library.sdxl.weight_names import vae_table
 
-RESULTS = Path(__file__).resolve().parent / "results"
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
 ENLARGED = 1.5
 """How much larger the pictures are than their bucket: they are decoded and shrunk, as most are."""
@@ -88,8 +88,7 @@ class Stopwatch:
         return timed
 
     def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        ceilings.wait(self._device)
         return time.perf_counter()
 
 
@@ -188,7 +187,7 @@ def run(num_pictures: int, side: int, size: str, precision: str) -> dict[str, An
 def table(result: dict[str, Any]) -> str:
     """The result to read."""
     lines = [
-        " ".join(f"{key}={value}" for key, value in result["machine"].items()),
+        machine_line(result["machine"]),
         f"{result['num_pictures']} pictures at about {result['side']}x{result['side']}, {result['size']} size, "
         f"{result['flops_of_a_picture'] / 1e12:.3f} TFLOP a picture, on {result['device']}",
         f"ceilings: {result['matmul_flops'] / 1e12:.2f} TFLOP/s in matrix products, "
@@ -214,9 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args(argv)
     result = run(arguments.num_pictures, arguments.side, arguments.size, arguments.precision)
-    name = f"latents_{result['device']}"
-    (arguments.results / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (arguments.results / f"{name}.txt").write_text(table(result), encoding="utf-8")
+    write_result(arguments.results / f"latents_{result['device']}", result, table(result))
     print(table(result))
     return 0
 

@@ -8,7 +8,6 @@ written at least is each weight, and its gradient once: 6 bytes.
 
 import argparse
 import gc
-import json
 import os
 import sys
 import time
@@ -23,14 +22,13 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as sdxl_train.py does, bef
 import torch
 from torch.nn import Parameter
 
-from benchmarks.ceilings import machine, measure
-from library.config.output_files import write_text
+from benchmarks.ceilings import machine, measure, wait
+from benchmarks.result_files import RESULTS, machine_line, write_result
 from library.sdxl.architecture import SDXL_BASE, empty_unet
 from library.training.optimizers import ADAFACTOR_RECIPE, OptimizerOptions, make_optimizer
 from library.training.rounding import KAHAN, NEAREST, STOCHASTIC, Rounder
 from library.training.stepping import Stepper, keys_in_bfloat16
 
-RESULTS = Path(__file__).resolve().parent / "results"
 RECIPE = [*ADAFACTOR_RECIPE.split()[1:], "weight_decay=0.01"]
 FLAT = [*RECIPE, "flatten_convolutions=True"]
 VARIANTS: dict[str, tuple[str, list[str], str]] = {
@@ -61,10 +59,10 @@ def timed(weights: list[Parameter], gradients: torch.Tensor, variant: str) -> di
     for step in range(1, _STEPS + 1):
         for weight in weights:
             weight.grad = gradients[: weight.numel()].view(weight.shape)
-        _wait(device)
+        wait(device)
         started = time.perf_counter()
         stepper.step(step)
-        _wait(device)
+        wait(device)
         seconds.append(time.perf_counter() - started)
         for weight in weights:
             weight.grad = None
@@ -77,11 +75,6 @@ def timed(weights: list[Parameter], gradients: torch.Tensor, variant: str) -> di
         "nanoseconds_a_weight": min(seconds) / num_weights * 1e9,
         "state_gib": sum(value.numel() * value.dtype.itemsize for value in kept) / 2**30,
     }
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     floor = BYTES_AT_LEAST * num_weights / ceilings.copy_bytes_per_second
 
     lines = [
-        " ".join(f"{key}={value}" for key, value in machine().items()),
+        machine_line(machine()),
         f"{num_weights / 1e9:.2f} billion weights in bfloat16 on {device}; copies at "
         f"{ceilings.copy_bytes_per_second / 1e9:.1f} GB/s, so no step can take less than {floor:.2f} s",
         "",
@@ -118,8 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         print(lines[-1], flush=True)
     result = {"machine": machine(), "floor_seconds": floor, "rows": rows}
-    write_text(arguments.output / f"optimizer_step_{device.type}.json", json.dumps(result, indent=1) + "\n")
-    write_text(arguments.output / f"optimizer_step_{device.type}.txt", "\n".join(lines) + "\n")
+    write_result(arguments.output / f"optimizer_step_{device.type}", result, "\n".join(lines))
     return 0
 
 

@@ -25,17 +25,18 @@ import torch
 
 from benchmarks import ceilings
 from benchmarks.phases import STARTED_VARIABLE
+from benchmarks.result_files import RESULTS, machine_line, write_result
 from demo import pictures
 from demo.random_sdxl import TINY, write_random_sdxl
 from finetune import prepare_buckets_latents, sdxl_merge_captions_g_to_metadata, sdxl_merge_captions_l_to_metadata
+from library.training.optimizers import ADAFACTOR_RECIPE
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 _BLOCK = 2**24
 
 TRAINING = (
     "--max_train_steps=1 --seed=1 --full_bf16 --mixed_precision=bf16 --optimizer_type=Adafactor --max_grad_norm=0 "
-    "--optimizer_args scale_parameter=False relative_step=False warmup_init=False "
+    f"{ADAFACTOR_RECIPE} "
     "--gradient_checkpointing --max_data_loader_n_workers=0 --cache_latents --output_name=m"
 )
 VARIANTS: dict[str, list[str]] = {
@@ -108,7 +109,7 @@ def run(model: Path | None, side: int, num_pictures: int, num_variants: int) -> 
 def table(result: dict[str, Any]) -> str:
     """The result to read."""
     lines = [
-        " ".join(f"{key}={value}" for key, value in result["machine"].items()),
+        machine_line(result["machine"]),
         f"a model of {result['model_bytes'] / 1e9:.2f} GB, {result['num_pictures']} pictures at about "
         f"{result['side']}x{result['side']}, batch 1, on {result['device']}",
         f"ceilings: {result['matmul_flops'] / 1e12:.2f} TFLOP/s in matrix products, "
@@ -138,8 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     result = run(arguments.model, arguments.side, arguments.num_pictures, arguments.num_variants)
     name = f"start_{'tiny' if arguments.model is None else 'full'}_{result['device']}"
-    (arguments.results / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (arguments.results / f"{name}.txt").write_text(table(result), encoding="utf-8")
+    write_result(arguments.results / name, result, table(result))
     print(table(result))
     return 0
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.ceilings import wait
 from benchmarks.phases import anonymous_bytes
 
 Moment = torch.cuda.Event | float
@@ -87,7 +88,7 @@ class StepClock:
         """The step is over, the next one begins."""
         now = self._now()
         if len(self._steps) == 1:
-            self._wait()
+            wait(self._device)
             self.first_step_seconds = time.perf_counter() - self._begun
         if len(self._steps) == self._num_warm_up + self._num_measured:
             self._end = now
@@ -100,7 +101,7 @@ class StepClock:
     def figures(self) -> dict[str, float]:
         """The mean step in milliseconds, whole and by parts, its FLOP and pictures."""
         assert self._end is not None
-        self._wait()
+        wait(self._device)
         measured = self._steps[self._num_warm_up : self._num_warm_up + self._num_measured]
         milliseconds = {"step": _between(measured[0].begun, self._end)}
         for name, begin, end in (stretch for step in measured for stretch in step.stretches):
@@ -123,10 +124,6 @@ class StepClock:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
-
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
 
 
 def _between(begin: Moment, end: Moment) -> float:

@@ -32,6 +32,7 @@ from library.sdxl.architecture import PIXELS_PER_LATENT, SDXL_BASE, SdxlModel
 from library.sdxl.checkpoint_file import ModelDtypes
 from library.training.checkpoints import Checkpoints
 from library.training.learner import Learner
+from library.training.optimizers import ADAFACTOR_RECIPE
 from library.training.tracking import Tracker
 
 ARCHITECTURES = {"full": SDXL_BASE, "tiny": TINY}
@@ -41,8 +42,7 @@ RECIPE = (
     *("--full_bf16", "--mixed_precision=bf16", "--save_precision=bf16", "--save_model_as=safetensors"),
     *("--output_name=bench", "--max_data_loader_n_workers=0", "--cache_latents", "--cache_latents_to_disk"),
     *("--learning_rate=1e-5", "--max_grad_norm=0.0", "--noise_offset=0.0357", "--adaptive_noise_scale=0.00357"),
-    *("--optimizer_type=Adafactor", "--optimizer_args", "scale_parameter=False", "relative_step=False"),
-    *("warmup_init=False", "weight_decay=0.01", "--seed=1"),
+    *("--seed=1", "--optimizer_type=Adafactor", *ADAFACTOR_RECIPE.split(), "weight_decay=0.01"),
 )
 """The training command of README, but for its paths, its samples and gradient checkpointing."""
 

@@ -32,18 +32,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywher
 # Read by torch: asking whether there is a GPU must not begin to use it in the process that the others are forked from.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
+from benchmarks.result_files import RESULTS, machine_line, write_result
 from benchmarks.timed_run import Plan, write_ceilings, write_figures
-from library.config.output_files import write_text
 from library.data.buckets import Size
-
-RESULTS = Path(__file__).resolve().parent / "results"
+from library.training.optimizers import ADAFACTOR_RECIPE
 
 _FUSED = ("--gradient_checkpointing", "--fused_backward_pass")
 _CACHED = (*_FUSED, "--cache_text_encoder_outputs")
-_FLAT = (
-    *("--optimizer_args", "scale_parameter=False", "relative_step=False", "warmup_init=False", "weight_decay=0.01"),
-    "flatten_convolutions=True",
-)
+_FLAT = (*ADAFACTOR_RECIPE.split(), "weight_decay=0.01", "flatten_convolutions=True")
 VARIANTS: dict[str, tuple[str, ...] | None] = {
     "plain": None,
     "ours": ("--gradient_checkpointing",),
@@ -153,10 +149,8 @@ class Rows:
             }
         self._rows.append({key: _rounded(value) for key, value in row.items()})
         print(_line(self._rows[-1]), flush=True)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(self._path.with_suffix(".json"), json.dumps(self._about | {"rows": self._rows}, indent=1) + "\n")
         table = [_heading(self._about), *map(_line, self._rows), LEGEND]
-        write_text(self._path.with_suffix(".txt"), "\n".join(table))
+        write_result(self._path, self._about | {"rows": self._rows}, "\n".join(table))
 
 
 def run_apart(function: Callable[..., None], *arguments: Any, seconds: float | None, method: str) -> dict[str, Any]:
@@ -221,13 +215,12 @@ def _start(arguments: argparse.Namespace, buckets: Sequence[Size]) -> tuple[str,
 
 
 def _heading(about: dict[str, Any]) -> str:
-    machine = " ".join(f"{key}={value}" for key, value in about["machine"].items())
     ceilings = (
         f"matrix product {about['matmul_flops'] / 1e12:.3f} TFLOP/s, copy {about['copy_bytes_per_second'] / 1e9:.1f} "
         f"GB/s (read and written); U-Net forward, one picture, TFLOP: "
         + ", ".join(f"{bucket} {flops / 1e12:.3f}" for bucket, flops in about["forward_flops"].items())
     )
-    return "\n".join([machine, ceilings, "", _cells(_COLUMNS)])
+    return "\n".join([machine_line(about["machine"]), ceilings, "", _cells(_COLUMNS)])
 
 
 def _line(row: dict[str, Any]) -> str:
