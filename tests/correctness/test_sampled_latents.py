@@ -21,12 +21,11 @@ from diffusers import (
     KDPM2DiscreteScheduler,
     LMSDiscreteScheduler,
     PNDMScheduler,
-    StableDiffusionXLPipeline,
 )
 
-from library.diffusion.prompts import SAMPLERS, SamplePrompt
+from library.diffusion.prompts import SAMPLERS
 from library.diffusion.sampler import SamplingNetworks, draw_latents
-from library.sdxl.tokenizers import PAD_G, PAD_L, save_tokenizer
+from tests.plain_pipeline import PROMPT, SEED, SIZE, plain_pipeline
 
 SCHEDULERS: dict[str, Any] = {
     "ddim": partial(DDIMScheduler, clip_sample=False),
@@ -46,45 +45,19 @@ SCHEDULERS: dict[str, Any] = {
     "k_dpm_2": KDPM2DiscreteScheduler,
     "k_dpm_2_a": KDPM2AncestralDiscreteScheduler,
 }
-PROMPT = SamplePrompt(
-    prompt_g="a cat on a sofa",
-    prompt_l="photographic",
-    negative_g="blurred",
-    negative_l="drawing, ugly",
-    guidance_scale=7.0,
-    num_inference_steps=2,
-)
-SIZE = {"width": 64, "height": 96}
-SEED = 5
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # within diffusers
 
 
-@pytest.fixture(scope="module")
-def pipeline(tiny_networks: SamplingNetworks, tmp_path_factory) -> StableDiffusionXLPipeline:
-    """diffusers' pipeline on the same networks."""
-    folder = tmp_path_factory.mktemp("tokenizers")
-    made = StableDiffusionXLPipeline(
-        tiny_networks.vae,
-        tiny_networks.text_encoder_l,
-        tiny_networks.text_encoder_g,
-        save_tokenizer(folder / "l", PAD_L),
-        save_tokenizer(folder / "g", PAD_G),
-        tiny_networks.unet,
-        None,
-        add_watermarker=False,
+def drawn_by_diffusers(networks: SamplingNetworks, sampler: str) -> torch.Tensor:
+    pipeline = plain_pipeline(
+        networks, SCHEDULERS[sampler](beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     )
-    made.set_progress_bar_config(disable=True)
-    return made
-
-
-def drawn_by_diffusers(pipeline: StableDiffusionXLPipeline, sampler: str) -> torch.Tensor:
     with torch.no_grad():
         hidden, _, pooled, _ = pipeline.encode_prompt(
             prompt=[PROMPT.prompt_l, PROMPT.negative_l],
             prompt_2=[PROMPT.prompt_g, PROMPT.negative_g],
             do_classifier_free_guidance=False,
         )
-    pipeline.scheduler = SCHEDULERS[sampler](beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     return pipeline(
         prompt_embeds=hidden[:1],
         negative_prompt_embeds=hidden[1:],
@@ -103,8 +76,8 @@ def test_every_sampler_name_is_compared():
 
 
 @pytest.mark.parametrize("sampler", SCHEDULERS)
-def test_latents_are_those_that_diffusers_draws(sampler: str, pipeline, tiny_networks: SamplingNetworks):
+def test_latents_are_those_that_diffusers_draws(sampler: str, tiny_networks: SamplingNetworks):
     ours = draw_latents(tiny_networks, PROMPT, sampler=sampler, seed=SEED, **SIZE)
-    expected = drawn_by_diffusers(pipeline, sampler)
+    expected = drawn_by_diffusers(tiny_networks, sampler)
     assert expected.std() > 0.1
     assert torch.equal(ours, expected)  # the ancestral ones too: one generator gives the same noise in the same order

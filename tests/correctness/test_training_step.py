@@ -110,9 +110,9 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
     steps: list[Step] = []
     original = Learner.step
 
-    def recording(self, accelerator, max_grad_norm):
+    def recording(self, accelerator, step):
         gradients = gradients_of(self.trained)
-        grad_norm = original(self, accelerator, max_grad_norm)
+        grad_norm = original(self, accelerator, step)
         steps.append(Step(gradients, weights_of(self.trained)))
         return grad_norm
 

@@ -5,59 +5,24 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
 from PIL import Image
-from transformers import CLIPTokenizer
 
 from library.diffusion.prompts import SAMPLERS, SamplePrompt
 from library.diffusion.sampler import SamplingNetworks, draw_latents, draw_picture, make_sampling_scheduler
 from library.sdxl.architecture import LATENT_SCALE
-from library.sdxl.tokenizers import PAD_G, PAD_L, save_tokenizer
+from library.sdxl.tokenizers import PAD_G, PAD_L
+from tests.plain_pipeline import PROMPT, SEED, SIZE, clip_tokenizer, plain_pipeline
 
-PROMPT = SamplePrompt(
-    prompt_g="a cat on a sofa",
-    prompt_l="photographic",
-    negative_g="blurred",
-    negative_l="drawing, ugly",
-    guidance_scale=7.0,
-    num_inference_steps=2,
-)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # within diffusers
-SIZE = {"width": 64, "height": 96}
-SEED = 5
 BASIC_SAMPLERS = [name for name in SAMPLERS if not name.startswith("k_")]
 
 # Both prompts are encoded together here, one by one in the pipeline: the last bit of a feature differs (6e-8 of it),
 # which steps with guidance 7 make up to 1e-4 of the latents' deviation. Another prompt makes all of it.
 TOLERANCE = 1e-3
-
-
-@cache
-def clip_tokenizer(pad_token_id: int) -> CLIPTokenizer:
-    with TemporaryDirectory() as folder:
-        return save_tokenizer(Path(folder), pad_token_id)
-
-
-def pipeline(networks: SamplingNetworks, sampler: str) -> StableDiffusionXLPipeline:
-    made = StableDiffusionXLPipeline(
-        vae=networks.vae,
-        text_encoder=networks.text_encoder_l,
-        text_encoder_2=networks.text_encoder_g,
-        tokenizer=clip_tokenizer(PAD_L),
-        tokenizer_2=clip_tokenizer(PAD_G),
-        unet=networks.unet,
-        scheduler=make_sampling_scheduler(sampler),
-        add_watermarker=False,
-    )
-    made.set_progress_bar_config(disable=True)
-    return made
 
 
 def drawn_by_diffusers(networks: SamplingNetworks, prompt: SamplePrompt, sampler: str, **texts) -> torch.Tensor:
@@ -67,7 +32,7 @@ def drawn_by_diffusers(networks: SamplingNetworks, prompt: SamplePrompt, sampler
         "negative_prompt": prompt.negative_l,
         "negative_prompt_2": prompt.negative_g,
     }
-    return pipeline(networks, sampler)(
+    return plain_pipeline(networks, make_sampling_scheduler(sampler))(
         **texts,
         **SIZE,
         num_inference_steps=prompt.num_inference_steps,
