@@ -1,4 +1,4 @@
-"""What sdxl_train.py computes on the tiny SDXL: runs against each other, and against steps written out plainly."""
+"""What sdxl_train.py computes on the tiny SDXL in one run and in another; against plain steps: tests/correctness."""
 
 import math
 import shutil
@@ -9,12 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from library.data.epoch_order import BatchShape
 from library.sdxl.architecture import LATENT_SCALE
 from library.sdxl.unet_blocks import NUM_UNET_BLOCKS, unet_block_index
-from library.training.accelerator import step_seed
 from tests.conftest import RATE, PreparedSet, Run
-from tests.plain_training import PlainTraining
 
 UNET = "model.diffusion_model."
 TEXT_L = "conditioner.embedders.0."
@@ -50,35 +47,6 @@ def assert_equal(run: Run, other: Run) -> None:
     one, two = run.weights(), other.weights()
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], weight) for name, weight in two.items())
-
-
-# -- against a plain training -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("batch_size", [1, 2])
-def test_a_step_is_that_of_a_plain_training(
-    batch_size: int, train, tiny_sdxl: Path, prepared_set: PreparedSet, tmp_path: Path
-):
-    shape = BatchShape(batch_size, accumulation_steps=3)
-    run = train(
-        *(f"--train_batch_size={batch_size}", "--gradient_accumulation_steps=3", "--max_train_steps=1"),
-        *("--optimizer_type=AdamW", "--learning_rate=1e-3"),
-    )
-    plain = PlainTraining(tiny_sdxl, prepared_set, tmp_path)
-    optimizer = torch.optim.AdamW(plain.unet.parameters(), lr=1e-3)
-    generator = torch.Generator().manual_seed(step_seed(7, step=1, process_index=0))
-    loss = sum(plain.loss(keys, generator) / 3 for keys in plain.batches(shape, seed=7))
-    loss.backward()
-    optimizer.step()
-
-    # The arithmetic is the same but for the order in which the batches' gradients are added up.
-    assert run.logged("loss/current") == [pytest.approx(loss.item(), rel=1e-6)]
-    trained = run.weights()
-    expected = plain.weights()
-    assert {name for name in trained if name.startswith(UNET)} == expected.keys()
-    # AdamW's first step is the rate, up or down: a gradient of the wrong sign would be 2e-3 off.
-    for name, weight in expected.items():
-        torch.testing.assert_close(trained[name], weight, rtol=0, atol=1e-5)
 
 
 # -- the same run, another way ----------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ from open_clip.tokenizer import SimpleTokenizer
 from torch import nn
 from torch.nn.functional import mse_loss
 
+from library.data.epoch_order import BatchShape, EpochOrder
+from library.sdxl.weight_names import unet_table
 from tests.conftest import PreparedSet
 from tests.correctness.conftest import SHAPES
 
@@ -35,6 +37,18 @@ class PlainNoise:
             noise = noise + strength * torch.randn(*latents.shape[:2], 1, 1, generator=generator)
         timesteps = torch.randint(self.min_timestep, self.max_timestep, (len(latents),), generator=generator)
         return noise, timesteps
+
+
+def batches_of_steps(prepared: PreparedSet, shape: BatchShape, seed: int) -> list[list[list[str]]]:
+    """The keys in each batch of each step of the first epoch of one process."""
+    entries = json.loads(prepared.latents_json.read_text(encoding="utf-8"))
+    keys, kinds = list(entries), [tuple(entry["train_resolution"]) for entry in entries.values()]
+    steps: list[list[list[str]]] = [[]]
+    for batch in EpochOrder(kinds, shape, seed=seed):
+        steps[-1].append([keys[index] for index in batch.indices])
+        if batch.completes_step:
+            steps.append([])
+    return steps[:-1]
 
 
 class PlainTraining:
@@ -80,6 +94,14 @@ class PlainTraining:
             loss.backward()
             step_loss += loss.detach()
         return step_loss.item()
+
+    def unet_weights(self) -> dict[str, torch.Tensor]:
+        """The U-Net's weights by their names in a single file."""
+        parameters = dict(self._networks["unet"].named_parameters())
+        return {
+            stored.name: stored.from_parameters([parameters[name].detach() for name in stored.parameters])
+            for stored in unet_table(self._networks["unet"])
+        }
 
     def _losses(self, keys: Sequence[str], generator: torch.Generator) -> torch.Tensor:
         """The loss of each picture of a batch of one bucket."""

@@ -1,6 +1,5 @@
 """Comparison 4: steps of sdxl_train.py against steps written out plainly: same losses, gradients and weights."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,11 +11,11 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 from transformers.optimization import Adafactor
 
-from library.data.epoch_order import BatchShape, EpochOrder
+from library.data.epoch_order import BatchShape
 from library.training.accelerator import step_seed
 from library.training.learner import Learner
 from tests.conftest import PreparedSet
-from tests.correctness.plain_training import PlainNoise, PlainTraining
+from tests.correctness.plain_training import PlainNoise, PlainTraining, batches_of_steps
 
 SEED = 7
 RATE = 1e-3
@@ -120,18 +119,6 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
     return steps
 
 
-def batches_of_steps(prepared: PreparedSet, shape: BatchShape) -> list[list[list[str]]]:
-    """The keys in each batch of each step of the first epoch."""
-    entries = json.loads(prepared.latents_json.read_text(encoding="utf-8"))
-    keys, kinds = list(entries), [tuple(entry["train_resolution"]) for entry in entries.values()]
-    steps: list[list[list[str]]] = [[]]
-    for batch in EpochOrder(kinds, shape, seed=SEED):
-        steps[-1].append([keys[index] for index in batch.indices])
-        if batch.completes_step:
-            steps.append([])
-    return steps[:-1]
-
-
 def assert_equal(ours: dict[str, torch.Tensor], plain: dict[str, torch.Tensor]) -> None:
     """Every number the same, to the last bit."""
     assert ours.keys() == plain.keys()
@@ -152,7 +139,7 @@ def test_a_step_is_that_of_a_plain_training_bit_for_bit(
     parameters = [parameter for network in plain.trained.values() for parameter in network.parameters()]
     optimizer = case.optimizer(parameters, lr=RATE, **case.arguments)
     losses = []
-    for number, batches in enumerate(batches_of_steps(two_buckets, case.shape)[: case.num_steps], start=1):
+    for number, batches in enumerate(batches_of_steps(two_buckets, case.shape, SEED)[: case.num_steps], start=1):
         losses.append(plain.backward(batches, torch.Generator().manual_seed(step_seed(SEED, number, 0))))
         assert_equal(recorded[number - 1].gradients, gradients_of(plain.trained))
         if case.max_grad_norm:
@@ -165,7 +152,7 @@ def test_a_step_is_that_of_a_plain_training_bit_for_bit(
 
 
 def test_the_steps_compared_have_batches_of_two_buckets_and_of_two_sizes(two_buckets: PreparedSet):
-    [batches] = batches_of_steps(two_buckets, FOUR_BATCHES)
+    [batches] = batches_of_steps(two_buckets, FOUR_BATCHES, SEED)
     assert sorted((len(keys), keys[0].split()[-1]) for keys in batches) == [
         *((1, "strip"), (1, "whole"), (3, "strip"), (3, "whole"))
     ]

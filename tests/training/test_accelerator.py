@@ -1,4 +1,4 @@
-"""accelerate's object for a run. What processes do together is tested in tests/test_two_processes.py."""
+"""accelerate's object for a run. What processes do together is tested in tests/correctness/test_two_processes.py."""
 
 from pathlib import Path
 

@@ -1,21 +1,24 @@
 """sdxl_train.py in two processes as on two GPUs: one model, trained on the pictures of both."""
 
+import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from library.data.epoch_order import BatchShape
 from library.training.accelerator import step_seed
 from tests.conftest import RATE, PreparedSet
-from tests.plain_training import PlainTraining
+from tests.correctness.plain_training import PlainNoise, PlainTraining, batches_of_steps
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def free_port() -> int:
@@ -24,7 +27,20 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def test_two_processes_train_on_the_mean_of_their_gradients(tiny_sdxl: Path, prepared_set: PreparedSet, tmp_path: Path):
+@pytest.fixture
+def three_pictures(two_buckets: PreparedSet, tmp_path: Path) -> PreparedSet:
+    """An odd number: in the last step one process has nothing to do."""
+    made = PreparedSet(tmp_path / "set")
+    shutil.copytree(two_buckets.folder, made.folder)
+    entries = json.loads(made.latents_json.read_text(encoding="utf-8"))
+    chosen = ("astronaut whole", "astronaut strip", "chelsea whole")
+    made.latents_json.write_text(json.dumps({key: entries[key] for key in chosen}), encoding="utf-8")
+    return made
+
+
+def test_two_processes_train_on_the_mean_of_their_gradients(
+    tiny_sdxl: Path, three_pictures: PreparedSet, diffusers_model, tmp_path: Path
+):
     prompts = tmp_path / "prompt.txt"
     prompts.write_text("a cat --e photo --w 64 --h 64 --s 1 --d 1", encoding="utf-8")
     # What `accelerate launch --multi_gpu` does on GPUs; on CPUs it would ask for MPI.
@@ -34,8 +50,8 @@ def test_two_processes_train_on_the_mean_of_their_gradients(tiny_sdxl: Path, pre
             *launch,
             str(ROOT / "sdxl_train.py"),
             f"--pretrained_model_name_or_path={tiny_sdxl}",
-            f"--in_json={prepared_set.latents_json}",
-            f"--train_data_dir={prepared_set.images}",
+            f"--in_json={three_pictures.latents_json}",
+            f"--train_data_dir={three_pictures.images}",
             f"--output_dir={tmp_path / 'output'}",
             f"--sample_prompts={prompts}",
             *("--output_name=m", "--max_data_loader_n_workers=0", "--max_train_epochs=1"),
@@ -52,18 +68,20 @@ def test_two_processes_train_on_the_mean_of_their_gradients(tiny_sdxl: Path, pre
     [seed] = (int(digits) for digits in re.findall(r"3 pictures in 3 batches, 2 steps .*, seed (\d+)", finished.stdout))
     assert len(list((tmp_path / "output" / "sample").iterdir())) == 3  # drawn once, not by each process
 
-    plain = PlainTraining(tiny_sdxl, prepared_set, tmp_path)
-    optimizer = torch.optim.SGD(plain.unet.parameters(), lr=RATE)
-    first, second, third = plain.batches(BatchShape(), seed)
+    plain = PlainTraining(diffusers_model, three_pictures, PlainNoise())
+    parameters = list(plain.trained["unet"].parameters())
+    optimizer = torch.optim.SGD(parameters, lr=RATE)
+    [first], [second], [third] = batches_of_steps(three_pictures, BatchShape(), seed)
     for step, shares in enumerate([[first, second], [third]], start=1):
         optimizer.zero_grad()
         for process, keys in enumerate(shares):
-            generator = torch.Generator().manual_seed(step_seed(seed, step, process))
-            (plain.loss(keys, generator) / len(shares)).backward()
+            plain.backward([keys], torch.Generator().manual_seed(step_seed(seed, step, process)))
+        for parameter in parameters:
+            parameter.grad /= len(shares)
         optimizer.step()
 
     trained, before = load_file(tmp_path / "output" / "m.safetensors"), load_file(tiny_sdxl)
-    for name, weight in plain.weights().items():
+    for name, weight in plain.unet_weights().items():
         # Gradients are exchanged and summed in another order: 1e-6 of the largest weights of a tensor, twice.
         scale = (weight - before[name]).abs().max().item()
         torch.testing.assert_close(trained[name], weight, rtol=1e-5, atol=1e-3 * scale + 1e-7)
