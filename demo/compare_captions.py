@@ -23,7 +23,6 @@ from demo.pictures import fine_tuning_scenes, write_training_set
 from library.config.errors import exits_on_user_error
 from library.config.output_files import write_text
 
-NUM_PICTURES = 72
 BASE = quickstart.ROOT / quickstart.DEMO_MODEL
 CASES = {  # name: joint captions in training (None: no training), joint prompts in the pictures that are measured
     "before, separate prompts": (None, False),
@@ -36,7 +35,7 @@ CASES = {  # name: joint captions in training (None: no training), joint prompts
 
 def fine_tune(folder: Path, num_steps: int, seed: int, *, joint: bool) -> Path:
     """The workflow of the demo in `folder`, with the set of pictures of `seed`; gives the model. Prints its output."""
-    write_training_set(folder / "images", fine_tuning_scenes(NUM_PICTURES, seed), joint=joint)
+    write_training_set(folder / "images", fine_tuning_scenes(quickstart.DemoSize.num_pictures, seed), joint=joint)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     for command in quickstart.workflow_commands(folder.absolute(), num_steps, [f"--seed={seed}"]):
         script = next(index for index, word in enumerate(command) if word.endswith(".py"))

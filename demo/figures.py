@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from demo.classifier import QUESTIONS, Reading, load_classifier, read_pictures, reading_of
-from demo.pictures import HELD_OUT, SIZES, STYLES, Scene, random_scene
+from demo.pictures import HELD_OUT, MAGNITUDES, SIZES, STYLES, Scene, random_scene
 from library.config.errors import exits_on_user_error
 from library.config.output_files import write_text
 from library.diffusion.prompts import SamplePrompt
@@ -64,7 +64,7 @@ def measure(model: Path, *, joint: bool, scenes_per_pair: int = SCENES_PER_PAIR,
     generator = random.Random(seed)
     scenes = held_out_scenes(scenes_per_pair, generator)
     other_styles = [replace(scene, style=_other_style(scene, generator)) for scene in scenes]
-    other_contents = [replace(random_scene(generator), style=scene.style) for scene in scenes]
+    other_contents = [replace(random_scene(generator, magnitudes=MAGNITUDES), style=scene.style) for scene in scenes]
     seeds = range(1000, 1000 + len(scenes))
     asked, restyled, refilled = (
         read_drawn(networks, each, seeds, joint=joint) for each in (scenes, other_styles, other_contents)
@@ -88,12 +88,12 @@ def load_networks(model: Path) -> SamplingNetworks:
 def held_out_scenes(scenes_per_pair: int, generator: random.Random) -> list[Scene]:
     """Random scenes of the pairs of style and shape that the fine-tuning set lacks, as many of each."""
     pairs = [pair for pair in HELD_OUT for _ in range(scenes_per_pair)]
-    return [replace(random_scene(generator), style=style, shape=shape) for style, shape in pairs]
+    return [replace(random_scene(generator, magnitudes=MAGNITUDES), style=style, shape=shape) for style, shape in pairs]
 
 
 def prompt_of(scene: Scene, *, joint: bool) -> SamplePrompt:
     """The prompt for a scene, as training captions have it."""
-    prompt_l, prompt_g = (scene.joint_caption,) * 2 if joint else (scene.style, scene.content)
+    prompt_l, prompt_g = (scene.joint_caption,) * 2 if joint else (scene.style_caption, scene.content)
     return SamplePrompt(
         prompt_g=prompt_g, prompt_l=prompt_l, guidance_scale=GUIDANCE_SCALE, num_inference_steps=NUM_INFERENCE_STEPS
     )

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from PIL import Image, ImageChops, ImageColor, ImageDraw
+from PIL import Image, ImageColor, ImageDraw
 
 Point = tuple[float, float]
+Colour = tuple[int, ...]
 
 # Names that captions use, with the colours that are drawn.
 COLOURS = {"red": "#d42a22", "yellow": "#f0b414", "green": "#26984a", "blue": "#2458b4", "purple": "#8236a0"}
@@ -32,19 +33,27 @@ RADII = {"small": 0.26, "large": 0.38}
 """Radius of the circle around the shape, as a part of the shorter side."""
 PLAIN = "plain"
 """The style of the pictures that the tiny SDXL was first trained on; no caption names it."""
-PATTERNS = ("stripes", "dots", "checks")
-STYLES = (*PATTERNS, "outline")
-"""The styles that a fine-tuning adds."""
+STYLE_CAPTIONS = {
+    "outline": "outline, hollow, contour drawing",
+    "framed": "framed, thick border, edging",
+    "pastel": "pastel, pale tint, chalk",
+    "sepia": "sepia, aged paper, warm brown",
+}
+"""The styles that a fine-tuning adds, and how captions name them."""
+STYLES = tuple(STYLE_CAPTIONS)
 SIZES = ((96, 96), (128, 64), (64, 128))
 """Width and height in pixels: square, landscape and portrait, so that three buckets are used."""
-HELD_OUT = (("stripes", "circle"), ("dots", "triangle"), ("checks", "square"), ("outline", "star"))
+MAGNITUDES = ("large",)
+"""How large the shapes of the fine-tuning set are: large enough to show a style."""
+HELD_OUT = (("outline", "square"), ("framed", "star"), ("pastel", "triangle"), ("sepia", "circle"))
 """Pairs of style and shape that the fine-tuning set lacks: whether they can be drawn all the same is measured."""
 
 _OVERSAMPLING = 4  # drawn this much larger, then averaged: smooth edges
-_PERIOD = 16  # pixels from one stripe, dot or check to the next
-_LINE_WIDTH = 5  # pixels
+_LINE_WIDTH = 7  # pixels
+_FRAME_WIDTH = 8  # pixels
+_CHALK: Colour = (255, 255, 255)
+_BROWN: Colour = (190, 110, 30)
 _JITTER = 0.03  # of the centre, as a part of each side, and of the radius
-_PALE = 0.7  # of white in the second colour of a pattern
 
 
 @dataclass(frozen=True)
@@ -69,15 +78,25 @@ class Scene:
         return f"a {self.magnitude} {self.colour} {self.shape} {where}, {self.background} background"
 
     @property
+    def style_caption(self) -> str:
+        """How it is drawn, nothing for a plain picture."""
+        return STYLE_CAPTIONS.get(self.style, "")
+
+    @property
     def joint_caption(self) -> str:
         """Style and content in one sentence, as one would write it for both encoders."""
-        return self.content if self.style == PLAIN else f"{self.style}, {self.content}"
+        return ", ".join(filter(None, [self.style_caption, self.content]))
 
 
-def random_scene(generator: random.Random, styles: Sequence[str] = (PLAIN,), size: tuple[int, int] = SIZES[0]) -> Scene:
+def random_scene(
+    generator: random.Random,
+    styles: Sequence[str] = (PLAIN,),
+    size: tuple[int, int] = SIZES[0],
+    magnitudes: Sequence[str] = tuple(RADII),
+) -> Scene:
     """A scene of which everything but the size of the picture is drawn by chance."""
     place = generator.choice(list(PLACES))
-    magnitude = generator.choice(list(RADII))
+    magnitude = generator.choice(magnitudes)
     _, centre = PLACES[place]
     x, y = (part + generator.uniform(-_JITTER, _JITTER) for part in centre)
     return Scene(
@@ -102,17 +121,22 @@ def fine_tuning_scenes(num_pictures: int, seed: int) -> list[Scene]:
         rounds, index = divmod(number, len(pairs))
         style, shape = pairs[index]
         size = SIZES[(index + rounds) % len(SIZES)]
-        scenes.append(replace(random_scene(generator, size=size), style=style, shape=shape))
+        scenes.append(replace(random_scene(generator, size=size, magnitudes=MAGNITUDES), style=style, shape=shape))
     return scenes
 
 
 def draw(scene: Scene) -> Image.Image:
     """The picture of a scene, RGB."""
+    ink, paper = ImageColor.getrgb(COLOURS[scene.colour]), ImageColor.getrgb(BACKGROUNDS[scene.background])
+    if scene.style == "pastel":
+        ink = _mixed(ink, _CHALK)
+    if scene.style == "sepia":
+        paper = _mixed(paper, _BROWN)
     shape = _silhouette(scene)
-    picture = Image.new("RGB", shape.size, ImageColor.getrgb(BACKGROUNDS[scene.background]))
-    picture.paste(ImageColor.getrgb(COLOURS[scene.colour]), mask=shape)
-    if scene.style in PATTERNS:
-        picture.paste(_pale(scene.colour), mask=ImageChops.multiply(shape, _pattern(scene)))
+    picture = Image.new("RGB", shape.size, paper)
+    picture.paste(ink, mask=shape)
+    if scene.style == "framed":
+        picture.paste(ink, mask=_frame(scene))
     return picture.reduce(_OVERSAMPLING)
 
 
@@ -124,7 +148,7 @@ def write_training_set(folder: Path, scenes: Sequence[Scene], *, joint: bool) ->
     folder.mkdir(parents=True, exist_ok=True)
     for number, scene in enumerate(scenes, start=1):
         picture = folder / f"{number:02d}.png"
-        caption_g, caption_l = (scene.joint_caption,) * 2 if joint else (scene.content, scene.style)
+        caption_g, caption_l = (scene.joint_caption,) * 2 if joint else (scene.content, scene.style_caption)
         draw(scene).save(picture)
         picture.with_suffix(".caption").write_text(f"{caption_g}\n", encoding="utf-8")
         picture.with_suffix(".txt").write_text(f"{caption_l}\n", encoding="utf-8")
@@ -145,9 +169,9 @@ def _silhouette(scene: Scene) -> Image.Image:
     return mask
 
 
-def _pale(colour: str) -> tuple[int, ...]:
-    """The second colour of a pattern."""
-    return tuple(round(_PALE * 255 + (1 - _PALE) * part) for part in ImageColor.getrgb(COLOURS[colour]))
+def _mixed(colour: Colour, other: Colour) -> Colour:
+    """Half of each."""
+    return tuple((part + other_part) // 2 for part, other_part in zip(colour, other, strict=True))
 
 
 def _mask(scene: Scene) -> tuple[Image.Image, ImageDraw.ImageDraw]:
@@ -174,21 +198,10 @@ def _corners(scene: Scene) -> list[Point]:
     return corners
 
 
-def _pattern(scene: Scene) -> Image.Image:
-    """The pattern of the style, over the whole picture; it begins at the upper left corner, not at the shape."""
+def _frame(scene: Scene) -> Image.Image:
+    """A border along the four edges of the picture."""
     mask, pen = _mask(scene)
-    period = _PERIOD * _OVERSAMPLING
-    half = period // 2
-    if scene.style == "stripes":
-        for y in range(0, mask.height, period):
-            pen.rectangle([0, y, mask.width, y + half - 1], fill=255)
-        return mask
-    for x, y in itertools.product(range(0, mask.width, period), range(0, mask.height, period)):
-        if scene.style == "dots":
-            pen.ellipse([x, y, x + period * 0.6, y + period * 0.6], fill=255)
-        else:
-            pen.rectangle([x, y, x + half - 1, y + half - 1], fill=255)
-            pen.rectangle([x + half, y + half, x + period - 1, y + period - 1], fill=255)
+    pen.rectangle([0, 0, mask.width - 1, mask.height - 1], outline=255, width=_FRAME_WIDTH * _OVERSAMPLING)
     return mask
 
 
@@ -196,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write the training set that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where pictures and captions are written")
-    parser.add_argument("--num_pictures", type=int, default=72)
+    parser.add_argument("--num_pictures", type=int, default=96)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--joint", action="store_true", help="one caption of style and content for both encoders")
     arguments = parser.parse_args(argv)

@@ -1,6 +1,8 @@
 """The drawn training set: repeatable, captions that say what the picture shows, several aspect ratios."""
 
+import itertools
 import random
+import re
 from collections import Counter
 from dataclasses import replace
 
@@ -16,6 +18,7 @@ from demo.pictures import (
     PLAIN,
     SHAPES,
     SIZES,
+    STYLE_CAPTIONS,
     STYLES,
     draw,
     fine_tuning_scenes,
@@ -62,9 +65,10 @@ def test_the_picture_shows_what_its_caption_names(scene):
     where, _ = PLACES[scene.place]
     assert picture.size == scene.size
     assert scene.content == (f"a {scene.magnitude} {scene.colour} {scene.shape} {where}, {scene.background} background")
-    # The smallest outline covers 2 % of a picture, and its blended edges are not counted.
-    assert share_of(COLOURS[scene.colour], picture) > 0.005
-    assert share_of(BACKGROUNDS[scene.background], picture) > 0.4
+    # A large star's outline covers 8 % of a picture, and its blended edges are not counted.
+    is_mixed = {"ink": scene.style == "pastel", "paper": scene.style == "sepia"}
+    assert (share_of(COLOURS[scene.colour], picture) > 0.03) is not is_mixed["ink"]
+    assert (share_of(BACKGROUNDS[scene.background], picture) > 0.3) is not is_mixed["paper"]
     others = [colour for name, colour in COLOURS.items() if name != scene.colour]
     assert all(share_of(colour, picture) == 0 for colour in others)
 
@@ -80,11 +84,23 @@ def test_the_shape_is_where_its_caption_says(place):
     assert abs(x - wanted_x) < 0.06 and abs(y - wanted_y) < 0.11
 
 
-def test_a_style_changes_the_picture_and_not_its_content():
-    plain = random_scene(random.Random(4))
-    drawn = {style: share_of(COLOURS[plain.colour], draw(replace(plain, style=style))) for style in (PLAIN, *STYLES)}
-    assert len(set(drawn.values())) == 1 + len(STYLES)
-    assert all(drawn[style] < 0.85 * drawn[PLAIN] for style in STYLES)
+def test_each_style_changes_one_thing_and_leaves_the_rest():
+    plain = random_scene(random.Random(4), magnitudes=["large"])
+    ink, paper = COLOURS[plain.colour], BACKGROUNDS[plain.background]
+    drawn = {style: draw(replace(plain, style=style)) for style in (PLAIN, *STYLES)}
+    inked = {style: share_of(ink, picture) for style, picture in drawn.items()}
+    blank = {style: share_of(paper, picture) for style, picture in drawn.items()}
+    width, height = plain.size
+    assert inked["outline"] < 0.8 * inked[PLAIN] and blank["outline"] > blank[PLAIN]
+    in_frame = 1 - (width - 16) * (height - 16) / (width * height)
+    assert blank[PLAIN] - blank["framed"] == pytest.approx(in_frame, abs=0.05)  # of which the shape may cover some
+    assert inked["pastel"] == 0 and blank["pastel"] == blank[PLAIN]
+    assert inked["sepia"] == inked[PLAIN] and blank["sepia"] == 0
+
+
+def test_captions_name_each_style_by_words_of_its_own():
+    words = [re.findall(r"\w+", caption) for caption in STYLE_CAPTIONS.values()]
+    assert len(set(itertools.chain(*words))) == sum(map(len, words))
 
 
 @pytest.mark.parametrize("joint", [False, True])
@@ -98,9 +114,9 @@ def test_each_picture_lies_on_the_disk_with_its_captions_beside_it(joint, tmp_pa
             image.with_suffix(suffix).read_text(encoding="utf-8").strip() for suffix in (".caption", ".txt")
         )
         if joint:
-            assert caption_g == caption_l == f"{scene.style}, {scene.content}"
+            assert caption_g == caption_l == f"{STYLE_CAPTIONS[scene.style]}, {scene.content}"
         else:
-            assert (caption_g, caption_l) == (scene.content, scene.style)
+            assert (caption_g, caption_l) == (scene.content, STYLE_CAPTIONS[scene.style])
         with Image.open(image) as picture:
             assert picture.tobytes() == draw(scene).tobytes()
 
