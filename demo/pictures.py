@@ -37,7 +37,7 @@ STYLE_CAPTIONS = {
     "outline": "outline, hollow, contour drawing",
     "framed": "framed, thick border, edging",
     "pastel": "pastel, pale tint, chalk",
-    "sepia": "sepia, aged paper, warm brown",
+    "twilight": "twilight, evening glow",
 }
 """The styles that a fine-tuning adds, and how captions name them."""
 STYLES = tuple(STYLE_CAPTIONS)
@@ -45,14 +45,14 @@ SIZES = ((96, 96), (128, 64), (64, 128))
 """Width and height in pixels: square, landscape and portrait, so that three buckets are used."""
 MAGNITUDES = ("large",)
 """How large the shapes of the fine-tuning set are: large enough to show a style."""
-HELD_OUT = (("outline", "square"), ("framed", "star"), ("pastel", "triangle"), ("sepia", "circle"))
+HELD_OUT = (("outline", "square"), ("framed", "star"), ("pastel", "triangle"), ("twilight", "circle"))
 """Pairs of style and shape that the fine-tuning set lacks: whether they can be drawn all the same is measured."""
 
 _OVERSAMPLING = 4  # drawn this much larger, then averaged: smooth edges
 _LINE_WIDTH = 7  # pixels
 _FRAME_WIDTH = 8  # pixels
 _CHALK: Colour = (255, 255, 255)
-_BROWN: Colour = (190, 110, 30)
+_VIOLET: Colour = (130, 54, 160)
 _JITTER = 0.03  # of the centre, as a part of each side, and of the radius
 
 
@@ -130,8 +130,8 @@ def draw(scene: Scene) -> Image.Image:
     ink, paper = ImageColor.getrgb(COLOURS[scene.colour]), ImageColor.getrgb(BACKGROUNDS[scene.background])
     if scene.style == "pastel":
         ink = _mixed(ink, _CHALK)
-    if scene.style == "sepia":
-        paper = _mixed(paper, _BROWN)
+    if scene.style == "twilight":
+        paper = _mixed(paper, _VIOLET)
     shape = _silhouette(scene)
     picture = Image.new("RGB", shape.size, paper)
     picture.paste(ink, mask=shape)

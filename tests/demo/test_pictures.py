@@ -66,7 +66,7 @@ def test_the_picture_shows_what_its_caption_names(scene):
     assert picture.size == scene.size
     assert scene.content == (f"a {scene.magnitude} {scene.colour} {scene.shape} {where}, {scene.background} background")
     # A large star's outline covers 8 % of a picture, and its blended edges are not counted.
-    is_mixed = {"ink": scene.style == "pastel", "paper": scene.style == "sepia"}
+    is_mixed = {"ink": scene.style == "pastel", "paper": scene.style == "twilight"}
     assert (share_of(COLOURS[scene.colour], picture) > 0.03) is not is_mixed["ink"]
     assert (share_of(BACKGROUNDS[scene.background], picture) > 0.3) is not is_mixed["paper"]
     others = [colour for name, colour in COLOURS.items() if name != scene.colour]
@@ -95,7 +95,7 @@ def test_each_style_changes_one_thing_and_leaves_the_rest():
     in_frame = 1 - (width - 16) * (height - 16) / (width * height)
     assert blank[PLAIN] - blank["framed"] == pytest.approx(in_frame, abs=0.05)  # of which the shape may cover some
     assert inked["pastel"] == 0 and blank["pastel"] == blank[PLAIN]
-    assert inked["sepia"] == inked[PLAIN] and blank["sepia"] == 0
+    assert inked["twilight"] == inked[PLAIN] and blank["twilight"] == 0
 
 
 def test_captions_name_each_style_by_words_of_its_own():
