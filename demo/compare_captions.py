@@ -12,8 +12,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
+
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere, find library/ and quickstart.py
 
@@ -43,13 +44,23 @@ def fine_tune(folder: Path, num_steps: int, seed: int, *, joint: bool) -> Path:
     return folder / "output" / "finetuned_model.safetensors"
 
 
-def figures_of_seed(folder: Path, num_steps: int, seed: int) -> dict[str, Figures]:
-    """The figures of every case, with the pictures and the noise of `seed`."""
-    models: dict[bool | None, Path] = {None: BASE}
-    for joint in (False, True):
-        name = f"{'joint' if joint else 'separate'}-{seed}"
-        models[joint] = fine_tune(folder / name, num_steps, seed, joint=joint)
-    return {name: measure(models[trained], joint=asked, seed=seed) for name, (trained, asked) in CASES.items()}
+def fine_tune_all(folder: Path, num_steps: int, seeds: Sequence[int], at_once: int) -> dict[tuple[int, bool], Path]:
+    """The models by seed and by whether their captions were joint. Raises `CalledProcessError` if a script fails."""
+
+    def one(seed: int, joint: bool) -> Path:
+        return fine_tune(folder / f"{'joint' if joint else 'separate'}-{seed}", num_steps, seed, joint=joint)
+
+    each = [(seed, joint) for seed in seeds for joint in (False, True)]
+    with ThreadPoolExecutor(at_once) as pool:
+        return dict(zip(each, pool.map(one, *zip(*each, strict=True)), strict=True))
+
+
+def figures_of_seed(models: Mapping[tuple[int, bool], Path], seed: int) -> dict[str, Figures]:
+    """The figures of every case, with the prompts and the noise of `seed`."""
+    return {
+        name: measure(BASE if trained is None else models[seed, trained], joint=asked, seed=seed)
+        for name, (trained, asked) in tqdm(CASES.items(), desc=f"measuring seed {seed}")
+    }
 
 
 def table(by_seed: Mapping[int, Mapping[str, Figures]]) -> str:
@@ -71,11 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="where everything is written")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--num_steps", type=int, default=quickstart.DemoSize.num_steps)
-    parser.add_argument("--at_once", type=int, default=1, help="seeds that run beside each other")
+    parser.add_argument("--at_once", type=int, default=1, help="fine-tunings that run beside each other")
     arguments = parser.parse_args(argv)
-    with ThreadPoolExecutor(arguments.at_once) as pool:
-        figures = pool.map(partial(figures_of_seed, arguments.folder, arguments.num_steps), arguments.seeds)
-        by_seed = dict(zip(arguments.seeds, figures, strict=True))
+    models = fine_tune_all(arguments.folder, arguments.num_steps, arguments.seeds, arguments.at_once)
+    by_seed = {seed: figures_of_seed(models, seed) for seed in arguments.seeds}
     numbers = {seed: {name: asdict(each) for name, each in cases.items()} for seed, cases in by_seed.items()}
     write_text(arguments.folder / "figures.json", json.dumps(numbers, indent=2) + "\n")
     write_text(arguments.folder / "figures.md", table(by_seed) + "\n")

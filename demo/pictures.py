@@ -127,7 +127,8 @@ def fine_tuning_scenes(num_pictures: int, seed: int) -> list[Scene]:
 
 def draw(scene: Scene) -> Image.Image:
     """The picture of a scene, RGB."""
-    ink, paper = ImageColor.getrgb(COLOURS[scene.colour]), ImageColor.getrgb(BACKGROUNDS[scene.background])
+    ink: Colour = ImageColor.getrgb(COLOURS[scene.colour])
+    paper: Colour = ImageColor.getrgb(BACKGROUNDS[scene.background])
     if scene.style == "pastel":
         ink = _mixed(ink, _CHALK)
     if scene.style == "twilight":
@@ -154,6 +155,11 @@ def write_training_set(folder: Path, scenes: Sequence[Scene], *, joint: bool) ->
         picture.with_suffix(".txt").write_text(f"{caption_l}\n", encoding="utf-8")
 
 
+def _mixed(colour: Colour, other: Colour) -> Colour:
+    """Half of each."""
+    return tuple((part + other_part) // 2 for part, other_part in zip(colour, other, strict=True))
+
+
 # -- masks: white where something is to be painted ---------------------------------------------------------------------
 
 
@@ -167,11 +173,6 @@ def _silhouette(scene: Scene) -> Image.Image:
     else:
         pen.polygon(corners, fill=255)
     return mask
-
-
-def _mixed(colour: Colour, other: Colour) -> Colour:
-    """Half of each."""
-    return tuple((part + other_part) // 2 for part, other_part in zip(colour, other, strict=True))
 
 
 def _mask(scene: Scene) -> tuple[Image.Image, ImageDraw.ImageDraw]:

@@ -188,7 +188,7 @@ def test_the_demo_runs_the_workflow_and_says_where_its_pictures_and_figures_are(
     (folder / "images").mkdir(parents=True)
     (folder / "images" / "left over.png").write_bytes(b"cut short")  # an earlier demo was aborted here
     prompts = tmp_path / "prompt.txt"
-    prompts.write_text("a red circle --e dots --d 1 --s 1\na blue star --e checks --s 1\n", encoding="utf-8")
+    prompts.write_text("a red circle --e outline --d 1 --s 1\na blue star --e framed --s 1\n", encoding="utf-8")
     size = quickstart.DemoSize(num_steps=1, num_pictures=6, prompts=str(prompts), scenes_per_pair=1)
     quickstart.run_demo(HERE, folder, size)
 
@@ -201,7 +201,7 @@ def test_the_demo_runs_the_workflow_and_says_where_its_pictures_and_figures_are(
     with Image.open(folder / "output" / "sample" / samples[0]) as sample:
         assert sample.size == (96, 96)
         assert sample.text["prompt_g"] == "a red circle"
-        assert sample.text["prompt_l"] == "dots"
+        assert sample.text["prompt_l"] == "outline"
     assert list((folder / "logs").rglob("events.out.tfevents.*"))
     assert "content right" in (folder / "figures.txt").read_text(encoding="utf-8")
 
