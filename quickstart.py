@@ -138,7 +138,7 @@ def shown(command: list[str]) -> str:
 class DemoSize:
     """How much a demo draws, trains and measures."""
 
-    num_steps: int = 360
+    num_steps: int = 320
     num_pictures: int = 96
     prompts: str = "demo/prompt.txt"
     scenes_per_pair: int = 5
@@ -147,7 +147,7 @@ class DemoSize:
 def demo_commands(folder: Path, size: DemoSize) -> list[list[str]]:
     """Pictures, the four commands of the workflow as a user would type them, and what shows their result."""
     my_set = folder.as_posix()
-    sampling = [f"--sample_prompts={size.prompts}", f"--sample_every_n_steps={max(1, size.num_steps // 5)}"]
+    sampling = [f"--sample_prompts={size.prompts}", f"--sample_every_n_steps={max(1, size.num_steps // 4)}"]
     return [
         ["python", "demo/pictures.py", f"{my_set}/images", f"--num_pictures={size.num_pictures}"],
         *workflow_commands(

@@ -24,7 +24,7 @@ from library.diffusion.prompts import SamplePrompt
 from library.diffusion.sampler import SamplingNetworks, draw_latents_together, picture_of_latents
 from library.sdxl.checkpoint_file import ModelDtypes, read_single_file
 
-SAMPLER, NUM_INFERENCE_STEPS, GUIDANCE_SCALE = "euler_a", 16, 4.0
+SAMPLER, NUM_INFERENCE_STEPS, GUIDANCE_SCALE = "euler_a", 12, 4.0
 SCENES_PER_PAIR = 8
 BATCH_SIZE = 32
 CONTENT_QUESTIONS = tuple(name for name in QUESTIONS if name != "style")
