@@ -7,6 +7,7 @@ python demo/compare_captions.py "my set/comparison" --seeds 0  one of each
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,10 +20,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere, find library/ and quickstart.py
 
 import quickstart
-from demo.figures import Figures, mean_figures, measure
+from demo.figures import SCENES_PER_PAIR, Figures, mean_figures, measure
 from demo.pictures import fine_tuning_scenes, write_training_set
-from library.config.errors import exits_on_user_error
+from library.config.errors import UserError, exits_on_user_error
 from library.config.output_files import write_text
+from quickstart import DemoSize
 
 BASE = quickstart.ROOT / quickstart.DEMO_MODEL
 CASES = {  # name: joint captions in training (None: no training), joint prompts in the pictures that are measured
@@ -34,33 +36,40 @@ CASES = {  # name: joint captions in training (None: no training), joint prompts
 }
 
 
-def fine_tune(folder: Path, num_steps: int, seed: int, *, joint: bool) -> Path:
+def fine_tune(folder: Path, size: DemoSize, more_flags: Sequence[str], seed: int, *, joint: bool) -> Path:
     """The workflow of the demo in `folder`, with the set of pictures of `seed`; gives the model. Prints its output."""
-    write_training_set(folder / "images", fine_tuning_scenes(quickstart.DemoSize.num_pictures, seed), joint=joint)
+    write_training_set(folder / "images", fine_tuning_scenes(size.num_pictures, seed), joint=joint)
+    flags = [*more_flags, f"--seed={seed}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    for command in quickstart.workflow_commands(folder.absolute(), num_steps, [f"--seed={seed}"]):
+    for command in quickstart.workflow_commands(folder.absolute(), size.num_steps, flags):
         script = next(index for index, word in enumerate(command) if word.endswith(".py"))
-        subprocess.run([sys.executable, *command[script:]], cwd=quickstart.ROOT, env=environment, check=True)
+        ran = subprocess.run([sys.executable, *command[script:]], cwd=quickstart.ROOT, env=environment)
+        if ran.returncode:
+            raise UserError(f"'{command[script]}' for '{folder}' ended with exit status {ran.returncode}, see above.")
     return folder / "output" / "finetuned_model.safetensors"
 
 
-def fine_tune_all(folder: Path, num_steps: int, seeds: Sequence[int], at_once: int) -> dict[tuple[int, bool], Path]:
-    """The models by seed and by whether their captions were joint. Raises `CalledProcessError` if a script fails."""
+def fine_tune_all(
+    folder: Path, size: DemoSize, more_flags: Sequence[str], seeds: Sequence[int], at_once: int
+) -> dict[tuple[int, bool], Path]:
+    """The models by seed and by whether their captions were joint. Raises `UserError` if a script fails."""
 
     def one(seed: int, joint: bool) -> Path:
-        return fine_tune(folder / f"{'joint' if joint else 'separate'}-{seed}", num_steps, seed, joint=joint)
+        own_folder = folder / f"{'joint' if joint else 'separate'}-{seed}"
+        return fine_tune(own_folder, size, more_flags, seed, joint=joint)
 
     each = [(seed, joint) for seed in seeds for joint in (False, True)]
     with ThreadPoolExecutor(at_once) as pool:
         return dict(zip(each, pool.map(one, *zip(*each, strict=True)), strict=True))
 
 
-def figures_of_seed(models: Mapping[tuple[int, bool], Path], seed: int) -> dict[str, Figures]:
+def figures_of_seed(models: Mapping[tuple[int, bool], Path], seed: int, scenes_per_pair: int) -> dict[str, Figures]:
     """The figures of every case, with the prompts and the noise of `seed`."""
-    return {
-        name: measure(BASE if trained is None else models[seed, trained], joint=asked, seed=seed)
-        for name, (trained, asked) in tqdm(CASES.items(), desc=f"measuring seed {seed}")
-    }
+    figures = {}
+    for name, (trained, asked) in tqdm(CASES.items(), desc=f"measuring seed {seed}"):
+        model = BASE if trained is None else models[seed, trained]
+        figures[name] = measure(model, joint=asked, scenes_per_pair=scenes_per_pair, seed=seed)
+    return figures
 
 
 def table(by_seed: Mapping[int, Mapping[str, Figures]]) -> str:
@@ -81,11 +90,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where everything is written")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--num_steps", type=int, default=quickstart.DemoSize.num_steps)
+    parser.add_argument("--num_steps", type=int, default=DemoSize.num_steps)
+    parser.add_argument("--num_pictures", type=int, default=DemoSize.num_pictures, help="of each fine-tuning set")
+    parser.add_argument("--scenes_per_pair", type=int, default=SCENES_PER_PAIR, help="prompts of each held-out pair")
     parser.add_argument("--at_once", type=int, default=1, help="fine-tunings that run beside each other")
+    parser.add_argument(
+        "--training_flags", type=shlex.split, default=[], help='other flags of sdxl_train.py, as "--learning_rate=1e-4"'
+    )
     arguments = parser.parse_args(argv)
-    models = fine_tune_all(arguments.folder, arguments.num_steps, arguments.seeds, arguments.at_once)
-    by_seed = {seed: figures_of_seed(models, seed) for seed in arguments.seeds}
+    size = DemoSize(arguments.num_steps, arguments.num_pictures)
+    models = fine_tune_all(arguments.folder, size, arguments.training_flags, arguments.seeds, arguments.at_once)
+    by_seed = {seed: figures_of_seed(models, seed, arguments.scenes_per_pair) for seed in arguments.seeds}
     numbers = {seed: {name: asdict(each) for name, each in cases.items()} for seed, cases in by_seed.items()}
     write_text(arguments.folder / "figures.json", json.dumps(numbers, indent=2) + "\n")
     write_text(arguments.folder / "figures.md", table(by_seed) + "\n")

@@ -1,0 +1,49 @@
+"""The comparison of separate captions with joint ones: what is trained, measured and written."""
+
+import json
+
+from demo.compare_captions import CASES, main, table
+from demo.figures import Figures
+
+
+def captions(images):
+    """The caption for L and that for G of each picture of a folder."""
+    return [
+        (path.with_suffix(".txt").read_text(encoding="utf-8"), path.with_suffix(".caption").read_text(encoding="utf-8"))
+        for path in sorted(images.glob("*.png"))
+    ]
+
+
+def test_the_comparison_trains_with_both_kinds_of_captions_and_measures_every_case(tmp_path, capfd):
+    folder = tmp_path / "my comparison"
+    line = [str(folder), "--seeds=0", "--num_steps=1", "--num_pictures=6", "--scenes_per_pair=1", "--at_once=2"]
+    assert main([*line, "--training_flags=--learning_rate=0 --learning_rate_te1=0"]) == 0
+
+    separate, joint = captions(folder / "separate-0" / "images"), captions(folder / "joint-0" / "images")
+    assert all(style != content for style, content in separate)
+    assert all(for_l == for_g for for_l, for_g in joint)
+    assert [f"{style.strip()}, {content}" for style, content in separate] == [g for _, g in joint]  # the same pictures
+
+    written = (folder / "figures.md").read_text(encoding="utf-8")
+    assert written in capfd.readouterr().out
+    figures = json.loads((folder / "figures.json").read_text(encoding="utf-8"))["0"]
+    assert figures.keys() == CASES.keys()
+    # Nothing was learnt with the flags above: the figures after it are those of the base model (kept in float16).
+    assert figures["separate captions, separate prompts"] == figures["before, separate prompts"]
+    assert figures["joint caption, joint prompt"] == figures["before, joint prompt"]
+
+
+def test_a_fine_tuning_that_fails_is_named(tmp_path, capfd):
+    assert main([str(tmp_path), "--seeds=0", "--num_pictures=3", "--training_flags=--no_such_flag"]) == 2
+    error = f"error: './sdxl_train.py' for '{tmp_path / 'separate-0'}' ended with exit status 2, see above."
+    assert error in capfd.readouterr().err
+
+
+def test_the_table_has_the_mean_and_each_seed():
+    by_seed = {
+        seed: dict.fromkeys(CASES, Figures(right, content_right=0.5, content_changed=0, style_changed=1))
+        for seed, right in ((0, 0.2), (1, 0.6))
+    }
+    rows = table(by_seed).splitlines()
+    assert [row.split(" | ")[0].removeprefix("| ") for row in rows[2:]] == list(CASES)
+    assert rows[2].endswith("| **40%** (20%, 60%) | **50%** (50%, 50%) | **0%** (0%, 0%) | **100%** (100%, 100%) |")
