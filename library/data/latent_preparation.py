@@ -4,6 +4,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -99,7 +100,8 @@ def encode_pictures(
 
     Pictures are read by threads while the VAE works, in the precision it is held in; and the VAE works in a thread
     while the caller is busy with what has come out. `vae_digest` is what the caches say it is. A picture that cannot be
-    read, or whose latents are NaN or Inf even in float32, comes out with its error; the others go on.
+    read, or whose latents are NaN or Inf even in float32, comes out with its error; the others go on. Raises
+    `UserError` where the device has no memory for a single picture.
     """
     return read_ahead(_outcomes(pictures, vae, options, vae_digest), options.batch_size)
 
@@ -159,8 +161,9 @@ def _encode_batch(
     if not usable:
         return
     pixels = torch.stack([pixels_to_tensor(loaded.pixels) for _, loaded in usable])
-    plain = encode_pixels_finite(vae, pixels)
-    mirrored = encode_pixels_finite(vae, pixels.flip(-1)) if options.flip_aug else None
+    with _explained_out_of_memory(batch[0].assignment.bucket):
+        plain = encode_pixels_finite(vae, pixels)
+        mirrored = encode_pixels_finite(vae, pixels.flip(-1)) if options.flip_aug else None
     encoded = [plain] if mirrored is None else [plain, mirrored]
     for index, (picture, loaded) in enumerate(usable):
         if any(index in each.failed for each in encoded):
@@ -178,6 +181,19 @@ def _encode_batch(
             vae_digest=vae_digest,
         )
         yield Outcome(picture, cached, redone_in_float32=any(index in each.redone for each in encoded))
+
+
+@contextmanager
+def _explained_out_of_memory(bucket: Size) -> Iterator[None]:
+    """Within the block, a GPU without memory for a single picture of `bucket` is a `UserError`."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the GPU has no memory left to encode a picture of {bucket} ({str(error).partition('.')[0]}).",
+            "Close what else uses the GPU, or prepare smaller pictures with prepare_buckets_latents.py: it takes "
+            "--mixed_precision=bf16 too and, to keep the latents written so far, --skip_existing.",
+        ) from error
 
 
 def _mask(loaded: _Loaded) -> np.ndarray:

@@ -198,3 +198,14 @@ def test_bad_numbers_of_batch_and_threads_are_named():
     problems = list(EncodingOptions(batch_size=0, max_data_loader_n_workers=-1).problems())
     assert [problem.split(" is ")[0] for problem in problems] == ["--batch_size", "--max_data_loader_n_workers"]
     assert list(EncodingOptions(max_data_loader_n_workers=0).problems()) == []
+
+
+def test_no_memory_for_a_picture_is_an_error_that_says_its_size_and_what_helps(tmp_path, tiny_sdxl, monkeypatch):
+    vae = read_vae(tiny_sdxl, torch.float32)
+
+    def in_little_memory(sample):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(vae.encoder, "forward", in_little_memory)
+    with pytest.raises(UserError, match=r"encode a picture of 80x48 \(CUDA out of memory\)\..*--mixed_precision=bf16"):
+        outcomes_of([picture(tmp_path, "a.png")], vae)
