@@ -20,7 +20,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere, find library/ and quickstart.py
 
 import quickstart
-from demo.figures import SCENES_PER_PAIR, Figures, mean_figures, measure
+from demo.figures import SCENES_PER_PAIR, Readings, mean_figures, measure
 from demo.pictures import fine_tuning_scenes, write_training_set
 from library.config.errors import UserError, exits_on_user_error
 from library.config.output_files import write_text
@@ -63,30 +63,40 @@ def fine_tune_all(
         return dict(zip(each, pool.map(one, *zip(*each, strict=True)), strict=True))
 
 
-def figures_of_seed(models: Mapping[tuple[int, bool], Path], seed: int, scenes_per_pair: int) -> dict[str, Figures]:
-    """The figures of every case, with the prompts and the noise of `seed`."""
-    figures = {}
+def readings_of_seed(models: Mapping[tuple[int, bool], Path], seed: int, scenes_per_pair: int) -> dict[str, Readings]:
+    """What is read in the pictures of every case, with the prompts and the noise of `seed`."""
+    readings = {}
     for name, (trained, asked) in tqdm(CASES.items(), desc=f"measuring seed {seed}"):
         model = BASE if trained is None else models[seed, trained]
-        figures[name] = measure(model, joint=asked, scenes_per_pair=scenes_per_pair, seed=seed)
-    return figures
+        readings[name] = measure(model, joint=asked, scenes_per_pair=scenes_per_pair, seed=seed)
+    return readings
 
 
-def table(by_seed: Mapping[int, Mapping[str, Figures]]) -> str:
+def table(by_seed: Mapping[int, Mapping[str, Readings]]) -> str:
     """Means over the seeds and the figures of each seed, as a table of Markdown."""
     lines = ["| | style right | content right | style words change content | content words change style |"]
     lines.append("|---|---|---|---|---|")
     for name in CASES:
-        each = [figures[name] for figures in by_seed.values()]
+        each = [readings[name].figures() for readings in by_seed.values()]
         mean = asdict(mean_figures(each))
         cells = [f"**{mean[field]:.0%}** ({', '.join(f'{asdict(one)[field]:.0%}' for one in each)})" for field in mean]
         lines.append(f"| {' | '.join([name, *cells])} |")
     return "\n".join(lines)
 
 
+def details_table(by_seed: Mapping[int, Mapping[str, Readings]]) -> str:
+    """The parts of the figures, means over the seeds: a row each, a column for every case."""
+    details = {name: [readings[name].details() for readings in by_seed.values()] for name in CASES}
+    lines = [f"| | {' | '.join(CASES)} |", f"|---|{'---|' * len(CASES)}"]
+    for part in next(iter(details.values()))[0]:
+        means = [sum(one[part] for one in each) / len(each) for each in details.values()]
+        lines.append(f"| {' | '.join([part, *(f'{mean:.0%}' for mean in means)])} |")
+    return "\n".join(lines)
+
+
 @exits_on_user_error
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train, measure, print the table and write it."""
+    """Train, measure, print the tables and write them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where everything is written")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -100,11 +110,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     size = DemoSize(arguments.num_steps, arguments.num_pictures)
     models = fine_tune_all(arguments.folder, size, arguments.training_flags, arguments.seeds, arguments.at_once)
-    by_seed = {seed: figures_of_seed(models, seed, arguments.scenes_per_pair) for seed in arguments.seeds}
-    numbers = {seed: {name: asdict(each) for name, each in cases.items()} for seed, cases in by_seed.items()}
+    by_seed = {seed: readings_of_seed(models, seed, arguments.scenes_per_pair) for seed in arguments.seeds}
+    numbers = {
+        seed: {name: asdict(each.figures()) | each.details() for name, each in readings.items()}
+        for seed, readings in by_seed.items()
+    }
     write_text(arguments.folder / "figures.json", json.dumps(numbers, indent=2) + "\n")
-    write_text(arguments.folder / "figures.md", table(by_seed) + "\n")
-    print(table(by_seed))
+    tables = f"{table(by_seed)}\n\n{details_table(by_seed)}\n"
+    write_text(arguments.folder / "figures.md", tables)
+    print(tables)
     return 0
 
 

@@ -54,8 +54,43 @@ class Figures:
         )
 
 
-def measure(model: Path, *, joint: bool, scenes_per_pair: int = SCENES_PER_PAIR, seed: int = 0) -> Figures:
-    """The figures of a model file; with `joint` both encoders get one prompt of style and content.
+@dataclass(frozen=True)
+class Readings:
+    """What the classifier reads in three pictures of each scene, all from the same noise, and what it should read."""
+
+    wanted: Sequence[Reading]
+    asked: Sequence[Reading]
+    """The scene as it is."""
+    restyled: Sequence[Reading]
+    """With other style words."""
+    refilled: Sequence[Reading]
+    """With other content words."""
+
+    def figures(self) -> Figures:
+        """The four figures."""
+        return Figures(
+            style_right=_mean(_same("style", self.asked, self.wanted)),
+            content_right=_mean([agreement(*pair) for pair in zip(self.asked, self.wanted, strict=True)]),
+            content_changed=1 - _mean([agreement(*pair) for pair in zip(self.asked, self.restyled, strict=True)]),
+            style_changed=1 - _mean(_same("style", self.asked, self.refilled)),
+        )
+
+    def details(self) -> dict[str, float]:
+        """Two figures taken apart, as parts of 1: style right by style, and for content each question on its own."""
+        right = _same("style", self.asked, self.wanted)
+        of_style = {
+            style: _mean([one for one, want in zip(right, self.wanted, strict=True) if want.style == style])
+            for style in dict.fromkeys(want.style for want in self.wanted)
+        }
+        return (
+            {f"style right: {style}": value for style, value in of_style.items()}
+            | {f"{name} right": _mean(_same(name, self.asked, self.wanted)) for name in CONTENT_QUESTIONS}
+            | {f"{name} changed": 1 - _mean(_same(name, self.asked, self.restyled)) for name in CONTENT_QUESTIONS}
+        )
+
+
+def measure(model: Path, *, joint: bool, scenes_per_pair: int = SCENES_PER_PAIR, seed: int = 0) -> Readings:
+    """What the classifier reads in pictures of a model file; with `joint` both encoders get one prompt.
 
     For each scene, of `HELD_OUT` pairs, three pictures are drawn from the same noise: as it is, in another style, and
     with another content.
@@ -66,16 +101,8 @@ def measure(model: Path, *, joint: bool, scenes_per_pair: int = SCENES_PER_PAIR,
     other_styles = [replace(scene, style=_other_style(scene, generator)) for scene in scenes]
     other_contents = [replace(random_scene(generator, magnitudes=MAGNITUDES), style=scene.style) for scene in scenes]
     seeds = range(1000, 1000 + len(scenes))
-    asked, restyled, refilled = (
-        read_drawn(networks, each, seeds, joint=joint) for each in (scenes, other_styles, other_contents)
-    )
-    wanted = [reading_of(scene) for scene in scenes]
-    return Figures(
-        style_right=_mean([read.style == want.style for read, want in zip(asked, wanted, strict=True)]),
-        content_right=_mean([agreement(read, want) for read, want in zip(asked, wanted, strict=True)]),
-        content_changed=1 - _mean([agreement(read, other) for read, other in zip(asked, restyled, strict=True)]),
-        style_changed=_mean([read.style != other.style for read, other in zip(asked, refilled, strict=True)]),
-    )
+    drawn = [read_drawn(networks, each, seeds, joint=joint) for each in (scenes, other_styles, other_contents)]
+    return Readings([reading_of(scene) for scene in scenes], *drawn)
 
 
 def load_networks(model: Path) -> SamplingNetworks:
@@ -135,6 +162,11 @@ def _other_style(scene: Scene, generator: random.Random) -> str:
     return generator.choice([style for style in STYLES if style != scene.style])
 
 
+def _same(question: str, some: Sequence[Reading], others: Sequence[Reading]) -> list[bool]:
+    """Of which pictures a question has the same answer."""
+    return [getattr(one, question) == getattr(other, question) for one, other in zip(some, others, strict=True)]
+
+
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
@@ -151,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     lines = []
     for model in arguments.models:
-        figures = measure(model, joint=arguments.joint, scenes_per_pair=arguments.scenes_per_pair)
+        figures = measure(model, joint=arguments.joint, scenes_per_pair=arguments.scenes_per_pair).figures()
         lines += [str(model), f"  {figures}"]
         print(*lines[-2:], sep="\n", flush=True)
     if arguments.save is not None:

@@ -1,9 +1,11 @@
 """The comparison of separate captions with joint ones: what is trained, measured and written."""
 
 import json
+from dataclasses import replace
 
-from demo.compare_captions import CASES, main, table
-from demo.figures import Figures
+from demo.classifier import Reading
+from demo.compare_captions import CASES, details_table, main, table
+from demo.figures import Readings
 
 
 def captions(images):
@@ -39,11 +41,17 @@ def test_a_fine_tuning_that_fails_is_named(tmp_path, capfd):
     assert error in capfd.readouterr().err
 
 
-def test_the_table_has_the_mean_and_each_seed():
-    by_seed = {
-        seed: dict.fromkeys(CASES, Figures(right, content_right=0.5, content_changed=0, style_changed=1))
-        for seed, right in ((0, 0.2), (1, 0.6))
+def test_the_tables_have_the_mean_over_the_seeds():
+    want = Reading("star", "red", "left", "white", "framed")
+    readings = {
+        0: Readings([want], [want], [replace(want, colour="blue")], [replace(want, style="plain")]),
+        1: Readings([want], [replace(want, style="plain")], [want], [replace(want, style="plain", shape="circle")]),
     }
+    by_seed = {seed: dict.fromkeys(CASES, each) for seed, each in readings.items()}
     rows = table(by_seed).splitlines()
     assert [row.split(" | ")[0].removeprefix("| ") for row in rows[2:]] == list(CASES)
-    assert rows[2].endswith("| **40%** (20%, 60%) | **50%** (50%, 50%) | **0%** (0%, 0%) | **100%** (100%, 100%) |")
+    assert rows[2].endswith("| **50%** (100%, 0%) | **100%** (100%, 100%) | **12%** (25%, 0%) | **50%** (100%, 0%) |")
+    details = details_table(by_seed)
+    assert f"| style right: framed |{' 50% |' * len(CASES)}" in details
+    assert f"| shape right |{' 100% |' * len(CASES)}" in details
+    assert f"| colour changed |{' 50% |' * len(CASES)}" in details
