@@ -1,6 +1,6 @@
 """The fine-tuning of the demo with separate captions and with one joint caption, several times, and their figures.
 
-python demo/compare_captions.py "my set/comparison"            three seeds, six runs of two minutes each
+python demo/compare_captions.py "my set/comparison"            three seeds, six runs of four minutes each
 python demo/compare_captions.py "my set/comparison" --seeds 0  one of each
 """
 

@@ -3,9 +3,13 @@
 import json
 from dataclasses import replace
 
+import pytest
+
 from demo.classifier import Reading
-from demo.compare_captions import CASES, details_table, main, table
+from demo.compare_captions import CASES, details_table, fine_tune, main, table
 from demo.figures import Readings
+from library.config.errors import UserError
+from quickstart import DemoSize
 
 
 def captions(images):
@@ -19,7 +23,7 @@ def captions(images):
 def test_the_comparison_trains_with_both_kinds_of_captions_and_measures_every_case(tmp_path, capfd):
     folder = tmp_path / "my comparison"
     line = [str(folder), "--seeds=0", "--num_steps=1", "--num_pictures=6", "--scenes_per_pair=1", "--at_once=2"]
-    assert main([*line, "--training_flags=--learning_rate=0 --learning_rate_te1=0"]) == 0
+    assert main([*line, "--training_flags=--learning_rate=1e-12 --learning_rate_te1=1e-12"]) == 0
 
     separate, joint = captions(folder / "separate-0" / "images"), captions(folder / "joint-0" / "images")
     assert all(style != content for style, content in separate)
@@ -30,15 +34,15 @@ def test_the_comparison_trains_with_both_kinds_of_captions_and_measures_every_ca
     assert written in capfd.readouterr().out
     figures = json.loads((folder / "figures.json").read_text(encoding="utf-8"))["0"]
     assert figures.keys() == CASES.keys()
-    # Nothing was learnt with the flags above: the figures after it are those of the base model (kept in float16).
+    # Rates too small to change a float16: the figures after it are those of the base model.
     assert figures["separate captions, separate prompts"] == figures["before, separate prompts"]
     assert figures["joint caption, joint prompt"] == figures["before, joint prompt"]
 
 
-def test_a_fine_tuning_that_fails_is_named(tmp_path, capfd):
-    assert main([str(tmp_path), "--seeds=0", "--num_pictures=3", "--training_flags=--no_such_flag"]) == 2
-    error = f"error: './sdxl_train.py' for '{tmp_path / 'separate-0'}' ended with exit status 2, see above."
-    assert error in capfd.readouterr().err
+def test_a_script_that_fails_is_named(tmp_path):
+    (tmp_path / "meta_cap.json").write_text("{ cut short", encoding="utf-8")
+    with pytest.raises(UserError, match=r"sdxl_merge_captions_g_to_metadata\.py' for '.*' ended with exit status 2"):
+        fine_tune(tmp_path, DemoSize(num_steps=1, num_pictures=2), [], seed=0, joint=False)
 
 
 def test_the_tables_have_the_mean_over_the_seeds():
