@@ -181,7 +181,8 @@ def workflow_commands(folder: Path, num_steps: int, more_flags: list[str]) -> li
             *["--max_data_loader_n_workers=0", "--train_batch_size=16", f"--max_train_steps={num_steps}"],
             *["--cache_latents", "--cache_latents_to_disk", "--optimizer_type=AdamW", "--optimizer_args", "fused=True"],
             *["--learning_rate=1e-3", "--lr_scheduler=cosine", "--lr_warmup_steps=0.1"],
-            # L learns the styles, at half the rate: faster, and it would drown what G says. G knows the shapes already.
+            # L learns the styles, at half the rate: at a higher one its words change more of the content. G knows the
+            # shapes already.
             *["--train_text_encoder", "--learning_rate_te1=5e-4", "--learning_rate_te2=0"],
             # Outside of these timesteps a style is either plain to see or drowned in noise: nothing to learn.
             *["--min_timestep=100", "--max_timestep=900", *more_flags],

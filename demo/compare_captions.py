@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere, find library/ and quickstart.py
@@ -37,7 +38,11 @@ CASES = {  # name: joint captions in training (None: no training), joint prompts
 
 
 def fine_tune(folder: Path, size: DemoSize, more_flags: Sequence[str], seed: int, *, joint: bool) -> Path:
-    """The workflow of the demo in `folder`, with the set of pictures of `seed`; gives the model. Prints its output."""
+    """The workflow of the demo, with the set of pictures of `seed`, in `folder`, which is emptied first.
+
+    Prints what the scripts print, and gives the model.
+    """
+    quickstart.clear_demo(folder)
     write_training_set(folder / "images", fine_tuning_scenes(size.num_pictures, seed), joint=joint)
     flags = [*more_flags, f"--seed={seed}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -64,7 +69,7 @@ def fine_tune_all(
 
 
 def readings_of_seed(models: Mapping[tuple[int, bool], Path], seed: int, scenes_per_pair: int) -> dict[str, Readings]:
-    """What is read in the pictures of every case, with the prompts and the noise of `seed`."""
+    """What is read in the pictures of every case, with the prompts of `seed`. (The noise is the same for all.)"""
     readings = {}
     for name, (trained, asked) in tqdm(CASES.items(), desc=f"measuring seed {seed}"):
         model = BASE if trained is None else models[seed, trained]
@@ -105,9 +110,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--scenes_per_pair", type=int, default=SCENES_PER_PAIR, help="prompts of each held-out pair")
     parser.add_argument("--at_once", type=int, default=1, help="fine-tunings that run beside each other")
     parser.add_argument(
-        "--training_flags", type=shlex.split, default=[], help='other flags of sdxl_train.py, as "--learning_rate=1e-4"'
+        "--training_flags",
+        type=shlex.split,
+        default=[],
+        help='flags of sdxl_train.py, as --training_flags="--learning_rate=1e-4"',
     )
     arguments = parser.parse_args(argv)
+    if arguments.at_once < 1:
+        parser.error(f"--at_once is {arguments.at_once}: at least one fine-tuning has to run")
+    torch.set_num_threads(1)  # as in the fine-tunings: the tiny model gains nothing from more
     size = DemoSize(arguments.num_steps, arguments.num_pictures)
     models = fine_tune_all(arguments.folder, size, arguments.training_flags, arguments.seeds, arguments.at_once)
     by_seed = {seed: readings_of_seed(models, seed, arguments.scenes_per_pair) for seed in arguments.seeds}

@@ -32,7 +32,7 @@ CONTENT_QUESTIONS = tuple(name for name in QUESTIONS if name != "style")
 
 @dataclass(frozen=True)
 class Figures:
-    """What the classifier reads in the pictures of prompts whose style and shape the fine-tuning never saw together.
+    """What the classifier reads in pictures, asked for in pairs of style and shape that the fine-tuning never saw.
 
     Each is a part of 1. Content is four questions (shape, colour, place, background), of which each counts a quarter.
     """
@@ -61,9 +61,9 @@ class Readings:
     wanted: Sequence[Reading]
     asked: Sequence[Reading]
     """The scene as it is."""
-    restyled: Sequence[Reading]
+    other_style: Sequence[Reading]
     """With other style words."""
-    refilled: Sequence[Reading]
+    other_content: Sequence[Reading]
     """With other content words."""
 
     def figures(self) -> Figures:
@@ -71,8 +71,8 @@ class Readings:
         return Figures(
             style_right=_mean(_same("style", self.asked, self.wanted)),
             content_right=_mean([agreement(*pair) for pair in zip(self.asked, self.wanted, strict=True)]),
-            content_changed=1 - _mean([agreement(*pair) for pair in zip(self.asked, self.restyled, strict=True)]),
-            style_changed=1 - _mean(_same("style", self.asked, self.refilled)),
+            content_changed=1 - _mean([agreement(*pair) for pair in zip(self.asked, self.other_style, strict=True)]),
+            style_changed=1 - _mean(_same("style", self.asked, self.other_content)),
         )
 
     def details(self) -> dict[str, float]:
@@ -85,7 +85,7 @@ class Readings:
         return (
             {f"style right: {style}": value for style, value in of_style.items()}
             | {f"{name} right": _mean(_same(name, self.asked, self.wanted)) for name in CONTENT_QUESTIONS}
-            | {f"{name} changed": 1 - _mean(_same(name, self.asked, self.restyled)) for name in CONTENT_QUESTIONS}
+            | {f"{name} changed": 1 - _mean(_same(name, self.asked, self.other_style)) for name in CONTENT_QUESTIONS}
         )
 
 

@@ -82,7 +82,10 @@ def make_architecture(
     heads_g: int,
     norm_num_groups: int = 32,
 ) -> Architecture:
-    """SDXL's skeleton (same names, same depths: 12 and 32 text blocks, 1680 U-Net tensors) in the given widths."""
+    """SDXL's skeleton (same names, same depths: 12 and 32 text blocks, 1680 U-Net tensors) in the given widths.
+
+    Two neighbouring U-Net levels of the same width need no projection between them: that is two tensors fewer.
+    """
     size_conditioning_width = 6 * 256
     return Architecture(
         unet={
