@@ -38,9 +38,9 @@ CASES = {  # name: joint captions in training (None: no training), joint prompts
 
 
 def fine_tune(folder: Path, size: DemoSize, more_flags: Sequence[str], seed: int, *, joint: bool) -> Path:
-    """The workflow of the demo, with the set of pictures of `seed`, in `folder`, which is emptied first.
+    """The workflow of the demo, with the set of pictures of `seed`; gives the model.
 
-    Prints what the scripts print, and gives the model.
+    What an earlier run left in `folder` is removed first. Prints what the scripts print.
     """
     quickstart.clear_demo(folder)
     write_training_set(folder / "images", fine_tuning_scenes(size.num_pictures, seed), joint=joint)
