@@ -169,6 +169,10 @@ class OptimizerKind:
             raise UserError(f"--optimizer_type {self.name}: {error}.", "Check the spelling of the class.") from error
         if not (inspect.isclass(found) and issubclass(found, Optimizer)):
             raise UserError(f"--optimizer_type {self.name} is no optimizer.", "Name a subclass of torch's Optimizer.")
+        closure = inspect.signature(found.step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            message = f"--optimizer_type {self.name} computes the loss several times in a step, which is not offered."
+            raise UserError(message, "Name an optimizer whose step() can be called without a closure.")
         return found
 
 

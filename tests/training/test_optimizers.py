@@ -167,6 +167,7 @@ def test_every_optimizer_is_made_or_its_package_asked_for(kind: OptimizerKind):
         (OptimizerOptions(optimizer_type="nowhere.to.Be"), "Run: python -m pip install nowhere"),
         (OptimizerOptions(optimizer_type="torch.optim.AdamX"), "has no attribute 'AdamX'"),
         (OptimizerOptions(optimizer_type="torch.nn.Linear"), "torch.nn.Linear is no optimizer"),
+        (OptimizerOptions(optimizer_type="torch.optim.LBFGS"), "LBFGS computes the loss several times in a step"),
         (OptimizerOptions(optimizer_args=["weight_decay"]), "'weight_decay' is not understood"),
         (OptimizerOptions(optimizer_args=["decay=1", "rho=2"]), "AdamW does not take decay, rho. It takes betas, eps"),
         (OptimizerOptions(optimizer_args=["lr=1"]), "'lr' is set by --learning_rate"),
