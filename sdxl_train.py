@@ -116,7 +116,7 @@ def train(options: TrainingOptions, stop: StopRequest) -> int:
     tracker.say(f"{course}, seed {progress.seed}")
     compile_regions(model.unet, options.compilation, accelerator.device, tracker.say)
     checkpoints = make_checkpoints(options, model, learner, progress, tracker, accelerator)
-    sampling = make_sampling(options, model, learner, tracker, progress, course)
+    sampling = make_sampling(options, model, learner, tracker, progress, course, stop)
     watch = LossWatch(options.run.max_bad_steps, tracker.say)
     if accelerator.is_main_process:
         check_disk(options, model, learner, course, progress)
@@ -124,11 +124,17 @@ def train(options: TrainingOptions, stop: StopRequest) -> int:
             checkpoints.after_resume(state, progress.step, progress.epoch)
         if progress.step == 0:
             sampling.at_start()
+        elif progress.step < course.num_steps:  # what was due when the run was stopped, and was left for now
+            sampling.after_step(progress.step, only_missing=True)
+            epoch = course.epoch_ended(progress)
+            if epoch is not None:
+                sampling.after_epoch(progress.step, epoch, only_missing=True)
 
     noise_schedule = make_noise_schedule()
     noise_generator = torch.Generator()
     step_loss = StepLoss(accelerator)
     is_stopped = any_process(accelerator, stop.is_made())
+    first_step = progress.step
     is_finished = False
     while not (is_stopped or is_finished):
         for batch in course.batches(progress):
@@ -172,9 +178,11 @@ def train(options: TrainingOptions, stop: StopRequest) -> int:
             watch.heed_gradient(step, grad_norm)
             if accelerator.is_main_process:
                 # Pictures first: a state that is saved after this step does not draw them again.
-                sampling.after_step(step)
-                if is_finished or progress.step_in_epoch == course.order.steps_per_epoch:
-                    sampling.after_epoch(step, progress.epoch + 1)
+                if not is_finished:
+                    sampling.after_step(step)
+                    epoch = course.epoch_ended(progress)
+                    if epoch is not None:
+                        sampling.after_epoch(step, epoch)
                 checkpoints.after_step(step)
             is_stopped = any_process(accelerator, stop.is_made())
             if is_stopped or is_finished:
@@ -187,7 +195,11 @@ def train(options: TrainingOptions, stop: StopRequest) -> int:
                 checkpoints.after_epoch(progress.epoch, is_last=is_finished)
         accelerator.wait_for_everyone()
 
-    last_words = checkpoints.conclude(progress.step, is_finished) if accelerator.is_main_process else ""
+    last_words = ""
+    if accelerator.is_main_process:
+        last_words = checkpoints.conclude(progress.step, is_finished)
+        if is_finished:  # pictures last: whatever becomes of them, the model is there
+            sampling.at_end(progress.step, course.num_epochs, only_missing=progress.step == first_step)
     accelerator.wait_for_everyone()  # a process that ends sooner could have the launcher end the one that saves
     tracker.close()
     accelerator.print(last_words)
@@ -301,6 +313,7 @@ def make_sampling(
     tracker: Tracker,
     progress: Progress,
     course: Course,
+    stop: StopRequest,
 ) -> Sampling:
     """What draws the sample pictures. (accelerate wraps networks in place; the model's own are the trained ones.)"""
     return Sampling(
@@ -318,7 +331,7 @@ def make_sampling(
         model_name=options.save.output_name,
         size=options.resolution,
         seed=progress.seed,
-        num_steps=course.num_steps,
+        is_stopping=stop.is_made,
         since=datetime.fromisoformat(progress.started),
         finished_weights=learner.finished_weights,
     )

@@ -5,7 +5,9 @@ python demo/contact_sheet.py "my set/output/sample" "my set/contact_sheet.png"  
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere, find library/
@@ -13,39 +15,116 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywher
 from PIL import Image
 
 from library.config.errors import UserError, exits_on_user_error
+from library.config.output_files import replacing
+from library.diffusion.picture_files import PictureName
 from library.diffusion.picture_table import draw_table
 
-Prompt = tuple[str, str]
-"""The L and the G prompt of a picture."""
+_UNREADABLE = (OSError, SyntaxError, ValueError)
+"""What Pillow raises for a damaged PNG."""
 
 
-def read_samples(folder: Path) -> dict[tuple[Prompt, int], Image.Image]:
-    """The sample pictures of a folder by prompt and training step, each the newest of its kind; grids are left out.
+@dataclass(frozen=True)
+class Prompt:
+    """What the pictures of one row have in common: a prompt of one model (its output name) and its fixed seed."""
 
-    What they show is read from their PNG texts. Raises `UserError` where there are none.
+    model: str
+    index: int
+    prompt_l: str
+    prompt_g: str
+    negative_l: str
+    negative_g: str
+    seed: int | None
+
+    @property
+    def details(self) -> str:
+        """What else than the prompts there is to say of the row."""
+        negatives = dict.fromkeys(text for text in (self.negative_l, self.negative_g) if text)
+        seed = [] if self.seed is None else [f"seed {self.seed}"]
+        return ", ".join([f"{self.index:02d}", *seed, *(f"without {text}" for text in negatives)])
+
+
+def find_samples(folder: Path) -> dict[Prompt, dict[int, Path]]:
+    """The sample pictures of a folder by prompt and training step; grids are left out.
+
+    Where a run was repeated under the same name, its pictures take the place of the earlier ones: of each prompt those
+    count whose steps rise with the time in their names, from the newest back. Raises `UserError` where there are none.
     """
-    samples: dict[tuple[Prompt, int], Image.Image] = {}
-    for path in sorted(folder.glob("*.png"), key=lambda path: (path.stat().st_mtime, path.name)):
-        with Image.open(path) as picture:
-            picture.load()
-        texts = picture.info
-        if "training_step" in texts and "rows_prompt_l" not in texts:
-            samples[(texts["prompt_l"], texts["prompt_g"]), int(texts["training_step"])] = picture
-    if not samples:
+    drawn: dict[Prompt, list[tuple[str, int, Path]]] = defaultdict(list)
+    for name, path in _sample_files(folder):
+        texts = _texts_of(path)
+        if "training_step" in texts:
+            prompt = Prompt(
+                texts["model"],
+                name.index,
+                texts["prompt_l"],
+                texts["prompt_g"],
+                texts["negative_prompt_l"],
+                texts["negative_prompt_g"],
+                name.seed,
+            )
+            drawn[prompt].append((name.time, int(texts["training_step"]), path))
+    if not drawn:
         raise UserError(
             f"'{folder}' holds no sample picture of sdxl_train.py.", "Give the folder 'sample' of an output folder."
         )
-    return samples
+    prompts = sorted(drawn, key=lambda prompt: (prompt.model, prompt.index, min(drawn[prompt])))
+    return {prompt: _of_newest_run(drawn[prompt]) for prompt in prompts}
 
 
 def contact_sheet(folder: Path) -> Image.Image:
-    """The table of all sample pictures of a folder; raises as `read_samples`."""
-    samples = read_samples(folder)
-    prompts = list(dict.fromkeys(prompt for prompt, _ in samples))
-    steps = sorted({step for _, step in samples})
-    rows = [f"L: {prompt_l} G: {prompt_g}" for prompt_l, prompt_g in prompts]
-    columns = [f"step {step}" for step in steps]
-    return draw_table(rows, columns, [[samples.get((prompt, step)) for step in steps] for prompt in prompts])
+    """The table of all sample pictures of a folder; raises as `find_samples`. A file that cannot be read is named."""
+    samples = find_samples(folder)
+    steps = sorted({step for paths in samples.values() for step in paths})
+    pictures = [[_read(paths[step]) if step in paths else None for step in steps] for paths in samples.values()]
+    return draw_table(_labels(list(samples)), [f"step {step}" for step in steps], pictures)
+
+
+def _sample_files(folder: Path) -> Iterator[tuple[PictureName, Path]]:
+    for path in sorted(folder.glob("*.png")):
+        name = PictureName.of(path)
+        if name is not None and path.is_file():
+            yield name, path
+
+
+def _texts_of(path: Path) -> Mapping[str, str]:
+    """What the PNG says of itself; nothing, and a word to the user, where it cannot be read."""
+    try:
+        with Image.open(path) as picture:
+            return {str(key): text for key, text in picture.info.items() if isinstance(text, str)}
+    except _UNREADABLE as error:
+        print(f"'{path}' is left out, it cannot be read: {error}", file=sys.stderr)
+        return {}
+
+
+def _read(path: Path) -> Image.Image | None:
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return picture
+    except _UNREADABLE as error:
+        print(f"'{path}' is left out, it cannot be read: {error}", file=sys.stderr)
+        return None
+
+
+def _of_newest_run(drawn: Sequence[tuple[str, int, Path]]) -> dict[int, Path]:
+    """Step to path, of pictures given as time, step and path."""
+    newest: dict[int, Path] = {}
+    for _, step, path in sorted(drawn, reverse=True):
+        if not newest or step < min(newest):
+            newest[step] = path
+    return newest
+
+
+def _labels(prompts: Sequence[Prompt]) -> list[str]:
+    """The prompts of each row; its model and its details only where they tell rows apart."""
+    several_models = len({prompt.model for prompt in prompts}) > 1
+    heads = [f"{prompt.model}\n" if several_models else "" for prompt in prompts]
+    labels = [f"{head}L: {prompt.prompt_l}\nG: {prompt.prompt_g}" for head, prompt in zip(heads, prompts, strict=True)]
+    times = Counter(labels)
+    return [
+        label if times[label] == 1 else f"{prompt.details}\n{label}"
+        for prompt, label in zip(prompts, labels, strict=True)
+    ]
 
 
 @exits_on_user_error
@@ -55,7 +134,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("samples", type=Path, help="the folder of the sample pictures")
     parser.add_argument("path", type=Path, help="the .png to write")
     arguments = parser.parse_args(argv)
-    contact_sheet(arguments.samples).save(arguments.path)
+    if arguments.path.suffix.lower() != ".png":
+        parser.error(f"'{arguments.path}' must end in .png")
+    sheet = contact_sheet(arguments.samples)
+    with replacing(arguments.path) as file:
+        sheet.save(file, format="PNG")
     print(f"contact sheet: {arguments.path}")
     return 0
 

@@ -162,6 +162,8 @@ def test_samples_show_the_model_as_it_came_and_as_it_was_saved(
             assert expected is not None
             assert shown.tobytes() == expected.tobytes()
     assert before.read_bytes() != after.read_bytes()
+    saved = (run.output / "m.safetensors").stat()
+    assert saved.st_mtime_ns < after.stat().st_mtime_ns  # whatever happens while it is drawn, the model is there
 
 
 # -- files of options -------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from glob import escape
 from pathlib import Path
+from typing import Self
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -16,7 +17,9 @@ from library.diffusion.prompts import SamplePrompt
 
 _TIME_FORMAT = "%Y%m%d%H%M%S"
 _TIME_DIGITS = 14
-_TIME_OF_NAME = re.compile(r"(?:(?<=_)|^)[0-9]{14}(?=_e?[0-9]{6,}_(?:[0-9]{2,}(?:_[0-9]+)?|grid)\.png$)")
+_NAME = re.compile(
+    r"(?:.*_)?(?P<time>[0-9]{14})_e?[0-9]{6,}_(?:(?P<index>[0-9]{2,})(?:_(?P<seed>[0-9]+))?|grid)\.png", re.DOTALL
+)
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,31 @@ def grid_name(model_name: str | None, *, now: datetime, step: int) -> str:
     return picture_name(model_name, now=now, step=step, epoch=None, index=0, seed=None).replace("_00.png", "_grid.png")
 
 
+@dataclass(frozen=True)
+class PictureName:
+    """What the file name of a sample picture says: its time (14 digits), the place of its prompt, its fixed seed."""
+
+    time: str
+    index: int
+    seed: int | None
+
+    @classmethod
+    def of(cls, path: Path) -> Self | None:
+        """Of a name as `picture_name` makes it; None for every other, those of grids among them."""
+        match = _NAME.fullmatch(path.name)
+        if match is None or match["index"] is None:
+            return None
+        return cls(match["time"], int(match["index"]), None if match["seed"] is None else int(match["seed"]))
+
+
 def other_drawings(path: Path, since: datetime) -> list[Path]:
     """The files of the same picture as `path` that were drawn at another time, but not before `since`.
 
     A run that was killed after it had drawn them, and goes on from a state of before, draws them again.
     """
-    match = _TIME_OF_NAME.search(path.name)
+    match = _NAME.fullmatch(path.name)
     assert match is not None  # as `picture_name` makes it
-    start, end = path.name[: match.start()], path.name[match.end() :]
+    start, end = path.name[: match.start("time")], path.name[match.end("time") :]
     same_picture = path.parent.glob(f"{escape(start)}{'[0-9]' * _TIME_DIGITS}{escape(end)}")
     earliest = f"{start}{since:{_TIME_FORMAT}}"
     return [other for other in same_picture if other.name != path.name and other.name >= earliest]

@@ -1,6 +1,6 @@
 """Pictures in rows and columns, with a label for each."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -9,6 +9,16 @@ _PAPER, _TEXT, _NO_PICTURE = "#ffffff", "#202020", "#d8d8d8"
 _MOST_LINES = 6
 """Of a label; the rest of it becomes an ellipsis."""
 
+_SYSTEM_FONTS = (
+    *("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc"),
+    *("arial.ttf", "msgothic.ttc", "msyh.ttc", "malgun.ttf"),
+    *("Arial Unicode.ttf", "Hiragino Sans GB.ttc"),
+)
+"""Of Linux, Windows and macOS, where Pillow finds them by name."""
+_IN_NO_FONT = "\U0010fffd"  # a code point for private use: shows what a font draws for what it does not have
+
+_Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
+
 
 def draw_table(
     row_labels: Sequence[str], column_labels: Sequence[str], cells: Sequence[Sequence[Image.Image | None]]
@@ -16,21 +26,24 @@ def draw_table(
     """The pictures `cells[row][column]`, row labels left of them and column labels above; None leaves a cell grey.
 
     All cells are as large as the largest picture, which keeps its size; smaller ones lie in their cell's upper left.
+    Labels are wrapped to the width of a cell. What is no ASCII is written in a font of the system, or as an escape
+    (U+732B is `\\u732b`) where there is none that has it.
     """
     width = max((picture.width for row in cells for picture in row if picture is not None), default=64)
     height = max((picture.height for row in cells for picture in row if picture is not None), default=64)
-    font = ImageFont.load_default(max(11, min(width, height) // 14))
+    font = _font_for("".join([*row_labels, *column_labels]), max(11, min(width, height) // 14))
     row_texts = [_wrapped(label, font, width) for label in row_labels]
     column_texts = [_wrapped(label, font, width) for label in column_labels]
     left = max(_size(text, font)[0] for text in row_texts) + 2 * _GAP
     top = max(_size(text, font)[1] for text in column_texts) + 2 * _GAP
-    table = Image.new("RGB", (left + len(column_labels) * (width + _GAP), top + len(row_labels) * (height + _GAP)))
-    table.paste(_PAPER, (0, 0, *table.size))
+    row_height = max(height, *(_size(text, font)[1] for text in row_texts))
+    size = (left + len(column_labels) * (width + _GAP), top + len(row_labels) * (row_height + _GAP))
+    table = Image.new("RGB", size, _PAPER)
     pen = ImageDraw.Draw(table)
     for column, text in enumerate(column_texts):
         pen.multiline_text((left + column * (width + _GAP), _GAP), text, fill=_TEXT, font=font)
     for row, text in enumerate(row_texts):
-        y = top + row * (height + _GAP)
+        y = top + row * (row_height + _GAP)
         pen.multiline_text((_GAP, y), text, fill=_TEXT, font=font)
         for column, picture in enumerate(cells[row]):
             x = left + column * (width + _GAP)
@@ -41,21 +54,72 @@ def draw_table(
     return table
 
 
-def _wrapped(label: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
-    """The label in lines of at most `width` pixels, where its words allow it."""
-    lines = [""]
-    for word in label.split():
-        longer = f"{lines[-1]} {word}".lstrip()
-        if lines[-1] and font.getlength(longer) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
+# -- labels -----------------------------------------------------------------------------------------------------------
+
+
+def _font_for(text: str, size: int) -> _Font:
+    """The first font that has all characters of the text, or else the one that has the most of them."""
+    characters = {character for character in text if not character.isspace()}
+    best, most = None, -1
+    for font in _fonts(size):
+        known = sum(_has(font, character) for character in characters)
+        if known > most:
+            best, most = font, known
+        if known == len(characters):
+            break
+    assert best is not None  # Pillow brings one
+    return best
+
+
+def _fonts(size: int) -> Iterator[_Font]:
+    yield ImageFont.load_default(size)
+    for name in _SYSTEM_FONTS:
+        try:
+            yield ImageFont.truetype(name, size)
+        except OSError:  # this system has none of that name
+            continue
+
+
+def _has(font: _Font, character: str) -> bool:
+    return character.isascii() or bytes(font.getmask(character)) != bytes(font.getmask(_IN_NO_FONT))
+
+
+def _wrapped(label: str, font: _Font, width: int) -> str:
+    """The label in lines of at most `width` pixels, between words where that is possible."""
+    shown = "".join(
+        character if character.isspace() or _has(font, character) else character.encode("unicode_escape").decode()
+        for character in label[: _MOST_LINES * width]  # what follows has no room, however narrow its letters
+    )
+    lines = []
+    for line in shown.splitlines():
+        lines.append("")
+        for word in _short_words(line.split(), font, width):
+            longer = f"{lines[-1]} {word}".lstrip()
+            if lines[-1] and font.getlength(longer) > width:
+                lines.append(word)
+            else:
+                lines[-1] = longer
     if len(lines) > _MOST_LINES:
-        lines[_MOST_LINES - 1 :] = [f"{lines[_MOST_LINES - 1]} …"]
+        lines = lines[:_MOST_LINES]
+        while lines[-1] and font.getlength(f"{lines[-1]} …") > width:
+            lines[-1] = lines[-1][:-1]
+        lines[-1] += " …"
     return "\n".join(lines)
 
 
-def _size(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> tuple[int, int]:
+def _short_words(words: Iterable[str], font: _Font, width: int) -> Iterator[str]:
+    """The words, those that are wider than `width` in pieces."""
+    for word in words:
+        piece = ""
+        for character in word:
+            if piece and font.getlength(piece + character) > width:
+                yield piece
+                piece = ""
+            piece += character
+        yield piece
+
+
+def _size(text: str, font: _Font) -> tuple[int, int]:
     """Width and height of a text in pixels, from the top of its first line."""
     pen = ImageDraw.Draw(Image.new("L", (1, 1)))
     _, _, right, bottom = pen.multiline_textbbox((0, 0), text or " ", font=font)

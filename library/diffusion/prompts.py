@@ -82,7 +82,7 @@ class _Setting:
     def value_of(self, raw: object) -> str | int | float | None:
         """`raw` (the text after an option, or a value of a table) as `kind` and in range, or None where it is not."""
         if self.kind is None:
-            return raw if isinstance(raw, str) else None
+            return raw.strip() if isinstance(raw, str) else None
         if isinstance(raw, bool) or not isinstance(raw, str | int | self.kind):
             return None
         try:
@@ -111,6 +111,9 @@ _SETTINGS = {
 _NAME_OF_OPTION = {setting.option: name for name, setting in _SETTINGS.items() if setting.option}
 _NAME_OF_KEY = {key: name for name, setting in _SETTINGS.items() for key in setting.keys}
 
+# One half of a surrogate pair: JSON can say it, and no file can be written with it.
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+
 # An option is two dashes that follow a space and touch a letter: "a cat -- a dog" and "3--4" are text.
 _OPTION_WORD = re.compile(r"(?:^|\s)--([a-z]\S*)", re.IGNORECASE)
 
@@ -131,7 +134,11 @@ def _picture(said: dict[str, Any], line: int, where: str) -> SamplePrompt:
     """The picture that the settings `said` describe, with defaults for what they leave open."""
     if not said.keys() & {"prompt_g", "prompt_l"}:
         raise UserError(f"{where}: there is no prompt.", "Give the text of the picture, before any option.")
-    longest = max(len(text) for text in said.values() if isinstance(text, str))
+    texts = [text for text in said.values() if isinstance(text, str)]
+    half = _HALF_CHARACTER.search("".join(texts))
+    if half is not None:
+        raise UserError(f"{where}: {half[0]!a} is half of a character.", "Write the whole of it.")
+    longest = max(len(text) for text in texts)
     if longest > MAX_CHARACTERS:
         raise UserError(f"{where}: a text has {longest} characters.", f"Keep it below {MAX_CHARACTERS}.")
     prompt_g = said.get("prompt_g", "")

@@ -1,7 +1,7 @@
 """Every L prompt with every G prompt: a table of pictures that shows what each encoder decides."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from PIL import Image
@@ -9,6 +9,7 @@ from PIL import Image
 from library.config.errors import UserError
 from library.diffusion.picture_table import draw_table
 from library.diffusion.prompts import SamplePrompt
+from library.sdxl.tokenizers import num_chunks_needed
 
 MAX_CELLS = 64
 """More pictures than this are a mistake rather than a wish: each takes as long as any sample picture."""
@@ -26,16 +27,24 @@ class SampleGrid:
     columns: tuple[str, ...]
     first: SamplePrompt
 
-    def prompt(self, row: int, column: int) -> SamplePrompt:
-        """The prompt of a cell."""
-        return replace(self.first, prompt_l=self.rows[row], prompt_g=self.columns[column], shared=False)
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of 75 tokens for every cell: a long prompt in one row must not pad the prompts of that row alone."""
+        texts = (*self.rows, *self.columns, self.first.negative_l, self.first.negative_g)
+        return max(num_chunks_needed(text) for text in texts)
 
-    def draw(self, draw_cell: Callable[[SamplePrompt], Image.Image | None]) -> Image.Image:
-        """The labelled table, of the pictures that `draw_cell` gives; a cell without a picture stays grey."""
-        cells = [
-            [draw_cell(self.prompt(row, column)) for column in range(len(self.columns))]
-            for row in range(len(self.rows))
+    def prompts(self) -> list[SamplePrompt]:
+        """The prompt of each cell, row by row."""
+        return [
+            replace(self.first, prompt_l=prompt_l, prompt_g=prompt_g, shared=False)
+            for prompt_l in self.rows
+            for prompt_g in self.columns
         ]
+
+    def table(self, pictures: Sequence[Image.Image | None]) -> Image.Image:
+        """The labelled table of the pictures of `prompts()`; a cell whose picture is None stays grey."""
+        width = len(self.columns)
+        cells = [pictures[start : start + width] for start in range(0, len(pictures), width)]
         return draw_table([f"L: {text}" for text in self.rows], [f"G: {text}" for text in self.columns], cells)
 
     def texts(self) -> dict[str, str]:

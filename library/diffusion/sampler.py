@@ -75,14 +75,23 @@ def make_sampling_scheduler(name: str) -> Any:
 
 
 def draw_latents(
-    networks: SamplingNetworks, prompt: SamplePrompt, *, sampler: str, width: int, height: int, seed: int
+    networks: SamplingNetworks,
+    prompt: SamplePrompt,
+    *,
+    sampler: str,
+    width: int,
+    height: int,
+    seed: int,
+    min_chunks: int = 1,
 ) -> torch.Tensor:
     """Scaled latents [1, 4, h, w] in float32 of the picture; noise comes from a generator of `seed` on the CPU.
 
     The same as `StableDiffusionXLPipeline(prompt=L, prompt_2=G)`, whose denoising loop this is; only the captions are
     encoded here. All randomness is the generator's: the random state of training is left alone.
     """
-    return draw_latents_together(networks, [prompt], sampler=sampler, width=width, height=height, seeds=[seed])
+    return draw_latents_together(
+        networks, [prompt], sampler=sampler, width=width, height=height, seeds=[seed], min_chunks=min_chunks
+    )
 
 
 @torch.no_grad()
@@ -94,17 +103,19 @@ def draw_latents_together(
     width: int,
     height: int,
     seeds: Sequence[int],
+    min_chunks: int = 1,
 ) -> torch.Tensor:
     """As `draw_latents`, [B, 4, h, w] for B prompts in one batch, each from the generator of its own seed.
 
-    The prompts must agree in their number of sampling steps and in their guidance scale.
+    The prompts must agree in their number of sampling steps and in their guidance scale. They are padded to chunks of
+    75 tokens, as many as the longest needs and at least `min_chunks`.
     """
     (num_inference_steps, guidance_scale), *others = {
         (prompt.num_inference_steps, prompt.guidance_scale) for prompt in prompts
     }
     assert not others
     with networks.at_hand(networks.text_encoder_l, networks.text_encoder_g):
-        wanted, unwanted = _encode_prompts(networks, prompts)
+        wanted, unwanted = _encode_prompts(networks, prompts, min_chunks)
     pipeline = StableDiffusionXLPipeline(
         vae=None,  # which may be elsewhere, and only decodes
         text_encoder=None,
@@ -131,10 +142,19 @@ def draw_latents_together(
 
 
 def draw_picture(
-    networks: SamplingNetworks, prompt: SamplePrompt, *, sampler: str, width: int, height: int, seed: int
+    networks: SamplingNetworks,
+    prompt: SamplePrompt,
+    *,
+    sampler: str,
+    width: int,
+    height: int,
+    seed: int,
+    min_chunks: int = 1,
 ) -> Image.Image | None:
     """The picture of a prompt, or None where the networks give NaN or Inf."""
-    latents = draw_latents(networks, prompt, sampler=sampler, width=width, height=height, seed=seed)
+    latents = draw_latents(
+        networks, prompt, sampler=sampler, width=width, height=height, seed=seed, min_chunks=min_chunks
+    )
     return picture_of_latents(networks, latents)
 
 
@@ -149,12 +169,12 @@ def picture_of_latents(networks: SamplingNetworks, latents: torch.Tensor) -> Ima
 
 
 def _encode_prompts(
-    networks: SamplingNetworks, prompts: Sequence[SamplePrompt]
+    networks: SamplingNetworks, prompts: Sequence[SamplePrompt], min_chunks: int
 ) -> tuple[TextConditioning, TextConditioning]:
-    """Conditioning of prompts and negative prompts, in float32, padded to the same number of chunks."""
+    """Conditioning of prompts and negative prompts, in float32, padded to the same number of chunks or `min_chunks`."""
     captions_l = [prompt.prompt_l for prompt in prompts] + [prompt.negative_l for prompt in prompts]
     captions_g = [prompt.prompt_g for prompt in prompts] + [prompt.negative_g for prompt in prompts]
-    num_chunks = max(num_chunks_needed(caption) for caption in captions_l + captions_g)
+    num_chunks = max(min_chunks, *(num_chunks_needed(caption) for caption in captions_l + captions_g))
     tokens = tokenize_captions(captions_l, captions_g, num_chunks).to(networks.unet.device)
     both = encode_captions(networks.text_encoder_l, networks.text_encoder_g, tokens)
     (hidden, unwanted_hidden), (pooled, unwanted_pooled) = (tensor.float().chunk(2) for tensor in both)

@@ -91,8 +91,9 @@ class SampleOptions:
 class Sampling:
     """Draws the pictures of the prompt file when they are due, into `output_dir/sample` and the trackers.
 
-    A picture that cannot be drawn or saved is named, and the run goes on. One that was drawn before, but not before
-    `since`, is that of a run which was killed and has gone back to a state: the new one takes its place.
+    A picture that cannot be drawn or saved is named, and the run goes on. None is begun once `is_stopping` says that
+    the run is to stop; what is missing then is drawn when the run goes on. A picture that was drawn before, but not
+    before `since`, is that of a run which was killed and has gone back to a state: the new one takes its place.
 
     A prompt without `--d` gets a seed of its own at every step, made from the run's seed, so that a run can be
     repeated. Training is not touched: every picture has its own generator, and `finished_weights` is a block in which
@@ -110,7 +111,7 @@ class Sampling:
         model_name: str | None,
         size: Size,
         seed: int,
-        num_steps: int,
+        is_stopping: Callable[[], bool] = lambda: False,
         since: datetime | None = None,
         finished_weights: Callable[[], AbstractContextManager[None]] = nullcontext,
     ):
@@ -122,7 +123,7 @@ class Sampling:
         self._model_name = model_name
         self._size = size
         self._seed = seed
-        self._num_steps = num_steps
+        self._is_stopping = is_stopping
         self._grid = options.read_grid()
         self._since = since
         self._finished_weights = finished_weights
@@ -136,42 +137,77 @@ class Sampling:
             self._draw(step=0, epoch=None)
         self._draw_grid(step=0)
 
-    def after_step(self, step: int) -> None:
-        """Draw if pictures are due after optimizer step `step` (from 1)."""
+    def after_step(self, step: int, *, only_missing: bool = False) -> None:
+        """Draw if pictures are due after optimizer step `step` (from 1); `only_missing` draws those not there yet."""
         every = self._options.sample_every_n_steps
         if every is not None and step % every == 0:
-            self._draw(step=step, epoch=None)
-        if step == self._num_steps:
-            self._draw_grid(step)
+            self._draw(step, epoch=None, only_missing=only_missing)
 
-    def after_epoch(self, step: int, epoch: int) -> None:
-        """Draw if pictures are due after epoch `epoch` (from 1), which ended with optimizer step `step`."""
+    def after_epoch(self, step: int, epoch: int, *, only_missing: bool = False) -> None:
+        """As `after_step`, after epoch `epoch` (from 1), which ended with optimizer step `step`."""
         every = self._options.sample_every_n_epochs
         if every is not None and epoch % every == 0:
-            self._draw(step=step, epoch=epoch)
+            self._draw(step, epoch, only_missing=only_missing)
 
-    def _draw(self, step: int, epoch: int | None) -> None:
+    def at_end(self, step: int, epoch: int, *, only_missing: bool = False) -> None:
+        """As both, after the last optimizer step, which is in epoch `epoch`; and the last grid."""
+        self.after_step(step, only_missing=only_missing)
+        self.after_epoch(step, epoch, only_missing=only_missing)
+        self._draw_grid(step, only_missing=only_missing)
+
+    def _draw(self, step: int, epoch: int | None, *, only_missing: bool = False) -> None:
+        prompts = {
+            index: prompt
+            for index, prompt in enumerate(self._prompts)
+            if not (only_missing and self._is_there(self._name(prompt, index, step, epoch)))
+        }
         with self._tracker.untimed(), self._finished_weights():
-            for index, prompt in enumerate(self._prompts):
+            for index, prompt in self._until_stop(prompts, step):
                 self._draw_one(prompt, index, step, epoch)
+
+    def _name(self, prompt: SamplePrompt, index: int, step: int, epoch: int | None) -> str:
+        return picture_name(self._model_name, now=datetime.now(), step=step, epoch=epoch, index=index, seed=prompt.seed)
+
+    def _is_there(self, name: str) -> bool:
+        """Whether this run, or the one that it goes on with, has drawn that picture."""
+        return self._since is not None and bool(other_drawings(self._folder / name, self._since))
+
+    def _until_stop(self, prompts: Mapping[int, SamplePrompt], step: int) -> Iterator[tuple[int, SamplePrompt]]:
+        for number_drawn, each in enumerate(prompts.items()):
+            if self._is_stopping():
+                left = len(prompts) - number_drawn
+                self._tracker.say(f"step {step}: the run stops; {left} pictures are left for when it goes on")
+                return
+            yield each
 
     def _draw_one(self, prompt: SamplePrompt, index: int, step: int, epoch: int | None) -> None:
         record = self._record(prompt, step, self._fresh_seed(step, index))
-        image = self._try_to_draw(record)
+        image = self._try_to_draw(record, f"prompt {prompt.line}")
         if image is None:
             return
-        name = picture_name(self._model_name, now=datetime.now(), step=step, epoch=epoch, index=index, seed=prompt.seed)
-        self._save(name, image, record)
+        self._save(self._name(prompt, index, step, epoch), image, record)
         self._tracker.log_picture(step, f"sample/{index:02d}", image, parameters_text(record))
 
-    def _draw_grid(self, step: int) -> None:
-        if self._grid is None:
+    def _draw_grid(self, step: int, *, only_missing: bool = False) -> None:
+        name = grid_name(self._model_name, now=datetime.now(), step=step)
+        if self._grid is None or (only_missing and self._is_there(name)):
             return
         seed = self._fresh_seed(step=0, index=0)  # the same before and after, unless the first line gives one
+        prompts = dict(enumerate(self._grid.prompts()))
         with self._tracker.untimed(), self._finished_weights():
-            image = self._grid.draw(lambda prompt: self._try_to_draw(self._record(prompt, step, seed)))
+            pictures = [
+                self._try_to_draw(
+                    self._record(prompt, step, seed),
+                    f"L '{prompt.prompt_l}' with G '{prompt.prompt_g}' in the grid",
+                    self._grid.num_chunks,
+                )
+                for _, prompt in self._until_stop(prompts, step)
+            ]
+        if len(pictures) < len(prompts):
+            return
+        image = self._grid.table(pictures)
         record = self._record(self._grid.first, step, seed)
-        self._save(grid_name(self._model_name, now=datetime.now(), step=step), image, record, self._grid.texts())
+        self._save(name, image, record, self._grid.texts())
         self._tracker.log_picture(step, "sample/grid", image, parameters_text(record))
 
     def _record(self, prompt: SamplePrompt, step: int, fresh_seed: int) -> PictureRecord:
@@ -196,8 +232,9 @@ class Sampling:
             for other in () if self._since is None else other_drawings(self._folder / name, self._since):
                 other.unlink(missing_ok=True)
 
-    def _try_to_draw(self, record: PictureRecord) -> Image | None:
-        where = f"step {record.step}: the picture of prompt {record.prompt.line}"
+    def _try_to_draw(self, record: PictureRecord, which: str, min_chunks: int = 1) -> Image | None:
+        """The picture, or None, and then the user is told why; `which` names its prompt."""
+        where = f"step {record.step}: the picture of {which}"
         try:
             image = draw_picture(
                 self._networks,
@@ -206,10 +243,14 @@ class Sampling:
                 width=record.width,
                 height=record.height,
                 seed=record.seed,
+                min_chunks=min_chunks,
             )
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, MemoryError):
             size = f"{record.width}x{record.height}"
             self._tracker.say(f"{where} is not drawn: no memory is left for {size}; lower its --w and --h")
+            return None
+        except RuntimeError as error:  # the CPU's memory, or a kernel's: torch has no name of their own for these
+            self._tracker.say(f"{where} is not drawn: {error}")
             return None
         if image is None:
             self._tracker.say(f"{where} is NaN and is not saved (fp16? add --no_half_vae)")

@@ -1,9 +1,11 @@
 """The contact sheet: every prompt a row, every step a column, from the samples of any run."""
 
+import os
+
 import pytest
 from PIL import Image
 
-from demo.contact_sheet import contact_sheet, main
+from demo.contact_sheet import contact_sheet, find_samples, main
 from library.config.errors import UserError
 from library.diffusion.picture_files import PictureRecord, save_picture
 from library.diffusion.prompts import SamplePrompt
@@ -34,6 +36,58 @@ def test_rows_are_prompts_and_columns_are_steps_in_their_order(tmp_path):
     assert len(corners) == len(STYLES) * len(STEPS)
     assert all(corners[0, column][1] < corners[1, column][1] for column in range(3))
     assert all(corners[row, 0][0] < corners[row, 1][0] < corners[row, 2][0] for row in range(2))
+
+
+def draw(folder, prompt, *, step, time, index=0, model="m"):
+    """An empty sample picture, as `sdxl_train.py` would name it."""
+    record = PictureRecord(prompt, "ddim", 40, 30, seed=prompt.seed or step, step=step, model_name=model)
+    seed = "" if prompt.seed is None else f"_{prompt.seed}"
+    path = folder / f"{model}_202601011200{time:02d}_{step:06d}_{index:02d}{seed}.png"
+    save_picture(path, Image.new("RGB", (40, 30)), record)
+    return path
+
+
+def test_prompts_that_differ_in_seed_or_negative_or_place_have_rows_of_their_own(tmp_path):
+    prompts = [
+        SamplePrompt("a cat", "photo", seed=1),
+        SamplePrompt("a cat", "photo", seed=2),
+        SamplePrompt("a cat", "photo", negative_g="ugly"),
+        SamplePrompt("a cat", "photo"),
+    ]
+    paths = [draw(tmp_path, prompt, step=5, time=index, index=index) for index, prompt in enumerate(prompts)]
+    assert list(find_samples(tmp_path).values()) == [{5: path} for path in paths]
+
+
+def test_models_of_one_folder_have_rows_of_their_own(tmp_path):
+    first = draw(tmp_path, SamplePrompt("a cat", "photo"), step=1, time=1, model="one")
+    other = draw(tmp_path, SamplePrompt("a cat", "photo"), step=2, time=2, model="other")
+    assert list(find_samples(tmp_path).values()) == [{1: first}, {2: other}]
+
+
+def test_a_repeated_run_takes_the_place_of_the_one_before_whatever_the_files_own_times_say(tmp_path):
+    prompt = SamplePrompt("a cat", "photo")
+    before = [draw(tmp_path, prompt, step=step, time=step) for step in (0, 5, 10)]
+    now = [draw(tmp_path, prompt, step=step, time=20 + step) for step in (0, 4)]
+    for path in before:
+        os.utime(path, (2e9, 2e9))  # as if they had been copied last
+    assert list(find_samples(tmp_path).values()) == [{0: now[0], 4: now[1]}]
+
+
+def test_a_file_that_is_no_whole_picture_is_named_and_the_others_are_shown(tmp_path, capsys):
+    write_samples(tmp_path)
+    whole = contact_sheet(tmp_path).size
+    cut, empty = sorted(tmp_path.glob("*_00.png"))[:2]
+    cut.write_bytes(cut.read_bytes()[:-40])
+    empty.write_bytes(b"")
+    (tmp_path / "m_20260101120009_000000_00.png").mkdir()
+    (tmp_path / "notes.png").write_text("no picture")
+    assert main([str(tmp_path), str(tmp_path / "new folder" / "sheet.png")]) == 0
+    said = capsys.readouterr().err
+    assert f"'{cut}' is left out" in said
+    assert f"'{empty}' is left out" in said
+    assert "notes" not in said
+    with Image.open(tmp_path / "new folder" / "sheet.png") as sheet:
+        assert sheet.size == whole
 
 
 def test_a_folder_without_samples_is_named(tmp_path, capsys):

@@ -104,6 +104,12 @@ def test_a_json_list_holds_tables_and_lines(tmp_path: Path):
     assert table == SamplePrompt("a cat", "a cat", num_inference_steps=20, line=3, shared=True)
 
 
+def test_spaces_around_a_text_say_nothing_in_a_table_either(tmp_path: Path):
+    text = json.dumps([{"prompt": " a cat\n", "prompt_l": "photo "}, "a cat --e photo"])
+    table, line = read(tmp_path, text, "p.json")
+    assert (table.prompt_g, table.prompt_l) == (line.prompt_g, line.prompt_l) == ("a cat", "photo")
+
+
 def test_a_toml_list_holds_one_picture_a_table(tmp_path: Path):
     table = "[[prompt]]\n" + "\n".join(f"{key} = {json.dumps(value)}" for key, value in SPELLED_OUT.items())
     assert read(tmp_path, table + '\n[[prompt]]\nprompt = "a dog"', "P.TOML") == [
@@ -197,6 +203,8 @@ def test_a_mistake_in_a_line_is_named_with_file_and_line(line: str, expected: st
         ("p.json", f'[{{"prompt": "a cat", "scale": 1{"0" * 400}}}]', "It must be a number from 0 to 1000."),
         ("p.json", '[{"prompt": 5}]', "prompt 1: 'prompt' is '5'. It must be a text in quotes."),
         ("p.json", '[{"width": 512}]', "prompt 1: there is no prompt."),
+        ("p.json", '[{"prompt": "a cat", "prompt_l": "\\ud83d photo"}]', "prompt 1: '\\ud83d' is half of a character."),
+        ("p.json", '["a cat \\ud83d"]', "prompt 1: '\\ud83d' is half of a character."),
         ("p.toml", "[prompt", "is not valid TOML"),
         ("p.toml", '[prompts]\nprompt = "a cat"', "has 'prompts' at its top."),
         ("p.toml", "", "has no prompt at its top."),

@@ -23,9 +23,14 @@ def test_each_distinct_l_prompt_is_a_row_and_each_distinct_g_prompt_a_column():
 
 
 def test_cells_differ_in_nothing_but_their_two_prompts():
-    cell = make_sample_grid(PROMPTS).prompt(row=1, column=2)
+    cell = make_sample_grid(PROMPTS).prompts()[5]  # second row, third column
     assert (cell.prompt_l, cell.prompt_g) == ("anime", "a fish")
     assert (cell.negative_g, cell.seed, cell.num_inference_steps, cell.width) == ("blurry", 7, 5, 64)
+
+
+def test_a_long_prompt_pads_every_cell_alike():
+    assert make_sample_grid(PROMPTS).num_chunks == 1
+    assert make_sample_grid([*PROMPTS, SamplePrompt("a cat", "photo " * 80)]).num_chunks == 2
 
 
 def test_every_picture_lies_in_the_row_of_its_l_prompt_and_the_column_of_its_g_prompt():
@@ -34,7 +39,8 @@ def test_every_picture_lies_in_the_row_of_its_l_prompt_and_the_column_of_its_g_p
             return None  # one that could not be drawn leaves its place empty
         return Image.new("RGB", (40, 30), (255, COLOURS[prompt.prompt_l], COLOURS[prompt.prompt_g]))
 
-    table = make_sample_grid(PROMPTS).draw(draw_cell)
+    grid = make_sample_grid(PROMPTS)
+    table = grid.table([draw_cell(prompt) for prompt in grid.prompts()])
     shown = [colour for _, colour in table.getcolors(table.width * table.height) if colour[0] == 255]
     cells = {(row, column) for _, row, column in shown if row in (100, 200) and column in (10, 20, 30)}
     assert cells == {(100, 10), (100, 30), (200, 10), (200, 20), (200, 30)}

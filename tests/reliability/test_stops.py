@@ -58,6 +58,18 @@ def test_a_second_signal_ends_it_at_once(argv, run_server, tmp_path: Path):
     assert not list((tmp_path / "my output").glob("*"))
 
 
+def test_a_stop_while_samples_are_drawn_leaves_the_others_out(argv, run_server, tmp_path: Path):
+    prompts, samples = tmp_path / "prompts.txt", tmp_path / "my output" / "sample"
+    prompts.write_text("a cat --e photo --w 64 --h 64 --s 20\n" * 60, encoding="utf-8")
+    run = run_server("train", [*argv, f"--sample_prompts={prompts}", "--sample_at_first"])
+    while not list(samples.glob("*.png")):
+        time.sleep(0.05)
+    run.send(signal.SIGTERM)
+    assert run.wait() == 143
+    assert re.search(r"step 0: the run stops; \d+ pictures are left for when it goes on", run.said)
+    assert len(list(samples.glob("*.png"))) < 60
+
+
 def test_a_second_signal_in_the_middle_of_a_save_leaves_no_half_written_file(argv, run_server, tmp_path: Path):
     output = tmp_path / "my output"
     in_the_state = {KILL_AT: "4", KILL_BY: str(int(signal.SIGINT)), FOLDER: str(output / "m-")}  # 3 for the model

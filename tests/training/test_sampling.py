@@ -1,10 +1,13 @@
 """When sample pictures are drawn, and what becomes of them."""
 
+import itertools
 import json
+import math
 import re
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate import Accelerator
 from PIL import Image
 
@@ -19,12 +22,16 @@ PROMPTS = "a cat --d 7 --s 1\na dog --e photographic --s 1 --w 64 --h 96\n"  # a
 
 @pytest.fixture
 def sampling(tmp_path: Path, tiny_networks, fresh_accelerate):
-    """`sampling("--flag", ...)` for `PROMPTS`, into tmp_path, at 64x64 where a line gives no size."""
+    """`sampling("--flag", ...)` for `PROMPTS`, into tmp_path, at 64x64 where a line gives no size.
+
+    Whether the run is to stop is looked at before each picture; `stop_at_look` says when it is.
+    """
     path = tmp_path / "my prompts.txt"
 
-    def make(*flags: str, seed: int = 1, num_steps: int = 1000, prompts: str = PROMPTS) -> Sampling:
+    def make(*flags: str, seed: int = 1, prompts: str = PROMPTS, stop_at_look: float = math.inf) -> Sampling:
         path.write_text(prompts, encoding="utf-8")
         (options,) = parse_options([SampleOptions], [f"--sample_prompts={path}", *flags], description="")
+        looks = itertools.count(1)
         tracker = Tracker(Accelerator(cpu=True), TrackingOptions(), num_steps=1, steps_per_epoch=1)
         return Sampling(
             options,
@@ -35,7 +42,7 @@ def sampling(tmp_path: Path, tiny_networks, fresh_accelerate):
             model_name="finetuned_model",
             size=Size(64, 64),
             seed=seed,
-            num_steps=num_steps,
+            is_stopping=lambda: next(looks) >= stop_at_look,
         )
 
     return make
@@ -97,6 +104,29 @@ def test_without_a_fixed_seed_each_step_draws_another_that_the_runs_seed_decides
     assert seed_of_the_dog(2, step=1) != first
 
 
+def test_no_picture_is_begun_once_the_run_is_to_stop(sampling, capsys, tmp_path: Path):
+    sampling("--sample_every_n_steps=3", stop_at_look=2).after_step(3)
+    assert drawn(tmp_path) == ["finetuned_model_YYYYmmddHHMMSS_000003_00_7.png"]
+    assert "step 3: the run stops; 1 pictures are left for when it goes on" in capsys.readouterr().out
+
+
+def test_a_picture_without_memory_for_it_is_named_and_the_next_one_drawn(
+    sampling, tiny_networks, capsys, tmp_path: Path
+):
+    def need_more_than_there_is(unet, inputs) -> None:
+        if inputs[0].shape[-1] == 96 // 8:
+            torch.empty(2**55)
+
+    made = sampling("--sample_at_first", prompts="a cat --e photo --s 1 --w 96\na dog --e photo --s 1\n")
+    hook = tiny_networks.unet.register_forward_pre_hook(need_more_than_there_is)
+    try:
+        made.at_start()
+    finally:
+        hook.remove()
+    assert "step 0: the picture of prompt 1 is not drawn: " in capsys.readouterr().out
+    assert drawn(tmp_path) == ["finetuned_model_YYYYmmddHHMMSS_000000_01.png"]
+
+
 def test_lines_without_an_l_prompt_are_named_once(sampling, capsys, tmp_path: Path):
     made = sampling("--sample_every_n_steps=1")
     made.after_step(1)
@@ -115,10 +145,11 @@ a fish --s 5
 
 
 def test_the_grid_is_drawn_before_the_first_step_and_after_the_last(sampling, tmp_path: Path):
-    made = sampling("--sample_grid", prompts=GRID, num_steps=3)
+    made = sampling("--sample_grid", prompts=GRID)
     made.at_start()
-    for step in (1, 2, 3):
+    for step in (1, 2):
         made.after_step(step)
+    made.at_end(step=3, epoch=1)
     assert drawn(tmp_path) == [
         "finetuned_model_YYYYmmddHHMMSS_000000_grid.png",
         "finetuned_model_YYYYmmddHHMMSS_000003_grid.png",
@@ -135,13 +166,19 @@ def test_the_grid_says_its_rows_and_columns_and_the_settings_of_the_first_line(s
 
 
 def test_without_a_seed_in_the_first_line_the_grid_has_the_same_one_before_and_after(sampling, tmp_path: Path):
-    made = sampling("--sample_grid", prompts="a cat --e photographic --s 1\n", num_steps=3)
+    made = sampling("--sample_grid", prompts="a cat --e photographic --s 1\n")
     made.at_start()
-    made.after_step(3)
+    made.at_end(step=3, epoch=1)
     before, after = sorted((tmp_path / "sample").glob("*_grid.png"))
     assert before.name != after.name
     with Image.open(before) as first, Image.open(after) as second:
         assert first.info["seed"] == second.info["seed"]
+
+
+def test_a_grid_that_a_stop_interrupts_is_not_saved_half_empty(sampling, capsys, tmp_path: Path):
+    sampling("--sample_grid", prompts=GRID, stop_at_look=4).at_start()
+    assert drawn(tmp_path) == []
+    assert "step 0: the run stops; 3 pictures are left for when it goes on" in capsys.readouterr().out
 
 
 # -- options ----------------------------------------------------------------------------------------------------------
