@@ -174,7 +174,7 @@ def workflow_commands(folder: Path, num_steps: int, more_flags: list[str]) -> li
             *["--batch_size", "1", "--max_resolution=96,96", *buckets],
         ],
         [
-            *["accelerate", "launch", "--num_cpu_threads_per_process=1", "./sdxl_train.py"],
+            *["accelerate", "launch", "--quiet", "--num_cpu_threads_per_process=1", "./sdxl_train.py"],
             *[f"--pretrained_model_name_or_path={DEMO_MODEL}", "--in_json", meta_lat, f"--train_data_dir={images}"],
             *["--resolution=96,96", *buckets, f"--output_dir={my_set}/output", f"--logging_dir={my_set}/logs"],
             *["--save_model_as=safetensors", "--output_name=finetuned_model", "--save_precision=fp16"],

@@ -8,7 +8,7 @@ docs/flags.md explains every flag, docs/architecture.md where to find what.
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -22,10 +22,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from library.config.errors import exits_on_user_error
+from library.config.errors import UserError, exits_on_user_error
 from library.config.kohya_flags import TRAINER_REFUSED, TRAINER_REPLACED
 from library.config.options import parse_options
 from library.config.output_files import remove_leftovers
+from library.data.dataset import Batch
 from library.data.training_set import require_images
 from library.diffusion.loss import per_sample_loss
 from library.diffusion.noise_schedule import NUM_TIMESTEPS, draw_training_noise, make_noise_schedule
@@ -56,6 +57,7 @@ from library.training.residency import settle, visiting
 from library.training.resume import check_options, flat_options, library_versions
 from library.training.run_options import OPTION_CLASSES, TrainingOptions
 from library.training.sampling import SAMPLE_FOLDER, Sampling
+from library.training.sole_run import sole_run
 from library.training.state import Progress, Setting, find_state, read_learnt, read_progress, write_state
 from library.training.stopping import StopRequest, listening_for_stop
 from library.training.tracking import Tracker
@@ -76,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             conflicts=lambda *classes: TrainingOptions(*classes).conflicts(),
         )
     )
-    with listening_for_stop(options.output_dir) as stop:
+    with listening_for_stop(options.output_dir) as stop, sole_run(options.output_dir, options.save.output_name):
         return train(options, stop)
 
 
@@ -137,7 +139,7 @@ def train(options: TrainingOptions, stop: StopRequest) -> int:
     first_step = progress.step
     is_finished = False
     while not (is_stopped or is_finished):
-        for batch in course.batches(progress):
+        for batch in saved_before_errors(course.batches(progress), checkpoints, progress, accelerator):
             step = progress.step + 1
             if step_loss.is_empty:  # the first batch of the step
                 start_generators(noise_generator, progress.seed, step, accelerator.process_index)
@@ -304,6 +306,20 @@ def check_disk(
         steps=range(progress.step + 1, course.num_steps + 1),
         steps_per_epoch=course.order.steps_per_epoch,
     )
+
+
+def saved_before_errors(
+    batches: Iterable[Batch], checkpoints: Checkpoints, progress: Progress, accelerator: Accelerator
+) -> Iterator[Batch]:
+    """The batches; if one cannot be read (a damaged picture), what was learnt so far is saved before that is said."""
+    try:
+        yield from batches
+    except UserError as error:
+        if progress.step == 0 or not accelerator.is_main_process:
+            raise
+        state = checkpoints.at_stop(progress.step)
+        remedy = f'{error.remedy} All that was learnt in {progress.step} steps is saved; go on by --resume "{state}"'
+        raise UserError(error.problem, remedy) from error
 
 
 def make_sampling(

@@ -141,6 +141,11 @@ class BucketRule:
                 f"min_bucket_reso ({self.min_bucket_reso}) is below bucket_reso_steps ({self.bucket_reso_steps}).",
                 "Raise --min_bucket_reso.",
             )
+        if self.min_bucket_reso > max(self.max_resolution):
+            raise UserError(
+                f"min_bucket_reso ({self.min_bucket_reso}) is above the resolution {self.max_resolution}.",
+                "Lower --min_bucket_reso, or raise the resolution.",
+            )
         if self.max_bucket_reso < max(self.min_bucket_reso, *self.max_resolution):
             raise UserError(
                 f"max_bucket_reso ({self.max_bucket_reso}) is below min_bucket_reso ({self.min_bucket_reso})"

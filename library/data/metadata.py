@@ -75,6 +75,10 @@ def read_metadata(path: Path) -> Metadata:
     Raises `UserError` naming file, image key and what was expected: for a file that cannot be read or is not UTF-8 (a
     byte-order mark is fine), broken JSON, a key that stands twice in one object, and values of the wrong kind.
     """
+    if not path.exists():
+        raise UserError(
+            f"there is no metadata file '{path}'.", "Check the path, or make it with the merge scripts of finetune/."
+        )
     try:
         content = json.loads(_read_utf8(path), object_pairs_hook=_object_without_repeated_keys)
     except json.JSONDecodeError as error:
@@ -220,6 +224,10 @@ def merge_captions(options: MergeOptions, encoder: Encoder) -> None:
         f"Wrote {len(metadata)} entries to '{options.out_json}':"
         f" {encoder.metadata_key} of {len(captions)} images, {num_empty} of them empty"
     )
+    for key in (ENCODER_L.metadata_key, ENCODER_G.metadata_key):
+        lacking = [image for image, entry in metadata.items() if key not in entry]
+        if 0 < len(lacking) < len(metadata):
+            print(f"{len(lacking)} entries have no {key}; sdxl_train.py refuses such: {_quoted(lacking)}")
 
 
 def _metadata_to_extend(options: MergeOptions) -> Metadata:
@@ -297,5 +305,5 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
-def _quoted(paths: Sequence[Path]) -> str:
+def _quoted(paths: Sequence[Path | str]) -> str:
     return ", ".join(f"'{path}'" for path in paths)

@@ -79,9 +79,13 @@ class TrainingSetOptions:
 
     def problems(self) -> Iterator[str]:
         """What cannot work."""
-        if self.train_data_dir is None or not self.train_data_dir.is_dir():
+        if self.train_data_dir is None:
+            yield "--train_data_dir is missing: name the folder of the pictures."
+        elif not self.train_data_dir.is_dir():
             yield f"--train_data_dir: there is no folder '{self.train_data_dir}'; give the folder of the pictures."
-        if self.in_json is None or not self.in_json.is_file():
+        if self.in_json is None:
+            yield "--in_json is missing: name the metadata file, made with the scripts of finetune/."
+        elif not self.in_json.is_file():
             yield f"--in_json: there is no file '{self.in_json}'; make it with the scripts of finetune/."
         for flag in ("dataset_repeats", "vae_batch_size"):
             if getattr(self, flag) < 1:
@@ -272,7 +276,8 @@ def _require_captions(metadata: dict[str, Entry], path: Path) -> None:
         if lacking:
             raise UserError(
                 f"'{path}': {len(lacking)} images have no {name} caption: {_some(lacking)}.",
-                f"Run finetune/{script} on it (an empty caption is allowed).",
+                f"Write their caption files (which may be empty), run finetune/{script} and the preparation again, "
+                "or take these images out of the metadata.",
             )
 
 

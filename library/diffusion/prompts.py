@@ -184,7 +184,8 @@ def _settings_of_line(line: str, where: str) -> dict[str, Any]:
 def _unknown_option(word: str, where: str) -> UserError:
     # A long name ("--steps", "--width") leads to the short option that means it.
     known = _NAME_OF_OPTION | {key: name for key, name in _NAME_OF_KEY.items() if _SETTINGS[name].option}
-    matches = get_close_matches(word.lower(), known, n=1, cutoff=0.4)
+    before_equals_sign = word.partition("=")[0].lower()
+    matches = get_close_matches(before_equals_sign, known, n=1, cutoff=0.4)
     guess = f"Did you mean --{_SETTINGS[known[matches[0]]].option}, a space and a value? " if matches else ""
     options = " ".join(f"--{option}" for option in _NAME_OF_OPTION)
     return UserError(f"{where}: there is no option --{word}.", f"{guess}The options are {options}.")

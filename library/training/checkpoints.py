@@ -228,7 +228,7 @@ class Checkpoints:
 
     def _save_if_possible(self, save: Save) -> None:
         try:
-            self._save(save)
+            self._say(f"saved '{self._save(save)}'")
         except UserError as error:
             self._failed.append(save)
             self._say(f"'{save.name}' is not saved, the run goes on and tries again at the next save: {error}")

@@ -45,8 +45,8 @@ class SampleOptions:
     sample_at_first: bool = option(False, "Draw before the first step, also where nothing is drawn later.")
     sample_grid: bool = option(
         False,
-        "Draw a grid before the first step and after the last: each L prompt of the prompt file (rows) with each G"
-        " prompt (columns), all with the seed and the other settings of its first line.",
+        "Draw a grid before the first step and after the last: each L prompt of the prompt file (rows; a line without"
+        " --e has none) with each G prompt (columns), all with the seed and the other settings of its first line.",
     )
     sample_sampler: str = option("ddim", "Sampler of pictures whose line names none.", choices=SAMPLERS)
 

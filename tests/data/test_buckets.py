@@ -87,6 +87,10 @@ def test_a_picture_without_room_for_one_step_is_refused_when_it_may_not_be_enlar
         ({"max_resolution": Size(512, 32)}, "bucket_reso_steps .64. exceeds a side of the resolution 512x32"),
         ({"min_bucket_reso": 300}, "min_bucket_reso and max_bucket_reso must be .*300, 2048"),
         ({"min_bucket_reso": 32}, "min_bucket_reso .32. is below bucket_reso_steps .64."),
+        (
+            {"max_resolution": Size(512, 256), "min_bucket_reso": 576},
+            "min_bucket_reso .576. is above .* 512x256",
+        ),
         ({"max_bucket_reso": 1000}, "max_bucket_reso .1000. is below .* the resolution 1024x1024"),
         ({"max_resolution": Size(1000, 1001), "enabled": False}, "sides of the resolution must be .*1000, 1001"),
     ],

@@ -155,6 +155,7 @@ def test_every_sampler_name_can_be_asked_for(sampler: str, tmp_path: Path):
         ("a cat --steps 20", "no option --steps. Did you mean --s, a space and a value?"),
         ("a cat --w512", "no option --w512. Did you mean --w, a space and a value?"),
         ("a cat --l=7", "no option --l=7. Did you mean --l, a space and a value?"),
+        ("a cat --e=style", "no option --e=style. Did you mean --e, a space and a value?"),
         ("a cat --w wide", "--w is 'wide'. It must be a whole number of pixels from 64 to 8192."),
         ("a cat --w", "--w is ''. It must be a whole number of pixels"),
         ("a cat --h 63", "--h is '63'. It must be a whole number of pixels from 64"),

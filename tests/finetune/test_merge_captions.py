@@ -148,6 +148,16 @@ def test_allow_missing_writes_the_rest_and_names_what_it_left_out(folder, existi
     assert f"Left out 2 images without .caption: '{missing[0]}', '{missing[1]}'" in capsys.readouterr().out
 
 
+def test_images_with_a_caption_for_one_encoder_only_are_named_once_others_have_both(folder, capsys):
+    metadata = folder / "meta.json"
+    add_image(folder, "01.png", caption="a cat", txt="photo")
+    add_image(folder, "02.png", caption="a dog")
+    assert merge_g.main([str(folder), str(metadata)]) == 0
+    assert "refuses" not in capsys.readouterr().out  # nothing has an L caption yet
+    assert merge_l.main([str(folder), str(metadata), "--allow_missing"]) == 0
+    assert "1 entries have no captionL; sdxl_train.py refuses such: '02'" in capsys.readouterr().out
+
+
 # What is refused
 
 

@@ -12,7 +12,9 @@ from PIL import Image
 
 import sdxl_train
 from finetune import prepare_buckets_latents
-from tests.conftest import BUCKET_FLAGS
+from library.training.state import read_progress
+from library.training.tracking import Tracker
+from tests.conftest import BUCKET_FLAGS, forget_accelerator
 from tests.reliability.refusal import said_on_refusal
 
 
@@ -95,3 +97,33 @@ def test_the_trainer_names_a_bad_picture(kind: str, in_folder, tiny_sdxl: Path, 
     said = train(tiny_sdxl, capsys)
     assert "bad.png' cannot be used: " in said
     assert "Replace the file or remove it." in said
+
+
+@pytest.mark.parametrize(("seed", "step_before"), [(0, 2), (1, 3)], ids=["begins an epoch", "ends an epoch"])
+def test_what_was_learnt_before_a_bad_picture_is_saved(
+    seed: int, step_before: int, in_folder, tiny_sdxl: Path, capsys, monkeypatch
+):
+    Path("images/bad.png").write_bytes(WHOLE)
+    log_step = Tracker.log_step
+
+    def log_and_damage(tracker: Tracker, step: int, *rest, **named) -> None:
+        log_step(tracker, step, *rest, **named)
+        if step == 2:
+            Path("images/bad.png").write_bytes(BAD["truncated"][0])
+
+    monkeypatch.setattr(Tracker, "log_step", log_and_damage)
+    argv = [
+        *(f"--pretrained_model_name_or_path={tiny_sdxl}", "--in_json=meta.json", "--train_data_dir=images"),
+        *("--output_dir=output", "--output_name=m", "--resolution=64,64", "--max_data_loader_n_workers=0"),
+    ]
+    forget_accelerator()
+    assert sdxl_train.main([*argv, "--max_train_steps=6", f"--seed={seed}"]) == 2
+    said = capsys.readouterr().err
+    assert "bad.png' cannot be used: " in said
+    [state] = Path("output").glob("m-step*-state")
+    step = read_progress(state).step
+    assert step == step_before
+    assert f'All that was learnt in {step} steps is saved; go on by --resume "{state}"' in said
+    Path("images/bad.png").write_bytes(WHOLE)
+    forget_accelerator()
+    assert sdxl_train.main([*argv, "--max_train_steps=6", f"--seed={seed}", "--resume=latest"]) == 0

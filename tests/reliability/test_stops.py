@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
+import sdxl_train
 from benchmarks.forked_runs import FOLDER, KILL_AT, KILL_BY
 from benchmarks.outcome import outcome_of
+from library.training.sole_run import sole_run
 from library.training.state import read_progress
 from tests.conftest import PreparedSet
+from tests.reliability.refusal import said_on_refusal
 
 STEP_OF_SECONDS = ("--dataset_repeats=20", "--gradient_accumulation_steps=60", "--max_train_steps=2")
 SETTING_OUT = 3  # seconds, from the first sight of the progress bar until a step of many more seconds is under way
@@ -56,6 +59,31 @@ def test_a_second_signal_ends_it_at_once(argv, run_server, tmp_path: Path):
     run.send(signal.SIGINT)
     assert run.wait(timeout=20) == 130
     assert not list((tmp_path / "my output").glob("*"))
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no such signal")
+def test_a_terminal_that_closes_stops_the_run_and_does_not_end_its_saving(argv, run_server, tmp_path: Path):
+    run = run_server("train", [*argv, *STEP_OF_SECONDS, "--max_data_loader_n_workers=0"])
+    run.wait_until_said("0/2")
+    time.sleep(SETTING_OUT)
+    run.send(signal.SIGINT)
+    run.wait_until_said("once more to stop at once")
+    time.sleep(1.2)  # a second Ctrl-C would end it at once now
+    run.send(signal.SIGHUP)
+    assert run.wait() == 130
+    assert len(list((tmp_path / "my output").glob("*-state"))) == 1
+
+
+def test_a_second_run_of_the_same_model_is_refused_until_the_first_has_ended(argv, run_server, tmp_path: Path, capsys):
+    run = run_server("train", [*argv, *STEP_OF_SECONDS, "--max_data_loader_n_workers=0"])
+    run.wait_until_said("0/2")
+    assert "is still training 'm' into" in said_on_refusal(sdxl_train, [*argv, "--resume=latest"], capsys)
+    with sole_run(tmp_path / "my output", "another model"):
+        pass
+    run.send(signal.SIGKILL)
+    run.wait()
+    with sole_run(tmp_path / "my output", "m"):  # whatever a killed run has left
+        pass
 
 
 def test_a_stop_while_samples_are_drawn_leaves_the_others_out(argv, run_server, tmp_path: Path):

@@ -51,8 +51,8 @@ def test_a_command_without_mistakes_goes_on_to_load_the_model(refused):
             "--pretrained_model_name_or_path is missing: name the SDXL checkpoint to start from.",
         ),
         ("--output_dir", "--output_dir is missing: name the folder for the models."),
-        ("--in_json", "--in_json: there is no file 'None'; make it with the scripts of finetune/."),
-        ("--train_data_dir", "--train_data_dir: there is no folder 'None'; give the folder of the pictures."),
+        ("--in_json", "--in_json is missing: name the metadata file, made with the scripts of finetune/."),
+        ("--train_data_dir", "--train_data_dir is missing: name the folder of the pictures."),
     ],
 )
 def test_what_is_missing_is_named(flag: str, problem: str, refused):

@@ -1,12 +1,17 @@
 """A stop is asked for by signal or by file. What a run then does is tested in tests/reliability/test_stops.py."""
 
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from library.training import stopping
 from library.training.stopping import STOP_FILE, listening_for_stop
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -40,3 +45,40 @@ def test_a_file_of_before_is_not_for_this_run(tmp_path: Path, capsys):
     with listening_for_stop(tmp_path) as stop:
         assert not stop.is_made()
     assert "which an earlier run was to obey" in capsys.readouterr().out
+
+
+STOPPED_BY_ITS_TERMINAL = """
+from pathlib import Path
+from library.training.stopping import listening_for_stop
+with listening_for_stop(Path()) as stop:
+    print("listening", flush=True)
+    while not stop.is_made():
+        pass
+    for _ in range(3):
+        print("saving", flush=True)
+    raise SystemExit(stop.exit_status)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="Windows has no such terminals")
+def test_a_terminal_that_closes_asks_for_a_stop_and_is_not_written_to_any_more(tmp_path: Path):
+    leader, terminal = os.openpty()
+    script = [sys.executable, "-c", STOPPED_BY_ITS_TERMINAL]
+    where = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen(script, stdout=terminal, stderr=terminal, cwd=tmp_path, env=where) as run:
+        os.close(terminal)
+        assert os.read(leader, 1000).strip() == b"listening"
+        os.close(leader)  # from here on, writing to it is an error
+        run.send_signal(signal.SIGHUP)
+        assert run.wait(timeout=60) == 129
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no such signal")
+def test_nohup_keeps_its_meaning(tmp_path: Path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with listening_for_stop(tmp_path) as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.is_made()
+    finally:
+        signal.signal(signal.SIGHUP, before)
