@@ -203,7 +203,7 @@ def clear_demo(folder: Path) -> None:
     """Remove what an earlier demo made, finished or not, and nothing else."""
     try:
         for path in [folder / name for name in MADE_BY_DEMO]:
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
@@ -217,15 +217,14 @@ def demo_report(environment: Environment, folder: Path, seconds: float) -> str:
     """Where everything lies, and what to look at."""
     my_set = folder.as_posix()
     grids = sorted(path.name for path in (ROOT / folder / "output" / "sample").glob("*_grid.png"))
-    before, after = (f"{my_set}/output/sample/{name}" for name in grids)
+    before_and_after = f"\n{' ' * 25}".join(f"{my_set}/output/sample/{name}" for name in grids)
     tensorboard = shown([str(environment.program("tensorboard")), "--logdir", f"{my_set}/logs"])
     return f"""
 The demo is through, in {seconds:.0f} seconds. Look at these first:
 
   contact sheet          {my_set}/contact_sheet.png
                          each sample prompt, from before the first step to the last
-  grid before, after     {before}
-                         {after}
+  grid before, after     {before_and_after}
                          each L prompt with each G prompt
   figures                {my_set}/figures.txt
 

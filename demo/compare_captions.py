@@ -42,7 +42,10 @@ def fine_tune(folder: Path, size: DemoSize, more_flags: Sequence[str], seed: int
 
     What an earlier run left in `folder` is removed first. Prints what the scripts print.
     """
-    quickstart.clear_demo(folder)
+    try:
+        quickstart.clear_demo(folder)
+    except quickstart.QuickstartError as error:
+        raise UserError(str(error)) from error
     write_training_set(folder / "images", fine_tuning_scenes(size.num_pictures, seed), joint=joint)
     flags = [*more_flags, f"--seed={seed}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -116,8 +119,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         help='flags of sdxl_train.py, as --training_flags="--learning_rate=1e-4"',
     )
     arguments = parser.parse_args(argv)
-    if arguments.at_once < 1:
-        parser.error(f"--at_once is {arguments.at_once}: at least one fine-tuning has to run")
+    for name in ("num_steps", "num_pictures", "scenes_per_pair", "at_once"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} is {getattr(arguments, name)}; it must be 1 or more")
     torch.set_num_threads(1)  # as in the fine-tunings: the tiny model gains nothing from more
     size = DemoSize(arguments.num_steps, arguments.num_pictures)
     models = fine_tune_all(arguments.folder, size, arguments.training_flags, arguments.seeds, arguments.at_once)

@@ -180,6 +180,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--scenes_per_pair", type=int, default=SCENES_PER_PAIR)
     parser.add_argument("--save", type=Path, help="text file for the figures")
     arguments = parser.parse_args(argv)
+    if arguments.scenes_per_pair < 1:
+        parser.error(f"--scenes_per_pair is {arguments.scenes_per_pair}; it must be 1 or more")
     torch.set_num_threads(1)
     lines = []
     for model in arguments.models:

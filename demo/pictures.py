@@ -214,6 +214,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--joint", action="store_true", help="one caption of style and content for both encoders")
     arguments = parser.parse_args(argv)
+    if arguments.num_pictures < 1:
+        parser.error(f"--num_pictures is {arguments.num_pictures}; it must be 1 or more")
     scenes = fine_tuning_scenes(arguments.num_pictures, arguments.seed)
     write_training_set(arguments.folder, scenes, joint=arguments.joint)
     print(f"{len(scenes)} pictures in '{arguments.folder}', for example:")

@@ -58,3 +58,11 @@ def test_the_tables_have_the_mean_over_the_seeds():
     assert f"| style right: framed |{' 50% |' * len(CASES)}" in details
     assert f"| shape right |{' 100% |' * len(CASES)}" in details
     assert f"| colour changed |{' 50% |' * len(CASES)}" in details
+
+
+@pytest.mark.parametrize("flag", ["--num_pictures=0", "--scenes_per_pair=0", "--at_once=0"])
+def test_a_number_that_cannot_work_is_refused_before_anything_is_trained(flag, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path / "my set"), flag])
+    assert f"{flag.partition('=')[0]} is 0; it must be 1 or more" in capsys.readouterr().err
+    assert not (tmp_path / "my set").exists()
