@@ -56,5 +56,5 @@ def _process_of(note: Path) -> int | None:
     try:
         process, created = json.loads(note.read_text(encoding="utf-8"))
         return process if psutil.Process(process).create_time() == created else None
-    except (FileNotFoundError, psutil.NoSuchProcess):
+    except (FileNotFoundError, psutil.NoSuchProcess, ValueError):  # the last for a note that a power cut has emptied
         return None
