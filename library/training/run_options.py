@@ -20,6 +20,7 @@ from library.training.optimizers import OptimizerOptions
 from library.training.precision import PrecisionOptions
 from library.training.resume import ResumeOptions
 from library.training.sampling import SampleOptions
+from library.training.state import is_state
 from library.training.tracking import TrackingOptions
 
 
@@ -109,6 +110,12 @@ class TrainingOptions:
             yield (
                 "--cache_text_encoder_outputs: both text encoders are trained and give other outputs in every step; "
                 "leave it off, or freeze one of them by --learning_rate_te1=0 (L) or --learning_rate_te2=0 (G)."
+            )
+        source = self.model.pretrained_model_name_or_path
+        if source is not None and is_state(Path(source)):
+            yield (
+                f"--pretrained_model_name_or_path: '{source}' is of a state, not a model; name the model that the run"
+                " began with, and give the state as --resume."
             )
         yield from self._bucket_conflicts()
         yield from self._fused_conflicts()

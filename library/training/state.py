@@ -144,6 +144,15 @@ def find_state(resume: str, output_dir: Path, output_name: str | None) -> Path:
     return max(found)[-1]
 
 
+def is_state(path: Path) -> bool:
+    """Whether `path` is the folder of a state, whole or not, or the file of its weights."""
+    folder = path.parent if path.name == _WEIGHTS else path
+    try:
+        return (folder / _PROGRESS).is_file()
+    except OSError:  # no file system takes that for a name
+        return False
+
+
 def _read(folder: Path) -> tuple[str, Progress]:
     """When a state was written, and its progress."""
     try:

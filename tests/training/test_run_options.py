@@ -90,6 +90,16 @@ def test_a_mistake_is_one_line_before_the_model_is_loaded(flags: list[str], prob
     assert "\n" not in said
 
 
+@pytest.mark.parametrize("source", ["m-state", "m-state/weights.safetensors"])
+def test_a_state_is_no_model(source: str, refused):
+    Path("m-state").mkdir()
+    Path("m-state/progress.json").write_text("{}", encoding="utf-8")
+    Path("m-state/weights.safetensors").touch()
+    said = refused(f"--pretrained_model_name_or_path={source}")
+    assert f"'{source}' is of a state, not a model" in said
+    assert "give the state as --resume" in said
+
+
 @pytest.mark.parametrize("flag", ["--cache_text_encoder_outputs", "--cache_text_encoder_outputs_to_disk"])
 def test_outputs_of_trained_encoders_are_not_cached(flag: str, refused):
     said = refused(flag, "--train_text_encoder")
