@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             conflicts=lambda *classes: TrainingOptions(*classes).conflicts(),
         )
     )
-    with listening_for_stop(options.output_dir) as stop, sole_run(options.output_dir, options.save.output_name):
+    with sole_run(options.output_dir, options.save.output_name), listening_for_stop(options.output_dir) as stop:
         return train(options, stop)
 
 
@@ -191,7 +191,7 @@ def train(options: TrainingOptions, stop: StopRequest) -> int:
                 break
 
         is_finished = progress.step >= course.num_steps  # also where nothing was left to do
-        if progress.step_in_epoch == course.order.steps_per_epoch:
+        if progress.step_in_epoch >= course.order.steps_per_epoch:  # more, where --resume_anyway has shortened epochs
             progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
             if accelerator.is_main_process:
                 checkpoints.after_epoch(progress.epoch, is_last=is_finished)
@@ -201,10 +201,13 @@ def train(options: TrainingOptions, stop: StopRequest) -> int:
     if accelerator.is_main_process:
         last_words = checkpoints.conclude(progress.step, is_finished)
         if is_finished:  # pictures last: whatever becomes of them, the model is there
-            sampling.at_end(progress.step, course.num_epochs, only_missing=progress.step == first_step)
+            tracker.say(last_words)
+            epoch = progress.epoch + (progress.step_in_epoch > 0)
+            sampling.at_end(progress.step, epoch, only_missing=progress.step == first_step)
     accelerator.wait_for_everyone()  # a process that ends sooner could have the launcher end the one that saves
     tracker.close()
-    accelerator.print(last_words)
+    if not is_finished:
+        accelerator.print(last_words)
     return stop.exit_status if is_stopped and not is_finished else 0
 
 

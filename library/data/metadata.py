@@ -75,12 +75,11 @@ def read_metadata(path: Path) -> Metadata:
     Raises `UserError` naming file, image key and what was expected: for a file that cannot be read or is not UTF-8 (a
     byte-order mark is fine), broken JSON, a key that stands twice in one object, and values of the wrong kind.
     """
-    if not path.exists():
-        raise UserError(
-            f"there is no metadata file '{path}'.", "Check the path, or make it with the merge scripts of finetune/."
-        )
     try:
-        content = json.loads(_read_utf8(path), object_pairs_hook=_object_without_repeated_keys)
+        content = json.loads(
+            _read_utf8(path, if_missing="Check the path, or make it with the merge scripts of finetune/."),
+            object_pairs_hook=_object_without_repeated_keys,
+        )
     except json.JSONDecodeError as error:
         raise UserError(
             f"'{path}' is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}.",
@@ -251,7 +250,7 @@ def _read_captions(image_of: Mapping[str, Path], options: MergeOptions) -> tuple
     return captions, without_caption
 
 
-def _read_utf8(path: Path) -> str:
+def _read_utf8(path: Path, if_missing: str = "Check the path.") -> str:
     """The text without a byte-order mark, line ends as "\\n"."""
     try:
         return path.read_text(encoding="utf-8").removeprefix("\ufeff")
@@ -260,7 +259,8 @@ def _read_utf8(path: Path) -> str:
             f"'{path}' is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}.", "Save it as UTF-8."
         ) from error
     except OSError as error:
-        raise UserError(f"cannot read '{path}': {error.strerror or error}.", "Check the path.") from error
+        remedy = if_missing if isinstance(error, FileNotFoundError) else "Check the path."
+        raise UserError(f"cannot read '{path}': {error.strerror or error}.", remedy) from error
 
 
 class _RepeatedKey(Exception):

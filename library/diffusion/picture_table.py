@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 _GAP = 4  # pixels between pictures, and around labels
 _PAPER, _TEXT, _NO_PICTURE = "#ffffff", "#202020", "#d8d8d8"
 _MOST_LINES = 6
-"""Of a label; the rest of it becomes an ellipsis."""
+"""Of each line of a label; the rest of it becomes an ellipsis."""
 
 _SYSTEM_FONTS = (
     *("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc"),
@@ -85,20 +85,22 @@ def _has(font: _Font, character: str) -> bool:
 
 
 def _wrapped(label: str, font: _Font, width: int) -> str:
-    """The label in lines of at most `width` pixels, between words where that is possible."""
+    """Each line of the label in lines of at most `width` pixels, between words where that is possible."""
+    return "\n".join(_wrapped_line(line, font, width) for line in label.splitlines())
+
+
+def _wrapped_line(text: str, font: _Font, width: int) -> str:
     shown = "".join(
         character if character.isspace() or _has(font, character) else character.encode("unicode_escape").decode()
-        for character in label[: _MOST_LINES * width]  # what follows has no room, however narrow its letters
+        for character in text[: _MOST_LINES * width]  # what follows has no room, however narrow its letters
     )
-    lines = []
-    for line in shown.splitlines():
-        lines.append("")
-        for word in _short_words(line.split(), font, width):
-            longer = f"{lines[-1]} {word}".lstrip()
-            if lines[-1] and font.getlength(longer) > width:
-                lines.append(word)
-            else:
-                lines[-1] = longer
+    lines = [""]
+    for word in _short_words(shown.split(), font, width):
+        longer = f"{lines[-1]} {word}".lstrip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
     if len(lines) > _MOST_LINES:
         lines = lines[:_MOST_LINES]
         while lines[-1] and font.getlength(f"{lines[-1]} …") > width:

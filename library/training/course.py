@@ -31,7 +31,7 @@ class Course:
 
     def epoch_ended(self, progress: Progress) -> int | None:
         """The epoch (from 1) that ended with the last step, if one did."""
-        if progress.step_in_epoch == self.order.steps_per_epoch:
+        if progress.step_in_epoch >= self.order.steps_per_epoch:
             return progress.epoch + 1
         return progress.epoch if progress.step_in_epoch == 0 and progress.epoch else None
 

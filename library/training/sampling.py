@@ -176,7 +176,7 @@ class Sampling:
         for number_drawn, each in enumerate(prompts.items()):
             if self._is_stopping():
                 left = len(prompts) - number_drawn
-                self._tracker.say(f"step {step}: the run stops; {left} pictures are left for when it goes on")
+                self._tracker.say(f"step {step}: the run stops, {left} pictures are not drawn")
                 return
             yield each
 

@@ -103,7 +103,7 @@ def test_a_training_size_is_two_positive_whole_numbers(meta, size):
 
 
 def test_a_file_that_does_not_exist_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"there is no metadata file '.*gone.json'"):
+    with pytest.raises(UserError, match=r"cannot read '.*gone.json'.*merge scripts"):
         read_metadata(tmp_path / "gone.json")
 
 

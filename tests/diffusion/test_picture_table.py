@@ -33,6 +33,13 @@ def test_labels_of_any_length_stay_beside_their_own_picture(label: str):
     assert not is_ink(pixels[-2:]).any()  # nor is the last one cut off
 
 
+def test_a_long_first_line_leaves_room_for_the_second():
+    def table(second: str) -> np.ndarray:
+        return with_labels(f"{LONG_TAGS}\n{second}", "x")
+
+    assert not np.array_equal(table("a cat"), table("a dog"))
+
+
 @pytest.mark.parametrize(("one", "other"), [("猫", "犬"), ("кот", "пёс"), ("é", "ñ")])
 def test_labels_of_any_script_differ_where_their_texts_do(one: str, other: str):
     first, second = with_labels(one, "x"), with_labels(other, "x")

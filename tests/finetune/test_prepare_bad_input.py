@@ -107,7 +107,7 @@ def test_broken_and_missing_metadata_are_named(ready, capsys):
     ready.in_json.write_bytes(b'{"a": {},\n"b": }')
     assert_refused(ready, capsys, f"'{ready.in_json}' is not valid JSON: line 2")
     ready.in_json.unlink()
-    assert_refused(ready, capsys, f"there is no metadata file '{ready.in_json}'")
+    assert_refused(ready, capsys, f"cannot read '{ready.in_json}'")
 
 
 def test_pictures_of_one_key_or_one_cache_are_both_named(ready, capsys):

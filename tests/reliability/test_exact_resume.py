@@ -150,6 +150,18 @@ def test_what_is_done_is_not_done_again(trainer, stop_after, capsys):
     assert "going on after step 1" in capsys.readouterr().out
 
 
+def test_a_run_goes_on_where_an_epoch_has_become_shorter_than_what_was_done_of_it(trainer, stop_after):
+    flags = ("--max_train_steps=7", "--max_data_loader_n_workers=0", "--sample_every_n_epochs=1")
+    shortened = trainer("shortened", *flags)
+    stop_after(shortened, 5)
+    assert shortened.run("--dataset_repeats=2") == 0  # six steps an epoch; then three
+    stop_after(shortened, None)
+    assert shortened.run("--resume=latest", "--resume_anyway") == 0
+    names = shortened.outcome()
+    assert "model m" in names
+    assert [name[-10:-7] for name in names if name.startswith("picture m_TIME_e")] == ["001", "002"]
+
+
 def test_another_learning_rate_holds_from_the_state_on(trainer):
     one = trainer("one", "--save_every_n_steps=1", "--save_state", "--max_data_loader_n_workers=0")
     rates = "--sample_at_first", "--lr_scheduler=linear"

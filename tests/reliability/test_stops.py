@@ -85,7 +85,7 @@ def test_a_stop_while_samples_are_drawn_leaves_the_others_out(argv, run_server, 
         time.sleep(0.05)
     run.send(signal.SIGTERM)
     assert run.wait() == 143
-    assert re.search(r"step 0: the run stops; \d+ pictures are left for when it goes on", run.said)
+    assert re.search(r"step 0: the run stops, \d+ pictures are not drawn", run.said)
     assert len(list(samples.glob("*.png"))) < 60
 
 

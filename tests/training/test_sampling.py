@@ -107,7 +107,7 @@ def test_without_a_fixed_seed_each_step_draws_another_that_the_runs_seed_decides
 def test_no_picture_is_begun_once_the_run_is_to_stop(sampling, capsys, tmp_path: Path):
     sampling("--sample_every_n_steps=3", stop_at_look=2).after_step(3)
     assert drawn(tmp_path) == ["finetuned_model_YYYYmmddHHMMSS_000003_00_7.png"]
-    assert "step 3: the run stops; 1 pictures are left for when it goes on" in capsys.readouterr().out
+    assert "step 3: the run stops, 1 pictures are not drawn" in capsys.readouterr().out
 
 
 def test_a_picture_without_memory_for_it_is_named_and_the_next_one_drawn(
@@ -178,7 +178,7 @@ def test_without_a_seed_in_the_first_line_the_grid_has_the_same_one_before_and_a
 def test_a_grid_that_a_stop_interrupts_is_not_saved_half_empty(sampling, capsys, tmp_path: Path):
     sampling("--sample_grid", prompts=GRID, stop_at_look=4).at_start()
     assert drawn(tmp_path) == []
-    assert "step 0: the run stops; 3 pictures are left for when it goes on" in capsys.readouterr().out
+    assert "step 0: the run stops, 3 pictures are not drawn" in capsys.readouterr().out
 
 
 # -- options ----------------------------------------------------------------------------------------------------------
