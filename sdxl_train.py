@@ -127,10 +127,7 @@ def train(options: TrainingOptions, stop: StopRequest) -> int:
         if progress.step == 0:
             sampling.at_start()
         elif progress.step < course.num_steps:  # what was due when the run was stopped, and was left for now
-            sampling.after_step(progress.step, only_missing=True)
-            epoch = course.epoch_ended(progress)
-            if epoch is not None:
-                sampling.after_epoch(progress.step, epoch, only_missing=True)
+            sampling.when_due(progress.step, course.epoch_ended(progress), only_missing=True)
 
     noise_schedule = make_noise_schedule()
     noise_generator = torch.Generator()
@@ -181,10 +178,7 @@ def train(options: TrainingOptions, stop: StopRequest) -> int:
             if accelerator.is_main_process:
                 # Pictures first: a state that is saved after this step does not draw them again.
                 if not is_finished:
-                    sampling.after_step(step)
-                    epoch = course.epoch_ended(progress)
-                    if epoch is not None:
-                        sampling.after_epoch(step, epoch)
+                    sampling.when_due(step, course.epoch_ended(progress))
                 checkpoints.after_step(step)
             is_stopped = any_process(accelerator, stop.is_made())
             if is_stopped or is_finished:
@@ -202,8 +196,7 @@ def train(options: TrainingOptions, stop: StopRequest) -> int:
         last_words = checkpoints.conclude(progress.step, is_finished)
         if is_finished:  # pictures last: whatever becomes of them, the model is there
             tracker.say(last_words)
-            epoch = progress.epoch + (progress.step_in_epoch > 0)
-            sampling.at_end(progress.step, epoch, only_missing=progress.step == first_step)
+            sampling.at_end(progress.step, course.epoch_ended(progress), only_missing=progress.step == first_step)
     accelerator.wait_for_everyone()  # a process that ends sooner could have the launcher end the one that saves
     tracker.close()
     if not is_finished:

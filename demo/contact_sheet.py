@@ -6,9 +6,10 @@ python demo/contact_sheet.py "my set/output/sample" "my set/contact_sheet.png"  
 import argparse
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere, find library/
 
@@ -21,6 +22,8 @@ from library.diffusion.picture_table import draw_table
 
 _UNREADABLE = (OSError, SyntaxError, ValueError)
 """What Pillow raises for a damaged PNG."""
+
+Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,8 @@ def find_samples(folder: Path) -> dict[Prompt, dict[int, Path]]:
     """
     drawn: dict[Prompt, list[tuple[str, int, Path]]] = defaultdict(list)
     for name, path in _sample_files(folder):
-        texts = _texts_of(path)
-        if "training_step" in texts:
+        texts = _read(path, lambda picture: picture.info)  # of which the pixels are not read
+        if texts is not None and "training_step" in texts:
             prompt = Prompt(
                 texts["model"],
                 name.index,
@@ -75,7 +78,10 @@ def contact_sheet(folder: Path) -> Image.Image:
     """The table of all sample pictures of a folder; raises as `find_samples`. A file that cannot be read is named."""
     samples = find_samples(folder)
     steps = sorted({step for paths in samples.values() for step in paths})
-    pictures = [[_read(paths[step]) if step in paths else None for step in steps] for paths in samples.values()]
+    pictures = [
+        [_read(paths[step], Image.Image.copy) if step in paths else None for step in steps]
+        for paths in samples.values()
+    ]
     return draw_table(_labels(list(samples)), [f"step {step}" for step in steps], pictures)
 
 
@@ -86,21 +92,11 @@ def _sample_files(folder: Path) -> Iterator[tuple[PictureName, Path]]:
             yield name, path
 
 
-def _texts_of(path: Path) -> Mapping[str, str]:
-    """What the PNG says of itself; nothing, and a word to the user, where it cannot be read."""
+def _read(path: Path, what: Callable[[Image.Image], Part]) -> Part | None:
+    """That part of a picture; None, and a word to the user, where the file cannot be read."""
     try:
         with Image.open(path) as picture:
-            return {str(key): text for key, text in picture.info.items() if isinstance(text, str)}
-    except _UNREADABLE as error:
-        print(f"'{path}' is left out, it cannot be read: {error}", file=sys.stderr)
-        return {}
-
-
-def _read(path: Path) -> Image.Image | None:
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            return picture
+            return what(picture)
     except _UNREADABLE as error:
         print(f"'{path}' is left out, it cannot be read: {error}", file=sys.stderr)
         return None

@@ -117,6 +117,11 @@ def caption_g(entry: Entry) -> str | None:
     return entry.get(ENCODER_G.metadata_key)
 
 
+def keys_without_caption(metadata: Metadata, encoder: Encoder) -> list[str]:
+    """The keys of the entries that have no caption for `encoder`; an empty one is a caption."""
+    return [key for key, entry in metadata.items() if encoder.metadata_key not in entry]
+
+
 def train_resolution(entry: Entry) -> Size | None:
     """The bucket that was chosen for the image; None before buckets were prepared."""
     return Size(*entry[TRAIN_RESOLUTION]) if TRAIN_RESOLUTION in entry else None
@@ -223,10 +228,10 @@ def merge_captions(options: MergeOptions, encoder: Encoder) -> None:
         f"Wrote {len(metadata)} entries to '{options.out_json}':"
         f" {encoder.metadata_key} of {len(captions)} images, {num_empty} of them empty"
     )
-    for key in (ENCODER_L.metadata_key, ENCODER_G.metadata_key):
-        lacking = [image for image, entry in metadata.items() if key not in entry]
+    for each in (ENCODER_L, ENCODER_G):
+        lacking = keys_without_caption(metadata, each)
         if 0 < len(lacking) < len(metadata):
-            print(f"{len(lacking)} entries have no {key}; sdxl_train.py refuses such: {_quoted(lacking)}")
+            print(f"{len(lacking)} entries have no {each.metadata_key}; sdxl_train.py refuses such: {_quoted(lacking)}")
 
 
 def _metadata_to_extend(options: MergeOptions) -> Metadata:

@@ -25,11 +25,14 @@ from library.data.latent_cache import (
 )
 from library.data.latent_preparation import EncodingOptions, Picture, encode_pictures, require_room
 from library.data.metadata import (
+    ENCODER_G,
+    ENCODER_L,
     Entry,
     caption_g,
     caption_l,
     images_by_stem,
     is_file,
+    keys_without_caption,
     read_metadata,
     resolve_image,
     train_resolution,
@@ -268,14 +271,12 @@ def _cache_without_picture(key: str, folder: Path) -> Path:
 
 
 def _require_captions(metadata: dict[str, Entry], path: Path) -> None:
-    for name, caption, script in (
-        ("L", caption_l, "sdxl_merge_captions_l_to_metadata.py"),
-        ("G", caption_g, "sdxl_merge_captions_g_to_metadata.py"),
-    ):
-        lacking = [key for key, entry in metadata.items() if caption(entry) is None]
+    for encoder in (ENCODER_L, ENCODER_G):
+        lacking = keys_without_caption(metadata, encoder)
         if lacking:
+            script = f"sdxl_merge_captions_{encoder.letter.lower()}_to_metadata.py"
             raise UserError(
-                f"'{path}': {len(lacking)} images have no {name} caption: {_some(lacking)}.",
+                f"'{path}': {len(lacking)} images have no {encoder.letter} caption: {_some(lacking)}.",
                 f"Write their caption files (which may be empty), run finetune/{script} and the preparation again, "
                 "or take these images out of the metadata.",
             )

@@ -34,9 +34,10 @@ def draw_table(
     font = _font_for("".join([*row_labels, *column_labels]), max(11, min(width, height) // 14))
     row_texts = [_wrapped(label, font, width) for label in row_labels]
     column_texts = [_wrapped(label, font, width) for label in column_labels]
-    left = max(_size(text, font)[0] for text in row_texts) + 2 * _GAP
+    row_sizes = [_size(text, font) for text in row_texts]
+    left = max(text_width for text_width, _ in row_sizes) + 2 * _GAP
     top = max(_size(text, font)[1] for text in column_texts) + 2 * _GAP
-    row_height = max(height, *(_size(text, font)[1] for text in row_texts))
+    row_height = max(height, *(text_height for _, text_height in row_sizes))
     size = (left + len(column_labels) * (width + _GAP), top + len(row_labels) * (row_height + _GAP))
     table = Image.new("RGB", size, _PAPER)
     pen = ImageDraw.Draw(table)
@@ -58,21 +59,12 @@ def draw_table(
 
 
 def _font_for(text: str, size: int) -> _Font:
-    """The first font that has all characters of the text, or else the one that has the most of them."""
-    characters = {character for character in text if not character.isspace()}
-    best, most = None, -1
-    for font in _fonts(size):
-        known = sum(_has(font, character) for character in characters)
-        if known > most:
-            best, most = font, known
-        if known == len(characters):
-            break
-    assert best is not None  # Pillow brings one
-    return best
+    """The font that has the most characters of the text; of equals the first, which is Pillow's own."""
+    fonts = [ImageFont.load_default(size), *(() if text.isascii() else _system_fonts(size))]
+    return max(fonts, key=lambda font: sum(_has(font, character) for character in set(text)))
 
 
-def _fonts(size: int) -> Iterator[_Font]:
-    yield ImageFont.load_default(size)
+def _system_fonts(size: int) -> Iterator[_Font]:
     for name in _SYSTEM_FONTS:
         try:
             yield ImageFont.truetype(name, size)

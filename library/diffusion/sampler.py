@@ -74,26 +74,6 @@ def make_sampling_scheduler(name: str) -> Any:
     return scheduler_class(**_BETAS, **settings)
 
 
-def draw_latents(
-    networks: SamplingNetworks,
-    prompt: SamplePrompt,
-    *,
-    sampler: str,
-    width: int,
-    height: int,
-    seed: int,
-    min_chunks: int = 1,
-) -> torch.Tensor:
-    """Scaled latents [1, 4, h, w] in float32 of the picture; noise comes from a generator of `seed` on the CPU.
-
-    The same as `StableDiffusionXLPipeline(prompt=L, prompt_2=G)`, whose denoising loop this is; only the captions are
-    encoded here. All randomness is the generator's: the random state of training is left alone.
-    """
-    return draw_latents_together(
-        networks, [prompt], sampler=sampler, width=width, height=height, seeds=[seed], min_chunks=min_chunks
-    )
-
-
 @torch.no_grad()
 def draw_latents_together(
     networks: SamplingNetworks,
@@ -105,7 +85,11 @@ def draw_latents_together(
     seeds: Sequence[int],
     min_chunks: int = 1,
 ) -> torch.Tensor:
-    """As `draw_latents`, [B, 4, h, w] for B prompts in one batch, each from the generator of its own seed.
+    """Scaled latents [B, 4, h, w], in float32, of the pictures of B prompts, drawn in one batch.
+
+    The same as `StableDiffusionXLPipeline(prompt=L, prompt_2=G)`, whose denoising loop this is; only the captions are
+    encoded here. The noise of each comes from a generator of its own seed, on the CPU. All randomness is theirs: the
+    random state of training is left alone.
 
     The prompts must agree in their number of sampling steps and in their guidance scale. They are padded to chunks of
     75 tokens, as many as the longest needs and at least `min_chunks`.
@@ -152,8 +136,8 @@ def draw_picture(
     min_chunks: int = 1,
 ) -> Image.Image | None:
     """The picture of a prompt, or None where the networks give NaN or Inf."""
-    latents = draw_latents(
-        networks, prompt, sampler=sampler, width=width, height=height, seed=seed, min_chunks=min_chunks
+    latents = draw_latents_together(
+        networks, [prompt], sampler=sampler, width=width, height=height, seeds=[seed], min_chunks=min_chunks
     )
     return picture_of_latents(networks, latents)
 

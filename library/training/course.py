@@ -30,10 +30,11 @@ class Course:
         return math.ceil(self.num_steps / self.order.steps_per_epoch)
 
     def epoch_ended(self, progress: Progress) -> int | None:
-        """The epoch (from 1) that ended with the last step, if one did."""
-        if progress.step_in_epoch >= self.order.steps_per_epoch:
-            return progress.epoch + 1
-        return progress.epoch if progress.step_in_epoch == 0 and progress.epoch else None
+        """The epoch (from 1) that ended with the last step, if one did; the end of the run ends its epoch too."""
+        if progress.step_in_epoch == 0:
+            return progress.epoch or None
+        is_over = progress.step_in_epoch >= self.order.steps_per_epoch or progress.step >= self.num_steps
+        return progress.epoch + 1 if is_over else None
 
     def batches(self, progress: Progress) -> Iterable[Batch]:
         """What is left of the epoch that `progress` is in; nothing when all steps are done."""

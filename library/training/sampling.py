@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from PIL.Image import Image
@@ -29,6 +29,8 @@ from library.diffusion.sampler import SamplingNetworks, draw_picture
 from library.training.tracking import Tracker
 
 SAMPLE_FOLDER = "sample"
+
+Each = TypeVar("Each")
 
 
 @dataclass(frozen=True)
@@ -149,18 +151,23 @@ class Sampling:
         if every is not None and epoch % every == 0:
             self._draw(step, epoch, only_missing=only_missing)
 
-    def at_end(self, step: int, epoch: int, *, only_missing: bool = False) -> None:
-        """As both, after the last optimizer step, which is in epoch `epoch`; and the last grid."""
+    def when_due(self, step: int, epoch_ended: int | None, *, only_missing: bool = False) -> None:
+        """As `after_step`, and as `after_epoch` where an epoch ended with that step."""
         self.after_step(step, only_missing=only_missing)
-        self.after_epoch(step, epoch, only_missing=only_missing)
+        if epoch_ended is not None:
+            self.after_epoch(step, epoch_ended, only_missing=only_missing)
+
+    def at_end(self, step: int, epoch_ended: int | None, *, only_missing: bool = False) -> None:
+        """As `when_due`, after the last optimizer step; and the last grid."""
+        self.when_due(step, epoch_ended, only_missing=only_missing)
         self._draw_grid(step, only_missing=only_missing)
 
     def _draw(self, step: int, epoch: int | None, *, only_missing: bool = False) -> None:
-        prompts = {
-            index: prompt
+        prompts = [
+            (index, prompt)
             for index, prompt in enumerate(self._prompts)
             if not (only_missing and self._is_there(self._name(prompt, index, step, epoch)))
-        }
+        ]
         with self._tracker.untimed(), self._finished_weights():
             for index, prompt in self._until_stop(prompts, step):
                 self._draw_one(prompt, index, step, epoch)
@@ -172,8 +179,8 @@ class Sampling:
         """Whether this run, or the one that it goes on with, has drawn that picture."""
         return self._since is not None and bool(other_drawings(self._folder / name, self._since))
 
-    def _until_stop(self, prompts: Mapping[int, SamplePrompt], step: int) -> Iterator[tuple[int, SamplePrompt]]:
-        for number_drawn, each in enumerate(prompts.items()):
+    def _until_stop(self, prompts: Sequence[Each], step: int) -> Iterator[Each]:
+        for number_drawn, each in enumerate(prompts):
             if self._is_stopping():
                 left = len(prompts) - number_drawn
                 self._tracker.say(f"step {step}: the run stops, {left} pictures are not drawn")
@@ -193,15 +200,15 @@ class Sampling:
         if self._grid is None or (only_missing and self._is_there(name)):
             return
         seed = self._fresh_seed(step=0, index=0)  # the same before and after, unless the first line gives one
-        prompts = dict(enumerate(self._grid.prompts()))
+        prompts, num_chunks = self._grid.prompts(), self._grid.num_chunks
         with self._tracker.untimed(), self._finished_weights():
             pictures = [
                 self._try_to_draw(
                     self._record(prompt, step, seed),
                     f"L '{prompt.prompt_l}' with G '{prompt.prompt_g}' in the grid",
-                    self._grid.num_chunks,
+                    num_chunks,
                 )
-                for _, prompt in self._until_stop(prompts, step)
+                for prompt in self._until_stop(prompts, step)
             ]
         if len(pictures) < len(prompts):
             return

@@ -24,7 +24,7 @@ from diffusers import (
 )
 
 from library.diffusion.prompts import SAMPLERS
-from library.diffusion.sampler import SamplingNetworks, draw_latents
+from library.diffusion.sampler import SamplingNetworks, draw_latents_together
 from tests.plain_pipeline import PROMPT, SEED, SIZE, plain_pipeline
 
 SCHEDULERS: dict[str, Any] = {
@@ -77,7 +77,7 @@ def test_every_sampler_name_is_compared():
 
 @pytest.mark.parametrize("sampler", SCHEDULERS)
 def test_latents_are_those_that_diffusers_draws(sampler: str, tiny_networks: SamplingNetworks):
-    ours = draw_latents(tiny_networks, PROMPT, sampler=sampler, seed=SEED, **SIZE)
+    ours = draw_latents_together(tiny_networks, [PROMPT], sampler=sampler, seeds=[SEED], **SIZE)
     expected = drawn_by_diffusers(tiny_networks, sampler)
     assert expected.std() > 0.1
     assert torch.equal(ours, expected)  # the ancestral ones too: one generator gives the same noise in the same order

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from library.diffusion.prompts import SAMPLERS, SamplePrompt
-from library.diffusion.sampler import SamplingNetworks, draw_latents, draw_picture, make_sampling_scheduler
+from library.diffusion.sampler import SamplingNetworks, draw_latents_together, draw_picture, make_sampling_scheduler
 from library.sdxl.architecture import LATENT_SCALE
 from library.sdxl.tokenizers import PAD_G, PAD_L
 from tests.plain_pipeline import PROMPT, SEED, SIZE, clip_tokenizer, plain_pipeline
@@ -47,7 +47,7 @@ def assert_same_latents(ours: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def drawn(networks: SamplingNetworks, prompt: SamplePrompt, sampler: str) -> torch.Tensor:
-    return draw_latents(networks, prompt, sampler=sampler, seed=SEED, **SIZE)
+    return draw_latents_together(networks, [prompt], sampler=sampler, seeds=[SEED], **SIZE)
 
 
 # -- the same as diffusers --------------------------------------------------------------------------------------------
@@ -149,7 +149,9 @@ def test_each_prompt_and_the_seed_make_a_difference(tiny_networks: SamplingNetwo
     assert torch.equal(first, drawn(tiny_networks, quick, "euler"))
     for field in ("prompt_g", "prompt_l", "negative_g", "negative_l"):
         assert not torch.equal(first, drawn(tiny_networks, replace(quick, **{field: "something else"}), "euler")), field
-    assert not torch.equal(first, draw_latents(tiny_networks, quick, sampler="euler", seed=SEED + 1, **SIZE))
+    assert not torch.equal(
+        first, draw_latents_together(tiny_networks, [quick], sampler="euler", seeds=[SEED + 1], **SIZE)
+    )
 
 
 @pytest.mark.parametrize("sampler", ["euler_a", "dpm_2_a", "ddim", "dpmsolver++"])

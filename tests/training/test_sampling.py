@@ -149,7 +149,7 @@ def test_the_grid_is_drawn_before_the_first_step_and_after_the_last(sampling, tm
     made.at_start()
     for step in (1, 2):
         made.after_step(step)
-    made.at_end(step=3, epoch=1)
+    made.at_end(step=3, epoch_ended=1)
     assert drawn(tmp_path) == [
         "finetuned_model_YYYYmmddHHMMSS_000000_grid.png",
         "finetuned_model_YYYYmmddHHMMSS_000003_grid.png",
@@ -168,7 +168,7 @@ def test_the_grid_says_its_rows_and_columns_and_the_settings_of_the_first_line(s
 def test_without_a_seed_in_the_first_line_the_grid_has_the_same_one_before_and_after(sampling, tmp_path: Path):
     made = sampling("--sample_grid", prompts="a cat --e photographic --s 1\n")
     made.at_start()
-    made.at_end(step=3, epoch=1)
+    made.at_end(step=3, epoch_ended=1)
     before, after = sorted((tmp_path / "sample").glob("*_grid.png"))
     assert before.name != after.name
     with Image.open(before) as first, Image.open(after) as second:
