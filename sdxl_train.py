@@ -22,15 +22,15 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from library.config.atomic_files import remove_leftovers
 from library.config.errors import UserError, exits_on_user_error
 from library.config.kohya_flags import TRAINER_REFUSED, TRAINER_REPLACED
 from library.config.options import parse_options
-from library.config.output_files import remove_leftovers
 from library.data.dataset import Batch
 from library.data.training_set import require_images
-from library.diffusion.loss import per_sample_loss
-from library.diffusion.noise_schedule import NUM_TIMESTEPS, draw_training_noise, make_noise_schedule
-from library.diffusion.sampler import SamplingNetworks
+from library.diffusion.noise import NUM_TIMESTEPS, draw_training_noise, make_noise_schedule
+from library.diffusion.objective import per_sample_loss
+from library.samples.sampler import SamplingNetworks
 from library.sdxl.architecture import LATENT_SCALE, SdxlModel
 from library.sdxl.checkpoint_file import write_single_file
 from library.sdxl.diffusers_folder import write_diffusers_folder
@@ -48,16 +48,16 @@ from library.training.accelerator import (
 )
 from library.training.checkpoints import Checkpoints, last_name
 from library.training.compilation import compile_regions
-from library.training.course import Course, make_course
 from library.training.disk_space import bytes_of, bytes_of_state, require_room
 from library.training.learner import Learner, enable_gradient_checkpointing, make_learner
-from library.training.mishaps import LossWatch, StepLoss, explained_out_of_memory, require_finite
+from library.training.loss_watch import LossWatch, StepLoss, explained_out_of_memory, require_finite
+from library.training.offload import settle, visiting
+from library.training.plan import Course, make_course
 from library.training.preparation import latents_of, prepare_set
-from library.training.residency import settle, visiting
 from library.training.resume import check_options, flat_options, library_versions
+from library.training.run_lock import sole_run
 from library.training.run_options import OPTION_CLASSES, TrainingOptions
 from library.training.sampling import SAMPLE_FOLDER, Sampling
-from library.training.sole_run import sole_run
 from library.training.state import Progress, Setting, find_state, read_learnt, read_progress, write_state
 from library.training.stopping import StopRequest, listening_for_stop
 from library.training.tracking import Tracker

@@ -23,9 +23,9 @@ from benchmarks.ceilings import machine
 from benchmarks.result_files import RESULTS, machine_line, write_result
 from demo.pictures import draw, random_scene
 from demo.random_sdxl import TINY
-from library.diffusion.loss import per_sample_loss
-from library.diffusion.noise_schedule import NUM_TIMESTEPS, make_noise_schedule
-from library.training.adafactor import Adafactor
+from library.diffusion.noise import NUM_TIMESTEPS, make_noise_schedule
+from library.diffusion.objective import per_sample_loss
+from library.optim.adafactor import Adafactor
 
 _CELLS = 16
 _BATCH_SIZE = 8

@@ -24,10 +24,10 @@ from torch.nn import Parameter
 
 from benchmarks.ceilings import machine, measure, wait
 from benchmarks.result_files import RESULTS, machine_line, write_result
+from library.optim.optimizers import ADAFACTOR_RECIPE, OptimizerOptions, make_optimizer
+from library.optim.rounding import KAHAN, NEAREST, STOCHASTIC, Rounder
+from library.optim.stepping import Stepper, keys_in_bfloat16
 from library.sdxl.architecture import SDXL_BASE, empty_unet
-from library.training.optimizers import ADAFACTOR_RECIPE, OptimizerOptions, make_optimizer
-from library.training.rounding import KAHAN, NEAREST, STOCHASTIC, Rounder
-from library.training.stepping import Stepper, keys_in_bfloat16
 
 RECIPE = [*ADAFACTOR_RECIPE.split()[1:], "weight_decay=0.01"]
 FLAT = [*RECIPE, "flatten_convolutions=True"]

@@ -13,7 +13,7 @@ from transformers.optimization import Adafactor
 
 from benchmarks.step_clock import StepClock
 from library.data.dataset import Batch
-from library.diffusion.noise_schedule import make_noise_schedule
+from library.diffusion.noise import make_noise_schedule
 from library.sdxl.architecture import LATENT_SCALE, SdxlModel
 from library.sdxl.size_conditioning import size_conditioning
 from library.sdxl.text_encoding import TextConditioning, encode_captions

@@ -10,15 +10,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywher
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from library.sdxl.architecture import (
-    LATENT_CHANNELS,
-    PIXELS_PER_LATENT,
-    Architecture,
-    SdxlModel,
-    empty_model,
-    empty_unet,
-)
+from library.sdxl.architecture import Architecture, SdxlModel, empty_model, empty_unet
 from library.sdxl.checkpoint_file import ModelDtypes
+from library.sdxl.sizes import LATENT_CHANNELS, PIXELS_PER_LATENT
 
 _POOL_SIZE = 2**24
 _TEXT_TOKENS = 77

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from library.config.output_files import write_text
+from library.config.atomic_files import write_text
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from library.data.buckets import Size
 from library.data.dataset import Batch, CaptionedPictures
 from library.data.epoch_order import MicroBatch
 from library.data.latent_cache import CachedLatents, Crop, cache_path, write_cache
 from library.data.training_set import TrainingImage
-from library.sdxl.architecture import LATENT_CHANNELS, PIXELS_PER_LATENT
+from library.sdxl.sizes import LATENT_CHANNELS, PIXELS_PER_LATENT, Size
 
 PICTURES_PER_BUCKET = 8
 

@@ -27,12 +27,12 @@ from benchmarks.step_clock import StepClock
 from benchmarks.synthetic_set import SyntheticSet
 from demo.random_sdxl import TINY
 from library.config.errors import UserError
-from library.data.buckets import Size
-from library.sdxl.architecture import PIXELS_PER_LATENT, SDXL_BASE, SdxlModel
+from library.optim.optimizers import ADAFACTOR_RECIPE
+from library.sdxl.architecture import SDXL_BASE, SdxlModel
 from library.sdxl.checkpoint_file import ModelDtypes
+from library.sdxl.sizes import PIXELS_PER_LATENT, Size
 from library.training.checkpoints import Checkpoints
 from library.training.learner import Learner
-from library.training.optimizers import ADAFACTOR_RECIPE
 from library.training.tracking import Tracker
 
 ARCHITECTURES = {"full": SDXL_BASE, "tiny": TINY}

@@ -34,8 +34,8 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 from benchmarks.result_files import RESULTS, machine_line, write_result
 from benchmarks.timed_run import Plan, write_ceilings, write_figures
-from library.data.buckets import Size
-from library.training.optimizers import ADAFACTOR_RECIPE
+from library.optim.optimizers import ADAFACTOR_RECIPE
+from library.sdxl.sizes import Size
 
 _FUSED = ("--gradient_checkpointing", "--fused_backward_pass")
 _CACHED = (*_FUSED, "--cache_text_encoder_outputs")

@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywher
 import quickstart
 from demo.figures import SCENES_PER_PAIR, Readings, mean_figures, measure
 from demo.pictures import fine_tuning_scenes, write_training_set
+from library.config.atomic_files import write_text
 from library.config.errors import UserError, exits_on_user_error
-from library.config.output_files import write_text
 from quickstart import DemoSize
 
 BASE = quickstart.ROOT / quickstart.DEMO_MODEL

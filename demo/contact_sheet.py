@@ -15,10 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywher
 
 from PIL import Image
 
+from library.config.atomic_files import replacing
 from library.config.errors import UserError, exits_on_user_error
-from library.config.output_files import replacing
-from library.diffusion.picture_files import PictureName
-from library.diffusion.picture_table import draw_table
+from library.samples.picture_files import PictureName
+from library.samples.picture_table import draw_table
 
 _UNREADABLE = (OSError, SyntaxError, ValueError)
 """What Pillow raises for a damaged PNG."""

@@ -18,10 +18,10 @@ from PIL import Image
 
 from demo.classifier import QUESTIONS, Reading, load_classifier, read_pictures, reading_of
 from demo.pictures import HELD_OUT, MAGNITUDES, SIZES, STYLES, Scene, random_scene
+from library.config.atomic_files import write_text
 from library.config.errors import exits_on_user_error
-from library.config.output_files import write_text
-from library.diffusion.prompts import SamplePrompt
-from library.diffusion.sampler import SamplingNetworks, draw_latents_together, picture_of_latents
+from library.samples.prompts import SamplePrompt
+from library.samples.sampler import SamplingNetworks, draw_latents_together, picture_of_latents
 from library.sdxl.checkpoint_file import ModelDtypes, read_single_file
 
 SAMPLER, NUM_INFERENCE_STEPS, GUIDANCE_SCALE = "euler_a", 12, 4.0

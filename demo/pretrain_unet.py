@@ -16,14 +16,15 @@ from tqdm import tqdm, trange
 from demo.pictures import PLACES, Scene, draw, random_scene
 from demo.pretrain_vae import warm_cosine
 from demo.shallow import without_deep_blocks
-from library.data.buckets import BucketAssignment, BucketRule, Size, true_crop_ltrb
+from library.data.buckets import BucketAssignment, BucketRule, true_crop_ltrb
 from library.data.images import resize_and_crop
 from library.data.latent_preparation import pixels_to_tensor
-from library.diffusion.loss import per_sample_loss
-from library.diffusion.noise_schedule import NoiseOptions, draw_training_noise, make_noise_schedule
+from library.diffusion.noise import NoiseOptions, draw_training_noise, make_noise_schedule
+from library.diffusion.objective import per_sample_loss
 from library.sdxl.architecture import LATENT_SCALE, SdxlModel
 from library.sdxl.latents import encode_pixels
 from library.sdxl.size_conditioning import size_conditioning
+from library.sdxl.sizes import Size
 from library.sdxl.text_encoding import TextConditioning, encode_captions
 from library.sdxl.tokenizers import tokenize_captions
 

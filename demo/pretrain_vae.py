@@ -14,8 +14,9 @@ from tqdm import trange
 
 from demo.pictures import PLAIN, SIZES, STYLES, draw, random_scene
 from library.data.latent_preparation import pixels_to_tensor
-from library.sdxl.architecture import LATENT_SCALE, PIXELS_PER_LATENT
+from library.sdxl.architecture import LATENT_SCALE
 from library.sdxl.latents import decode_latents, encode_pixels
+from library.sdxl.sizes import PIXELS_PER_LATENT
 
 NUM_DRAWINGS = 2000
 CROPS = ((0.6, 32, 16), (1.0, 64, 6))

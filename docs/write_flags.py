@@ -14,9 +14,9 @@ from finetune import (
     sdxl_merge_captions_g_to_metadata,
     sdxl_merge_captions_l_to_metadata,
 )
+from library.config.atomic_files import write_text
 from library.config.flags_page import ScriptFlags, render_flags_page
 from library.config.kohya_flags import PREPARE_REFUSED, PREPARE_REPLACED, TRAINER_REFUSED, TRAINER_REPLACED
-from library.config.output_files import write_text
 
 FLAGS_PAGE = Path(__file__).with_name("flags.md")
 # Each script with the spellings it replaces and the flags it refuses.

@@ -17,11 +17,11 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 import torch
 from tqdm import tqdm
 
+from library.config.atomic_files import remove_leftovers
 from library.config.errors import UserError, exits_on_user_error
 from library.config.kohya_flags import PREPARE_REFUSED, PREPARE_REPLACED
-from library.config.notices import notify
+from library.config.messages import notify
 from library.config.options import option, parse_options, positional
-from library.config.output_files import remove_leftovers
 from library.data.buckets import LEGACY_CROP_NOTICE, BucketOptions, BucketRule, parse_resolution
 from library.data.images import UnusableImage, find_images, read_size
 from library.data.latent_cache import CacheDemands, cache_path, read_fitting_cache, require_separate_caches, write_cache

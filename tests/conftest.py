@@ -3,7 +3,7 @@
 import functools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import sdxl_train
 from demo.random_sdxl import TINY, write_random_sdxl
 from finetune import prepare_buckets_latents, sdxl_merge_captions_g_to_metadata, sdxl_merge_captions_l_to_metadata
-from library.diffusion.sampler import SamplingNetworks
+from library.optim import kernels
+from library.samples.sampler import SamplingNetworks
 from library.sdxl.checkpoint_file import ModelDtypes, read_single_file
 
 GOLDEN = Path("../shared/golden")
@@ -214,3 +215,16 @@ def tiny_networks(tiny_sdxl: Path) -> SamplingNetworks:
     whole = torch.float32
     model = read_single_file(tiny_sdxl, ModelDtypes(unet=whole, vae=whole, text_encoder_l=whole, text_encoder_g=whole))
     return SamplingNetworks(model.unet, model.vae, model.text_encoder_l, model.text_encoder_g)
+
+
+@pytest.fixture
+def no_compiler() -> Iterator[None]:
+    """A machine on which `torch.compile` finds no C++ compiler."""
+    caches = (kernels.why_not_compiled, kernels._can_compile)
+    for cached in caches:
+        cached.cache_clear()
+    torch._dynamo.reset()  # it would run what it has compiled before
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}):
+        yield
+    for cached in caches:
+        cached.cache_clear()

@@ -8,8 +8,8 @@ from typing import Any
 from diffusers import StableDiffusionXLPipeline
 from transformers import CLIPTokenizer
 
-from library.diffusion.prompts import SamplePrompt
-from library.diffusion.sampler import SamplingNetworks
+from library.samples.prompts import SamplePrompt
+from library.samples.sampler import SamplingNetworks
 from library.sdxl.tokenizers import PAD_G, PAD_L, save_tokenizer
 
 PROMPT = SamplePrompt(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from library.config.option_fields import options_of
-from library.diffusion.prompts import read_prompt_file
+from library.samples.prompts import read_prompt_file
 from library.training.run_options import OPTION_CLASSES
 
 REPOSITORY = Path(__file__).parents[1]

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 import sdxl_train
 from demo.random_sdxl import TINY, write_random_sdxl
-from library.diffusion.prompts import read_prompt_file
-from library.diffusion.sampler import SamplingNetworks, draw_picture
+from library.samples.prompts import read_prompt_file
+from library.samples.sampler import SamplingNetworks, draw_picture
 from library.sdxl.checkpoint_file import ModelDtypes, read_single_file
 from tests.conftest import PreparedSet
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import tomli_w
 
+from library.config.atomic_files import write_text
 from library.config.errors import UserError
 from library.config.option_fields import NONE_TEXT, Option, Spellings, error_of_problems, nearest, options_of
-from library.config.output_files import write_text
 from library.config.toml_text import parse_toml
 
 SUFFIX = ".toml"

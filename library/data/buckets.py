@@ -8,33 +8,13 @@ from typing import ClassVar, NamedTuple
 
 from library.config.errors import UserError
 from library.config.options import option
+from library.sdxl.sizes import PIXELS_PER_LATENT, Size
 
-PIXELS_PER_LATENT_CELL = 8
 LEGACY_CROP_NOTICE = (
     "--legacy_crop_coords: as crop the model is told the offset of a letterbox, on the axis that is not cropped, unlike"
     " in SDXL's own training and in diffusers. Use it only to go on with a model that was trained so."
 )
 _MOST_DIGITS = 5  # of a side of the resolution
-
-
-class Size(NamedTuple):
-    """Width and height in pixels, in this order, as metadata files and flags write them."""
-
-    width: int
-    height: int
-
-    @property
-    def aspect(self) -> float:
-        """Width divided by height."""
-        return self.width / self.height
-
-    @property
-    def area(self) -> int:
-        """Number of pixels."""
-        return self.width * self.height
-
-    def __str__(self) -> str:
-        return f"{self.width}x{self.height}"
 
 
 class BucketAssignment(NamedTuple):
@@ -240,8 +220,8 @@ def _rounded(pixels: float) -> int:
 
 
 def _require_latent_cells(what: str, *pixels: int) -> None:
-    if any(side <= 0 or side % PIXELS_PER_LATENT_CELL for side in pixels):
+    if any(side <= 0 or side % PIXELS_PER_LATENT for side in pixels):
         raise UserError(
-            f"{what} must be positive multiples of {PIXELS_PER_LATENT_CELL} pixels,"
+            f"{what} must be positive multiples of {PIXELS_PER_LATENT} pixels,"
             f" one cell of the latents: got {', '.join(map(str, pixels))}."
         )

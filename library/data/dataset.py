@@ -14,15 +14,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from library.config.errors import UserError
 from library.config.options import option
-from library.data.buckets import Size
-from library.data.device_copies import to_device
 from library.data.epoch_order import EpochOrder, MicroBatch
 from library.data.images import load_rgb, resize_and_crop
 from library.data.latent_cache import CachedLatents, read_cache
 from library.data.latent_preparation import pixels_to_tensor
-from library.data.read_ahead import read_ahead
+from library.data.prefetch import read_ahead
 from library.data.text_cache import NO_TEXTS, CachedTexts
 from library.data.training_set import TrainingImage
+from library.sdxl.device_copies import to_device
+from library.sdxl.sizes import Size
 from library.sdxl.text_encoding import EncodedText
 from library.sdxl.tokenizers import CHUNK_TOKENS, CaptionTokens, tokenize_captions
 

@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from library.config.atomic_files import replacing
 from library.config.errors import UserError
-from library.config.output_files import replacing
-from library.data.buckets import PIXELS_PER_LATENT_CELL, Size, covering_size, legacy_crop_ltrb, true_crop_ltrb
+from library.data.buckets import covering_size, legacy_crop_ltrb, true_crop_ltrb
+from library.sdxl.sizes import LATENT_CHANNELS, PIXELS_PER_LATENT, Size
 
-LATENT_CHANNELS = 4
 _BYTES_AROUND = 3000  # names, sizes, fingerprints
 
 # What NumPy and zipfile raise for damaged files, whichever byte the damage hits.
@@ -79,7 +79,7 @@ class CachedLatents:
     def bucket(self) -> Size:
         """The size in pixels at which the picture was encoded."""
         _, height, width = self.latents.shape
-        return Size(width * PIXELS_PER_LATENT_CELL, height * PIXELS_PER_LATENT_CELL)
+        return Size(width * PIXELS_PER_LATENT, height * PIXELS_PER_LATENT)
 
     @property
     def is_ours(self) -> bool:
@@ -131,7 +131,7 @@ def crop_to_train(bucket: Size, resized: Size, image_size: Size, *, legacy: bool
 def cache_bytes(bucket: Size, *, flip: bool = False, alpha_mask: bool = False) -> int:
     """The size of the cache file of a picture in `bucket`, within a few thousand bytes."""
     num_pixels = bucket.width * bucket.height
-    num_numbers = LATENT_CHANNELS * num_pixels // PIXELS_PER_LATENT_CELL**2 * (1 + flip) + num_pixels * alpha_mask
+    num_numbers = LATENT_CHANNELS * num_pixels // PIXELS_PER_LATENT**2 * (1 + flip) + num_pixels * alpha_mask
     return num_numbers * np.dtype(np.float32).itemsize + _BYTES_AROUND
 
 

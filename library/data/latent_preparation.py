@@ -13,14 +13,15 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
+from library.config.atomic_files import require_disk_space
 from library.config.errors import UserError
 from library.config.options import option
-from library.config.output_files import require_disk_space
-from library.data.buckets import BucketAssignment, Size
+from library.data.buckets import BucketAssignment
 from library.data.images import load_rgb_and_alpha, resize_and_crop
 from library.data.latent_cache import CachedLatents, cache_bytes, crop_to_record, file_digest
-from library.data.read_ahead import read_ahead
+from library.data.prefetch import read_ahead
 from library.sdxl.latents import encode_pixels_finite
+from library.sdxl.sizes import Size
 
 
 class Picture(NamedTuple):

@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 
 from tqdm import tqdm
 
+from library.config.atomic_files import remove_leftovers, write_text
 from library.config.errors import UserError
 from library.config.options import option, positional
-from library.config.output_files import remove_leftovers, write_text
-from library.data.buckets import Size
 from library.data.images import find_images, list_images
+from library.sdxl.sizes import Size
 
 Entry = dict[str, Any]
 Metadata = dict[str, Entry]

@@ -10,9 +10,9 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from library.config.atomic_files import require_disk_space
 from library.config.errors import UserError
-from library.config.notices import notify
-from library.config.output_files import require_disk_space
+from library.config.messages import notify
 from library.data.training_set import TrainingImage
 from library.sdxl.tensor_file import TensorToWrite, open_tensors, raw_bytes, write_safetensors
 from library.sdxl.text_encoding import EncodedText, encode_g, encode_l, text_encoder_digest

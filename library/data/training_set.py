@@ -9,9 +9,9 @@ from diffusers import AutoencoderKL
 from tqdm import tqdm
 
 from library.config.errors import UserError
-from library.config.notices import notify
+from library.config.messages import notify
 from library.config.options import option
-from library.data.buckets import LEGACY_CROP_NOTICE, BucketAssignment, BucketRule, Size, covering_size, parse_resolution
+from library.data.buckets import LEGACY_CROP_NOTICE, BucketAssignment, BucketRule, covering_size, parse_resolution
 from library.data.images import IMAGE_SUFFIXES, read_size
 from library.data.latent_cache import (
     CacheDemands,
@@ -38,6 +38,7 @@ from library.data.metadata import (
     train_resolution,
 )
 from library.sdxl.latents import vae_digest
+from library.sdxl.sizes import Size
 
 _NAMES_SHOWN = 10
 

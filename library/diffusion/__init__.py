@@ -1,1 +1,1 @@
-"""What is learnt, and what does it look like?"""
+"""What is learnt?"""

@@ -11,8 +11,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-LATENT_CHANNELS = 4
-PIXELS_PER_LATENT = 8
+from library.sdxl.sizes import LATENT_CHANNELS
+
 LATENT_SCALE = 0.13025
 """What latents of the VAE are multiplied by before the U-Net sees them."""
 

@@ -10,17 +10,11 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
 
+from library.config.atomic_files import replacing_folder
 from library.config.errors import UserError
-from library.config.output_files import replacing_folder
-from library.sdxl.architecture import (
-    DEFAULT_LOGIT_SCALE,
-    LATENT_CHANNELS,
-    SDXL_BASE,
-    Architecture,
-    SdxlModel,
-    recorded_facts,
-)
+from library.sdxl.architecture import DEFAULT_LOGIT_SCALE, SDXL_BASE, Architecture, SdxlModel, recorded_facts
 from library.sdxl.checkpoint_file import ModelDtypes
+from library.sdxl.sizes import LATENT_CHANNELS
 from library.sdxl.tensor_file import TensorToWrite, write_safetensors
 from library.sdxl.tokenizers import PAD_G, PAD_L, save_tokenizer
 

@@ -8,8 +8,8 @@ from typing import NamedTuple, TypeVar
 import torch
 from diffusers import AutoencoderKL
 
-from library.config.notices import notify
-from library.sdxl.architecture import PIXELS_PER_LATENT
+from library.config.messages import notify
+from library.sdxl.sizes import PIXELS_PER_LATENT
 from library.sdxl.tensor_file import raw_bytes
 
 TILE = 64

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from library.config.atomic_files import replacing
 from library.config.errors import UserError
-from library.config.output_files import replacing
 
 _DTYPE_NAMES = {
     torch.float64: "F64",

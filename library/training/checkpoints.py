@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
+from library.config.atomic_files import CannotWrite
 from library.config.errors import UserError
-from library.config.notices import notify
+from library.config.messages import notify
 from library.config.options import option
-from library.config.output_files import CannotWrite
 from library.training.state import STATE_SUFFIX
 
 _WITHOUT_NAME = {"step": "at", "epoch": "epoch", "last": "last"}

@@ -12,7 +12,7 @@ from torch import nn
 
 from library.config.errors import UserError
 from library.config.options import option
-from library.training.compiled import MAX_KERNELS, allow_kernels, why_not_compiled
+from library.optim.kernels import MAX_KERNELS, allow_kernels, why_not_compiled
 
 REGIONS: tuple[type[nn.Module], ...] = (BasicTransformerBlock, ResnetBlock2D)
 """What is compiled: 70 transformer blocks of 2 widths and 17 residual blocks of 12 of SDXL's U-Net hold nearly all of

@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from library.config.output_files import require_disk_space
+from library.config.atomic_files import require_disk_space
+from library.optim.optimizers import OptimizerOptions, make_optimizer
+from library.optim.rounding import KAHAN, NEAREST
+from library.optim.stepping import state_beside_matrix
 from library.training.checkpoints import Save, SaveOptions
-from library.training.optimizers import OptimizerOptions, make_optimizer
-from library.training.rounding import KAHAN, NEAREST
 from library.training.state import STATE_SUFFIX
-from library.training.stepping import state_beside_matrix
 
 _PROBE_SIDE = 256  # wide enough for the sums that Adafactor keeps of rows and columns to be small beside the matrix
 

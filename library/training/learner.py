@@ -15,14 +15,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from library.config.errors import UserError
+from library.optim.fused_backward import FusedBackward
+from library.optim.lr_schedules import ScheduleOptions, make_lr_schedule
+from library.optim.optimizers import OptimizerOptions, make_optimizer, make_parameter_groups
+from library.optim.rounding import NEAREST, Rounder
+from library.optim.stepping import Stepper, keys_in_bfloat16, treats_each_alone
 from library.sdxl.architecture import SdxlModel
 from library.sdxl.weight_names import unet_name
-from library.training.fused_backward import FusedBackward
-from library.training.lr_schedules import ScheduleOptions, make_lr_schedule
-from library.training.optimizers import OptimizerOptions, make_optimizer, make_parameter_groups
-from library.training.rounding import NEAREST, Rounder
 from library.training.state import Resumable, group_settings
-from library.training.stepping import Stepper, keys_in_bfloat16, treats_each_alone
 
 
 @dataclass

@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 
 from library.config.options import option
+from library.optim.rounding import NEAREST, ROUNDINGS, STOCHASTIC
 from library.sdxl.checkpoint_file import ModelDtypes
-from library.training.rounding import NEAREST, ROUNDINGS, STOCHASTIC
 
 _DTYPES = {"no": torch.float32, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

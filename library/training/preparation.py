@@ -8,8 +8,8 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch import nn
 
+from library.config.atomic_files import remove_leftovers
 from library.config.errors import UserError
-from library.config.output_files import remove_leftovers
 from library.data.caption_lengths import cut_captions
 from library.data.dataset import Batch
 from library.data.fingerprint import fingerprints
@@ -17,8 +17,8 @@ from library.data.text_cache import FOLDER_NAME, NO_TEXTS, CachedTexts, encode_t
 from library.data.training_set import TrainingImage, encode_missing, read_training_set
 from library.sdxl.architecture import SdxlModel
 from library.sdxl.latents import encode_pixels_finite
-from library.training.mishaps import explained_out_of_memory
-from library.training.residency import visiting
+from library.training.loss_watch import explained_out_of_memory
+from library.training.offload import visiting
 from library.training.resume import check_images
 from library.training.run_options import TrainingOptions
 from library.training.state import Progress

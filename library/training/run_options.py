@@ -7,16 +7,17 @@ from typing import ClassVar
 
 from library.config.errors import UserError
 from library.config.options import ConfigFileOptions, option
-from library.data.buckets import BucketOptions, BucketRule, Size, parse_resolution
+from library.data.buckets import BucketOptions, BucketRule, parse_resolution
 from library.data.dataset import LoaderOptions
 from library.data.training_set import TrainingSetOptions
-from library.diffusion.noise_schedule import NoiseOptions
+from library.diffusion.noise import NoiseOptions
+from library.optim.lr_schedules import ScheduleOptions
+from library.optim.optimizers import OptimizerOptions
 from library.sdxl.model_source import ModelOptions
 from library.sdxl.model_spec import ModelSpecOptions
+from library.sdxl.sizes import Size
 from library.training.checkpoints import SaveOptions
 from library.training.compilation import CompileOptions
-from library.training.lr_schedules import ScheduleOptions
-from library.training.optimizers import OptimizerOptions
 from library.training.precision import PrecisionOptions
 from library.training.resume import ResumeOptions
 from library.training.sampling import SampleOptions

@@ -11,11 +11,10 @@ from typing import ClassVar, TypeVar
 import torch
 from PIL.Image import Image
 
+from library.config.atomic_files import CannotWrite
 from library.config.errors import UserError
 from library.config.options import option
-from library.config.output_files import CannotWrite
-from library.data.buckets import Size
-from library.diffusion.picture_files import (
+from library.samples.picture_files import (
     PictureRecord,
     grid_name,
     other_drawings,
@@ -23,9 +22,10 @@ from library.diffusion.picture_files import (
     picture_name,
     save_picture,
 )
-from library.diffusion.prompts import SAMPLERS, SamplePrompt, read_prompt_file
-from library.diffusion.sample_grid import SampleGrid, make_sample_grid
-from library.diffusion.sampler import SamplingNetworks, draw_picture
+from library.samples.prompts import SAMPLERS, SamplePrompt, read_prompt_file
+from library.samples.sample_grid import SampleGrid, make_sample_grid
+from library.samples.sampler import SamplingNetworks, draw_picture
+from library.sdxl.sizes import Size
 from library.training.tracking import Tracker
 
 SAMPLE_FOLDER = "sample"

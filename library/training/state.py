@@ -14,8 +14,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from library.config.atomic_files import replacing_folder, write_text
 from library.config.errors import UserError
-from library.config.output_files import replacing_folder, write_text
 from library.sdxl.tensor_file import TensorToWrite, open_tensors, read_pickled, write_pickled, write_safetensors
 
 STATE_FORMAT = 1

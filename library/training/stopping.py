@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from library.config.notices import notify
+from library.config.messages import notify
 
 STOP_FILE = "stop"
 EXIT_AFTER_SIGNAL = 128

@@ -21,7 +21,7 @@ from diffusers import DDPMScheduler
 from safetensors.torch import save_file
 
 import sdxl_train
-from library.diffusion.noise_schedule import NoiseOptions, NoisyBatch, draw_training_noise
+from library.diffusion.noise import NoiseOptions, NoisyBatch, draw_training_noise
 from library.training.learner import Learner
 
 

@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 
 from finetune import prepare_buckets_latents
-from library.data.buckets import BucketRule, Size
+from library.data.buckets import BucketRule
 from library.data.dataset import CaptionedPictures
 from library.data.epoch_order import MicroBatch
 from library.data.training_set import TrainingSetOptions, encode_missing, read_training_set
 from library.sdxl.latents import vae_digest
+from library.sdxl.sizes import Size
 from library.training.preparation import latents_of
 from tests.conftest import BUCKET_FLAGS, PreparedSet
 

@@ -1,6 +1,6 @@
 """Comparison 5: for every sampler name, the latents that diffusers' pipeline draws from the same two prompts.
 
-tests/diffusion/test_sampler.py lets the pipeline encode the prompts by itself and needs a wide tolerance for it. Here
+tests/samples/test_sampler.py lets the pipeline encode the prompts by itself and needs a wide tolerance for it. Here
 the pipeline's `encode_prompt` encodes prompt and negative prompt at once, as we do, and none is needed. The schedulers
 are those that kohya's trainers make for each name, written down here a second time.
 """
@@ -23,8 +23,8 @@ from diffusers import (
     PNDMScheduler,
 )
 
-from library.diffusion.prompts import SAMPLERS
-from library.diffusion.sampler import SamplingNetworks, draw_latents_together
+from library.samples.prompts import SAMPLERS
+from library.samples.sampler import SamplingNetworks, draw_latents_together
 from tests.plain_pipeline import PROMPT, SEED, SIZE, plain_pipeline
 
 SCHEDULERS: dict[str, Any] = {

@@ -14,12 +14,13 @@ import torch
 from PIL import ExifTags, Image
 
 from finetune import prepare_buckets_latents
-from library.data.buckets import BucketRule, Size
+from library.data.buckets import BucketRule
 from library.data.dataset import Batch, CaptionedPictures
 from library.data.epoch_order import MicroBatch
 from library.data.training_set import TrainingSetOptions, read_training_set
 from library.sdxl.latents import vae_digest
 from library.sdxl.size_conditioning import size_conditioning
+from library.sdxl.sizes import Size
 from tests.conftest import BUCKET_FLAGS
 
 RULE = BucketRule(Size(128, 128), 64, 256, 64, no_upscale=False)

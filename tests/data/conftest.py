@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from library.data.buckets import BucketRule, Size
+from library.data.buckets import BucketRule
 from library.data.latent_cache import CachedLatents, cache_path, file_digest, write_cache
 from library.data.training_set import TrainingSetOptions, read_training_set
+from library.sdxl.sizes import Size
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,10 @@
 
 import pytest
 
-from library.data.buckets import Size
 from library.data.caption_lengths import cut_captions
 from library.data.latent_cache import Crop
 from library.data.training_set import TrainingImage
+from library.sdxl.sizes import Size
 
 
 def image(key: str, num_words_l: int, num_words_g: int) -> TrainingImage:

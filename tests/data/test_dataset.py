@@ -9,13 +9,14 @@ import torch
 from PIL import Image
 
 from library.config.errors import UserError
-from library.data.buckets import BucketAssignment, Size
+from library.data.buckets import BucketAssignment
 from library.data.dataset import Batch, CaptionedPictures, LoaderOptions, make_loader
 from library.data.epoch_order import BatchShape, EpochOrder, MicroBatch
 from library.data.images import load_rgb, resize_and_crop
 from library.data.latent_cache import CachedLatents, Crop, write_cache
 from library.data.latent_preparation import Picture
 from library.data.training_set import TrainingImage
+from library.sdxl.sizes import Size
 from library.sdxl.tokenizers import PAD_G, PAD_L, tokenize
 
 # Neither square nor symmetric: shrunk to 97x48, where 8 columns go on the left and 9 on the right.

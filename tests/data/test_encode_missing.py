@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from library.config.errors import UserError
-from library.data.buckets import Size
 from library.data.latent_cache import cache_path, read_cache
 from library.data.training_set import encode_missing, read_training_set
 from library.sdxl.checkpoint_file import read_vae
 from library.sdxl.latents import vae_digest
+from library.sdxl.sizes import Size
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,8 @@
 
 import pytest
 
-from library.data.buckets import Size
 from library.data.fingerprint import fingerprints
+from library.sdxl.sizes import Size
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import pytest
 from PIL import ExifTags, Image
 
 from library.config.errors import UserError
-from library.data.buckets import Size
 from library.data.images import (
     UnusableImage,
     find_images,
@@ -21,6 +20,7 @@ from library.data.images import (
     read_size,
     resize_and_crop,
 )
+from library.sdxl.sizes import Size
 
 ORIENTATIONS = range(1, 9)
 

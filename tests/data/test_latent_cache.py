@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from library.config.errors import UserError
-from library.data.buckets import Size, covering_size
+from library.data.buckets import covering_size
 from library.data.latent_cache import (
     CacheDemands,
     CachedLatents,
@@ -21,6 +21,7 @@ from library.data.latent_cache import (
     require_separate_caches,
     write_cache,
 )
+from library.sdxl.sizes import Size
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "latent_cache.json").read_text(encoding="utf-8"))
 GOLDEN_FILES = [

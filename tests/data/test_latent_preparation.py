@@ -6,11 +6,12 @@ import torch
 from PIL import Image
 
 from library.config.errors import UserError
-from library.data.buckets import BucketAssignment, Size, covering_size
+from library.data.buckets import BucketAssignment, covering_size
 from library.data.images import load_rgb, resize_and_crop
 from library.data.latent_cache import file_digest
 from library.data.latent_preparation import EncodingOptions, Picture, encode_pictures, pixels_to_tensor
 from library.sdxl.checkpoint_file import read_vae
+from library.sdxl.sizes import Size
 
 BUCKET = Size(80, 48)
 

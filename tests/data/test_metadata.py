@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from library.config.errors import UserError
-from library.data.buckets import Size
 from library.data.metadata import (
     caption_g,
     caption_l,
@@ -21,6 +20,7 @@ from library.data.metadata import (
     with_train_resolution,
     write_metadata,
 )
+from library.sdxl.sizes import Size
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 

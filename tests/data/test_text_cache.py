@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from library.config.errors import UserError
-from library.data.buckets import Size
 from library.data.latent_cache import CachedLatents, Crop
 from library.data.text_cache import CachedTexts, OutputsOnDisk, encode_texts, tokens_digest
 from library.data.training_set import TrainingImage
 from library.sdxl.architecture import SdxlModel
 from library.sdxl.checkpoint_file import ModelDtypes, read_single_file
+from library.sdxl.sizes import Size
 from library.sdxl.text_encoding import encode_captions, text_encoder_digest, use_legacy_text_projection
 from library.sdxl.tokenizers import PAD_L, tokenize, tokenize_captions
 

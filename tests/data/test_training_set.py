@@ -3,9 +3,9 @@
 import pytest
 
 from library.config.errors import UserError
-from library.data.buckets import Size
 from library.data.latent_cache import crop_to_train
 from library.data.training_set import TrainingSetOptions
+from library.sdxl.sizes import Size
 
 # Keys
 

@@ -7,7 +7,7 @@ import pytest
 import quickstart
 from demo.classifier import Classifier, load_classifier
 from demo.figures import load_networks
-from library.diffusion.sampler import SamplingNetworks
+from library.samples.sampler import SamplingNetworks
 
 
 @pytest.fixture(scope="session")

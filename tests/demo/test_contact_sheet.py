@@ -7,8 +7,8 @@ from PIL import Image
 
 from demo.contact_sheet import contact_sheet, find_samples, main
 from library.config.errors import UserError
-from library.diffusion.picture_files import PictureRecord, save_picture
-from library.diffusion.prompts import SamplePrompt
+from library.samples.picture_files import PictureRecord, save_picture
+from library.samples.prompts import SamplePrompt
 
 STYLES, STEPS = ("photo", "anime"), (0, 10, 200)
 

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from demo.classifier import read_pictures
 from demo.figures import draw_all
 from demo.pretrain_tiny_sdxl import TINY, main
-from library.diffusion.prompts import SamplePrompt
+from library.samples.prompts import SamplePrompt
 from library.sdxl.architecture import ARCHITECTURE_KEY, Architecture, empty_model
 from library.sdxl.checkpoint_file import ModelDtypes, read_single_file, tensors_to_write
 from library.sdxl.diffusers_folder import write_diffusers_folder

@@ -11,8 +11,9 @@ from PIL import ExifTags, Image
 
 from finetune import prepare_buckets_latents as script
 from library.config.options import parse_options
-from library.data.buckets import Size, parse_resolution
+from library.data.buckets import parse_resolution
 from library.data.latent_cache import cache_path
+from library.sdxl.sizes import Size
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SIZE = Size(100, 60)

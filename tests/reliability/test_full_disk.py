@@ -10,8 +10,8 @@ import pytest
 
 import sdxl_train
 from finetune import prepare_buckets_latents, sdxl_merge_captions_g_to_metadata
+from library.config.atomic_files import replacing, require_disk_space
 from library.config.errors import UserError
-from library.config.output_files import replacing, require_disk_space
 from library.training import checkpoints
 from library.training.checkpoints import Checkpoints, SaveOptions
 from library.training.tracking import Tracker

@@ -22,7 +22,7 @@ from library.data.images import load_rgb_and_alpha, read_size
 from library.data.latent_cache import CachedLatents, read_cache, write_cache
 from library.data.metadata import images_by_stem, read_metadata, resolve_image, write_metadata
 from library.data.training_set import TrainingSetOptions, require_images
-from library.diffusion.prompts import SAMPLERS, read_prompt_file
+from library.samples.prompts import SAMPLERS, read_prompt_file
 from library.sdxl.tensor_file import open_tensors
 from library.training.run_options import OPTION_CLASSES, TrainingOptions
 

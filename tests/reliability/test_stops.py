@@ -10,7 +10,7 @@ import pytest
 import sdxl_train
 from benchmarks.forked_runs import FOLDER, KILL_AT, KILL_BY
 from benchmarks.outcome import outcome_of
-from library.training.sole_run import sole_run
+from library.training.run_lock import sole_run
 from library.training.state import read_progress
 from tests.conftest import PreparedSet
 from tests.reliability.refusal import said_on_refusal

@@ -10,8 +10,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from library.config.errors import UserError
+from library.optim import kernels as compiled_kernels
 from library.training import compilation
-from library.training import compiled as compiled_kernels
 from library.training.compilation import CompileOptions, compile_regions
 
 CPU = torch.device("cpu")

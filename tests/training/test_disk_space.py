@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from library.config.errors import UserError
+from library.optim.optimizers import OptimizerOptions
+from library.optim.rounding import KAHAN, STOCHASTIC
 from library.training.checkpoints import SaveOptions
 from library.training.disk_space import bytes_of, bytes_of_state, require_room
-from library.training.optimizers import OptimizerOptions
-from library.training.rounding import KAHAN, STOCHASTIC
 
 Usage = namedtuple("Usage", "free")
 WEIGHTS = 1000 * 1000

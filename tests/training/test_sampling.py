@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from library.config.options import parse_options
-from library.data.buckets import Size
+from library.sdxl.sizes import Size
 from library.training.sampling import SampleOptions, Sampling
 from library.training.tracking import Tracker, TrackingOptions
 

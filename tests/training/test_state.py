@@ -11,7 +11,7 @@ from torch import nn
 from transformers.optimization import Adafactor
 
 from library.config.errors import UserError
-from library.training.lr_schedules import ScheduleOptions, make_lr_schedule
+from library.optim.lr_schedules import ScheduleOptions, make_lr_schedule
 from library.training.state import (
     LATEST,
     Progress,

@@ -1,0 +1,239 @@
+"""Adafactor near the speed of memory, rounding included (Shazeer and Stern 2018, https://arxiv.org/abs/1804.04235).
+
+The numbers are those of transformers' class of the same name. There every operation passes over the whole tensor, some
+twenty times; here three kernels do: mean squares, the size of the update, the update with its rounding.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from library.config.errors import UserError
+from library.optim.kernels import compiled
+from library.optim.rounding import KAHAN, STOCHASTIC, Rounder, stochastically_rounded, with_residual
+
+RESIDUAL = "rounding_residual"
+"""Key of an optimizer's state: what rounding has cut off the weights so far, bfloat16."""
+
+
+class Adafactor(Optimizer):
+    """Adafactor at a given learning rate; arguments and state are those of transformers.
+
+    The squares of gradients are kept as mean squares of rows and columns: of matrices, and of each kernel (kH x kW) of
+    a convolution, which is 2/3 of a 3x3 convolution's size in float32. `flatten_convolutions` takes a convolution as
+    one matrix [out, in * kH * kW] instead, which is next to nothing.
+
+    `rounder`, where it is set, says how new bfloat16 weights are rounded; without one, to the nearest.
+    Raises `ValueError` for `relative_step` and `warmup_init`, which set the learning rate by themselves.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        eps: tuple[float, float] = (1e-30, 1e-3),
+        clip_threshold: float = 1.0,
+        decay_rate: float = -0.8,
+        beta1: float | None = None,
+        weight_decay: float = 0.0,
+        scale_parameter: bool = True,
+        relative_step: bool = True,
+        warmup_init: bool = False,
+        flatten_convolutions: bool = False,
+    ):
+        if relative_step or warmup_init:
+            raise ValueError("relative_step and warmup_init must be False: the learning rate is --learning_rate")
+        settings = {
+            "lr": lr,
+            "eps": eps,
+            "clip_threshold": clip_threshold,
+            "decay_rate": decay_rate,
+            "beta1": beta1,
+            "weight_decay": weight_decay,
+            "scale_parameter": scale_parameter,
+            "flatten_convolutions": flatten_convolutions,
+        }
+        super().__init__(params, settings)
+        self.rounder: Rounder | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Move every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._move(parameter, parameter.grad, group)
+        return loss
+
+    def _move(self, parameter: Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        state["step"] = state.get("step", 0) + 1
+        shape = _rows_first(parameter.shape)
+        weights = parameter.data.view(shape)
+        factors = _update_mean_squares(state, gradient, group)
+        gradient = gradient.reshape(shape)
+        scale = None
+        if group["scale_parameter"]:
+            scale = (_norm(weights) / weights.numel() ** 0.5).clamp(min=group["eps"][1])
+        clip = _norm_of_update(gradient, factors) / weights.numel() ** 0.5 / group["clip_threshold"]
+        _apply(
+            weights,
+            gradient,
+            factors,
+            clip=clip.clamp(min=1.0),
+            scale=scale,
+            rate=group["lr"],
+            weight_decay=group["weight_decay"],
+            first_moment=_first_moment(state, weights, group["beta1"]),
+            beta1=group["beta1"] or 0.0,
+            **self._rounding_of(parameter, state, shape),
+        )
+
+    def _rounding_of(self, parameter: Parameter, state: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
+        """Where the weights are bfloat16: the seed of their rounding, or what earlier roundings have cut off."""
+        kind = self.rounder.kind if self.rounder is not None and parameter.dtype == torch.bfloat16 else None
+        seed = residual = None
+        if self.rounder is not None and kind == STOCHASTIC:
+            seed = self.rounder.seed(parameter)
+        if kind == KAHAN:
+            if RESIDUAL not in state:
+                state[RESIDUAL] = torch.zeros_like(parameter)
+            residual = state[RESIDUAL].view(shape)
+        return {"seed": seed, "residual": residual}
+
+
+def _rows_first(shape: torch.Size) -> tuple[int, ...]:
+    """A vector as it is, all else as a matrix: the kernels then meet two kinds of tensors only."""
+    return tuple(shape) if len(shape) < 2 else (shape[0], math.prod(shape[1:]))
+
+
+def _first_moment(state: dict[str, Any], weights: Tensor, beta1: float | None) -> Tensor | None:
+    if beta1 is None:
+        return None
+    if "exp_avg" not in state:
+        state["exp_avg"] = torch.zeros_like(weights, dtype=torch.float32)
+    return state["exp_avg"].view(weights.shape)
+
+
+def _update_mean_squares(state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> list[Tensor]:
+    """Let this step's squares into their running means; gives what the gradient is multiplied by, as factors."""
+    eps = group["eps"][0]
+    beta2 = 1.0 - math.pow(state["step"], group["decay_rate"])  # the paper, section 7.2
+    if gradient.ndim < 2:
+        [squares] = _running(state, beta2, exp_avg_sq=gradient.float().square() + eps)
+        return [squares.rsqrt()]
+    if gradient.ndim == 2 or group["flatten_convolutions"]:
+        rows, columns = _mean_squares(gradient.reshape(_rows_first(gradient.shape)), eps)
+    else:
+        rows, columns = _mean_squares_of_kernels(gradient, eps)
+    rows, columns = _running(state, beta2, exp_avg_sq_row=rows, exp_avg_sq_col=columns)
+    factors = [(rows / rows.mean(dim=-1, keepdim=True)).rsqrt().unsqueeze(-1), columns.rsqrt().unsqueeze(-2)]
+    return factors if rows.ndim == 1 else [_outer(*factors).view(_rows_first(gradient.shape))]
+
+
+def _running(state: dict[str, Any], beta2: float, **values: Tensor) -> list[Tensor]:
+    """The running means in `state` of these names, after `values` have come in."""
+    for name, value in values.items():
+        if name not in state:
+            state[name] = torch.zeros_like(value)
+        elif state[name].shape != value.shape:
+            raise UserError(
+                "the state that is resumed was made with another flatten_convolutions of Adafactor.",
+                "Give the same --optimizer_args as then.",
+            )
+        state[name].mul_(beta2).add_(value, alpha=1.0 - beta2)
+    return [state[name] for name in values]
+
+
+# -- kernels: each passes over the tensor once ------------------------------------------------------------------------
+
+
+@compiled
+def _mean_squares(gradient: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean squares of rows [..., r] and columns [..., c] of matrices [..., r, c]."""
+    squares = gradient.float().square() + eps
+    return squares.mean(dim=-1), squares.mean(dim=-2)
+
+
+@compiled
+def _mean_squares_of_kernels(gradient: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean squares of rows [o, i, h] and columns [o, i, w] of the kernels of a convolution [o, i, h, w].
+
+    Written as sums of whole tensors: a reduction over three numbers is slower than all the rest.
+    """
+    *outer, height, width = gradient.shape
+    squares = (gradient.float().square() + eps).reshape(-1, height * width)
+    taps = [[squares[:, width * y + x] for x in range(width)] for y in range(height)]
+    rows = torch.stack([sum(row[1:], start=row[0]) / width for row in taps], dim=-1)
+    columns = torch.stack([sum(column[1:], start=column[0]) / height for column in zip(*taps, strict=True)], dim=-1)
+    return rows.view(*outer, height), columns.view(*outer, width)
+
+
+@compiled
+def _outer(row_factors: Tensor, column_factors: Tensor) -> Tensor:
+    """The product of factors [..., r, 1] and [..., 1, c]."""
+    return row_factors * column_factors
+
+
+@compiled
+def _norm(weights: Tensor) -> Tensor:
+    """The Euclidean norm of all weights, in float32."""
+    return weights.float().norm(2)
+
+
+@compiled
+def _norm_of_update(gradient: Tensor, factors: list[Tensor]) -> Tensor:
+    """The Euclidean norm of the update before it is clipped."""
+    return _product(gradient, factors).norm(2)
+
+
+@compiled
+def _apply(
+    weights: Tensor,
+    gradient: Tensor,
+    factors: list[Tensor],
+    *,
+    clip: Tensor,
+    scale: Tensor | None,
+    rate: float,
+    weight_decay: float,
+    first_moment: Tensor | None,
+    beta1: float,
+    seed: int | None,
+    residual: Tensor | None,
+) -> None:
+    """Move `weights`, in place (and `first_moment` and `residual`, where they are kept)."""
+    step_size = rate if scale is None else rate * scale
+    update = _product(gradient, factors) / clip * step_size
+    if first_moment is not None:
+        first_moment.mul_(beta1).add_(update, alpha=1 - beta1)
+        update = first_moment
+    values = weights.float() if residual is None else weights.float() + residual.float()
+    if scale is None:
+        # A number takes another path through torch than a tensor, with one rounding less: that of transformers.
+        values = torch.add(values, values, alpha=-weight_decay * rate)
+    else:
+        values = values - values * (weight_decay * step_size)
+    values = values - update
+    if residual is not None:
+        rounded, missing = with_residual(values)
+        residual.copy_(missing)
+        weights.copy_(rounded)
+    else:
+        weights.copy_(values if seed is None else stochastically_rounded(values, seed))
+
+
+def _product(gradient: Tensor, factors: list[Tensor]) -> Tensor:
+    product = factors[0]
+    for factor in factors[1:]:
+        product = product * factor
+    return product * gradient.float()

@@ -1,0 +1,84 @@
+"""How new weights become bfloat16 again, so that steps far smaller than its spacing are not lost.
+
+bfloat16 has 8 bits of mantissa: the neighbours of 1 are 1/128 above and 1/256 below, and a step of 1e-5 rounds to no
+step at all. Stochastic rounding takes the upper neighbour as often as the value is close to it, so that the mean is the
+value (Gupta et al. 2015, https://arxiv.org/abs/1502.02551); compensation keeps what rounding cut off (Kahan 1965).
+"""
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from library.optim.kernels import compiled
+
+STOCHASTIC = "stochastic"
+KAHAN = "kahan"
+NEAREST = "nearest"
+ROUNDINGS = (STOCHASTIC, KAHAN, NEAREST)
+
+_LOW_HALF = 0xFFFF
+"""The 16 bits of a float32 that bfloat16 does not have."""
+
+
+def stochastically_rounded(values: Tensor, seed: int) -> Tensor:
+    """float32 `values` as bfloat16, up or down at random with the value as the mean; Inf and NaN stay.
+
+    The random numbers are a function of `seed` (32 bits, signed) and of the position in the tensor: no generator has a
+    state to keep. In the sign-and-magnitude bits of a float32, adding 16 random bits below the mantissa of bfloat16
+    carries into it with exactly the probability wanted.
+    """
+    position = torch.arange(values.numel(), dtype=torch.int32, device=values.device).view(values.shape)
+    bits = (values.view(torch.int32) + (_hashed(position, seed) & _LOW_HALF)) & ~_LOW_HALF
+    return torch.where(values.isfinite(), bits.view(torch.float32), values).to(torch.bfloat16)
+
+
+def _hashed(counter: Tensor, seed: int) -> Tensor:
+    """32 random bits for each number: multiply and shift as in `lowbias32` of C. Wellons' hash-prospector (2018).
+
+    int32 wraps around; its shifts copy the sign, so that the upper bits have to be masked off.
+    """
+    bits = counter * -1640531527 + seed  # 2**32 / golden ratio: neighbours differ in all bits
+    bits = (bits ^ ((bits >> 16) & 0xFFFF)) * 0x7FEB352D
+    bits = (bits ^ ((bits >> 15) & 0x1FFFF)) * -2073254261  # 0x846CA68B
+    return bits ^ ((bits >> 16) & 0xFFFF)
+
+
+round_stochastically = compiled(stochastically_rounded)
+
+
+def with_residual(values: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 `values` as the nearest bfloat16 and what is missing from them, in bfloat16 too: 16 bits in all.
+
+    Rounded in the bits, half to even: a compiler takes a cast to bfloat16 and back for nothing, and leaves it out.
+    """
+    bits = values.view(torch.int32)
+    nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & ~_LOW_HALF).view(torch.float32)
+    nearest = torch.where(values.isfinite(), nearest, values)
+    residual = torch.where(nearest.isfinite(), values - nearest, 0.0)
+    return nearest.to(torch.bfloat16), residual.to(torch.bfloat16)
+
+
+class Rounder:
+    """The rounding of a run: which kind, and a seed of its own for each parameter at each step.
+
+    A seed is made from the run's seed, the step and the parameter's place among `parameters`, so that a resumed run
+    rounds as the one that was not stopped, and every process rounds alike.
+    """
+
+    def __init__(self, kind: str, parameters: Iterable[Parameter], seed: int):
+        self.kind = kind
+        self._places = {parameter: place for place, parameter in enumerate(parameters)}
+        self._seed = seed
+        self._step = 0
+
+    def start(self, step: int) -> None:
+        """Begin optimizer step `step`."""
+        self._step = step
+
+    def seed(self, parameter: Parameter, what: str = "weights") -> int:
+        """The seed for `what` of a parameter in this step: 32 bits, signed."""
+        text = f"{self._seed}/{self._step}/{self._places[parameter]}/{what}"
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little", signed=True)

@@ -1,0 +1,262 @@
+"""What to draw: the pictures that a prompt file asks for, checked before any model is loaded."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from library.config.errors import UserError
+from library.config.option_fields import nearest
+from library.config.toml_text import parse_toml
+from library.sdxl.sizes import PIXELS_PER_LATENT
+
+SAMPLERS: tuple[str, ...] = (
+    *("ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a"),
+    *("dpmsolver", "dpmsolver++", "dpmsingle"),
+    *("k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a"),
+)
+MIN_SIDE, MAX_SIDE = 64, 8192  # pixels
+MAX_CHARACTERS = 10_000  # each 75 tokens are another pass through both encoders
+MAX_STEPS = 1000  # as many as the noise schedule has
+MAX_SEED = 2**64 - 1  # the last one that torch.Generator takes
+
+
+@dataclass(frozen=True)
+class SamplePrompt:
+    """One picture to draw: a prompt and a negative prompt for each text encoder, and how to sample it.
+
+    `width` and `height` are pixels, multiples of 8; None stands for the training resolution. `sampler` None stands for
+    the sampler of the command line, `seed` None for no fixed seed. `shared` says that the file gave one text, which
+    both encoders read. `line` counts from 1: the line of a text file, the entry of a table file.
+    """
+
+    prompt_g: str
+    prompt_l: str
+    negative_g: str = ""
+    negative_l: str = ""
+    width: int | None = None
+    height: int | None = None
+    seed: int | None = None
+    guidance_scale: float = 7.5
+    num_inference_steps: int = 30
+    sampler: str | None = None
+    line: int = 1
+    shared: bool = False
+
+
+def read_prompt_file(path: Path) -> list[SamplePrompt]:
+    """The pictures that a .txt, .toml or .json file asks for, in its order.
+
+    Text: one picture a line, as `a cat --e photographic --n ugly --w 1024`; blank lines and # comments are skipped.
+    TOML: [[prompt]] tables, or kohya's [prompt] whose [[prompt.subset]] tables inherit from it. JSON: a list of
+    objects, or of lines. Sizes are floored to a multiple of 8. Without an L prompt both encoders read the G prompt.
+    Raises `UserError`, with the place in the file, for the first mistake found.
+    """
+    readers = {".txt": _read_text, ".toml": _read_toml, ".json": _read_json}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise UserError(f"'{path}' is no prompt file.", f"Its name must end in {', '.join(readers)}.")
+    prompts = list(reader(path, _decoded(path)))
+    if not prompts:
+        raise UserError(f"'{path}' holds no prompt.", "Write one picture a line, for example: a cat --n ugly --s 28")
+    return prompts
+
+
+# -- what a prompt can say --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """One thing that a prompt can say: its option on a line, its keys in a table, the values it can have."""
+
+    option: str
+    keys: tuple[str, ...]
+    expected: str = "a text in quotes"
+    kind: type[int] | type[float] | None = None  # None: text
+    low: float = 0
+    high: float = 0
+
+    def value_of(self, raw: object) -> str | int | float | None:
+        """`raw` (the text after an option, or a value of a table) as `kind` and in range, or None where it is not."""
+        if self.kind is None:
+            return raw.strip() if isinstance(raw, str) else None
+        if isinstance(raw, bool) or not isinstance(raw, str | int | self.kind):
+            return None
+        try:
+            number = self.kind(raw)
+        except (ValueError, OverflowError):
+            return None
+        return number if self.low <= number <= self.high else None
+
+
+_SIDE = (f"a whole number of pixels from {MIN_SIDE} to {MAX_SIDE}", int, MIN_SIDE, MAX_SIDE)
+_SETTINGS = {
+    "prompt_g": _Setting("", ("prompt", "prompt_g")),
+    "prompt_l": _Setting("e", ("prompt_l",)),
+    "negative": _Setting("n", ("negative_prompt",)),
+    "negative_g": _Setting("ng", ("negative_prompt_g",)),
+    "negative_l": _Setting("nl", ("negative_prompt_l",)),
+    "width": _Setting("w", ("width",), *_SIDE),
+    "height": _Setting("h", ("height",), *_SIDE),
+    "seed": _Setting("d", ("seed",), f"a whole number from 0 to {MAX_SEED}", int, 0, MAX_SEED),
+    "guidance_scale": _Setting("l", ("scale", "guidance_scale"), "a number from 0 to 1000", float, 0, 1000),
+    "num_inference_steps": _Setting(
+        "s", ("sample_steps", "num_inference_steps"), f"a whole number from 1 to {MAX_STEPS}", int, 1, MAX_STEPS
+    ),
+    "sampler": _Setting("ss", ("sample_sampler", "sampler"), f"one of {', '.join(SAMPLERS)}"),
+}
+_NAME_OF_OPTION = {setting.option: name for name, setting in _SETTINGS.items() if setting.option}
+_NAME_OF_KEY = {key: name for name, setting in _SETTINGS.items() for key in setting.keys}
+
+# One half of a surrogate pair: JSON can say it, and no file can be written with it.
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+
+# An option is two dashes that follow a space and touch a letter: "a cat -- a dog" and "3--4" are text.
+_OPTION_WORD = re.compile(r"(?:^|\s)--([a-z]\S*)", re.IGNORECASE)
+
+
+def _checked(name: str, shown: str, raw: object, where: str) -> Any:
+    """The value of the setting `name`, written as `shown`; raises `UserError` with what is expected."""
+    setting = _SETTINGS[name]
+    value = setting.value_of(raw)
+    if name == "sampler" and isinstance(value, str):
+        value = value.lower() if value.lower() in SAMPLERS else None
+    if value is None:
+        guess = nearest(str(raw), SAMPLERS) if name == "sampler" else ""
+        raise UserError(f"{where}: {shown} is '{raw}'.", f"{guess} It must be {setting.expected}.".lstrip())
+    return value
+
+
+def _picture(said: dict[str, Any], line: int, where: str) -> SamplePrompt:
+    """The picture that the settings `said` describe, with defaults for what they leave open."""
+    if not said.keys() & {"prompt_g", "prompt_l"}:
+        raise UserError(f"{where}: there is no prompt.", "Give the text of the picture, before any option.")
+    texts = [text for text in said.values() if isinstance(text, str)]
+    half = _HALF_CHARACTER.search("".join(texts))
+    if half is not None:
+        raise UserError(f"{where}: {half[0]!a} is half of a character.", "Write the whole of it.")
+    longest = max(len(text) for text in texts)
+    if longest > MAX_CHARACTERS:
+        raise UserError(f"{where}: a text has {longest} characters.", f"Keep it below {MAX_CHARACTERS}.")
+    prompt_g = said.get("prompt_g", "")
+    negative = said.get("negative", "")
+    sides = {side: said[side] // PIXELS_PER_LATENT * PIXELS_PER_LATENT for side in ("width", "height") if side in said}
+    sampling = ("seed", "guidance_scale", "num_inference_steps", "sampler")
+    return SamplePrompt(
+        prompt_g=prompt_g,
+        prompt_l=said.get("prompt_l", prompt_g),
+        negative_g=said.get("negative_g", negative),
+        negative_l=said.get("negative_l", negative),
+        line=line,
+        shared="prompt_l" not in said,
+        **sides,
+        **{name: said[name] for name in sampling if name in said},
+    )
+
+
+# -- text -------------------------------------------------------------------------------------------------------------
+
+
+def _read_text(path: Path, text: str) -> Iterator[SamplePrompt]:
+    for number, line in enumerate(re.split(r"\r\n|\r|\n", text), start=1):
+        if line.strip() and not line.lstrip().startswith("#"):
+            where = f"'{path}', line {number}"
+            yield _picture(_settings_of_line(line, where), number, where)
+
+
+def _settings_of_line(line: str, where: str) -> dict[str, Any]:
+    """What `a cat --e photographic --w 1024` says, by the name of the setting."""
+    prompt, *options = (part.strip() for part in _OPTION_WORD.split(line))
+    said: dict[str, Any] = {"prompt_g": prompt} if prompt else {}
+    for word, raw in zip(options[::2], options[1::2], strict=True):
+        name = _NAME_OF_OPTION.get(word.lower())
+        if name is None:
+            raise _unknown_option(word, where)
+        if name in said:
+            raise UserError(f"{where}: --{word} is given twice.", "Keep one of the two.")
+        said[name] = _checked(name, f"--{word}", raw, where)
+    return said
+
+
+def _unknown_option(word: str, where: str) -> UserError:
+    # A long name ("--steps", "--width") leads to the short option that means it.
+    known = _NAME_OF_OPTION | {key: name for key, name in _NAME_OF_KEY.items() if _SETTINGS[name].option}
+    before_equals_sign = word.partition("=")[0].lower()
+    matches = get_close_matches(before_equals_sign, known, n=1, cutoff=0.4)
+    guess = f"Did you mean --{_SETTINGS[known[matches[0]]].option}, a space and a value? " if matches else ""
+    options = " ".join(f"--{option}" for option in _NAME_OF_OPTION)
+    return UserError(f"{where}: there is no option --{word}.", f"{guess}The options are {options}.")
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def _read_toml(path: Path, text: str) -> Iterator[SamplePrompt]:
+    try:
+        document = parse_toml(text)
+    except ValueError as error:
+        raise UserError(f"'{path}' is not valid TOML: {error}.", "Mend it there.") from error
+    prompt = document.pop("prompt", None)
+    if document or not isinstance(prompt, dict | list):
+        found = f"has '{next(iter(document))}'" if document else "has no prompt"
+        raise UserError(f"'{path}' {found} at its top.", "Write [[prompt]] above each picture, and nothing else there.")
+    inherited = prompt if isinstance(prompt, dict) else {}
+    entries = prompt.pop("subset", [{}]) if isinstance(prompt, dict) else prompt
+    if not isinstance(entries, list):
+        raise UserError(f"'{path}': 'subset' is no list of tables.", "Write [[prompt.subset]] above each picture.")
+    common = _settings_of_table(inherited, f"'{path}', [prompt]")
+    for number, entry in enumerate(entries, start=1):
+        where = f"'{path}', prompt {number}"
+        yield _picture(common | _settings_of_table(entry, where), number, where)
+
+
+def _read_json(path: Path, text: str) -> Iterator[SamplePrompt]:
+    try:
+        entries = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"'{path}', line {error.lineno} is not valid JSON: {error.msg}.", "Mend it there.") from error
+    except (RecursionError, ValueError) as error:  # thousands of brackets, a number of thousands of digits
+        raise UserError(f"'{path}' is not a list of prompts ({error}).", "Write it anew.") from error
+    if not isinstance(entries, list):
+        raise UserError(f"'{path}' is no list.", 'Write the pictures as [{"prompt": "a cat"}, {"prompt": "a dog"}].')
+    for number, entry in enumerate(entries, start=1):
+        where = f"'{path}', prompt {number}"
+        said = _settings_of_line(entry, where) if isinstance(entry, str) else _settings_of_table(entry, where)
+        yield _picture(said, number, where)
+
+
+def _settings_of_table(table: object, where: str) -> dict[str, Any]:
+    """What a table with spelled-out names says, by the name of the setting."""
+    if not isinstance(table, dict):
+        raise UserError(f"{where} is no table.", 'Write its settings by name, as in prompt = "a cat".')
+    said: dict[str, Any] = {}
+    for key, raw in table.items():
+        name = _NAME_OF_KEY.get(key)
+        if name is None:
+            guess = nearest(key, _NAME_OF_KEY)
+            remedy = f"{guess} The settings are {', '.join(_NAME_OF_KEY)}."
+            raise UserError(f"{where}: there is no setting '{key}'.", remedy.lstrip())
+        if name in said:
+            raise UserError(
+                f"{where}: '{key}' says a second time what '{' / '.join(_SETTINGS[name].keys)}' says.", "Keep one."
+            )
+        said[name] = _checked(name, f"'{key}'", raw, where)
+    return said
+
+
+def _decoded(path: Path) -> str:
+    """The text of a UTF-8 file without its byte-order mark."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"cannot read the prompt file '{path}': {error.strerror or error}.", "Check its path."
+        ) from error
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"'{path}', line {line} is not UTF-8 text.", "Save the file as UTF-8.") from error

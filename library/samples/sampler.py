@@ -1,0 +1,165 @@
+"""A prompt for each text encoder to a picture, with diffusers' pipeline and the scheduler of the asked-for name."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
+from torch import nn
+
+from library.samples.prompts import SamplePrompt
+from library.sdxl.architecture import LATENT_SCALE
+from library.sdxl.latents import decode_latents
+from library.sdxl.text_encoding import TextConditioning, encode_captions
+from library.sdxl.tokenizers import num_chunks_needed, tokenize_captions
+
+_BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+_SCHEDULERS: dict[str, tuple[type, dict[str, Any]]] = {
+    # Latents are not confined to -1..1: clipping them, as kohya's trainers do for ddim, greys the picture.
+    "ddim": (DDIMScheduler, {"clip_sample": False}),
+    # Without its Runge-Kutta start (as Stable Diffusion's own configuration has it), which needs four steps or fails.
+    "pndm": (PNDMScheduler, {"skip_prk_steps": True}),
+    "lms": (LMSDiscreteScheduler, {}),
+    "euler": (EulerDiscreteScheduler, {}),
+    "euler_a": (EulerAncestralDiscreteScheduler, {}),
+    "heun": (HeunDiscreteScheduler, {}),
+    "dpm_2": (KDPM2DiscreteScheduler, {}),
+    "dpm_2_a": (KDPM2AncestralDiscreteScheduler, {}),
+    "dpmsolver": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
+    "dpmsolver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
+    "dpmsingle": (DPMSolverSinglestepScheduler, {}),
+}
+
+
+def _already_there(*networks: nn.Module) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+@dataclass(frozen=True)
+class SamplingNetworks:
+    """What a picture is drawn with; the U-Net gives float32.
+
+    Within `at_hand(network, ...)` the others are on the U-Net's device: they are called only there.
+    """
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoder_l: nn.Module
+    text_encoder_g: nn.Module
+    at_hand: Callable[..., AbstractContextManager[None]] = _already_there
+
+
+def make_sampling_scheduler(name: str) -> Any:
+    """diffusers' scheduler for a name of `--sample_sampler`; a leading `k_` makes no difference, as in kohya's."""
+    scheduler_class, settings = _SCHEDULERS[name.removeprefix("k_")]
+    return scheduler_class(**_BETAS, **settings)
+
+
+@torch.no_grad()
+def draw_latents_together(
+    networks: SamplingNetworks,
+    prompts: Sequence[SamplePrompt],
+    *,
+    sampler: str,
+    width: int,
+    height: int,
+    seeds: Sequence[int],
+    min_chunks: int = 1,
+) -> torch.Tensor:
+    """Scaled latents [B, 4, h, w], in float32, of the pictures of B prompts, drawn in one batch.
+
+    The same as `StableDiffusionXLPipeline(prompt=L, prompt_2=G)`, whose denoising loop this is; only the captions are
+    encoded here. The noise of each comes from a generator of its own seed, on the CPU. All randomness is theirs: the
+    random state of training is left alone.
+
+    The prompts must agree in their number of sampling steps and in their guidance scale. They are padded to chunks of
+    75 tokens, as many as the longest needs and at least `min_chunks`.
+    """
+    (num_inference_steps, guidance_scale), *others = {
+        (prompt.num_inference_steps, prompt.guidance_scale) for prompt in prompts
+    }
+    assert not others
+    with networks.at_hand(networks.text_encoder_l, networks.text_encoder_g):
+        wanted, unwanted = _encode_prompts(networks, prompts, min_chunks)
+    pipeline = StableDiffusionXLPipeline(
+        vae=None,  # which may be elsewhere, and only decodes
+        text_encoder=None,
+        text_encoder_2=None,
+        tokenizer=None,
+        tokenizer_2=None,
+        unet=networks.unet,
+        scheduler=make_sampling_scheduler(sampler),
+        add_watermarker=False,
+    )
+    pipeline.set_progress_bar_config(desc=prompts[0].prompt_g[:40], leave=False, disable=None)
+    return pipeline(
+        prompt_embeds=wanted.hidden,
+        pooled_prompt_embeds=wanted.pooled,
+        negative_prompt_embeds=unwanted.hidden,
+        negative_pooled_prompt_embeds=unwanted.pooled,
+        width=width,
+        height=height,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        output_type="latent",
+    ).images
+
+
+def draw_picture(
+    networks: SamplingNetworks,
+    prompt: SamplePrompt,
+    *,
+    sampler: str,
+    width: int,
+    height: int,
+    seed: int,
+    min_chunks: int = 1,
+) -> Image.Image | None:
+    """The picture of a prompt, or None where the networks give NaN or Inf."""
+    latents = draw_latents_together(
+        networks, [prompt], sampler=sampler, width=width, height=height, seeds=[seed], min_chunks=min_chunks
+    )
+    return picture_of_latents(networks, latents)
+
+
+def picture_of_latents(networks: SamplingNetworks, latents: torch.Tensor) -> Image.Image | None:
+    """The picture of scaled latents [1, 4, h, w], or None where the decoder gives NaN or Inf."""
+    with networks.at_hand(networks.vae):
+        pixels = decode_latents(networks.vae, latents / LATENT_SCALE)[0]  # [3, H, W] in -1..1
+    if not pixels.isfinite().all():
+        return None
+    scaled = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
+    return Image.fromarray(np.ascontiguousarray(scaled.permute(1, 2, 0).numpy()))
+
+
+def _encode_prompts(
+    networks: SamplingNetworks, prompts: Sequence[SamplePrompt], min_chunks: int
+) -> tuple[TextConditioning, TextConditioning]:
+    """Conditioning of prompts and negative prompts, in float32, padded to the same number of chunks or `min_chunks`."""
+    captions_l = [prompt.prompt_l for prompt in prompts] + [prompt.negative_l for prompt in prompts]
+    captions_g = [prompt.prompt_g for prompt in prompts] + [prompt.negative_g for prompt in prompts]
+    num_chunks = max(min_chunks, *(num_chunks_needed(caption) for caption in captions_l + captions_g))
+    tokens = tokenize_captions(captions_l, captions_g, num_chunks).to(networks.unet.device)
+    both = encode_captions(networks.text_encoder_l, networks.text_encoder_g, tokens)
+    (hidden, unwanted_hidden), (pooled, unwanted_pooled) = (tensor.float().chunk(2) for tensor in both)
+    return TextConditioning(hidden, pooled), TextConditioning(unwanted_hidden, unwanted_pooled)

@@ -1,0 +1,109 @@
+"""Noise and timesteps, bit for bit as the reference trainer drew them."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from library.diffusion.noise import (
+    NoiseOptions,
+    draw_noise,
+    draw_timesteps,
+    draw_training_noise,
+    make_noise_schedule,
+)
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+NOISE = {name: torch.from_numpy(array) for name, array in np.load(GOLDEN / "noise.npz").items()}
+INDEX = json.loads((GOLDEN / "noise_index.json").read_text(encoding="utf-8"))["entries"]
+OPTIONS = {
+    "plain": NoiseOptions(),
+    "seed": NoiseOptions(noise_offset=0.0357, adaptive_noise_scale=0.00357),
+    "multires": NoiseOptions(multires_noise_iterations=6, multires_noise_discount=0.3),
+}
+CASES = [entry for entry in INDEX if "case" in entry]
+LATENTS = NOISE["latents_fp32"]
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_the_schedule_is_the_one_that_sdxl_was_trained_with():
+    schedule = make_noise_schedule()
+    golden = np.load(GOLDEN / "schedule_standard.npz")
+    assert np.array_equal(schedule.betas.numpy(), golden["betas"])
+    assert np.array_equal(schedule.alphas_cumprod.numpy(), golden["alphas_cumprod"])
+
+
+@pytest.mark.parametrize("entry", CASES, ids=lambda entry: entry["case"])
+def test_a_training_draw_equals_the_reference_bit_for_bit(entry: dict):
+    name, precision = entry["case"].split("_")
+    latents = LATENTS.bfloat16() if precision == "bf16" else LATENTS
+    generator = seeded(42)
+    drawn = draw_training_noise(latents, make_noise_schedule(), OPTIONS[name], generator, random.Random(42).random)
+    assert str(drawn.noise.dtype) == entry["dtype_noise"]
+    assert str(drawn.noisy_latents.dtype) == entry["dtype_noisy"]
+    assert torch.equal(drawn.noise.float(), NOISE[f"{entry['case']}_noise"])
+    assert torch.equal(drawn.noisy_latents.float(), NOISE[f"{entry['case']}_noisy"])
+    assert torch.equal(drawn.timesteps, NOISE[f"{entry['case']}_timesteps"])
+    # Nothing more was drawn: the next number is the reference's as well.
+    assert torch.rand((), generator=generator).item() == entry["next_torch_rand_after_call"]
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_run_resumed_from_the_state_of_its_generator_draws_the_same(options: NoiseOptions):
+    generator = seeded(7)
+    draw_noise(LATENTS, options, generator)
+    state = generator.get_state()
+    expected = draw_noise(LATENTS, options, generator)
+    resumed = torch.Generator()
+    resumed.set_state(state)
+    assert torch.equal(draw_noise(LATENTS, options, resumed), expected)
+
+
+def test_coarser_noise_has_unit_variance_and_new_sizes_at_every_draw():
+    options, generator = OPTIONS["multires"], seeded(7)
+    latents = torch.zeros(2, 4, 64, 64)
+    first, second = (draw_noise(latents, options, generator) for _ in range(2))
+    # Divided by its own standard deviation: 1 up to the rounding of 32768 float32 numbers.
+    assert first.std().item() == pytest.approx(1, abs=1e-5)
+    assert not torch.equal(first, second)
+
+
+def test_a_negative_adaptive_scale_never_turns_the_offset_negative():
+    bright = torch.full((1, 4, 8, 8), 100.0)
+    options = NoiseOptions(noise_offset=0.1, adaptive_noise_scale=-1.0)
+    assert torch.equal(draw_noise(bright, options, seeded(1)), draw_noise(bright, NoiseOptions(), seeded(1)))
+
+
+def test_timesteps_stay_in_their_range_and_reach_both_ends():
+    options = NoiseOptions(min_timestep=10, max_timestep=14)
+    drawn = draw_timesteps(1000, options, seeded(0), "cpu")
+    assert set(drawn.tolist()) == {10, 11, 12, 13}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (NoiseOptions(noise_offset=-0.1), "--noise_offset is -0.1"),
+        (NoiseOptions(adaptive_noise_scale=0.01), "--noise_offset, which is not set"),
+        (NoiseOptions(noise_offset=0.1, adaptive_noise_scale=float("nan")), "--adaptive_noise_scale is nan"),
+        (NoiseOptions(multires_noise_iterations=-1), "--multires_noise_iterations is -1"),
+        (NoiseOptions(multires_noise_discount=1.5), "--multires_noise_discount is 1.5"),
+        (NoiseOptions(min_timestep=500, max_timestep=500), "--min_timestep 500 and --max_timestep 500"),
+        (NoiseOptions(max_timestep=1001), "max <= 1000"),
+        (NoiseOptions(min_timestep=-1), "--min_timestep -1"),
+    ],
+)
+def test_values_that_cannot_work_are_named(options: NoiseOptions, expected: str):
+    [problem] = options.problems()
+    assert expected in problem
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_sound_values_have_no_problems(options: NoiseOptions):
+    assert list(options.problems()) == []

@@ -1,0 +1,134 @@
+"""Adafactor against the class of transformers that it stands for."""
+
+import pytest
+import torch
+import transformers
+from torch.nn import Parameter
+
+from library.config.errors import UserError
+from library.optim.adafactor import Adafactor
+from library.optim.rounding import KAHAN, NEAREST, STOCHASTIC, Rounder, stochastically_rounded
+
+AT_A_GIVEN_RATE = {"lr": 1e-3, "relative_step": False, "warmup_init": False}
+SHAPES = ((40, 24), (7,), (6, 5, 3, 3), (4, 6, 1, 1), (1,))
+LARGE = (520, 260)  # above the size at which it is compiled
+
+
+def draw(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def after_steps(optimizer_class, shape, *, dtype=torch.float32, rounding=NEAREST, num_steps=4, large=1.0, **settings):
+    """A parameter after some steps of an optimizer over it alone, and the optimizer."""
+    parameter = Parameter(draw(shape, 0, dtype))
+    optimizer = optimizer_class([parameter], **AT_A_GIVEN_RATE, **settings)
+    rounder = Rounder(rounding, [parameter], seed=3)
+    if isinstance(optimizer, Adafactor):
+        optimizer.rounder = rounder
+    for step in range(1, num_steps + 1):
+        rounder.start(step)
+        parameter.grad = draw(shape, step, dtype) * large**step
+        optimizer.step()
+    return parameter.detach(), optimizer
+
+
+SETTINGS = {
+    "recipe": {"scale_parameter": False, "weight_decay": 0.01},
+    "first moment": {"scale_parameter": True, "beta1": 0.9, "clip_threshold": 0.5, "large": 3.0},
+    "decay rate": {"scale_parameter": False, "decay_rate": -0.5, "eps": (1e-3, 1e-2)},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=list(SETTINGS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_steps_are_those_of_transformers_to_the_last_bit(shape, settings, dtype):
+    ours, _ = after_steps(Adafactor, shape, dtype=dtype, **settings)
+    theirs, _ = after_steps(transformers.Adafactor, shape, dtype=dtype, **settings)
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=list(SETTINGS))
+def test_compiled_steps_are_those_of_transformers(settings):
+    ours, _ = after_steps(Adafactor, LARGE, **settings)
+    theirs, _ = after_steps(transformers.Adafactor, LARGE, **settings)
+    # Means over rows, columns and the whole tensor are summed in another order: a few units in the last place.
+    torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-7)
+
+
+def test_its_state_is_that_of_transformers_and_float32():
+    for shape in SHAPES:
+        _, ours = after_steps(Adafactor, shape, scale_parameter=False, dtype=torch.bfloat16)
+        _, theirs = after_steps(transformers.Adafactor, shape, scale_parameter=False, dtype=torch.bfloat16)
+        [state], [expected] = ours.state.values(), theirs.state.values()
+        expected.pop("RMS")  # the weights' size, which transformers keeps and never reads again
+        assert {key: getattr(value, "shape", value) for key, value in state.items()} == {
+            key: getattr(value, "shape", value) for key, value in expected.items()
+        }
+        assert {value.dtype for value in state.values() if isinstance(value, torch.Tensor)} == {torch.float32}
+
+
+def test_a_flattened_convolution_moves_as_the_matrix_that_it_is_and_keeps_little():
+    shape, matrix = (6, 5, 3, 3), (6, 45)
+    ours, optimizer = after_steps(Adafactor, shape, scale_parameter=False, flatten_convolutions=True)
+    theirs = Parameter(draw(shape, 0).view(matrix))
+    reference = transformers.Adafactor([theirs], scale_parameter=False, **AT_A_GIVEN_RATE)
+    for step in range(1, 5):
+        theirs.grad = draw(shape, step).view(matrix)
+        reference.step()
+    torch.testing.assert_close(ours.view(matrix), theirs.detach(), rtol=2e-6, atol=2e-7)  # order of sums, as above
+    [state] = optimizer.state.values()
+    assert state["exp_avg_sq_row"].numel() + state["exp_avg_sq_col"].numel() == 6 + 45
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (6, 5, 3, 3), LARGE], ids=str)
+def test_stochastic_rounding_in_the_kernel_is_the_float32_step_rounded(shape):
+    settings = {"scale_parameter": False, "weight_decay": 0.01, "num_steps": 1}
+    exact = Parameter(draw(shape, 0, torch.bfloat16).float())
+    reference = Adafactor([exact], **AT_A_GIVEN_RATE, scale_parameter=False, weight_decay=0.01)
+    exact.grad = draw(shape, 1, torch.bfloat16).float()
+    reference.step()
+    rounder = Rounder(STOCHASTIC, [exact], seed=3)
+    rounder.start(1)
+    ours, _ = after_steps(Adafactor, shape, dtype=torch.bfloat16, rounding=STOCHASTIC, **settings)
+    same = ours == stochastically_rounded(exact.detach(), rounder.seed(exact))
+    # Compiled for two precisions, sums have two orders: one in 65536 roundings turns on the last bit of a float32.
+    assert same.all() if shape != LARGE else same.float().mean() > 0.999
+
+
+@pytest.mark.parametrize("shape", [(40, 24), LARGE], ids=str)
+def test_compensated_bfloat16_follows_float32(shape):
+    start = draw(shape, 0, torch.bfloat16)
+    exact = Parameter(start.float())
+    reference = transformers.Adafactor([exact], scale_parameter=False, **AT_A_GIVEN_RATE)
+    for step in range(1, 21):
+        exact.grad = draw(shape, step, torch.bfloat16).float()
+        reference.step()
+    ours, optimizer = after_steps(
+        Adafactor, shape, dtype=torch.bfloat16, rounding=KAHAN, num_steps=20, scale_parameter=False
+    )
+    [state] = optimizer.state.values()
+    # Each of 20 steps leaves out less than 2**-17 of the weight.
+    torch.testing.assert_close(ours.float() + state["rounding_residual"], exact.detach(), rtol=20 * 2**-17, atol=2e-6)
+
+
+def test_a_rate_of_its_own_choice_is_refused():
+    with pytest.raises(ValueError, match="relative_step"):
+        Adafactor([Parameter(torch.zeros(2))], lr=1e-3)
+
+
+def test_going_on_with_convolutions_factored_otherwise_is_an_error_of_the_user():
+    _, optimizer = after_steps(Adafactor, (6, 5, 3, 3), scale_parameter=False)
+    optimizer.param_groups[0]["flatten_convolutions"] = True
+    with pytest.raises(UserError, match="flatten_convolutions"):
+        optimizer.step()
+
+
+def test_without_a_compiler_it_takes_the_same_steps_and_says_so_once(no_compiler, capsys):
+    settings = {"scale_parameter": False, "weight_decay": 0.01, "num_steps": 2}
+    ours, _ = after_steps(Adafactor, LARGE, **settings)
+    theirs, _ = after_steps(transformers.Adafactor, LARGE, **settings)
+    torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-7)  # order of sums, as above
+    said = capsys.readouterr().err
+    assert said.count("torch.compile does not work here") == 1
+    assert "C++ compiler" in said

@@ -1,0 +1,203 @@
+"""Parameter groups, optimizers by name, and Adafactor against the reference's numbers."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import Parameter
+
+from library.config.errors import UserError
+from library.optim.optimizers import (
+    ADAFACTOR_RECIPE,
+    OPTIMIZERS,
+    OptimizerKind,
+    OptimizerOptions,
+    make_optimizer,
+    make_parameter_groups,
+    parse_optimizer_args,
+)
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "adafactor.npz"
+ADAFACTOR_ARGS = ADAFACTOR_RECIPE.split()[1:]
+TENSORS = ("mat", "vec", "conv", "row", "big_grad_mat", "scalar")
+NAMED_UNET = ("time_embed.0.weight", "input_blocks.1.0.in_layers.0.weight", "out.2.bias")  # blocks 0, 2, 22
+
+
+def parameters(count: int = 1) -> list[Parameter]:
+    return [Parameter(torch.zeros(2)) for _ in range(count)]
+
+
+def unet() -> list[tuple[str, Parameter]]:
+    return [(name, Parameter(torch.zeros(2))) for name in NAMED_UNET]
+
+
+def one_group(learning_rate: float = 1e-3) -> list[dict]:
+    return [{"name": "unet", "params": parameters(), "lr": learning_rate}]
+
+
+# -- parameter groups -------------------------------------------------------------------------------------------------
+
+
+def test_each_part_is_a_group_with_its_own_rate():
+    options = OptimizerOptions(learning_rate=1e-5, learning_rate_te1=3e-6)
+    groups = make_parameter_groups(options, unet(), parameters(2), parameters(4))
+    assert [(group["name"], len(group["params"]), group["lr"]) for group in groups] == [
+        ("unet", 3, 1e-5),
+        ("text_encoder_l", 2, 3e-6),
+        ("text_encoder_g", 4, 1e-5),  # falls back on --learning_rate
+    ]
+
+
+def test_a_part_with_rate_0_is_frozen_and_has_no_group():
+    frozen, trained = parameters(), parameters()
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    options = OptimizerOptions(learning_rate=0, learning_rate_te1=0, learning_rate_te2=1e-6)
+    groups = make_parameter_groups(options, unet(), frozen, trained)
+    assert [group["name"] for group in groups] == ["text_encoder_g"]
+    assert [parameter.requires_grad for parameter in (*frozen, *trained)] == [False, True]
+
+
+def test_block_rates_give_a_group_a_block_and_freeze_those_at_0():
+    named = unet()
+    rates = ["1e-5", "1e-5", "0", *["1e-5"] * 19, "2e-6"]
+    groups = make_parameter_groups(OptimizerOptions(block_lr=",".join(rates)), named)
+    assert [(group["name"], group["lr"]) for group in groups] == [("unet block 0", 1e-5), ("unet block 22", 2e-6)]
+    assert [parameter.requires_grad for _, parameter in named] == [True, False, True]
+
+
+def test_nothing_left_to_train_is_an_error():
+    with pytest.raises(UserError, match="nothing to train"):
+        make_parameter_groups(OptimizerOptions(learning_rate=0), unet())
+
+
+def test_the_optimizer_steps_each_group_at_its_own_rate():
+    options = OptimizerOptions(optimizer_type="torch.optim.SGD", learning_rate=0.5, learning_rate_te2=0.25)
+    named, encoder_g = unet(), parameters()
+    optimizer = make_optimizer(make_parameter_groups(options, named, (), encoder_g), options)
+    for parameter in (named[0][1], encoder_g[0]):
+        parameter.grad = torch.ones(2)
+    optimizer.step()
+    assert named[0][1].tolist() == [-0.5, -0.5]
+    assert encoder_g[0].tolist() == [-0.25, -0.25]
+
+
+# -- arguments --------------------------------------------------------------------------------------------------------
+
+
+def test_optimizer_arguments_are_python_values():
+    words = [
+        "weight_decay=0.01",
+        "betas=0.9,0.99",
+        "relative_step=False",
+        "beta1=None",
+        "eps=(1e-30, 1e-3)",
+        "mode='a'",
+    ]
+    assert parse_optimizer_args(words) == {
+        "weight_decay": 0.01,
+        "betas": (0.9, 0.99),
+        "relative_step": False,
+        "beta1": None,
+        "eps": (1e-30, 1e-3),
+        "mode": "a",
+    }
+
+
+@pytest.mark.parametrize(
+    "word", ["weight_decay", "weight_decay=", "relative_step=false", "=3", "a b=3", "eps=__import__('os')"]
+)
+def test_an_argument_that_is_not_understood_is_named(word: str):
+    with pytest.raises(UserError) as caught:
+        parse_optimizer_args(["eps2=1", word])
+    assert f"'{word}'" in str(caught.value)
+
+
+def test_an_argument_given_twice_is_an_error():
+    with pytest.raises(UserError, match="'eps' is given twice"):
+        parse_optimizer_args(["eps=1", "eps=2"])
+
+
+# -- optimizers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("optimizer_type", "expected"),
+    [("", torch.optim.AdamW), ("adamw", torch.optim.AdamW), ("torch.optim.RAdam", torch.optim.RAdam)],
+)
+def test_names_lead_to_classes_in_any_case(optimizer_type: str, expected: type):
+    options = OptimizerOptions(optimizer_type=optimizer_type, learning_rate=1e-3)
+    assert type(make_optimizer(one_group(), options)) is expected
+
+
+def test_the_name_sgdnesterov_sets_momentum_unless_it_is_given():
+    options = OptimizerOptions(optimizer_type="SGDNesterov")
+    assert make_optimizer(one_group(), options).defaults["momentum"] == 0.9
+    options = OptimizerOptions(optimizer_type="SGDNesterov", optimizer_args=["momentum=0.5"])
+    defaults = make_optimizer(one_group(), options).defaults
+    assert (defaults["momentum"], defaults["nesterov"]) == (0.5, True)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS, ids=lambda kind: kind.name)
+def test_every_optimizer_is_made_or_its_package_asked_for(kind: OptimizerKind):
+    args = ADAFACTOR_ARGS if kind.name == "Adafactor" else []
+    options = OptimizerOptions(optimizer_type=kind.name.upper(), optimizer_args=args, learning_rate=1.0)
+    if importlib.util.find_spec(kind.module.partition(".")[0]):
+        assert type(make_optimizer(one_group(1.0), options)) is kind.load()
+        assert list(options.problems()) == []
+    else:
+        with pytest.raises(UserError, match=f"Run: python -m pip install {kind.package}"):
+            make_optimizer(one_group(1.0), options)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (OptimizerOptions(learning_rate=-1), "--learning_rate is -1; it must be a number of 0 or more"),
+        (OptimizerOptions(learning_rate_te2=float("inf")), "--learning_rate_te2 is inf"),
+        (OptimizerOptions(max_grad_norm=-1), "--max_grad_norm is -1"),
+        (OptimizerOptions(block_lr="1e-5,1e-5"), "--block_lr has 2 rates. Give 23"),
+        (OptimizerOptions(block_lr="1e-5,fast"), "--block_lr: could not convert string to float: 'fast'"),
+        (OptimizerOptions(block_lr=",".join(["-1"] * 23)), "Every rate must be a number of 0 or more"),
+        (OptimizerOptions(block_lr=",".join(["1"] * 23), learning_rate=0), "--block_lr has no effect"),
+        (OptimizerOptions(optimizer_type="AdamX"), "--optimizer_type is 'AdamX'. It must be one of AdamW, "),
+        (OptimizerOptions(optimizer_type="prodigee"), "It must be one of Prodigy, AdamW, "),
+        (OptimizerOptions(optimizer_type="nowhere.to.Be"), "Run: python -m pip install nowhere"),
+        (OptimizerOptions(optimizer_type="torch.optim.AdamX"), "has no attribute 'AdamX'"),
+        (OptimizerOptions(optimizer_type="torch.nn.Linear"), "torch.nn.Linear is no optimizer"),
+        (OptimizerOptions(optimizer_type="torch.optim.LBFGS"), "LBFGS computes the loss several times in a step"),
+        (OptimizerOptions(optimizer_args=["weight_decay"]), "'weight_decay' is not understood"),
+        (OptimizerOptions(optimizer_args=["decay=1", "rho=2"]), "AdamW does not take decay, rho. It takes betas, eps"),
+        (OptimizerOptions(optimizer_args=["lr=1"]), "'lr' is set by --learning_rate"),
+        (OptimizerOptions(optimizer_args=["betas=3"]), "AdamW refuses its arguments"),
+        (OptimizerOptions(optimizer_args=["weight_decay=-1"]), "AdamW refuses its arguments: Invalid weight_decay"),
+        (OptimizerOptions(optimizer_type="Adafactor"), ADAFACTOR_RECIPE),
+        (OptimizerOptions(optimizer_type="adafactor", optimizer_args=["relative_step=True"]), ADAFACTOR_RECIPE),
+    ],
+)
+def test_options_that_cannot_work_are_named_before_anything_is_loaded(options: OptimizerOptions, expected: str):
+    [problem] = options.problems()
+    assert expected in problem
+
+
+@pytest.mark.parametrize("learning_rate", [1e-5, 0.01])
+def test_adafactor_takes_the_steps_of_the_reference(learning_rate: float):
+    golden = np.load(GOLDEN)
+    trained = {name: Parameter(torch.from_numpy(golden[f"init_{name}"])) for name in TENSORS}
+    options = OptimizerOptions(
+        optimizer_type="Adafactor",
+        optimizer_args=[*ADAFACTOR_ARGS, "weight_decay=0.01"],
+        learning_rate=learning_rate,
+    )
+    groups = [{"name": "unet", "params": list(trained.values()), "lr": learning_rate}]
+    optimizer = make_optimizer(groups, options)
+    for step in range(5):
+        for name, parameter in trained.items():
+            parameter.grad = torch.from_numpy(golden[f"grad{step}_{name}"])
+        optimizer.step()
+        for name, parameter in trained.items():
+            expected = golden[f"lr{learning_rate}_unfused_fp32_step{step + 1}_{name}"]
+            # The same float32 formula; sums may be ordered otherwise on another machine: a few units in the last place.
+            np.testing.assert_allclose(parameter.detach().numpy(), expected, rtol=1e-6, atol=1e-7)
