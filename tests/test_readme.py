@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import sdxl_train
 from library.config.option_fields import options_of
 from library.samples.prompts import read_prompt_file
 from library.training.run_options import OPTION_CLASSES
@@ -51,6 +52,29 @@ def test_the_training_command_of_the_readme_has_flags_that_exist():
     }
     known = {option.flag for option_class in OPTION_CLASSES for option in options_of(option_class)}
     assert flags <= known
+
+
+def refusal(flags, tmp_path, capsys):
+    """What the trainer answers to a command with these flags, of which nothing but the model is missing."""
+    (tmp_path / "meta_lat.json").write_text("{}", encoding="utf-8")
+    paths = [f"--in_json={tmp_path / 'meta_lat.json'}", f"--train_data_dir={tmp_path}", f"--output_dir={tmp_path}"]
+    missing = f"--pretrained_model_name_or_path={tmp_path / 'missing.safetensors'}"
+    assert sdxl_train.main([*paths, missing, *flags]) == 2
+    return capsys.readouterr().err
+
+
+def recipes():
+    """The flags of each recipe of docs/performance.md, by its heading."""
+    page = (REPOSITORY / "docs" / "performance.md").read_text(encoding="utf-8")
+    part = page[page.index("## Recipes") : page.index("## What takes memory")]
+    return dict(re.findall(r"^### ([^\n]*)\n\n```\n(.*?)^```", part, re.MULTILINE | re.DOTALL))
+
+
+@pytest.mark.parametrize("recipe", recipes())
+def test_each_recipe_of_the_page_on_performance_is_accepted(recipe, tmp_path, capsys):
+    answer = refusal(shlex.split(recipes()[recipe], comments=False), tmp_path, capsys)
+    assert answer == refusal([], tmp_path, capsys)
+    assert "missing.safetensors" in answer
 
 
 def test_the_example_prompts_differ_in_one_encoder_at_a_time():
