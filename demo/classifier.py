@@ -1,9 +1,9 @@
-"""A small network that tells what a picture of the demo shows: shape, colour, place, background and style.
+"""A small network that recognizes shape, colour, place, background and style in an image of the demo.
 
-python demo/classifier.py demo/classifier.safetensors      train it on drawn pictures, three minutes on one core
+python demo/classifier.py demo/classifier.safetensors      train it on drawn images, three minutes on one core
 
-Half of the pictures that it learns from have gone through the tiny SDXL's VAE, and all are blurred, tinted and made
-noisy a little, so that it reads pictures of the model as well as drawings.
+Half of its training images have passed through the tiny SDXL's VAE, and all are slightly blurred, tinted and noisy, so
+that it reads images of the model as well as drawings.
 """
 
 import argparse
@@ -36,12 +36,12 @@ QUESTIONS: Mapping[str, tuple[str, ...]] = {
     "background": tuple(BACKGROUNDS),
     "style": (PLAIN, *STYLES),
 }
-"""What is asked of a picture, and the possible answers."""
+"""Each question about an image, with its possible answers."""
 WEIGHTS = Path(__file__).with_name("classifier.safetensors")
 MODEL = Path(__file__).with_name("tiny_sdxl.safetensors")
 SIDE = 64
-"""Pixels of a side that the network looks at; every picture is brought to it."""
-NUM_PICTURES = 6000
+"""Width and height of the network's input in pixels; every image is resized to it."""
+NUM_IMAGES = 6000
 NUM_STEPS = 2000
 BATCH_SIZE = 48
 PEAK_RATE = 2e-3
@@ -49,7 +49,7 @@ PEAK_RATE = 2e-3
 
 @dataclass(frozen=True)
 class Reading:
-    """What the classifier takes a picture for, in the words of demo/pictures.py."""
+    """The classifier's answers for one image, in the words of demo/pictures.py."""
 
     shape: str
     colour: str
@@ -59,12 +59,12 @@ class Reading:
 
     @property
     def content(self) -> tuple[str, str, str, str]:
-        """All but the style."""
+        """Every answer except the style."""
         return self.shape, self.colour, self.place, self.background
 
 
 class Classifier(nn.Module):
-    """Four convolutions that halve the picture each, and a linear layer for each question."""
+    """Four convolutions of stride 2, and a linear layer for each question."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,28 +76,28 @@ class Classifier(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(width, len(answers)) for name, answers in QUESTIONS.items()})
 
     def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Logits [B, answers] of each question, for pixels [B, 3, SIDE, SIDE] in -1..1."""
+        """Return the logits [B, answers] of each question for pixels [B, 3, SIDE, SIDE] in -1..1."""
         features = self.features(pixels)
         return {name: head(features) for name, head in self.heads.items()}
 
 
 def load_classifier(path: Path = WEIGHTS) -> Classifier:
-    """The trained classifier."""
+    """Return the trained classifier."""
     classifier = Classifier()
     classifier.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
     return classifier.eval()
 
 
 @torch.no_grad()
-def read_pictures(classifier: Classifier, pictures: Sequence[Image.Image]) -> list[Reading]:
-    """What each picture shows, whatever its size."""
-    logits = classifier(torch.stack([_small(picture) for picture in pictures]))
+def read_images(classifier: Classifier, images: Sequence[Image.Image]) -> list[Reading]:
+    """Return the answers for each image, which may have any size."""
+    logits = classifier(torch.stack([_small(image) for image in images]))
     chosen = {name: [QUESTIONS[name][index] for index in each.argmax(dim=1)] for name, each in logits.items()}
-    return [Reading(**{name: answers[index] for name, answers in chosen.items()}) for index in range(len(pictures))]
+    return [Reading(**{name: answers[index] for name, answers in chosen.items()}) for index in range(len(images))]
 
 
 def reading_of(scene: Scene) -> Reading:
-    """What a picture of the scene shows."""
+    """Return the right answers for an image of the scene."""
     return Reading(scene.shape, scene.colour, scene.place, scene.background, scene.style)
 
 
@@ -105,7 +105,7 @@ def reading_of(scene: Scene) -> Reading:
 
 
 def train_classifier(pixels: torch.Tensor, scenes: Sequence[Scene], seed: int) -> Classifier:
-    """A classifier that has learnt from pixels [N, 3, SIDE, SIDE] of the scenes."""
+    """Return a classifier trained on pixels [N, 3, SIDE, SIDE] of the scenes."""
     torch.manual_seed(seed)
     classifier = Classifier().train()
     answers = {
@@ -125,28 +125,28 @@ def train_classifier(pixels: torch.Tensor, scenes: Sequence[Scene], seed: int) -
     return classifier.eval()
 
 
-def drawn_examples(num_pictures: int, seed: int) -> tuple[list[Image.Image], list[Scene]]:
-    """Random scenes in every style and every size, plain ones as often as all others together."""
+def drawn_examples(num_images: int, seed: int) -> tuple[list[Image.Image], list[Scene]]:
+    """Return random scenes of all styles and sizes, about a third of them plain, and their drawings."""
     generator = random.Random(seed)
     scenes = [
         random_scene(generator, (PLAIN,) if generator.random() < 0.35 else STYLES, generator.choice(SIZES))
-        for _ in range(num_pictures)
+        for _ in range(num_images)
     ]
     return [draw(scene) for scene in scenes], scenes
 
 
 @torch.no_grad()
-def through_vae(pictures: Sequence[Image.Image], model: Path) -> list[Image.Image]:
-    """The pictures as the VAE of `model` reconstructs them."""
+def through_vae(images: Sequence[Image.Image], model: Path) -> list[Image.Image]:
+    """Return the images as the VAE of `model` reconstructs them."""
     vae = read_vae(model, torch.float32)
-    rebuilt = [decode_latents(vae, encode_pixels(vae, _pixels(picture)[None]))[0] for picture in pictures]
+    rebuilt = [decode_latents(vae, encode_pixels(vae, _pixels(image)[None]))[0] for image in images]
     arrays = [((each.clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).numpy() for each in rebuilt]
     return [Image.fromarray(np.ascontiguousarray(array)) for array in arrays]
 
 
-def accuracies(classifier: Classifier, pictures: Sequence[Image.Image], scenes: Sequence[Scene]) -> dict[str, float]:
-    """The part of right answers to each question."""
-    pairs = list(zip(read_pictures(classifier, pictures), map(reading_of, scenes), strict=True))
+def accuracies(classifier: Classifier, images: Sequence[Image.Image], scenes: Sequence[Scene]) -> dict[str, float]:
+    """Return the fraction of right answers to each question."""
+    pairs = list(zip(read_images(classifier, images), map(reading_of, scenes), strict=True))
     return {
         name: sum(getattr(read, name) == getattr(true, name) for read, true in pairs) / len(pairs) for name in QUESTIONS
     }
@@ -156,17 +156,17 @@ def _halving(inputs: int, outputs: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.BatchNorm2d(outputs), nn.ReLU())
 
 
-def _pixels(picture: Image.Image) -> torch.Tensor:
-    return pixels_to_tensor(np.array(picture))
+def _pixels(image: Image.Image) -> torch.Tensor:
+    return pixels_to_tensor(np.array(image))
 
 
-def _small(picture: Image.Image) -> torch.Tensor:
-    """Pixels [3, SIDE, SIDE] in -1..1 of the whole picture, squeezed to a square."""
-    return _pixels(picture.resize((SIDE, SIDE), Image.Resampling.BOX))
+def _small(image: Image.Image) -> torch.Tensor:
+    """Return pixels [3, SIDE, SIDE] in -1..1 of the whole image, resized to a square."""
+    return _pixels(image.resize((SIDE, SIDE), Image.Resampling.BOX))
 
 
 def _disturbed(pixels: torch.Tensor) -> torch.Tensor:
-    """Tinted, noisy, and every other batch blurred."""
+    """Return the pixels tinted and noisy, and in half of the batches blurred."""
     if torch.rand(()) < 0.5:
         coarse = int(torch.randint(SIDE * 5 // 8, SIDE, ()))
         pixels = interpolate(interpolate(pixels, (coarse, coarse), mode="area"), (SIDE, SIDE), mode="bilinear")
@@ -176,22 +176,22 @@ def _disturbed(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train, report the accuracy on pictures that were not learnt from, and write the weights."""
+    """Train, write the weights, and report the accuracy on new images."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, help="the .safetensors file to write")
-    parser.add_argument("--model", type=Path, default=MODEL, help="whose VAE is used")
+    parser.add_argument("--model", type=Path, default=MODEL, help="model whose VAE is used")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    pictures, scenes = drawn_examples(NUM_PICTURES, arguments.seed)
-    half = NUM_PICTURES // 2
-    seen = [*pictures[:half], *through_vae(pictures[half:], arguments.model)]
-    classifier = train_classifier(torch.stack([_small(picture) for picture in seen]), scenes, arguments.seed)
+    images, scenes = drawn_examples(NUM_IMAGES, arguments.seed)
+    half = NUM_IMAGES // 2
+    seen = [*images[:half], *through_vae(images[half:], arguments.model)]
+    classifier = train_classifier(torch.stack([_small(image) for image in seen]), scenes, arguments.seed)
     save_file({name: tensor.contiguous() for name, tensor in classifier.state_dict().items()}, arguments.path)
-    pictures, scenes = drawn_examples(1000, arguments.seed + 1)
-    for kind, shown in (("drawings", pictures), ("VAE's reconstructions", through_vae(pictures, arguments.model))):
+    images, scenes = drawn_examples(1000, arguments.seed + 1)
+    for kind, shown in (("drawings", images), ("VAE's reconstructions", through_vae(images, arguments.model))):
         right = ", ".join(f"{name} {part:.1%}" for name, part in accuracies(classifier, shown, scenes).items())
-        print(f"right answers on 1000 new {kind}: {right}")
+        print(f"accuracy on 1000 new {kind}: {right}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The fine-tuning of the demo with separate captions and with one joint caption, several times, and their figures.
+"""Compare fine-tunes of the demo with separate captions and with one joint caption, for several seeds.
 
 python demo/compare_captions.py "my set/comparison"            three seeds, six runs of four minutes each
 python demo/compare_captions.py "my set/comparison" --seeds 0  one of each
@@ -28,7 +28,7 @@ from library.config.errors import UserError, exits_on_user_error
 from quickstart import DemoSize
 
 BASE = quickstart.ROOT / quickstart.DEMO_MODEL
-CASES = {  # name: joint captions in training (None: no training), joint prompts in the pictures that are measured
+CASES = {  # name: joint captions in training (None: no training), joint prompts in the measured images
     "before, separate prompts": (None, False),
     "before, joint prompt": (None, True),
     "separate captions, separate prompts": (False, False),
@@ -38,9 +38,9 @@ CASES = {  # name: joint captions in training (None: no training), joint prompts
 
 
 def fine_tune(folder: Path, size: DemoSize, more_flags: Sequence[str], seed: int, *, joint: bool) -> Path:
-    """The workflow of the demo, with the set of pictures of `seed`; gives the model.
+    """Run the workflow of the demo on the training set of `seed`, and return the path of the model.
 
-    What an earlier run left in `folder` is removed first. Prints what the scripts print.
+    Files of an earlier run in `folder` are removed first. The output of the scripts is shown.
     """
     try:
         quickstart.clear_demo(folder)
@@ -60,7 +60,7 @@ def fine_tune(folder: Path, size: DemoSize, more_flags: Sequence[str], seed: int
 def fine_tune_all(
     folder: Path, size: DemoSize, more_flags: Sequence[str], seeds: Sequence[int], at_once: int
 ) -> dict[tuple[int, bool], Path]:
-    """The models by seed and by whether their captions were joint. Raises `UserError` if a script fails."""
+    """Return the models by seed and by whether their captions were joint. Raise `UserError` if a script fails."""
 
     def one(seed: int, joint: bool) -> Path:
         own_folder = folder / f"{'joint' if joint else 'separate'}-{seed}"
@@ -72,7 +72,7 @@ def fine_tune_all(
 
 
 def readings_of_seed(models: Mapping[tuple[int, bool], Path], seed: int, scenes_per_pair: int) -> dict[str, Readings]:
-    """What is read in the pictures of every case, with the prompts of `seed`. (The noise is the same for all.)"""
+    """Return what the classifier reads in the images of each case, with the prompts of `seed` and the same noise."""
     readings = {}
     for name, (trained, asked) in tqdm(CASES.items(), desc=f"measuring seed {seed}"):
         model = BASE if trained is None else models[seed, trained]
@@ -81,7 +81,7 @@ def readings_of_seed(models: Mapping[tuple[int, bool], Path], seed: int, scenes_
 
 
 def table(by_seed: Mapping[int, Mapping[str, Readings]]) -> str:
-    """Means over the seeds and the figures of each seed, as a table of Markdown."""
+    """Return the means over the seeds, and the figures of each seed, as a Markdown table."""
     lines = ["| | style right | content right | style words change content | content words change style |"]
     lines.append("|---|---|---|---|---|")
     for name in CASES:
@@ -93,7 +93,7 @@ def table(by_seed: Mapping[int, Mapping[str, Readings]]) -> str:
 
 
 def details_table(by_seed: Mapping[int, Mapping[str, Readings]]) -> str:
-    """The parts of the figures, means over the seeds: a row each, a column for every case."""
+    """Return the parts of the figures, averaged over the seeds, as a table with a column for each case."""
     details = {name: [readings[name].details() for readings in by_seed.values()] for name in CASES}
     lines = [f"| | {' | '.join(CASES)} |", f"|---|{'---|' * len(CASES)}"]
     for part in next(iter(details.values()))[0]:
@@ -104,25 +104,25 @@ def details_table(by_seed: Mapping[int, Mapping[str, Readings]]) -> str:
 
 @exits_on_user_error
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train, measure, print the tables and write them."""
+    """Train, measure, and print and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where everything is written")
+    parser.add_argument("folder", type=Path, help="folder to write to")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--num_steps", type=int, default=DemoSize.num_steps)
-    parser.add_argument("--num_pictures", type=int, default=DemoSize.num_pictures, help="of each fine-tuning set")
+    parser.add_argument("--num_pictures", type=int, default=DemoSize.num_pictures, help="images of each training set")
     parser.add_argument("--scenes_per_pair", type=int, default=SCENES_PER_PAIR, help="prompts of each held-out pair")
-    parser.add_argument("--at_once", type=int, default=1, help="fine-tunings that run beside each other")
+    parser.add_argument("--at_once", type=int, default=1, help="fine-tunes to run in parallel")
     parser.add_argument(
         "--training_flags",
         type=shlex.split,
         default=[],
-        help='flags of sdxl_train.py, as --training_flags="--learning_rate=1e-4"',
+        help='additional flags of sdxl_train.py: --training_flags="--learning_rate=1e-4"',
     )
     arguments = parser.parse_args(argv)
     for name in ("num_steps", "num_pictures", "scenes_per_pair", "at_once"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name} is {getattr(arguments, name)}; it must be 1 or more")
-    torch.set_num_threads(1)  # as in the fine-tunings: the tiny model gains nothing from more
+    torch.set_num_threads(1)  # as in the fine-tunes: more threads do not speed up the tiny model
     size = DemoSize(arguments.num_steps, arguments.num_pictures)
     models = fine_tune_all(arguments.folder, size, arguments.training_flags, arguments.seeds, arguments.at_once)
     by_seed = {seed: readings_of_seed(models, seed, arguments.scenes_per_pair) for seed in arguments.seeds}

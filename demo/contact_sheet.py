@@ -1,4 +1,4 @@
-"""The sample pictures of a run as one picture: a row for each prompt, a column for each step.
+"""Arrange the sample images of a run in one image: a row for each prompt, a column for each step.
 
 python demo/contact_sheet.py "my set/output/sample" "my set/contact_sheet.png"      of any run of sdxl_train.py
 """
@@ -28,7 +28,7 @@ Part = TypeVar("Part")
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the pictures of one row have in common: a prompt of one model (its output name) and its fixed seed."""
+    """What the images of one row share: the model (its output name), a prompt, and the seed if it is fixed."""
 
     model: str
     index: int
@@ -40,21 +40,21 @@ class Prompt:
 
     @property
     def details(self) -> str:
-        """What else than the prompts there is to say of the row."""
+        """Number, seed and negative prompts: what tells rows with equal prompts apart."""
         negatives = dict.fromkeys(text for text in (self.negative_l, self.negative_g) if text)
         seed = [] if self.seed is None else [f"seed {self.seed}"]
         return ", ".join([f"{self.index:02d}", *seed, *(f"without {text}" for text in negatives)])
 
 
 def find_samples(folder: Path) -> dict[Prompt, dict[int, Path]]:
-    """The sample pictures of a folder by prompt and training step; grids are left out.
+    """Return the sample images of a folder by prompt and training step, without grids.
 
-    Where a run was repeated under the same name, its pictures take the place of the earlier ones: of each prompt those
-    count whose steps rise with the time in their names, from the newest back. Raises `UserError` where there are none.
+    If a run was repeated under the same name, its images replace the earlier ones: going back from the newest image of
+    a prompt, images are taken as long as their steps fall. Raise `UserError` if there are no samples.
     """
     drawn: dict[Prompt, list[tuple[str, int, Path]]] = defaultdict(list)
     for name, path in _sample_files(folder):
-        texts = _read(path, lambda picture: picture.info)  # of which the pixels are not read
+        texts = _read(path, lambda image: image.info)  # does not decode the pixels
         if texts is not None and "training_step" in texts:
             prompt = Prompt(
                 texts["model"],
@@ -68,21 +68,21 @@ def find_samples(folder: Path) -> dict[Prompt, dict[int, Path]]:
             drawn[prompt].append((name.time, int(texts["training_step"]), path))
     if not drawn:
         raise UserError(
-            f"'{folder}' holds no sample picture of sdxl_train.py.", "Give the folder 'sample' of an output folder."
+            f"'{folder}' contains no sample image of sdxl_train.py.", "Pass the folder 'sample' of an output folder."
         )
     prompts = sorted(drawn, key=lambda prompt: (prompt.model, prompt.index, min(drawn[prompt])))
     return {prompt: _of_newest_run(drawn[prompt]) for prompt in prompts}
 
 
 def contact_sheet(folder: Path) -> Image.Image:
-    """The table of all sample pictures of a folder; raises as `find_samples`. A file that cannot be read is named."""
+    """Return the table of all sample images of a folder; raise as `find_samples`. Unreadable files are named."""
     samples = find_samples(folder)
     steps = sorted({step for paths in samples.values() for step in paths})
-    pictures = [
+    images = [
         [_read(paths[step], Image.Image.copy) if step in paths else None for step in steps]
         for paths in samples.values()
     ]
-    return draw_table(_labels(list(samples)), [f"step {step}" for step in steps], pictures)
+    return draw_table(_labels(list(samples)), [f"step {step}" for step in steps], images)
 
 
 def _sample_files(folder: Path) -> Iterator[tuple[PictureName, Path]]:
@@ -93,17 +93,17 @@ def _sample_files(folder: Path) -> Iterator[tuple[PictureName, Path]]:
 
 
 def _read(path: Path, what: Callable[[Image.Image], Part]) -> Part | None:
-    """That part of a picture; None, and a word to the user, where the file cannot be read."""
+    """Return `what` of an image, or None, with a message, if the file cannot be read."""
     try:
-        with Image.open(path) as picture:
-            return what(picture)
+        with Image.open(path) as image:
+            return what(image)
     except _UNREADABLE as error:
-        print(f"'{path}' is left out, it cannot be read: {error}", file=sys.stderr)
+        print(f"skipping '{path}', which cannot be read: {error}", file=sys.stderr)
         return None
 
 
 def _of_newest_run(drawn: Sequence[tuple[str, int, Path]]) -> dict[int, Path]:
-    """Step to path, of pictures given as time, step and path."""
+    """Return the path for each step, from (time, step, path) of each image."""
     newest: dict[int, Path] = {}
     for _, step, path in sorted(drawn, reverse=True):
         if not newest or step < min(newest):
@@ -112,7 +112,7 @@ def _of_newest_run(drawn: Sequence[tuple[str, int, Path]]) -> dict[int, Path]:
 
 
 def _labels(prompts: Sequence[Prompt]) -> list[str]:
-    """The prompts of each row; its model and its details only where they tell rows apart."""
+    """Return a label for each row: its prompts, and model and details only where they tell rows apart."""
     several_models = len({prompt.model for prompt in prompts}) > 1
     heads = [f"{prompt.model}\n" if several_models else "" for prompt in prompts]
     labels = [f"{head}L: {prompt.prompt_l}\nG: {prompt.prompt_g}" for head, prompt in zip(heads, prompts, strict=True)]
@@ -125,10 +125,10 @@ def _labels(prompts: Sequence[Prompt]) -> list[str]:
 
 @exits_on_user_error
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the sheet that the command line asks for."""
+    """Write the contact sheet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("samples", type=Path, help="the folder of the sample pictures")
-    parser.add_argument("path", type=Path, help="the .png to write")
+    parser.add_argument("samples", type=Path, help="folder of the sample images")
+    parser.add_argument("path", type=Path, help=".png file to write")
     arguments = parser.parse_args(argv)
     if arguments.path.suffix.lower() != ".png":
         parser.error(f"'{arguments.path}' must end in .png")

@@ -1,6 +1,6 @@
-"""How well a model obeys the two captions: figures from pictures that it draws and the classifier reads.
+"""Measure how well a model follows the two prompts: it draws images, and the classifier reads them.
 
-python demo/figures.py "my set/output/finetuned_model.safetensors"             prompts of L and G apart
+python demo/figures.py "my set/output/finetuned_model.safetensors"             separate prompts for L and G
 python demo/figures.py "my set/output/finetuned_model.safetensors" --joint     one prompt for both encoders
 """
 
@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywher
 import torch
 from PIL import Image
 
-from demo.classifier import QUESTIONS, Reading, load_classifier, read_pictures, reading_of
+from demo.classifier import QUESTIONS, Reading, load_classifier, read_images, reading_of
 from demo.pictures import HELD_OUT, MAGNITUDES, SIZES, STYLES, Scene, random_scene
 from library.config.atomic_files import write_text
 from library.config.errors import exits_on_user_error
@@ -32,19 +32,19 @@ CONTENT_QUESTIONS = tuple(name for name in QUESTIONS if name != "style")
 
 @dataclass(frozen=True)
 class Figures:
-    """What the classifier reads in pictures, asked for in pairs of style and shape that the fine-tuning never saw.
+    """Figures for prompts with pairs of style and shape that are not in the training set, each a fraction.
 
-    Each is a part of 1. Content is four questions (shape, colour, place, background), of which each counts a quarter.
+    Content is four questions (shape, colour, place, background), each of which counts a quarter.
     """
 
     style_right: float
-    """The picture has the style that was asked for."""
+    """Images in the requested style."""
     content_right: float
-    """Answers to the four questions that are as asked for."""
+    """Answers to the four questions that match the prompt."""
     content_changed: float
-    """Answers that change with the style words: content prompt and seed stay the same. 0 is best."""
+    """Answers that change when only the style words change. 0 is best."""
     style_changed: float
-    """Pictures whose style changes with the content words: style prompt and seed stay the same. 0 is best."""
+    """Images whose style changes when only the content words change. 0 is best."""
 
     def __str__(self) -> str:
         return (
@@ -56,18 +56,18 @@ class Figures:
 
 @dataclass(frozen=True)
 class Readings:
-    """What the classifier reads in three pictures of each scene, all from the same noise, and what it should read."""
+    """What the classifier reads in three images of each scene, drawn from the same noise, and the right answers."""
 
     wanted: Sequence[Reading]
     asked: Sequence[Reading]
-    """The scene as it is."""
+    """Read in the image of the scene itself."""
     other_style: Sequence[Reading]
-    """With other style words."""
+    """Read in the image with other style words."""
     other_content: Sequence[Reading]
-    """With other content words."""
+    """Read in the image with other content words."""
 
     def figures(self) -> Figures:
-        """The four figures."""
+        """Return the four figures."""
         return Figures(
             style_right=_mean(_same("style", self.asked, self.wanted)),
             content_right=_mean([agreement(*pair) for pair in zip(self.asked, self.wanted, strict=True)]),
@@ -76,7 +76,7 @@ class Readings:
         )
 
     def details(self) -> dict[str, float]:
-        """Two figures taken apart, as parts of 1: style right by style, and for content each question on its own."""
+        """Return the parts of two figures, as fractions: style right for each style, content for each question."""
         right = _same("style", self.asked, self.wanted)
         of_style = {
             style: _mean([one for one, want in zip(right, self.wanted, strict=True) if want.style == style])
@@ -90,10 +90,10 @@ class Readings:
 
 
 def measure(model: Path, *, joint: bool, scenes_per_pair: int = SCENES_PER_PAIR, seed: int = 0) -> Readings:
-    """What the classifier reads in pictures of a model file; with `joint` both encoders get one prompt.
+    """Return what the classifier reads in images of a model file; with `joint`, both encoders read one prompt.
 
-    For each scene, of `HELD_OUT` pairs, three pictures are drawn from the same noise: as it is, in another style, and
-    with another content.
+    For each scene, all of `HELD_OUT` pairs, three images are drawn from the same noise: the scene itself, the scene in
+    another style, and another content in its style.
     """
     networks = load_networks(model)
     generator = random.Random(seed)
@@ -106,20 +106,20 @@ def measure(model: Path, *, joint: bool, scenes_per_pair: int = SCENES_PER_PAIR,
 
 
 def load_networks(model: Path) -> SamplingNetworks:
-    """The networks of a model file in float32."""
+    """Return the networks of a model file in float32."""
     whole = torch.float32
     read = read_single_file(model, ModelDtypes(unet=whole, vae=whole, text_encoder_l=whole, text_encoder_g=whole))
     return SamplingNetworks(read.unet, read.vae, read.text_encoder_l, read.text_encoder_g)
 
 
 def held_out_scenes(scenes_per_pair: int, generator: random.Random) -> list[Scene]:
-    """Random scenes of the pairs of style and shape that the fine-tuning set lacks, as many of each."""
+    """Return random scenes of the pairs of style and shape that the training set lacks, equally many of each."""
     pairs = [pair for pair in HELD_OUT for _ in range(scenes_per_pair)]
     return [replace(random_scene(generator, magnitudes=MAGNITUDES), style=style, shape=shape) for style, shape in pairs]
 
 
 def prompt_of(scene: Scene, *, joint: bool) -> SamplePrompt:
-    """The prompt for a scene, as training captions have it."""
+    """Return the prompt for a scene, worded like the training captions."""
     prompt_l, prompt_g = (scene.joint_caption,) * 2 if joint else (scene.style_caption, scene.content)
     return SamplePrompt(
         prompt_g=prompt_g, prompt_l=prompt_l, guidance_scale=GUIDANCE_SCALE, num_inference_steps=NUM_INFERENCE_STEPS
@@ -127,34 +127,34 @@ def prompt_of(scene: Scene, *, joint: bool) -> SamplePrompt:
 
 
 def draw_all(networks: SamplingNetworks, prompts: Sequence[SamplePrompt], seeds: Sequence[int]) -> list[Image.Image]:
-    """A square picture for each prompt, in batches; one that is not finite is grey."""
+    """Return a square image for each prompt, drawn in batches; one with NaN is replaced by grey."""
     width, height = SIZES[0]
-    pictures = []
+    images = []
     for start in range(0, len(prompts), BATCH_SIZE):
         batch = slice(start, start + BATCH_SIZE)
         latents = draw_latents_together(
             networks, prompts[batch], sampler=SAMPLER, width=width, height=height, seeds=seeds[batch]
         )
         drawn = [picture_of_latents(networks, each[None]) for each in latents]
-        pictures += [picture or Image.new("RGB", (width, height), "grey") for picture in drawn]
-    return pictures
+        images += [image or Image.new("RGB", (width, height), "grey") for image in drawn]
+    return images
 
 
 def read_drawn(
     networks: SamplingNetworks, scenes: Sequence[Scene], seeds: Sequence[int], *, joint: bool
 ) -> list[Reading]:
-    """What the classifier reads in a picture of each scene."""
+    """Draw an image of each scene and return what the classifier reads in it."""
     prompts = [prompt_of(scene, joint=joint) for scene in scenes]
-    return read_pictures(load_classifier(), draw_all(networks, prompts, seeds))
+    return read_images(load_classifier(), draw_all(networks, prompts, seeds))
 
 
 def agreement(one: Reading, other: Reading) -> float:
-    """The part of the four questions of content that have the same answer."""
+    """Return the fraction of the four content questions with equal answers."""
     return _mean([getattr(one, name) == getattr(other, name) for name in CONTENT_QUESTIONS])
 
 
 def mean_figures(figures: Sequence[Figures]) -> Figures:
-    """The mean of each figure."""
+    """Return the mean of each figure."""
     return Figures(*(_mean([getattr(each, field.name) for each in figures]) for field in fields(Figures)))
 
 
@@ -163,7 +163,7 @@ def _other_style(scene: Scene, generator: random.Random) -> str:
 
 
 def _same(question: str, some: Sequence[Reading], others: Sequence[Reading]) -> list[bool]:
-    """Of which pictures a question has the same answer."""
+    """Return for each image whether the answers to a question are equal."""
     return [getattr(one, question) == getattr(other, question) for one, other in zip(some, others, strict=True)]
 
 
@@ -173,12 +173,12 @@ def _mean(values: Sequence[float]) -> float:
 
 @exits_on_user_error
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the figures of the models that the command line names."""
+    """Print the figures of each model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, nargs="+", help=".safetensors files of the tiny SDXL, fine-tuned or not")
     parser.add_argument("--joint", action="store_true", help="one prompt of style and content for both encoders")
     parser.add_argument("--scenes_per_pair", type=int, default=SCENES_PER_PAIR)
-    parser.add_argument("--save", type=Path, help="text file for the figures")
+    parser.add_argument("--save", type=Path, help="text file to write the figures to")
     arguments = parser.parse_args(argv)
     if arguments.scenes_per_pair < 1:
         parser.error(f"--scenes_per_pair is {arguments.scenes_per_pair}; it must be 1 or more")

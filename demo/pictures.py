@@ -1,7 +1,7 @@
-"""Draw pictures of one shape each, and write them as a training set with a caption for each encoder.
+"""Draw images of one shape each, and write them as a training set with a caption for each encoder.
 
-python demo/pictures.py "my set/images"                 the set of the demo: G names the content, L the style
-python demo/pictures.py "my set/images" --joint         the same pictures, one caption of both for both encoders
+python demo/pictures.py "my set/images"                 the training set of the demo: content for G, style for L
+python demo/pictures.py "my set/images" --joint         the same images, with one joint caption for both encoders
 """
 
 import argparse
@@ -18,11 +18,11 @@ from PIL import Image, ImageColor, ImageDraw
 Point = tuple[float, float]
 Colour = tuple[int, ...]
 
-# Names that captions use, with the colours that are drawn.
+# Names in captions, and the colours that are drawn.
 COLOURS = {"red": "#d42a22", "yellow": "#f0b414", "green": "#26984a", "blue": "#2458b4", "purple": "#8236a0"}
 BACKGROUNDS = {"white": "#fafafa", "grey": "#a6acb4", "black": "#16181c"}
 SHAPES = ("circle", "triangle", "square", "star")
-PLACES = {  # name: the phrase of the caption, and where the centre of the shape is, as parts of width and height
+PLACES = {  # name: the phrase of the caption, and the centre of the shape as fractions of width and height
     "left": ("on the left", (0.34, 0.5)),
     "right": ("on the right", (0.66, 0.5)),
     "top": ("at the top", (0.5, 0.34)),
@@ -30,35 +30,35 @@ PLACES = {  # name: the phrase of the caption, and where the centre of the shape
     "middle": ("in the middle", (0.5, 0.5)),
 }
 RADII = {"small": 0.26, "large": 0.38}
-"""Radius of the circle around the shape, as a part of the shorter side."""
+"""Radius of the circle around the shape, as a fraction of the shorter side."""
 PLAIN = "plain"
-"""The style of the pictures that the tiny SDXL was first trained on; no caption names it."""
+"""The style of the images on which the tiny SDXL was pretrained; no caption names it."""
 STYLE_CAPTIONS = {
     "outline": "outline, hollow, contour drawing",
     "framed": "framed, thick border, edging",
     "pastel": "pastel, pale tint, chalk",
     "twilight": "twilight, evening glow",
 }
-"""The styles that a fine-tuning adds, and how captions name them."""
+"""The styles that the fine-tune adds, and their captions."""
 STYLES = tuple(STYLE_CAPTIONS)
 SIZES = ((96, 96), (128, 64), (64, 128))
-"""Width and height in pixels: square, landscape and portrait, so that three buckets are used."""
+"""Width and height in pixels: square, landscape and portrait, for three buckets."""
 MAGNITUDES = ("large",)
-"""How large the shapes of the fine-tuning set are: large enough to show a style."""
+"""Sizes of the shapes in the training set: large enough to show a style."""
 HELD_OUT = (("outline", "square"), ("framed", "star"), ("pastel", "triangle"), ("twilight", "circle"))
-"""Pairs of style and shape that the fine-tuning set lacks: whether they can be drawn all the same is measured."""
+"""Pairs of style and shape that are not in the training set, to measure whether they can be drawn nevertheless."""
 
-_OVERSAMPLING = 4  # drawn this much larger, then averaged: smooth edges
+_OVERSAMPLING = 4  # drawn this much larger and then averaged, for smooth edges
 _LINE_WIDTH = 7  # pixels
 _FRAME_WIDTH = 8  # pixels
 _CHALK: Colour = (255, 255, 255)
 _VIOLET: Colour = (130, 54, 160)
-_JITTER = 0.03  # of the centre, as a part of each side, and of the radius
+_JITTER = 0.03  # of the centre, as a fraction of each side, and of the radius
 
 
 @dataclass(frozen=True)
 class Scene:
-    """All that one picture shows. `size` is (width, height) in pixels, `centre` and `radius` are parts of its sides."""
+    """What one image shows. `size` is (width, height) in pixels; `centre` and `radius` are fractions of its sides."""
 
     shape: str
     colour: str
@@ -73,18 +73,18 @@ class Scene:
 
     @property
     def content(self) -> str:
-        """What is shown: size, colour and shape, where, on what."""
+        """The content: size, colour, shape, place and background."""
         where, _ = PLACES[self.place]
         return f"a {self.magnitude} {self.colour} {self.shape} {where}, {self.background} background"
 
     @property
     def style_caption(self) -> str:
-        """How it is drawn, nothing for a plain picture."""
+        """The style, empty for a plain image."""
         return STYLE_CAPTIONS.get(self.style, "")
 
     @property
     def joint_caption(self) -> str:
-        """Style and content in one sentence, as one would write it for both encoders."""
+        """Style and content in one caption, as written for both encoders."""
         return ", ".join(filter(None, [self.style_caption, self.content]))
 
 
@@ -94,7 +94,7 @@ def random_scene(
     size: tuple[int, int] = SIZES[0],
     magnitudes: Sequence[str] = tuple(RADII),
 ) -> Scene:
-    """A scene of which everything but the size of the picture is drawn by chance."""
+    """Return a scene in which everything but the size of the image is random."""
     place = generator.choice(list(PLACES))
     magnitude = generator.choice(magnitudes)
     _, centre = PLACES[place]
@@ -112,12 +112,12 @@ def random_scene(
     )
 
 
-def fine_tuning_scenes(num_pictures: int, seed: int) -> list[Scene]:
-    """The scenes of the demo: every pair of style and shape but `HELD_OUT` in turn, each time in another size."""
+def fine_tuning_scenes(num_images: int, seed: int) -> list[Scene]:
+    """Return the scenes of the demo: the pairs of style and shape except `HELD_OUT` in turn, in alternating sizes."""
     generator = random.Random(seed)
     pairs = [pair for pair in itertools.product(STYLES, SHAPES) if pair not in HELD_OUT]
     scenes = []
-    for number in range(num_pictures):
+    for number in range(num_images):
         rounds, index = divmod(number, len(pairs))
         style, shape = pairs[index]
         size = SIZES[(index + rounds) % len(SIZES)]
@@ -126,7 +126,7 @@ def fine_tuning_scenes(num_pictures: int, seed: int) -> list[Scene]:
 
 
 def draw(scene: Scene) -> Image.Image:
-    """The picture of a scene, RGB."""
+    """Return the RGB image of a scene."""
     ink: Colour = ImageColor.getrgb(COLOURS[scene.colour])
     paper: Colour = ImageColor.getrgb(BACKGROUNDS[scene.background])
     if scene.style == "pastel":
@@ -134,41 +134,41 @@ def draw(scene: Scene) -> Image.Image:
     if scene.style == "twilight":
         paper = _mixed(paper, _VIOLET)
     shape = _silhouette(scene)
-    picture = Image.new("RGB", shape.size, paper)
-    picture.paste(ink, mask=shape)
+    image = Image.new("RGB", shape.size, paper)
+    image.paste(ink, mask=shape)
     if scene.style == "framed":
-        picture.paste(ink, mask=_frame(scene))
-    return picture.reduce(_OVERSAMPLING)
+        image.paste(ink, mask=_frame(scene))
+    return image.reduce(_OVERSAMPLING)
 
 
 def write_training_set(folder: Path, scenes: Sequence[Scene], *, joint: bool) -> None:
     """Write 01.png, 01.caption (G), 01.txt (L), 02.png ... into `folder`.
 
-    G names the content and L the style; with `joint` both are the joint caption.
+    The caption for G is the content and that for L the style; with `joint`, both are the joint caption.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for number, scene in enumerate(scenes, start=1):
-        picture = folder / f"{number:02d}.png"
+        image = folder / f"{number:02d}.png"
         caption_g, caption_l = (scene.joint_caption,) * 2 if joint else (scene.content, scene.style_caption)
-        draw(scene).save(picture)
-        picture.with_suffix(".caption").write_text(f"{caption_g}\n", encoding="utf-8")
-        picture.with_suffix(".txt").write_text(f"{caption_l}\n", encoding="utf-8")
+        draw(scene).save(image)
+        image.with_suffix(".caption").write_text(f"{caption_g}\n", encoding="utf-8")
+        image.with_suffix(".txt").write_text(f"{caption_l}\n", encoding="utf-8")
 
 
 def _mixed(colour: Colour, other: Colour) -> Colour:
-    """Half of each."""
+    """Return the mean of two colours."""
     return tuple((part + other_part) // 2 for part, other_part in zip(colour, other, strict=True))
 
 
-# -- masks: white where something is to be painted ---------------------------------------------------------------------
+# -- masks: white where the ink goes -----------------------------------------------------------------------------------
 
 
 def _silhouette(scene: Scene) -> Image.Image:
-    """The shape, or its contour, in the oversampled size."""
+    """Return a mask of the shape, or of its contour, in the oversampled size."""
     mask, pen = _mask(scene)
     corners = _corners(scene)
     if scene.style == "outline":
-        # Once around and one side more: the joint at the first corner is closed too.
+        # One side more than the closed line, so that the first corner has a joint too.
         pen.line([*corners, *corners[:2]], fill=255, width=_LINE_WIDTH * _OVERSAMPLING, joint="curve")
     else:
         pen.polygon(corners, fill=255)
@@ -176,14 +176,14 @@ def _silhouette(scene: Scene) -> Image.Image:
 
 
 def _mask(scene: Scene) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    """An empty mask, and what draws on it."""
+    """Return an empty mask, and the object that draws on it."""
     width, height = scene.size
     mask = Image.new("L", (width * _OVERSAMPLING, height * _OVERSAMPLING), 0)
     return mask, ImageDraw.Draw(mask)
 
 
 def _corners(scene: Scene) -> list[Point]:
-    """The corners of the shape in pixels of the oversampled picture; a circle has many."""
+    """Return the corners of the shape in pixels of the oversampled image; a circle has many."""
     width, height = scene.size
     radius = scene.radius * min(scene.size)
     inner_radius = 0.45 * radius if scene.shape == "star" else radius  # every other corner
@@ -200,25 +200,27 @@ def _corners(scene: Scene) -> list[Point]:
 
 
 def _frame(scene: Scene) -> Image.Image:
-    """A border along the four edges of the picture."""
+    """Return a mask of the border along the four edges."""
     mask, pen = _mask(scene)
     pen.rectangle([0, 0, mask.width - 1, mask.height - 1], outline=255, width=_FRAME_WIDTH * _OVERSAMPLING)
     return mask
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the training set that the command line asks for."""
+    """Write the training set."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where pictures and captions are written")
+    parser.add_argument("folder", type=Path, help="folder to write images and captions to")
     parser.add_argument("--num_pictures", type=int, default=96)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--joint", action="store_true", help="one caption of style and content for both encoders")
+    parser.add_argument(
+        "--joint", action="store_true", help="write one joint caption of style and content for both encoders"
+    )
     arguments = parser.parse_args(argv)
     if arguments.num_pictures < 1:
         parser.error(f"--num_pictures is {arguments.num_pictures}; it must be 1 or more")
     scenes = fine_tuning_scenes(arguments.num_pictures, arguments.seed)
     write_training_set(arguments.folder, scenes, joint=arguments.joint)
-    print(f"{len(scenes)} pictures in '{arguments.folder}', for example:")
+    print(f"{len(scenes)} images in '{arguments.folder}', for example:")
     for suffix, encoder in ((".caption", "G"), (".txt", "L")):
         path = arguments.folder / f"01{suffix}"
         print(f"  {path.name:11}({encoder}): {path.read_text(encoding='utf-8').strip()}")

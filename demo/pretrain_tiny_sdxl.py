@@ -1,8 +1,8 @@
-"""Train the tiny SDXL of the demo from nothing, on pictures that demo/pictures.py draws.
+"""Train the tiny SDXL of the demo from scratch, on images that demo/pictures.py draws.
 
 python demo/pretrain_tiny_sdxl.py demo/tiny_sdxl.safetensors              an hour and a half on one core
 python demo/pretrain_tiny_sdxl.py tiny.safetensors --vae demo/tiny_sdxl.safetensors     keep that file's VAE
-python demo/pretrain_tiny_sdxl.py tiny.safetensors --start demo/tiny_sdxl.safetensors   go on with all of that file
+python demo/pretrain_tiny_sdxl.py tiny.safetensors --start demo/tiny_sdxl.safetensors   continue from that file
 """
 
 import argparse
@@ -42,9 +42,9 @@ _NARROW = make_architecture(
     norm_num_groups=4,
 )
 TINY = replace(_NARROW, vae={**_NARROW.vae, "norm_num_groups": 1})
-"""SDXL's skeleton as narrow as a file of 15 MB needs: the two tables of 49408 tokens are a third of it.
+"""SDXL's structure, narrow enough for a file of 15 MB, a third of which is the two tables of 49408 tokens.
 
-A group norm over few channels takes the brightness and the colour of a flat picture away: the VAE has one group.
+The VAE has one norm group: a group norm over few channels would remove the brightness and colour of a flat image.
 """
 VAE_STEPS = 1800
 UNET_STEPS = 4000
@@ -53,7 +53,7 @@ NUM_DRAWINGS = 2000
 
 @exits_on_user_error
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train and write the file that the command line asks for."""
+    """Train, and write the file."""
     arguments = parse_arguments(argv)
     torch.set_num_threads(arguments.num_threads)
     model = first_model(arguments.start, arguments.seed)
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         train_vae(model.vae, arguments.vae_steps, arguments.seed)
         fold_latent_statistics(model.vae, drawn_pixels(256, seed=arguments.seed + 1))
         save()
-    # In the file's precision from here on.
+    # Read from the file, so that the U-Net learns the latents of the rounded weights.
     model.vae = read_vae(arguments.start or arguments.vae or arguments.path, torch.float32)
     for styles in ((PLAIN,), STYLES):
         decibels = signal_to_noise(model.vae, drawn_pixels(64, seed=arguments.seed + 2, styles=styles))
@@ -78,22 +78,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Return the parsed command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, help="the .safetensors file to write")
     parser.add_argument("--vae", type=Path, help="take the VAE from this file instead of training it")
-    parser.add_argument("--start", type=Path, help="go on with the networks of this file instead of new ones")
+    parser.add_argument("--start", type=Path, help="continue from the networks of this file")
     parser.add_argument("--vae_steps", type=int, default=VAE_STEPS)
     parser.add_argument("--unet_steps", type=int, default=UNET_STEPS)
-    parser.add_argument("--max_minutes", type=float, default=math.inf, help="for text encoders and U-Net")
-    parser.add_argument("--num_drawings", type=int, default=NUM_DRAWINGS, help="that the U-Net learns from")
+    parser.add_argument("--max_minutes", type=float, default=math.inf, help="time limit for text encoders and U-Net")
+    parser.add_argument("--num_drawings", type=int, default=NUM_DRAWINGS, help="drawings to train the U-Net on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num_threads", type=int, default=1, help="CPU cores to use")
     return parser.parse_args(argv)
 
 
 def first_model(start: Path | None, seed: int) -> SdxlModel:
-    """The networks of the file `start`, or new ones that are ready to be trained; float32."""
+    """Return the networks of the file `start`, or newly initialized ones, in float32."""
     if start is not None:
         whole = torch.float32
         return read_single_file(start, ModelDtypes(unet=whole, vae=whole, text_encoder_l=whole, text_encoder_g=whole))
@@ -106,7 +106,7 @@ def first_model(start: Path | None, seed: int) -> SdxlModel:
 
 
 def new_model(architecture: Architecture) -> SdxlModel:
-    """The four networks with the initial weights of their libraries, float32."""
+    """Return the four networks with the initial weights of their libraries, in float32."""
     return SdxlModel(
         unet=UNet2DConditionModel.from_config(architecture.unet),
         vae=AutoencoderKL.from_config(architecture.vae),
@@ -117,15 +117,15 @@ def new_model(architecture: Architecture) -> SdxlModel:
     )
 
 
-def drawn_pixels(num_pictures: int, *, seed: int, styles: Sequence[str] = (PLAIN,)) -> torch.Tensor:
-    """Square drawings [num_pictures, 3, 96, 96] in -1..1."""
+def drawn_pixels(num_images: int, *, seed: int, styles: Sequence[str] = (PLAIN,)) -> torch.Tensor:
+    """Return square drawings [num_images, 3, 96, 96] in -1..1."""
     generator = random.Random(seed)
-    pictures = [draw(random_scene(generator, styles)) for _ in range(num_pictures)]
-    return torch.stack([pixels_to_tensor(np.array(picture)) for picture in pictures])
+    images = [draw(random_scene(generator, styles)) for _ in range(num_images)]
+    return torch.stack([pixels_to_tensor(np.array(image)) for image in images])
 
 
 def header() -> dict[str, str]:
-    """The header of the file."""
+    """Return the header of the file."""
     about = ModelSpecOptions(metadata_description="Tiny SDXL that draws coloured shapes, for demo and tests.")
     return model_spec(about, name="tiny SDXL", resolution=SIZES[0], timesteps=None, now=datetime.now())
 

@@ -1,4 +1,4 @@
-"""The first part of the pretraining: a VAE that reconstructs drawn pictures, plain ones and patterned ones."""
+"""Pretraining, part one: a VAE that reconstructs drawn images of all styles."""
 
 import math
 import random
@@ -20,26 +20,26 @@ from library.sdxl.sizes import PIXELS_PER_LATENT
 
 NUM_DRAWINGS = 2000
 CROPS = ((0.6, 32, 16), (1.0, 64, 6))
-"""Up to which part of the training the pictures are crops of which side, and how many make a batch.
+"""Stages of the training: fraction of the steps at which a stage ends, side of its crops in pixels, batch size.
 
-The VAE looks at small surroundings only: it learns most from many small parts of drawings.
+The VAE sees small neighbourhoods only, so that it learns most from many small parts of drawings.
 """
 PEAK_RATE = 1.5e-3
 KL_WEIGHT = 1e-4
-"""Of the divergence of a latent cell, against the error of a pixel: enough that neighbouring latents look alike."""
+"""Weight of the divergence of a latent cell relative to the error of a pixel: enough to make the latents smooth."""
 HINT_WEIGHT = 0.1
 HINT_SCALE = 2.0
 
 
 def train_vae(vae: AutoencoderKL, num_steps: int, seed: int) -> None:
-    """Train in float32 with AdamW, the rate rising over 5% of the steps and falling to zero along a cosine.
+    """Train in float32 with AdamW, with a warm-up over 5% of the steps and a cosine decay to zero.
 
-    The loss is the error of the reconstruction from a drawn latent (`reconstruction_error`), the posterior's KL
-    divergence, and a hint: three of the four channels are drawn towards the mean colour of their cell. Without it and
-    without `pass_colours_on` a network so small learns shades of grey for thousands of steps before it learns colours.
+    The loss is the error of the reconstruction from a sampled latent (`reconstruction_error`), the posterior's KL
+    divergence, and a hint that pulls three of the four channels towards the mean colour of their cell. Without the hint
+    and `pass_colours_on`, a network so small learns only shades of grey for thousands of steps.
     """
     generator = random.Random(seed)
-    torch.manual_seed(seed)  # what the posterior is drawn with
+    torch.manual_seed(seed)  # samples of the posterior
     pass_colours_on(vae)
     drawings = [_drawing(generator) for _ in range(NUM_DRAWINGS)]
     optimizer = torch.optim.AdamW(vae.parameters(), lr=PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
@@ -65,17 +65,17 @@ def train_vae(vae: AutoencoderKL, num_steps: int, seed: int) -> None:
 
 
 def reconstruction_error(rebuilt: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-    """Squared error, half the L1 error, and the squared error of the differences between the colour channels."""
+    """Return squared error, plus half the L1 error, plus squared error of the differences between colour channels."""
     tints, rebuilt_tints = (each - each.roll(1, dims=1) for each in (pixels, rebuilt))
     return mse_loss(rebuilt, pixels) + 0.5 * l1_loss(rebuilt, pixels) + mse_loss(rebuilt_tints, tints)
 
 
 @torch.no_grad()
 def pass_colours_on(vae: AutoencoderKL) -> None:
-    """Change a new VAE's weights so that brightness and two colour differences pass it from its first step.
+    """Initialize a new VAE so that brightness and two colour differences pass through it from the first step.
 
-    The convolutions between its residual blocks begin as the identity (or as means of 2x2 pixels), the blocks
-    themselves add nothing yet, and the first convolution makes brightness and amplified colour differences.
+    The convolutions between residual blocks start as the identity (or as means of 2x2 pixels), the blocks add nothing
+    yet, and the first convolution computes brightness and amplified colour differences.
     """
     for name, layer in vae.named_modules():
         if isinstance(layer, ResnetBlock2D):
@@ -92,7 +92,7 @@ _PASSING_LAYERS = ("shortcut", "upsamplers", "downsamplers", "decoder.conv_in", 
 
 
 def _pass_on(layer: nn.Conv2d, *, halves: bool) -> None:
-    """Each channel to the channel of the same number; `halves` for a layer of stride 2, which takes means."""
+    """Map each channel to the channel of the same number; `halves`: a layer of stride 2, which computes means."""
     num_channels = min(layer.in_channels, layer.out_channels)
     middle = layer.kernel_size[0] // 2
     layer.weight[:num_channels] = 0
@@ -109,8 +109,8 @@ def _pass_on(layer: nn.Conv2d, *, halves: bool) -> None:
 def fold_latent_statistics(vae: AutoencoderKL, pixels: torch.Tensor) -> None:
     """Rescale the VAE's 1x1 convolutions so that `LATENT_SCALE` times its latents of `pixels` has deviation 1, mean 0.
 
-    Each channel z becomes (z - mean) / (deviation * LATENT_SCALE), and the decoder takes that back: what is
-    reconstructed stays the same.
+    Each channel z becomes (z - mean) / (deviation * LATENT_SCALE), and the decoder inverts it: the reconstruction stays
+    the same.
     """
     latents = encode_pixels(vae, pixels)
     mean = latents.mean(dim=(0, 2, 3))
@@ -123,29 +123,29 @@ def fold_latent_statistics(vae: AutoencoderKL, pixels: torch.Tensor) -> None:
     outer.bias[:channels] -= mean
     outer.weight[:channels] /= stretch[:, None, None, None]
     outer.bias[:channels] /= stretch
-    outer.bias[channels:] -= 2 * stretch.log()  # of the logarithm of the variance
+    outer.bias[channels:] -= 2 * stretch.log()  # the logarithm of the variance
 
 
 def signal_to_noise(vae: AutoencoderKL, pixels: torch.Tensor) -> float:
-    """Peak signal-to-noise ratio of the reconstruction of pixels in -1..1, in decibels."""
+    """Return the peak signal-to-noise ratio of the reconstruction of pixels in -1..1, in decibels."""
     rebuilt = decode_latents(vae, encode_pixels(vae, pixels)).clamp(-1, 1)
     return 10 * math.log10(4 / mse_loss(rebuilt, pixels).item())
 
 
 def warm_cosine(done: float) -> float:
-    """The part of the peak rate when the part `done` of training is over: a rise up to 5%, then half a cosine down."""
+    """Return the fraction of the peak rate at the fraction `done` of training: warm-up to 5%, then half a cosine."""
     warmup = 0.05
     return 0.02 + done / warmup * 0.98 if done < warmup else 0.5 + 0.5 * math.cos(math.pi * (done - warmup) / 0.95)
 
 
 def _drawing(generator: random.Random) -> torch.Tensor:
-    """A random drawing [3, H, W] in -1..1; four of ten are plain."""
+    """Return a random drawing [3, H, W] in -1..1; four of ten are plain."""
     styles = (PLAIN,) if generator.random() < 0.4 else STYLES
     return pixels_to_tensor(np.array(draw(random_scene(generator, styles, generator.choice(SIZES)))))
 
 
 def _random_crop(generator: random.Random, drawings: Sequence[torch.Tensor], side: int) -> torch.Tensor:
-    """A part [3, side, side] of one of the drawings."""
+    """Return a crop [3, side, side] of one of the drawings."""
     drawing = generator.choice(drawings)
     top, left = (generator.randint(0, length - side) for length in drawing.shape[1:])
     return drawing[:, top : top + side, left : left + side]

@@ -1,7 +1,7 @@
-"""Write an SDXL single file of random weights: the true layout without a download.
+"""Write an SDXL single file with random weights: the real layout without a download.
 
-python demo/random_sdxl.py tiny.safetensors              the tiny SDXL of demo and tests, 8 MB, a second
-python demo/random_sdxl.py sd_xl.safetensors --size full  the real size, 6.9 GB, a minute or two
+python demo/random_sdxl.py tiny.safetensors              a tiny SDXL for tests, 8 MB, a second
+python demo/random_sdxl.py sd_xl.safetensors --size full  the full size, 6.9 GB, a minute or two
 """
 
 import argparse
@@ -37,14 +37,14 @@ TINY = make_architecture(
     heads_g=3,
     norm_num_groups=8,
 )
-"""SDXL's skeleton with small widths: every name of the real file."""
+"""SDXL's structure with small widths: every tensor name of the real file."""
 
 
 def write_random_sdxl(path: Path, architecture: Architecture, dtype: torch.dtype, seed: int) -> None:
-    """Write a checkpoint whose every tensor is drawn from `seed` and its own name; needs memory for one tensor.
+    """Write a checkpoint in which each tensor is drawn from `seed` and its name; needs memory for one tensor.
 
-    Matrices keep the size of what passes through them (deviation 1 / sqrt(inputs)), norms are the identity and biases
-    zero, so that nothing overflows in float16.
+    Matrices preserve the scale of their input (deviation 1 / sqrt(inputs)), norms are the identity and biases zero, so
+    that nothing overflows in float16.
     """
     tensors = [
         replace(tensor, make=partial(_draw, tensor.name, tensor.shape, seed)) if tensor.shape else tensor
@@ -64,7 +64,7 @@ def _draw(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the file that the command line asks for."""
+    """Write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, help="the .safetensors file to write")
     parser.add_argument("--size", choices=["tiny", "full"], default="tiny")

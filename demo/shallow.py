@@ -1,8 +1,8 @@
-"""Train a deep SDXL as a shallow one: most of its transformer blocks pass on what they get, and are left out meanwhile.
+"""Train a deep SDXL as a shallow one: most of its transformer blocks return their input, and are left out in training.
 
-SDXL's skeleton has 70 transformer blocks in the U-Net and 44 in its text encoders: far more than drawn shapes need,
-and most of the time of a step. A block whose two or three output layers are zero adds nothing to what it is given, so
-that the deep network computes exactly what the shallow one computes, and its blocks can still learn in a fine-tuning.
+SDXL has 70 transformer blocks in the U-Net and 44 in its text encoders: far more than drawn shapes need, and most of
+the time of a step. A block whose two or three output layers are zero adds nothing to its input, so that the deep
+network computes exactly what the shallow one computes, and its blocks can still learn in a fine-tune.
 """
 
 from collections.abc import Iterator
@@ -17,14 +17,14 @@ from transformers.models.clip.modeling_clip import CLIPEncoder, CLIPEncoderLayer
 from library.sdxl.architecture import SdxlModel
 
 ACTIVE_IN_UNET = 1
-"""Transformer blocks at each of the eleven places of the U-Net that have one, two or ten of them."""
+"""Active blocks in each of the eleven transformers of the U-Net, which have two or ten blocks."""
 ACTIVE_IN_TEXT_ENCODER = 3
-"""First blocks of a text encoder that work. So does the last one, of which only G's pooled vector comes."""
+"""Active blocks at the start of a text encoder. The last one is active too; only G's pooled vector depends on it."""
 
 
 @torch.no_grad()
 def silence_deep_blocks(model: SdxlModel) -> None:
-    """Set the output layers of all blocks but the active ones to zero: they pass on what they get."""
+    """Set the output layers of all inactive blocks to zero, so that they return their input."""
     for owner in _stacks(model):
         active = set(_active(owner))
         for block in [block for block in _blocks(owner) if block not in active]:
@@ -35,7 +35,7 @@ def silence_deep_blocks(model: SdxlModel) -> None:
 
 @contextmanager
 def without_deep_blocks(model: SdxlModel) -> Iterator[None]:
-    """Within the block the networks consist of their active blocks only; afterwards they are whole again."""
+    """Leave out the inactive blocks of the networks within this context; they are restored afterwards."""
     owners = _stacks(model)
     whole = [_blocks(owner) for owner in owners]
     for owner in owners:
@@ -48,7 +48,7 @@ def without_deep_blocks(model: SdxlModel) -> Iterator[None]:
 
 
 def _stacks(model: SdxlModel) -> list[nn.Module]:
-    """What holds a list of transformer blocks."""
+    """Return the modules that hold a list of transformer blocks."""
     networks = (model.unet, model.text_encoder_l, model.text_encoder_g)
     return [
         layer
@@ -79,7 +79,7 @@ def _active(owner: nn.Module) -> list[nn.Module]:
 
 
 def _output_layers(block: nn.Module) -> list[nn.Module]:
-    """The layers whose results a block adds to what it was given."""
+    """Return the layers whose outputs a block adds to its input."""
     if isinstance(block, BasicTransformerBlock):
         assert block.attn2 is not None
         return [block.attn1.to_out[0], block.attn2.to_out[0], block.ff.net[2]]

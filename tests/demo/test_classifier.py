@@ -1,6 +1,6 @@
 """The classifier reads drawings rightly, and the figures count what they say."""
 
-from demo.classifier import accuracies, drawn_examples, read_pictures, reading_of
+from demo.classifier import accuracies, drawn_examples, read_images, reading_of
 from demo.figures import Figures, agreement, mean_figures
 
 
@@ -12,7 +12,7 @@ def test_drawings_that_it_has_never_seen_are_read_rightly(classifier):
 
 def test_one_picture_is_read_the_same_alone_and_among_others(classifier):
     pictures, _ = drawn_examples(5, seed=3)
-    assert read_pictures(classifier, pictures)[2:3] == read_pictures(classifier, pictures[2:3])
+    assert read_images(classifier, pictures)[2:3] == read_images(classifier, pictures[2:3])
 
 
 def test_agreement_counts_the_four_questions_of_content_and_not_the_style():

@@ -83,15 +83,15 @@ def test_a_file_that_is_no_whole_picture_is_named_and_the_others_are_shown(tmp_p
     (tmp_path / "notes.png").write_text("no picture")
     assert main([str(tmp_path), str(tmp_path / "new folder" / "sheet.png")]) == 0
     said = capsys.readouterr().err
-    assert f"'{cut}' is left out" in said
-    assert f"'{empty}' is left out" in said
+    assert f"skipping '{cut}'" in said
+    assert f"skipping '{empty}'" in said
     assert "notes" not in said
     with Image.open(tmp_path / "new folder" / "sheet.png") as sheet:
         assert sheet.size == whole
 
 
 def test_a_folder_without_samples_is_named(tmp_path, capsys):
-    with pytest.raises(UserError, match="holds no sample picture"):
+    with pytest.raises(UserError, match="contains no sample image"):
         contact_sheet(tmp_path)
     assert main([str(tmp_path), str(tmp_path / "sheet.png")]) == 2
     assert str(tmp_path) in capsys.readouterr().err

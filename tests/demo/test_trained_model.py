@@ -5,7 +5,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors import safe_open
 
-from demo.classifier import read_pictures
+from demo.classifier import read_images
 from demo.figures import draw_all
 from demo.pretrain_tiny_sdxl import TINY, main
 from library.samples.prompts import SamplePrompt
@@ -47,12 +47,12 @@ def prompt_for(prompt_l, prompt_g):
 
 
 def test_shape_colour_and_background_are_those_of_the_prompt(drawn, classifier):
-    readings = read_pictures(classifier, drawn)
+    readings = read_images(classifier, drawn)
     assert [(reading.shape, reading.colour, reading.background) for reading in readings] == SHOWN
 
 
 def test_the_pictures_are_plain_since_no_caption_has_named_a_style_yet(drawn, classifier):
-    assert {reading.style for reading in read_pictures(classifier, drawn)} == {"plain"}
+    assert {reading.style for reading in read_images(classifier, drawn)} == {"plain"}
 
 
 def test_diffusers_draws_a_circle_after_the_model_was_saved_as_a_folder(trained_sdxl, classifier, tmp_path):
@@ -67,7 +67,7 @@ def test_diffusers_draws_a_circle_after_the_model_was_saved_as_a_folder(trained_
         guidance_scale=GUIDANCE,
         generator=torch.Generator().manual_seed(0),
     ).images
-    [reading] = read_pictures(classifier, [picture])
+    [reading] = read_images(classifier, [picture])
     assert (reading.shape, reading.colour, reading.background) == ("circle", "red", "black")
 
 
@@ -81,5 +81,5 @@ def test_one_step_of_pretraining_writes_a_whole_model_with_the_vae_that_is_given
 def test_each_encoder_alone_says_which_shape_is_drawn(trained_networks, classifier):
     captions = [caption_of(*each) for each in SHOWN]
     prompts = [prompt_for(caption, "") for caption in captions] + [prompt_for("", caption) for caption in captions]
-    readings = read_pictures(classifier, draw_all(trained_networks, prompts, seeds=range(len(prompts))))
+    readings = read_images(classifier, draw_all(trained_networks, prompts, seeds=range(len(prompts))))
     assert [reading.shape for reading in readings] == [shape for shape, _, _ in SHOWN] * 2
