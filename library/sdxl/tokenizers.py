@@ -85,7 +85,16 @@ def tokenize(caption: str, pad_token_id: int, num_chunks: int) -> TokenizedCapti
 
     A chunk that the text does not fill ends in the end token and padding; text beyond the last chunk is cut.
     """
-    ids = _clip_tokenizer()(ftfy.fix_text(caption), add_special_tokens=False).input_ids
+    return in_chunks(token_ids(caption), pad_token_id, num_chunks)
+
+
+def token_ids(text: str) -> list[int]:
+    """Return the token ids of a text of any length, without start and end; the text is cleaned as CLIP's was."""
+    return _clip_tokenizer()(ftfy.fix_text(text), add_special_tokens=False).input_ids
+
+
+def in_chunks(ids: list[int], pad_token_id: int, num_chunks: int) -> TokenizedCaption:
+    """Return the ids of a text as `tokenize` arranges them."""
     kept = ids[: num_chunks * CHUNK_TOKENS]
     chunks = [
         _chunk(kept[first : first + CHUNK_TOKENS], pad_token_id)
@@ -101,8 +110,7 @@ def _chunk(ids: list[int], pad_token_id: int) -> list[int]:
 
 def num_chunks_needed(caption: str) -> int:
     """How many chunks of 75 tokens the caption fills, at least one."""
-    num_tokens = len(_clip_tokenizer()(ftfy.fix_text(caption), add_special_tokens=False).input_ids)
-    return max(1, -(-num_tokens // CHUNK_TOKENS))
+    return max(1, -(-len(token_ids(caption)) // CHUNK_TOKENS))
 
 
 def tokenize_captions(captions_l: Sequence[str], captions_g: Sequence[str], num_chunks: int) -> CaptionTokens:
