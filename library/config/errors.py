@@ -43,6 +43,12 @@ def exits_on_user_error(main: Main) -> Main:
     return guarded
 
 
+def listed(names: Sequence[str], limit: int = 10) -> str:
+    """Return the names as a list in a sentence: "a, b and 3 more"."""
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
 def _print_any_character() -> None:
     """Let names in scripts that the console cannot show (a Windows pipe) come out escaped instead of as a crash."""
     for stream in (sys.stdout, sys.stderr):

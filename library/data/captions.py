@@ -28,6 +28,10 @@ class CaptionPair(NamedTuple):
     variants_l: tuple[str, ...]
     variants_g: tuple[str, ...]
 
+    def of(self, encoder: Encoder) -> tuple[str, ...]:
+        """Return the variants for one encoder."""
+        return self.variants_l if encoder == "l" else self.variants_g
+
 
 class FinalTexts(NamedTuple):
     """What the encoders read; a dropped caption has the text ""."""
@@ -49,7 +53,7 @@ def final_texts(
 ) -> FinalTexts:
     """Return what both encoders read of an image at one visit.
 
-    The order of operations is that of sd-scripts 2026, with the deviations that docs/captions-and-prompts.md lists.
+    The order of operations is that of sd-scripts 2026; tests/data/test_caption_golden.py names each deviation.
     """
     dropped_l, dropped_g = _dropped(rules.dropout, draw, numbers)
     text_l = "" if dropped_l else undropped_text(captions.variants_l, rules, "l", draw, numbers)
@@ -67,12 +71,20 @@ def undropped_text(
     variants: Sequence[str], rules: PairRules, encoder: Encoder, draw: CaptionDraw, numbers: Numbers = drawn_numbers
 ) -> str:
     """Return the final text of one encoder where its caption is not dropped."""
-    own, stream = rules.of(encoder), rules.stream(encoder)
+    own = rules.of(encoder)
     if own.changes_nothing:
         return variants[0]
     if own.caption_variants:
-        (number,) = numbers(draw, stream, "caption_variants", 1)
+        (number,) = numbers(draw, rules.stream(encoder), "caption_variants", 1)
         draw = draw.of_variant(choice(number, own.caption_variants))
+    return drawn_text(variants, rules, encoder, draw, numbers)
+
+
+def drawn_text(
+    variants: Sequence[str], rules: PairRules, encoder: Encoder, draw: CaptionDraw, numbers: Numbers = drawn_numbers
+) -> str:
+    """Return the text of one draw, be it of a visit or of one of the `--caption_variants`."""
+    own, stream = rules.of(encoder), rules.stream(encoder)
     text = surrounded(_chosen_line(variants, own, stream, draw, numbers), own)
     if own.enable_wildcard:
         text = _expanded(text, stream, draw, numbers)

@@ -21,6 +21,9 @@ MODULES = sorted((REPOSITORY / "library").rglob("*.py"))
 WITHOUT_TORCH = [
     *(f"library.config.{path.stem}" for path in sorted((REPOSITORY / "library" / "config").glob("[!_]*.py"))),
     "library.data.metadata",
+    "library.data.caption_options",
+    "library.data.caption_listing",
+    "library.data.caption_notices",
     "library.data.images",
     "library.data.buckets",
     "library.sdxl.sizes",
