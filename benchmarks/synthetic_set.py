@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from library.data.dataset import Batch, CaptionedPictures
+from library.data.crops import Crop
+from library.data.dataset import Batch, CaptionedImages
 from library.data.epoch_order import MicroBatch
-from library.data.latent_cache import CachedLatents, Crop, cache_path, write_cache
+from library.data.latent_cache import CachedLatents, cache_path, write_cache
 from library.data.training_set import TrainingImage
 from library.sdxl.sizes import LATENT_CHANNELS, PIXELS_PER_LATENT, Size
 
@@ -57,7 +58,7 @@ class SyntheticSet:
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """Batches without end, bucket after bucket, read when they are asked for."""
-        pictures = CaptionedPictures(list(self._training_images()), num_chunks=1)
+        pictures = CaptionedImages(list(self._training_images()), num_chunks=1)
         for first in cycle(range(0, len(self.buckets) * PICTURES_PER_BUCKET, PICTURES_PER_BUCKET)):
             indices = tuple(first + index % PICTURES_PER_BUCKET for index in range(batch_size))
             yield pictures[MicroBatch(indices, (False,) * batch_size, 1 / batch_size, completes_step=True)]

@@ -16,7 +16,8 @@ from tqdm import tqdm, trange
 from demo.pictures import PLACES, Scene, draw, random_scene
 from demo.pretrain_vae import warm_cosine
 from demo.shallow import without_deep_blocks
-from library.data.buckets import BucketAssignment, BucketRule, true_crop_ltrb
+from library.data.buckets import BucketAssignment, BucketRule
+from library.data.crops import true_crop_ltrb
 from library.data.images import resize_and_crop
 from library.data.latent_preparation import pixels_to_tensor
 from library.diffusion.noise import NoiseOptions, draw_training_noise, make_noise_schedule

@@ -22,11 +22,13 @@ from library.config.errors import UserError, exits_on_user_error
 from library.config.kohya_flags import PREPARE_REFUSED, PREPARE_REPLACED
 from library.config.messages import notify
 from library.config.options import option, parse_options, positional
-from library.data.buckets import LEGACY_CROP_NOTICE, BucketOptions, BucketRule, parse_resolution
+from library.data.buckets import BucketedImage, BucketOptions, BucketRule, parse_resolution
+from library.data.crops import LEGACY_CROP_NOTICE
+from library.data.image_keys import keys_of_images
 from library.data.images import UnusableImage, find_images, read_size
 from library.data.latent_cache import CacheDemands, cache_path, read_fitting_cache, require_separate_caches, write_cache
-from library.data.latent_preparation import EncodingOptions, Outcome, Picture, encode_pictures, require_room
-from library.data.metadata import Metadata, keys_of_images, read_metadata, with_train_resolution, write_metadata
+from library.data.latent_preparation import Encoding, Outcome, encode_images, require_disk_for_latents
+from library.data.metadata import Metadata, read_metadata, with_train_resolution, write_metadata
 from library.sdxl.latents import vae_digest
 from library.sdxl.model_source import load_vae
 
@@ -50,33 +52,72 @@ class PrepareOptions:
     skip_existing: bool = option(False, "Keep latents that were made from this picture, VAE, bucket and flip.")
 
 
-OPTION_CLASSES = [PrepareOptions, EncodingOptions, BucketOptions]
+@dataclass(frozen=True)
+class LatentOptions:
+    """How images are encoded."""
+
+    _argument_group_name: ClassVar[str] = "Latents"
+
+    batch_size: int = option(1, "Images the VAE encodes at once.")
+    max_data_loader_n_workers: int | None = option(None, "Threads that load images ahead. Not given: up to four.")
+    mixed_precision: str = option("no", "Precision of the VAE.", choices=("no", "fp16", "bf16"))
+    flip_aug: bool = option(False, "Also encode each image flipped, for --flip_aug in training.")
+    alpha_mask: bool = option(False, "Keep the transparency of each image with its latents.")
+    legacy_crop_coords: bool = option(False, "Record the crop as kohya's trainers do, on the wrong axis.")
+
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        """The precision of the VAE."""
+        return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.mixed_precision]
+
+    @property
+    def encoding(self) -> Encoding:
+        """What the library is asked for; one thread is the least that reads at all."""
+        num_threads = self.max_data_loader_n_workers
+        return Encoding(
+            self.batch_size,
+            flip=self.flip_aug,
+            alpha_mask=self.alpha_mask,
+            legacy_crop=self.legacy_crop_coords,
+            num_threads=None if num_threads is None else max(1, num_threads),
+        )
+
+    def problems(self) -> Iterator[str]:
+        """Yield a sentence for each value that cannot work."""
+        if self.batch_size < 1:
+            yield f"--batch_size is {self.batch_size}; it must be 1 or more."
+        if self.max_data_loader_n_workers is not None and self.max_data_loader_n_workers < 0:
+            yield f"--max_data_loader_n_workers is {self.max_data_loader_n_workers}; it must be 0 or more."
+
+
+OPTION_CLASSES = [PrepareOptions, LatentOptions, BucketOptions]
 
 
 @exits_on_user_error
 def main(argv: Sequence[str] | None = None) -> int:
     """Prepare the pictures that the command line names; 1 where some could not be used."""
-    options, encoding, bucket_options = parse_options(
+    options, latent_options, bucket_options = parse_options(
         OPTION_CLASSES, argv, description=DESCRIPTION, replaced=PREPARE_REPLACED, refused=PREPARE_REFUSED
     )
+    encoding = latent_options.encoding
     rule = bucket_options.rule(parse_resolution(options.max_resolution))
     remove_leftovers(options.train_data_dir, recursive=True)
     remove_leftovers(options.out_json.parent)
     metadata = read_metadata(options.in_json)
     path_of = _pictures_with_metadata(options, metadata)
-    if encoding.legacy_crop_coords:
+    if encoding.legacy_crop:
         notify(LEGACY_CROP_NOTICE)
     vae = load_vae(options.model_name_or_path, None)
     digest = vae_digest(vae)  # before it is narrowed to the precision asked for
     # Not diffusers' own `to`, which warns of every change of precision.
-    torch.nn.Module.to(vae, "cuda" if torch.cuda.is_available() else "cpu", encoding.vae_dtype)
+    torch.nn.Module.to(vae, "cuda" if torch.cuda.is_available() else "cpu", latent_options.vae_dtype)
 
     problems: list[str] = []
     pictures = dict(_assign(path_of, rule, problems))
     kept = set(_still_fitting(pictures.values(), encoding, digest)) if options.skip_existing else set()
     to_encode = [picture for picture in pictures.values() if picture not in kept]
-    require_room(options.train_data_dir, to_encode, encoding)
-    outcomes = encode_pictures(to_encode, vae, encoding, vae_digest=digest)
+    require_disk_for_latents(options.train_data_dir, to_encode, encoding)
+    outcomes = encode_images(to_encode, vae, encoding, vae_digest=digest)
     written = set(_write_latents(tqdm(outcomes, "encoding", len(to_encode), unit="picture"), problems))
 
     prepared = {key: picture for key, picture in pictures.items() if picture in kept | written}
@@ -105,23 +146,23 @@ def _pictures_with_metadata(options: PrepareOptions, metadata: Metadata) -> dict
     return known
 
 
-def _assign(path_of: dict[str, Path], rule: BucketRule, problems: list[str]) -> Iterator[tuple[str, Picture]]:
+def _assign(path_of: dict[str, Path], rule: BucketRule, problems: list[str]) -> Iterator[tuple[str, BucketedImage]]:
     for key, path in path_of.items():
         try:
             size = read_size(path)
-            yield key, Picture(path, size, rule.assign(size))
+            yield key, BucketedImage(path, size, rule.assign(size))
         except UnusableImage as error:
             problems.append(str(error))
         except UserError as error:
             problems.append(f"'{path}': {error}")
 
 
-def _still_fitting(pictures: Iterable[Picture], encoding: EncodingOptions, digest: str) -> Iterator[Picture]:
+def _still_fitting(pictures: Iterable[BucketedImage], encoding: Encoding, digest: str) -> Iterator[BucketedImage]:
     demands = CacheDemands(
         vae_digest=digest,
-        flip=encoding.flip_aug,
+        flip=encoding.flip,
         alpha_mask=encoding.alpha_mask,
-        legacy_crop=encoding.legacy_crop_coords,
+        legacy_crop=encoding.legacy_crop,
         only_ours=True,
     )
     for picture in tqdm(pictures, "checking latents", unit="picture"):
@@ -135,18 +176,18 @@ def _still_fitting(pictures: Iterable[Picture], encoding: EncodingOptions, diges
             notify(f"{error.problem} It is encoded again.")
 
 
-def _write_latents(outcomes: Iterable[Outcome], problems: list[str]) -> Iterator[Picture]:
+def _write_latents(outcomes: Iterable[Outcome], problems: list[str]) -> Iterator[BucketedImage]:
     for outcome in outcomes:
         if outcome.cached is None:
             problems.append(str(outcome.error))
             continue
-        write_cache(cache_path(outcome.picture.path), outcome.cached)
-        yield outcome.picture
+        write_cache(cache_path(outcome.image.path), outcome.cached)
+        yield outcome.image
         if outcome.redone_in_float32:
-            notify(f"'{outcome.picture.path}' gave NaN or Inf in the VAE's precision and was encoded in float32.")
+            notify(f"'{outcome.image.path}' gave NaN or Inf in the VAE's precision and was encoded in float32.")
 
 
-def _print_table(pictures: Iterable[Picture], num_kept: int) -> None:
+def _print_table(pictures: Iterable[BucketedImage], num_kept: int) -> None:
     assignments = [picture.assignment for picture in pictures]
     print("     bucket  pictures")
     for bucket, count in sorted(Counter(assignment.bucket for assignment in assignments).items()):

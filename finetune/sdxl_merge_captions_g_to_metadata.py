@@ -9,7 +9,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from library.config.errors import exits_on_user_error
 from library.config.options import parse_options
-from library.data.metadata import ENCODER_G, MergeOptionsG, merge_captions
+from library.data.caption_files import MergeOptionsG, merge_captions
+from library.data.metadata import COLUMN_G
 
 DESCRIPTION = "Collect the captions of encoder G, one file beside each image, into a metadata file."
 OPTION_CLASSES = [MergeOptionsG]
@@ -19,7 +20,7 @@ OPTION_CLASSES = [MergeOptionsG]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with `argv` and return its exit status."""
     (options,) = parse_options(OPTION_CLASSES, argv, description=DESCRIPTION)
-    merge_captions(options, ENCODER_G)
+    merge_captions(options, COLUMN_G)
     return 0
 
 

@@ -9,7 +9,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from library.config.errors import exits_on_user_error
 from library.config.options import parse_options
-from library.data.metadata import ENCODER_L, MergeOptionsL, merge_captions
+from library.data.caption_files import MergeOptionsL, merge_captions
+from library.data.metadata import COLUMN_L
 
 DESCRIPTION = "Collect the captions of encoder L, one file beside each image, into a metadata file."
 OPTION_CLASSES = [MergeOptionsL]
@@ -19,7 +20,7 @@ OPTION_CLASSES = [MergeOptionsL]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with `argv` and return its exit status."""
     (options,) = parse_options(OPTION_CLASSES, argv, description=DESCRIPTION)
-    merge_captions(options, ENCODER_L)
+    merge_captions(options, COLUMN_L)
     return 0
 
 

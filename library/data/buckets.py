@@ -4,16 +4,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from library.config.errors import UserError
 from library.config.options import option
 from library.sdxl.sizes import PIXELS_PER_LATENT, Size
 
-LEGACY_CROP_NOTICE = (
-    "--legacy_crop_coords: as crop the model is told the offset of a letterbox, on the axis that is not cropped, unlike"
-    " in SDXL's own training and in diffusers. Use it only to go on with a model that was trained so."
-)
 _MOST_DIGITS = 5  # of a side of the resolution
 
 
@@ -26,6 +23,14 @@ class BucketAssignment(NamedTuple):
     bucket: Size
     resized: Size
     aspect_error: float
+
+
+class BucketedImage(NamedTuple):
+    """An image file, its size on disk and the bucket it goes to."""
+
+    path: Path
+    size: Size
+    assignment: BucketAssignment
 
 
 @dataclass(frozen=True)
@@ -155,29 +160,6 @@ class BucketOptions:
             self.bucket_no_upscale,
             enabled,
         )
-
-
-def true_crop_ltrb(bucket: Size, resized: Size) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom of the centre crop to `bucket`, in pixels of the resized picture."""
-    left = (resized.width - bucket.width) // 2
-    top = (resized.height - bucket.height) // 2
-    return left, top, left + bucket.width, top + bucket.height
-
-
-def legacy_crop_ltrb(bucket: Size, image_size: Size) -> tuple[float, float, float, float]:
-    """Left, top, right, bottom that the seed records as the crop: where the whole picture, fitted inside, would lie.
-
-    That is the letterbox offset on the axis that is not cropped; kept for those who continue a training of the seed.
-    """
-    width: float = bucket.width
-    height: float = bucket.height
-    if bucket.aspect > image_size.aspect:
-        width = bucket.height * image_size.aspect
-    else:
-        height = bucket.width / image_size.aspect
-    left = (bucket.width - width) // 2
-    top = (bucket.height - height) // 2
-    return left, top, left + width, top + height
 
 
 def parse_resolution(text: str) -> Size:

@@ -3,61 +3,29 @@
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from library.config.errors import UserError
-from library.config.options import option
 from library.data.epoch_order import EpochOrder, MicroBatch
 from library.data.images import load_rgb, resize_and_crop
 from library.data.latent_cache import CachedLatents, read_cache
 from library.data.latent_preparation import pixels_to_tensor
-from library.data.prefetch import read_ahead
+from library.data.prefetch import prefetch
+from library.data.subsets import LoaderOptions
 from library.data.text_cache import NO_TEXTS, CachedTexts
 from library.data.training_set import TrainingImage
 from library.sdxl.device_copies import to_device
 from library.sdxl.sizes import Size
 from library.sdxl.text_encoding import EncodedText
-from library.sdxl.tokenizers import CHUNK_TOKENS, CaptionTokens, tokenize_captions
+from library.sdxl.tokenizers import CaptionTokens, tokenize_captions
 
-_TOKEN_LENGTHS = (None, 150, 225)
 _BATCHES_AHEAD = 3
-
-
-@dataclass(frozen=True)
-class LoaderOptions:
-    """How batches are made."""
-
-    _argument_group_name: ClassVar[str] = "Batches"
-
-    train_batch_size: int = option(1, "Pictures that go through the network at once, in each process.")
-    max_data_loader_n_workers: int = option(
-        8, "Processes that read batches ahead; 0 leaves it to a thread of the training one."
-    )
-    persistent_data_loader_workers: bool = option(False, "Keep these processes from one epoch to the next.")
-    max_token_length: int | None = option(
-        None, "Longest caption in tokens: 75, or 150 or 225 in two or three chunks.", choices=_TOKEN_LENGTHS
-    )
-
-    @property
-    def num_chunks(self) -> int:
-        """Chunks of 75 tokens in a caption."""
-        return (self.max_token_length or CHUNK_TOKENS) // CHUNK_TOKENS
-
-    def problems(self) -> Iterator[str]:
-        """What cannot work."""
-        if self.train_batch_size < 1:
-            yield f"--train_batch_size is {self.train_batch_size}; it must be 1 or more."
-        if self.max_data_loader_n_workers < 0:
-            yield f"--max_data_loader_n_workers is {self.max_data_loader_n_workers}; it must be 0 or more."
-        if self.persistent_data_loader_workers and self.max_data_loader_n_workers == 0:
-            yield "--persistent_data_loader_workers needs --max_data_loader_n_workers of 1 or more."
 
 
 class Batch(NamedTuple):
@@ -102,7 +70,7 @@ class Batch(NamedTuple):
         )
 
 
-class CaptionedPictures(Dataset[Batch]):
+class CaptionedImages(Dataset[Batch]):
     """The training set by micro-batch: `dataset[micro_batch]` is its `Batch`. Works in spawned workers."""
 
     def __init__(self, images: Sequence[TrainingImage], num_chunks: int, texts: CachedTexts = NO_TEXTS):
@@ -138,7 +106,7 @@ class CaptionedPictures(Dataset[Batch]):
 
 
 def make_loader(
-    dataset: CaptionedPictures,
+    dataset: CaptionedImages,
     order: EpochOrder,
     options: LoaderOptions,
     device: torch.device = torch.device("cpu"),  # noqa: B008 (a value)
@@ -174,7 +142,7 @@ class _ErrorsAsItems(Dataset[Any]):
     torch would raise it in the training process with the traceback of the worker as its message.
     """
 
-    def __init__(self, dataset: CaptionedPictures):
+    def __init__(self, dataset: CaptionedImages):
         self._dataset = dataset
 
     def __getitem__(self, micro_batch: MicroBatch) -> Batch | UserError:
@@ -195,7 +163,7 @@ class _Loader(DataLoader[Any]):
         if self._device.type == "cuda":
             batches = map(_pinned, batches)
             begin = partial(torch.cuda.set_device, self._device)  # a new thread has the first GPU
-        for batch in read_ahead(batches, _BATCHES_AHEAD, begin=begin):
+        for batch in prefetch(batches, _BATCHES_AHEAD, begin=begin):
             if isinstance(batch, UserError):
                 raise batch
             yield batch
@@ -212,9 +180,9 @@ def _unchanged(item: Any) -> Any:
 def _sample(image: TrainingImage, flip: bool) -> torch.Tensor:
     """Latents [4, h, w], or pixels [3, H, W] where there are none."""
     if image.latents is None:
-        assert image.picture is not None
-        bucket, resized, _ = image.picture.assignment
-        pixels = pixels_to_tensor(resize_and_crop(load_rgb(image.picture.path), resized, bucket))
+        assert image.source is not None
+        bucket, resized, _ = image.source.assignment
+        pixels = pixels_to_tensor(resize_and_crop(load_rgb(image.source.path), resized, bucket))
         return pixels.flip(-1) if flip else pixels
     cached = read_cache(image.latents) if isinstance(image.latents, Path) else image.latents
     return torch.from_numpy(np.ascontiguousarray(_latents(cached, flip)))

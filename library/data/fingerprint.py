@@ -28,7 +28,7 @@ def _fingerprint(image: TrainingImage) -> str:
 
 def _picture_digest(image: TrainingImage) -> str:
     if image.latents is None:
-        assert image.picture is not None
-        return file_digest(image.picture.path)
+        assert image.source is not None
+        return file_digest(image.source.path)
     cached = read_cache(image.latents) if isinstance(image.latents, Path) else image.latents
     return cached.image_digest or hashlib.blake2b(cached.latents.tobytes(), digest_size=16).hexdigest()

@@ -6,13 +6,13 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from library.config.atomic_files import replacing
 from library.config.errors import UserError
-from library.data.buckets import covering_size, legacy_crop_ltrb, true_crop_ltrb
+from library.data.buckets import covering_size
+from library.data.crops import Crop, crop_to_train
 from library.sdxl.sizes import LATENT_CHANNELS, PIXELS_PER_LATENT, Size
 
 _BYTES_AROUND = 3000  # names, sizes, fingerprints
@@ -31,14 +31,6 @@ _READING_ERRORS = (
     zipfile.BadZipFile,
     zlib.error,
 )
-
-
-class Crop(NamedTuple):
-    """Where the training picture lies in the resized one: left and top, and left when the picture is mirrored."""
-
-    left: float
-    top: float
-    left_flipped: float
 
 
 @dataclass(frozen=True)
@@ -114,18 +106,6 @@ class CachedLatents:
             not in (None, self.resized_size is None),
         }
         return [reason for reason, holds in found.items() if holds]
-
-
-def crop_to_record(bucket: Size, resized: Size, image_size: Size, *, legacy: bool) -> tuple[float, float, float, float]:
-    """Left, top, right, bottom for a new cache file: the true crop, or what the seed would have recorded."""
-    return legacy_crop_ltrb(bucket, image_size) if legacy else true_crop_ltrb(bucket, resized)
-
-
-def crop_to_train(bucket: Size, resized: Size, image_size: Size, *, legacy: bool) -> Crop:
-    """The crop to train with of a picture that was resized to `resized`; the legacy one is in pixels of the bucket."""
-    left, top, right, _ = crop_to_record(bucket, resized, image_size, legacy=legacy)
-    width = bucket.width if legacy else resized.width
-    return Crop(left, top, width - right)
 
 
 def cache_bytes(bucket: Size, *, flip: bool = False, alpha_mask: bool = False) -> int:

@@ -1,77 +1,56 @@
-"""Pictures to latents before training: loaded ahead by threads, encoded bucket by bucket."""
+"""Images to latents before training: loaded ahead by threads, encoded bucket by bucket."""
 
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from tqdm import tqdm
 
 from library.config.atomic_files import require_disk_space
 from library.config.errors import UserError
-from library.config.options import option
-from library.data.buckets import BucketAssignment
+from library.config.messages import notify
+from library.data.buckets import BucketedImage
+from library.data.crops import crop_to_record
 from library.data.images import load_rgb_and_alpha, resize_and_crop
-from library.data.latent_cache import CachedLatents, cache_bytes, crop_to_record, file_digest
-from library.data.prefetch import read_ahead
-from library.sdxl.latents import encode_pixels_finite
+from library.data.latent_cache import CachedLatents, cache_bytes, cache_path, file_digest, write_cache
+from library.data.prefetch import prefetch
+from library.data.subsets import TrainingSetOptions
+from library.data.training_set import TrainingImage
+from library.sdxl.latents import encode_pixels_finite, vae_digest
 from library.sdxl.sizes import Size
 
-
-class Picture(NamedTuple):
-    """A picture to encode: its file, its size on disk and the bucket it goes to."""
-
-    path: Path
-    size: Size
-    assignment: BucketAssignment
-
-
-class Outcome(NamedTuple):
-    """What became of a picture: its latents, or the error that says why there are none."""
-
-    picture: Picture
-    cached: CachedLatents | None
-    error: UserError | None = None
-    redone_in_float32: bool = False
+_MOST_THREADS = 4  # unless asked for more
 
 
 @dataclass(frozen=True)
-class EncodingOptions:
-    """How pictures are encoded."""
+class Encoding:
+    """How images are encoded, and what is kept beside their latents.
 
-    _argument_group_name: ClassVar[str] = "Latents"
+    `num_threads` threads read images ahead; None uses up to four.
+    """
 
-    batch_size: int = option(1, "Pictures that are encoded at once.")
-    max_data_loader_n_workers: int | None = option(None, "Threads that read pictures ahead; up to four if not given.")
-    mixed_precision: str = option("no", "Precision in which the VAE runs.", choices=("no", "fp16", "bf16"))
-    flip_aug: bool = option(False, "Encode each picture mirrored too, for --flip_aug in training.")
-    alpha_mask: bool = option(False, "Keep the transparency of each picture beside its latents.")
-    legacy_crop_coords: bool = option(False, "Record the crop as kohya's trainers do, on the wrong axis.")
+    batch_size: int = 1
+    flip: bool = False
+    alpha_mask: bool = False
+    legacy_crop: bool = False
+    num_threads: int | None = None
 
-    @property
-    def vae_dtype(self) -> torch.dtype:
-        """The precision in which the VAE runs."""
-        return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.mixed_precision]
 
-    @property
-    def num_threads(self) -> int:
-        """Threads that read pictures; 0 asks for none ahead, and one is the least that reads at all."""
-        if self.max_data_loader_n_workers is None:
-            return min(4, os.cpu_count() or 1)
-        return max(1, self.max_data_loader_n_workers)
+class Outcome(NamedTuple):
+    """The latents of an image, or the error that says why there are none."""
 
-    def problems(self) -> Iterator[str]:
-        """What cannot work."""
-        if self.batch_size < 1:
-            yield f"--batch_size is {self.batch_size}; it must be 1 or more."
-        if self.max_data_loader_n_workers is not None and self.max_data_loader_n_workers < 0:
-            yield f"--max_data_loader_n_workers is {self.max_data_loader_n_workers}; it must be 0 or more."
+    image: BucketedImage
+    cached: CachedLatents | None
+    error: UserError | None = None
+    redone_in_float32: bool = False
 
 
 class _Loaded(NamedTuple):
@@ -81,124 +60,153 @@ class _Loaded(NamedTuple):
 
 
 def pixels_to_tensor(pixels: np.ndarray) -> torch.Tensor:
-    """uint8 (H, W, 3) to float32 [3, H, W] in -1..1."""
+    """Convert uint8 (H, W, 3) to float32 [3, H, W] in -1..1."""
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1.0
 
 
-def require_room(folder: Path, pictures: Iterable[Picture], options: EncodingOptions) -> None:
-    """Raise `UserError` unless the disk of `folder` holds the latents of `pictures`."""
+def require_disk_for_latents(folder: Path, images: Iterable[BucketedImage], encoding: Encoding) -> None:
+    """Raise `UserError` unless the disk of `folder` has room for the latents of `images`."""
     sizes = [
-        cache_bytes(picture.assignment.bucket, flip=options.flip_aug, alpha_mask=options.alpha_mask)
-        for picture in pictures
+        cache_bytes(image.assignment.bucket, flip=encoding.flip, alpha_mask=encoding.alpha_mask) for image in images
     ]
-    require_disk_space(folder, sum(sizes), f"latents of {len(sizes)} pictures")
+    require_disk_space(folder, sum(sizes), f"latents of {len(sizes)} images")
 
 
-def encode_pictures(
-    pictures: Sequence[Picture], vae: AutoencoderKL, options: EncodingOptions, *, vae_digest: str
-) -> Iterator[Outcome]:
-    """The latents of every picture, in the order of their buckets.
+def encode_missing(
+    images: Sequence[TrainingImage], vae: AutoencoderKL, options: TrainingSetOptions, *, digest: str | None = None
+) -> list[TrainingImage]:
+    """Return the images with latents for all of them, in memory or on disk as the options ask.
 
-    Pictures are read by threads while the VAE works, in the precision it is held in; and the VAE works in a thread
-    while the caller is busy with what has come out. `vae_digest` is what the caches say it is. A picture that cannot be
-    read, or whose latents are NaN or Inf even in float32, comes out with its error; the others go on. Raises
-    `UserError` where the device has no memory for a single picture.
+    `digest` is the VAE's, to record in the caches (None: computed from the weights as they are held). Raises
+    `UserError` for the first image that cannot be encoded.
     """
-    return read_ahead(_outcomes(pictures, vae, options, vae_digest), options.batch_size)
+    sources = list(dict.fromkeys(image.source for image in images if image.latents is None and image.source))
+    encoding = Encoding(options.vae_batch_size, flip=options.flip_aug, legacy_crop=options.legacy_crop_coords)
+    if options.cache_latents_to_disk:
+        assert options.train_data_dir is not None  # checked by problems()
+        require_disk_for_latents(options.train_data_dir, sources, encoding)
+    outcomes = encode_images(sources, vae, encoding, vae_digest=digest or vae_digest(vae))
+    latents_of: dict[BucketedImage | None, Path | CachedLatents] = {}
+    for outcome in tqdm(outcomes, "encoding latents", len(sources), unit="image", disable=None if sources else True):
+        if outcome.error is not None:
+            raise outcome.error
+        if outcome.redone_in_float32:
+            notify(f"'{outcome.image.path}': NaN in the VAE's precision, encoded in float32.")
+        assert outcome.cached is not None
+        latents: Path | CachedLatents = outcome.cached
+        if options.cache_latents_to_disk:
+            latents = cache_path(outcome.image.path)
+            write_cache(latents, outcome.cached)
+        latents_of[outcome.image] = latents
+    return [replace(image, latents=latents_of.get(image.source, image.latents)) for image in images]
+
+
+def encode_images(
+    images: Sequence[BucketedImage], vae: AutoencoderKL, encoding: Encoding, *, vae_digest: str
+) -> Iterator[Outcome]:
+    """Yield the latents of every image, bucket by bucket, encoded in the precision in which the VAE is held.
+
+    Threads load images while the VAE works, and the VAE works in a thread while the caller handles what has come out.
+    `vae_digest` is recorded in the caches. An image that cannot be read, or whose latents are NaN or Inf even in
+    float32, comes out with its error, and the others continue. Raises `UserError` where the device has no memory for a
+    single image.
+    """
+    return prefetch(_outcomes(images, vae, encoding, vae_digest), encoding.batch_size)
 
 
 def _outcomes(
-    pictures: Sequence[Picture], vae: AutoencoderKL, options: EncodingOptions, vae_digest: str
+    images: Sequence[BucketedImage], vae: AutoencoderKL, encoding: Encoding, vae_digest: str
 ) -> Iterator[Outcome]:
-    with ThreadPoolExecutor(options.num_threads) as pool:
-        for batch, loading in _loaded_ahead(pool, _batches(pictures, options.batch_size), options.num_threads):
-            yield from _encode_batch(batch, loading, vae, options, vae_digest)
+    num_threads = encoding.num_threads or min(_MOST_THREADS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(num_threads) as pool:
+        for batch, loading in _loaded_ahead(pool, _batches(images, encoding.batch_size), num_threads):
+            yield from _encode_batch(batch, loading, vae, encoding, vae_digest)
 
 
-def _batches(pictures: Iterable[Picture], batch_size: int) -> Iterator[list[Picture]]:
-    buckets: dict[Size, list[Picture]] = {}
-    for picture in pictures:
-        buckets.setdefault(picture.assignment.bucket, []).append(picture)
+def _batches(images: Iterable[BucketedImage], batch_size: int) -> Iterator[list[BucketedImage]]:
+    buckets: dict[Size, list[BucketedImage]] = {}
+    for image in images:
+        buckets.setdefault(image.assignment.bucket, []).append(image)
     for same_size in buckets.values():
         for first in range(0, len(same_size), batch_size):
             yield same_size[first : first + batch_size]
 
 
 def _loaded_ahead(
-    pool: ThreadPoolExecutor, batches: Iterator[list[Picture]], num_ahead: int
-) -> Iterator[tuple[list[Picture], list[Future[_Loaded]]]]:
-    """Each batch with its pictures on their way, `num_ahead` batches before they are asked for."""
-    waiting: deque[tuple[list[Picture], list[Future[_Loaded]]]] = deque()
+    pool: ThreadPoolExecutor, batches: Iterator[list[BucketedImage]], num_ahead: int
+) -> Iterator[tuple[list[BucketedImage], list[Future[_Loaded]]]]:
+    """Yield each batch with its images being loaded, `num_ahead` batches before they are asked for."""
+    waiting: deque[tuple[list[BucketedImage], list[Future[_Loaded]]]] = deque()
     for batch in batches:
-        waiting.append((batch, [pool.submit(_load, picture) for picture in batch]))
+        waiting.append((batch, [pool.submit(_load, image) for image in batch]))
         if len(waiting) > num_ahead:
             yield waiting.popleft()
     yield from waiting
 
 
-def _load(picture: Picture) -> _Loaded:
-    image, alpha = load_rgb_and_alpha(picture.path)
-    bucket, resized, _ = picture.assignment
+def _load(image: BucketedImage) -> _Loaded:
+    rgb, alpha = load_rgb_and_alpha(image.path)
+    bucket, resized, _ = image.assignment
     return _Loaded(
-        resize_and_crop(image, resized, bucket),
+        resize_and_crop(rgb, resized, bucket),
         None if alpha is None else resize_and_crop(alpha, resized, bucket),
-        file_digest(picture.path),
+        file_digest(image.path),
     )
 
 
 def _encode_batch(
-    batch: list[Picture],
+    batch: list[BucketedImage],
     loading: list[Future[_Loaded]],
     vae: AutoencoderKL,
-    options: EncodingOptions,
+    encoding: Encoding,
     vae_digest: str,
 ) -> Iterator[Outcome]:
-    usable: list[tuple[Picture, _Loaded]] = []
-    for picture, future in zip(batch, loading, strict=True):
+    usable: list[tuple[BucketedImage, _Loaded]] = []
+    for image, future in zip(batch, loading, strict=True):
         try:
-            usable.append((picture, future.result()))
+            usable.append((image, future.result()))
         except UserError as error:
-            yield Outcome(picture, None, error)
+            yield Outcome(image, None, error)
     if not usable:
         return
     pixels = torch.stack([pixels_to_tensor(loaded.pixels) for _, loaded in usable])
     with _explained_out_of_memory(batch[0].assignment.bucket):
         plain = encode_pixels_finite(vae, pixels)
-        mirrored = encode_pixels_finite(vae, pixels.flip(-1)) if options.flip_aug else None
-    encoded = [plain] if mirrored is None else [plain, mirrored]
-    for index, (picture, loaded) in enumerate(usable):
+        flipped = encode_pixels_finite(vae, pixels.flip(-1)) if encoding.flip else None
+    encoded = [plain] if flipped is None else [plain, flipped]
+    for index, (image, loaded) in enumerate(usable):
         if any(index in each.failed for each in encoded):
-            yield Outcome(picture, None, _not_finite(picture.path))
+            yield Outcome(image, None, _not_finite(image.path))
             continue
-        bucket, resized, _ = picture.assignment
+        bucket, resized, _ = image.assignment
         cached = CachedLatents(
             latents=plain.latents[index].cpu().numpy(),
-            original_size=picture.size,
-            crop_ltrb=crop_to_record(bucket, resized, picture.size, legacy=options.legacy_crop_coords),
-            latents_flipped=None if mirrored is None else mirrored.latents[index].cpu().numpy(),
-            alpha_mask=_mask(loaded) if options.alpha_mask else None,
-            resized_size=None if options.legacy_crop_coords else resized,
+            original_size=image.size,
+            crop_ltrb=crop_to_record(bucket, resized, image.size, legacy=encoding.legacy_crop),
+            latents_flipped=None if flipped is None else flipped.latents[index].cpu().numpy(),
+            alpha_mask=_mask(loaded) if encoding.alpha_mask else None,
+            resized_size=None if encoding.legacy_crop else resized,
             image_digest=loaded.digest,
             vae_digest=vae_digest,
         )
-        yield Outcome(picture, cached, redone_in_float32=any(index in each.redone for each in encoded))
+        yield Outcome(image, cached, redone_in_float32=any(index in each.redone for each in encoded))
 
 
 @contextmanager
 def _explained_out_of_memory(bucket: Size) -> Iterator[None]:
-    """Within the block, a GPU without memory for a single picture of `bucket` is a `UserError`."""
+    """Within the block, raise a `UserError` where the GPU has no memory for a single image of `bucket`."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"the GPU has no memory left to encode a picture of {bucket} ({str(error).partition('.')[0]}).",
-            "Close what else uses the GPU, or prepare smaller pictures with prepare_buckets_latents.py: it takes "
-            "--mixed_precision=bf16 too and, to keep the latents written so far, --skip_existing.",
+            f"the GPU has no memory left to encode an image of {bucket} ({str(error).partition('.')[0]}).",
+            "Close what else uses the GPU, or prepare smaller images with prepare_buckets_latents.py, which also takes "
+            "--mixed_precision=bf16 and, to keep the latents written so far, --skip_existing.",
         ) from error
 
 
 def _mask(loaded: _Loaded) -> np.ndarray:
-    """Opacity 0-1 (H, W); a picture without alpha is opaque."""
+    """Return opacity 0-1 (H, W); an image without alpha is opaque."""
     if loaded.alpha is None:
         return np.ones(loaded.pixels.shape[:2], dtype=np.float32)
     return loaded.alpha.astype(np.float32) / 255.0
@@ -206,6 +214,6 @@ def _mask(loaded: _Loaded) -> np.ndarray:
 
 def _not_finite(path: Path) -> UserError:
     return UserError(
-        f"'{path}' gives NaN or Inf in the VAE, in float32 too.",
-        "Look at the picture; if it is sound, the VAE's file is damaged: give another model.",
+        f"'{path}': the VAE's output is NaN or Inf, in float32 too.",
+        "Check the image. If it is sound, the VAE's file is damaged: use another model.",
     )

@@ -9,14 +9,14 @@ Item = TypeVar("Item")
 _END = object()
 
 
-def read_ahead(items: Iterator[Item], num_ahead: int, *, begin: Callable[[], object] | None = None) -> Iterator[Item]:
-    """The same items in the same order; up to `num_ahead` of them are fetched before they are asked for.
+def prefetch(items: Iterator[Item], num_ahead: int, *, begin: Callable[[], object] | None = None) -> Iterator[Item]:
+    """Yield the same items in the same order, up to `num_ahead` of them fetched before they are asked for.
 
-    One thread fetches them (after it has called `begin`), so `items` need not know of threads. What fetching raises
-    is raised here, in its place of the order. Leaving a `for` loop over them waits for the item being fetched, and
+    One thread fetches them, after it has called `begin`, so that `items` need not be thread-safe. What fetching raises
+    is raised here, in its place of the order. Leaving a `for` loop over them waits for the item being fetched and
     fetches no more.
     """
-    thread = ThreadPoolExecutor(1, thread_name_prefix="read ahead", initializer=begin)
+    thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch", initializer=begin)
     until_over = (item for item in items)  # may be asked again after its end, as not every iterator may be
     fetching = deque(thread.submit(next, until_over, _END) for _ in range(num_ahead))
     try:

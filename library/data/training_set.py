@@ -1,110 +1,45 @@
 """Metadata, pictures and caches to the list of what is trained on."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
-from diffusers import AutoencoderKL
 from tqdm import tqdm
 
 from library.config.errors import UserError
 from library.config.messages import notify
-from library.config.options import option
-from library.data.buckets import LEGACY_CROP_NOTICE, BucketAssignment, BucketRule, covering_size, parse_resolution
+from library.data.buckets import BucketAssignment, BucketedImage, BucketRule, covering_size
+from library.data.crops import LEGACY_CROP_NOTICE, Crop, crop_to_train
+from library.data.image_keys import images_by_stem, is_file, resolve_image
 from library.data.images import IMAGE_SUFFIXES, read_size
 from library.data.latent_cache import (
     CacheDemands,
     CachedLatents,
-    Crop,
     cache_path,
-    crop_to_train,
     read_fitting_cache,
     require_separate_caches,
-    write_cache,
 )
-from library.data.latent_preparation import EncodingOptions, Picture, encode_pictures, require_room
 from library.data.metadata import (
-    ENCODER_G,
-    ENCODER_L,
+    COLUMN_G,
+    COLUMN_L,
     Entry,
     caption_g,
     caption_l,
-    images_by_stem,
-    is_file,
     keys_without_caption,
     read_metadata,
-    resolve_image,
     train_resolution,
 )
-from library.sdxl.latents import vae_digest
+from library.data.subsets import TrainingSetOptions
 from library.sdxl.sizes import Size
 
 _NAMES_SHOWN = 10
 
 
 @dataclass(frozen=True)
-class TrainingSetOptions:
-    """What is trained on."""
-
-    _argument_group_name: ClassVar[str] = "Training set"
-
-    train_data_dir: Path | None = option(None, "Folder of the pictures and their latents (.npz).")
-    in_json: Path | None = option(None, "Metadata: the captions, and the buckets of prepare_buckets_latents.py.")
-    resolution: str = option("1024,1024", "Size of training for pictures without prepared latents: width,height.")
-    enable_bucket: bool = option(False, "Sort pictures without prepared latents into buckets; else all are cropped.")
-    dataset_repeats: int = option(1, "How often an epoch shows each picture.")
-    flip_aug: bool = option(False, "Mirror half of the pictures at random.")
-    cache_latents: bool = option(
-        False, "Encode pictures that have no latents before training, and keep them in memory."
-    )
-    cache_latents_to_disk: bool = option(False, "Encode them before training and write the .npz files beside them.")
-    vae_batch_size: int = option(1, "Pictures that are encoded at once.")
-    cache_text_encoder_outputs: bool = option(
-        False, "Encode the captions of frozen text encoders before training, each once, and keep that in memory."
-    )
-    cache_text_encoder_outputs_to_disk: bool = option(
-        False, "Encode them before training and write that to the folder text_encoder_outputs among the pictures."
-    )
-    skip_cache_check: bool = option(False, "Do not read the pictures to see whether their .npz still fits them.")
-    legacy_crop_coords: bool = option(
-        False, "Use the crop coordinates of kohya's trainers (the wrong axis), to continue a model trained there."
-    )
-
-    @property
-    def caches_latents(self) -> bool:
-        """Whether pictures are encoded before training."""
-        return self.cache_latents or self.cache_latents_to_disk
-
-    @property
-    def caches_texts(self) -> bool:
-        """Whether captions are encoded before training."""
-        return self.cache_text_encoder_outputs or self.cache_text_encoder_outputs_to_disk
-
-    def problems(self) -> Iterator[str]:
-        """What cannot work."""
-        if self.train_data_dir is None:
-            yield "--train_data_dir is missing: name the folder of the pictures."
-        elif not self.train_data_dir.is_dir():
-            yield f"--train_data_dir: there is no folder '{self.train_data_dir}'; give the folder of the pictures."
-        if self.in_json is None:
-            yield "--in_json is missing: name the metadata file, made with the scripts of finetune/."
-        elif not self.in_json.is_file():
-            yield f"--in_json: there is no file '{self.in_json}'; make it with the scripts of finetune/."
-        for flag in ("dataset_repeats", "vae_batch_size"):
-            if getattr(self, flag) < 1:
-                yield f"--{flag} is {getattr(self, flag)}; it must be 1 or more."
-        try:
-            parse_resolution(self.resolution)
-        except UserError as error:
-            yield f"--resolution: {error}"
-
-
-@dataclass(frozen=True)
 class TrainingImage:
     """One picture of the training set.
 
-    `latents` is its cache file, what such a file would hold, or None where `picture` is encoded in the step.
+    `latents` is its cache file, what such a file would hold, or None where `source` is encoded in the step.
     `bucket` is the size it is trained at, `size` its own.
     """
 
@@ -115,7 +50,7 @@ class TrainingImage:
     bucket: Size
     crop: Crop
     latents: Path | CachedLatents | None
-    picture: Picture | None = None
+    source: BucketedImage | None = None
 
 
 class _Found(NamedTuple):
@@ -175,39 +110,6 @@ def _find_images(options: TrainingSetOptions) -> list[_Found]:
     return found
 
 
-def encode_missing(
-    images: Sequence[TrainingImage], vae: AutoencoderKL, options: TrainingSetOptions, *, digest: str | None = None
-) -> list[TrainingImage]:
-    """The images with latents for all, as `--cache_latents` (memory) or `--cache_latents_to_disk` ask.
-
-    `digest` is what the caches say of the VAE (None: its own as it is held). Raises `UserError` for the first picture
-    that cannot be encoded.
-    """
-    pictures = list(dict.fromkeys(image.picture for image in images if image.latents is None and image.picture))
-    encoding = EncodingOptions(
-        batch_size=options.vae_batch_size, flip_aug=options.flip_aug, legacy_crop_coords=options.legacy_crop_coords
-    )
-    if options.cache_latents_to_disk:
-        assert options.train_data_dir is not None  # checked by problems()
-        require_room(options.train_data_dir, pictures, encoding)
-    outcomes = encode_pictures(pictures, vae, encoding, vae_digest=digest or vae_digest(vae))
-    latents_of: dict[Picture | None, Path | CachedLatents] = {}
-    for outcome in tqdm(
-        outcomes, "encoding latents", len(pictures), unit="picture", disable=None if pictures else True
-    ):
-        if outcome.error is not None:
-            raise outcome.error
-        if outcome.redone_in_float32:
-            notify(f"'{outcome.picture.path}' gave NaN in the VAE's precision and was encoded in float32.")
-        assert outcome.cached is not None
-        latents: Path | CachedLatents = outcome.cached
-        if options.cache_latents_to_disk:
-            latents = cache_path(outcome.picture.path)
-            write_cache(latents, outcome.cached)
-        latents_of[outcome.picture] = latents
-    return [replace(image, latents=latents_of.get(image.picture, image.latents)) for image in images]
-
-
 def _read_if_fitting(
     cache: Path, picture: Path | None, bucket: Size | None, demands: CacheDemands
 ) -> CachedLatents | None:
@@ -254,7 +156,7 @@ def _from_picture(key: str, entry: Entry, image: Path, rule: BucketRule, options
         bucket=bucket,
         crop=crop_to_train(bucket, resized, size, legacy=options.legacy_crop_coords),
         latents=None,
-        picture=Picture(image, size, assignment),
+        source=BucketedImage(image, size, assignment),
     )
 
 
@@ -272,7 +174,7 @@ def _cache_without_picture(key: str, folder: Path) -> Path:
 
 
 def _require_captions(metadata: dict[str, Entry], path: Path) -> None:
-    for encoder in (ENCODER_L, ENCODER_G):
+    for encoder in (COLUMN_L, COLUMN_G):
         lacking = keys_without_caption(metadata, encoder)
         if lacking:
             script = f"sdxl_merge_captions_{encoder.letter.lower()}_to_metadata.py"

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from library.data.dataset import Batch, CaptionedPictures, LoaderOptions, make_loader
+from library.data.dataset import Batch, CaptionedImages, make_loader
 from library.data.epoch_order import BatchShape, EpochOrder
+from library.data.subsets import LoaderOptions, TrainingSetOptions
 from library.data.text_cache import CachedTexts
-from library.data.training_set import TrainingImage, TrainingSetOptions
+from library.data.training_set import TrainingImage
 from library.training.run_options import RunOptions
 from library.training.state import Progress
 
@@ -60,7 +61,7 @@ def make_course(
     seed: int,
 ) -> Course:
     """The course of this process over `images`; `--max_train_epochs`, where given, decides its length."""
-    dataset = CaptionedPictures(images, loader_options.num_chunks, texts)
+    dataset = CaptionedImages(images, loader_options.num_chunks, texts)
     shape = BatchShape(
         batch_size=loader_options.train_batch_size,
         accumulation_steps=run_options.gradient_accumulation_steps,

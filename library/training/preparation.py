@@ -13,8 +13,9 @@ from library.config.errors import UserError
 from library.data.caption_lengths import cut_captions
 from library.data.dataset import Batch
 from library.data.fingerprint import fingerprints
+from library.data.latent_preparation import encode_missing
 from library.data.text_cache import FOLDER_NAME, NO_TEXTS, CachedTexts, encode_texts
-from library.data.training_set import TrainingImage, encode_missing, read_training_set
+from library.data.training_set import TrainingImage, read_training_set
 from library.sdxl.architecture import SdxlModel
 from library.sdxl.latents import encode_pixels_finite
 from library.training.loss_watch import explained_out_of_memory

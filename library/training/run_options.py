@@ -8,8 +8,7 @@ from typing import ClassVar
 from library.config.errors import UserError
 from library.config.options import ConfigFileOptions, option
 from library.data.buckets import BucketOptions, BucketRule, parse_resolution
-from library.data.dataset import LoaderOptions
-from library.data.training_set import TrainingSetOptions
+from library.data.subsets import LoaderOptions, TrainingSetOptions
 from library.diffusion.noise import NoiseOptions
 from library.optim.lr_schedules import ScheduleOptions
 from library.optim.optimizers import OptimizerOptions

@@ -13,9 +13,11 @@ from PIL import Image
 
 from finetune import prepare_buckets_latents
 from library.data.buckets import BucketRule
-from library.data.dataset import CaptionedPictures
+from library.data.dataset import CaptionedImages
 from library.data.epoch_order import MicroBatch
-from library.data.training_set import TrainingSetOptions, encode_missing, read_training_set
+from library.data.latent_preparation import encode_missing
+from library.data.subsets import TrainingSetOptions
+from library.data.training_set import read_training_set
 from library.sdxl.latents import vae_digest
 from library.sdxl.sizes import Size
 from library.training.preparation import latents_of
@@ -38,17 +40,17 @@ def test_the_cache_holds_the_mean_of_diffusers_posterior_unscaled(tiny_sdxl: Pat
 
 
 @pytest.fixture(scope="module")
-def training_sets(two_buckets: PreparedSet, diffusers_model, tmp_path_factory) -> dict[str, CaptionedPictures]:
+def training_sets(two_buckets: PreparedSet, diffusers_model, tmp_path_factory) -> dict[str, CaptionedImages]:
     """The same pictures in every way that the trainer can get their latents."""
     vae, digest = diffusers_model.vae, vae_digest(diffusers_model.vae)
     fresh = two_buckets.without_latents(tmp_path_factory.mktemp("fresh") / "set")
 
-    def read(folder: PreparedSet, metadata: Path, **flags: bool) -> CaptionedPictures:
+    def read(folder: PreparedSet, metadata: Path, **flags: bool) -> CaptionedImages:
         options = TrainingSetOptions(folder.images, metadata, enable_bucket=True, **flags)
         images = read_training_set(options, RULE, digest)
         if options.cache_latents or options.cache_latents_to_disk:
             images = encode_missing(images, vae, options, digest=digest)
-        return CaptionedPictures(images, num_chunks=1)
+        return CaptionedImages(images, num_chunks=1)
 
     return {
         "encoded in the step": read(fresh, fresh.captions_json, flip_aug=True),
@@ -58,7 +60,7 @@ def training_sets(two_buckets: PreparedSet, diffusers_model, tmp_path_factory) -
     }
 
 
-def single_batches(pictures: CaptionedPictures, vae, *, mirrored: bool) -> dict[str, list[torch.Tensor]]:
+def single_batches(pictures: CaptionedImages, vae, *, mirrored: bool) -> dict[str, list[torch.Tensor]]:
     """By image: the unscaled latents that a step works on, and all else that it is given."""
     batches = {}
     for index in range(len(pictures.kinds)):

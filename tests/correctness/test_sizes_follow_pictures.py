@@ -15,9 +15,10 @@ from PIL import ExifTags, Image
 
 from finetune import prepare_buckets_latents
 from library.data.buckets import BucketRule
-from library.data.dataset import Batch, CaptionedPictures
+from library.data.dataset import Batch, CaptionedImages
 from library.data.epoch_order import MicroBatch
-from library.data.training_set import TrainingSetOptions, read_training_set
+from library.data.subsets import TrainingSetOptions
+from library.data.training_set import read_training_set
 from library.sdxl.latents import vae_digest
 from library.sdxl.size_conditioning import size_conditioning
 from library.sdxl.sizes import Size
@@ -95,7 +96,7 @@ def batches(folder: Path, diffusers_model):
         options = TrainingSetOptions(folder / kind, metadata, enable_bucket=True, flip_aug=True, **flags)
         images = read_training_set(options, RULE, vae_digest(diffusers_model.vae))
         assert all((image.latents is None) == (kind == "plain") for image in images)
-        dataset = CaptionedPictures(images, num_chunks=1)
+        dataset = CaptionedImages(images, num_chunks=1)
         return {
             image.key: dataset[MicroBatch((index, index), DIRECTIONS, 1.0, completes_step=True)]
             for index, image in enumerate(images)

@@ -11,7 +11,8 @@ from PIL import Image
 
 from library.data.buckets import BucketRule
 from library.data.latent_cache import CachedLatents, cache_path, file_digest, write_cache
-from library.data.training_set import TrainingSetOptions, read_training_set
+from library.data.subsets import TrainingSetOptions
+from library.data.training_set import read_training_set
 from library.sdxl.sizes import Size
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from library.data.caption_lengths import cut_captions
-from library.data.latent_cache import Crop
+from library.data.crops import Crop
 from library.data.training_set import TrainingImage
 from library.sdxl.sizes import Size
 

@@ -9,12 +9,13 @@ import torch
 from PIL import Image
 
 from library.config.errors import UserError
-from library.data.buckets import BucketAssignment
-from library.data.dataset import Batch, CaptionedPictures, LoaderOptions, make_loader
+from library.data.buckets import BucketAssignment, BucketedImage
+from library.data.crops import Crop
+from library.data.dataset import Batch, CaptionedImages, make_loader
 from library.data.epoch_order import BatchShape, EpochOrder, MicroBatch
 from library.data.images import load_rgb, resize_and_crop
-from library.data.latent_cache import CachedLatents, Crop, write_cache
-from library.data.latent_preparation import Picture
+from library.data.latent_cache import CachedLatents, write_cache
+from library.data.subsets import LoaderOptions
 from library.data.training_set import TrainingImage
 from library.sdxl.sizes import Size
 from library.sdxl.tokenizers import PAD_G, PAD_L, tokenize
@@ -29,7 +30,7 @@ def uncached(folder, name="a", captions=CAPTIONS[0]):
     """A training image that is encoded in the step; its picture is noise."""
     pixels = np.random.default_rng(list(name.encode())).integers(0, 256, (SIZE.height, SIZE.width, 3))
     Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{name}.png")
-    picture = Picture(folder / f"{name}.png", SIZE, BucketAssignment(BUCKET, RESIZED, 0.0))
+    picture = BucketedImage(folder / f"{name}.png", SIZE, BucketAssignment(BUCKET, RESIZED, 0.0))
     return TrainingImage(name, *captions, SIZE, BUCKET, CROP, None, picture)
 
 
@@ -44,7 +45,7 @@ def cached(folder, name="a", captions=CAPTIONS[0], *, in_memory=False):
 def batch_of(images, flips=None, num_chunks=1):
     indices = tuple(range(len(images)))
     flips = flips or (False,) * len(images)
-    return CaptionedPictures(images, num_chunks)[MicroBatch(indices, tuple(flips), 0.25, completes_step=True)]
+    return CaptionedImages(images, num_chunks)[MicroBatch(indices, tuple(flips), 0.25, completes_step=True)]
 
 
 def same(first, second):
@@ -75,7 +76,7 @@ def test_cached_pictures_come_as_the_latents_of_their_direction(tmp_path, in_mem
 def test_uncached_pictures_come_as_pixels_resized_cropped_and_mirrored(tmp_path):
     image = uncached(tmp_path)
     plain, mirrored = batch_of([image, image], flips=[False, True]).pixels
-    expected = resize_and_crop(load_rgb(image.picture.path), RESIZED, BUCKET)
+    expected = resize_and_crop(load_rgb(image.source.path), RESIZED, BUCKET)
     assert plain.shape == (3, BUCKET.height, BUCKET.width)
     np.testing.assert_array_equal(((plain + 1) * 127.5).round().permute(1, 2, 0), expected)
     assert torch.equal(mirrored, plain.flip(-1))
@@ -122,7 +123,7 @@ def test_moving_a_batch_moves_every_tensor_and_nothing_else(tmp_path):
 def test_pictures_with_and_without_latents_are_of_different_kinds_and_so_are_buckets(tmp_path):
     images = [cached(tmp_path, "a"), uncached(tmp_path, "b"), cached(tmp_path, "c", in_memory=True)]
     images.append(replace(images[0], bucket=Size(48, 80)))
-    with_latents, without, in_memory, other_bucket = CaptionedPictures(images, 1).kinds
+    with_latents, without, in_memory, other_bucket = CaptionedImages(images, 1).kinds
     assert with_latents == in_memory
     assert len({with_latents, without, other_bucket}) == 3
 
@@ -133,7 +134,7 @@ def test_pictures_with_and_without_latents_are_of_different_kinds_and_so_are_buc
 def mixed_set(folder):
     makers = [cached, uncached, cached, cached, uncached, cached, uncached]
     images = [make(folder, str(index), CAPTIONS[index % 3]) for index, make in enumerate(makers)]
-    return CaptionedPictures(images, num_chunks=2)
+    return CaptionedImages(images, num_chunks=2)
 
 
 def loader_of(dataset, num_workers=0, **options):

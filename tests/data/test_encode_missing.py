@@ -9,7 +9,8 @@ import torch
 
 from library.config.errors import UserError
 from library.data.latent_cache import cache_path, read_cache
-from library.data.training_set import encode_missing, read_training_set
+from library.data.latent_preparation import encode_missing
+from library.data.training_set import read_training_set
 from library.sdxl.checkpoint_file import read_vae
 from library.sdxl.latents import vae_digest
 from library.sdxl.sizes import Size
@@ -36,7 +37,7 @@ def test_latents_in_memory_and_on_disk_are_equal_and_what_was_cached_stays(folde
     assert in_memory[2] == on_disk[2] == images[2]
     assert kept.read_bytes() == before
     for memory, disk in zip(in_memory[:2], on_disk[:2], strict=True):
-        assert disk.latents == cache_path(disk.picture.path)
+        assert disk.latents == cache_path(disk.source.path)
         read = read_cache(disk.latents)
         for name, value in vars(memory.latents).items():
             np.testing.assert_array_equal(getattr(read, name), value, err_msg=name)

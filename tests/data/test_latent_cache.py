@@ -9,12 +9,11 @@ import pytest
 
 from library.config.errors import UserError
 from library.data.buckets import covering_size
+from library.data.crops import crop_to_record, crop_to_train
 from library.data.latent_cache import (
     CacheDemands,
     CachedLatents,
     cache_path,
-    crop_to_record,
-    crop_to_train,
     file_digest,
     read_cache,
     read_fitting_cache,

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 import pytest
 
 from library.config.errors import UserError
-from library.data.prefetch import read_ahead
+from library.data.prefetch import prefetch
 
 SECONDS = 10  # far more than any of these waits takes; only a failing test waits so long
 
 
 def reading_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("read ahead")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
 class Source:
@@ -43,13 +43,13 @@ class Source:
 @pytest.mark.parametrize("count", [0, 1, 2, 7])
 @pytest.mark.parametrize("num_ahead", [1, 3])
 def test_the_items_come_in_their_order_and_the_thread_ends(count: int, num_ahead: int):
-    assert list(read_ahead(iter(Source(count)), num_ahead)) == list(range(count))
+    assert list(prefetch(iter(Source(count)), num_ahead)) == list(range(count))
     assert reading_threads() == []
 
 
 def test_so_many_items_wait_while_one_is_used_and_no_more():
     source = Source(10)
-    items = read_ahead(iter(source), 3)
+    items = prefetch(iter(source), 3)
     assert next(items) == 0
     source.wait_until_fetched(4)  # without being asked for
     assert next(items) == 1
@@ -60,7 +60,7 @@ def test_so_many_items_wait_while_one_is_used_and_no_more():
 
 
 def test_an_error_comes_in_its_place_after_the_items_before_it():
-    items = read_ahead(iter(Source(10, fails_at=2)), 3)
+    items = prefetch(iter(Source(10, fails_at=2)), 3)
     assert [next(items), next(items)] == [0, 1]
     with pytest.raises(UserError, match="number 2 is damaged"):
         next(items)
@@ -68,7 +68,7 @@ def test_an_error_comes_in_its_place_after_the_items_before_it():
 
 
 def test_leaving_the_loop_ends_the_thread():
-    for number in read_ahead(iter(Source(1000)), 2):
+    for number in prefetch(iter(Source(1000)), 2):
         if number == 3:
             break
     assert reading_threads() == []
@@ -76,7 +76,7 @@ def test_leaving_the_loop_ends_the_thread():
 
 def test_an_error_of_the_one_who_uses_the_items_ends_the_thread():
     with pytest.raises(KeyboardInterrupt):
-        for _ in read_ahead(iter(Source(1000)), 2):
+        for _ in prefetch(iter(Source(1000)), 2):
             raise KeyboardInterrupt
     for thread in reading_threads():  # until the traceback, which holds the loop, is gone
         thread.join(SECONDS)
@@ -101,11 +101,11 @@ def test_a_source_is_not_asked_again_after_its_end():
             self.is_over = True
             raise StopIteration
 
-    assert list(read_ahead(Once(), 3)) == [0]
+    assert list(prefetch(Once(), 3)) == [0]
 
 
 def test_the_thread_begins_with_what_it_is_told():
     begun: list[str] = []
-    items = read_ahead(iter(Source(1)), 1, begin=lambda: begun.append(threading.current_thread().name))
+    items = prefetch(iter(Source(1)), 1, begin=lambda: begun.append(threading.current_thread().name))
     assert (list(items), len(begun)) == ([0], 1)
-    assert begun[0].startswith("read ahead")
+    assert begun[0].startswith("prefetch")

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from library.config.errors import UserError
-from library.data.latent_cache import CachedLatents, Crop
+from library.data.crops import Crop
+from library.data.latent_cache import CachedLatents
 from library.data.text_cache import CachedTexts, OutputsOnDisk, encode_texts, tokens_digest
 from library.data.training_set import TrainingImage
 from library.sdxl.architecture import SdxlModel

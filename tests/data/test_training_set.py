@@ -3,8 +3,8 @@
 import pytest
 
 from library.config.errors import UserError
-from library.data.latent_cache import crop_to_train
-from library.data.training_set import TrainingSetOptions
+from library.data.crops import crop_to_train
+from library.data.subsets import TrainingSetOptions
 from library.sdxl.sizes import Size
 
 # Keys
@@ -35,8 +35,8 @@ def test_a_key_is_a_stem_or_a_path_and_leads_to_picture_and_cache(folder, name, 
     (found,) = folder.read([key])
     assert (found.key, found.caption_l, found.caption_g, found.size) == (key, "style", "content", folder.size)
     assert found.latents == cache
-    assert (found.picture is None) == has_cache
-    assert has_cache or found.picture.path == image
+    assert (found.source is None) == has_cache
+    assert has_cache or found.source.path == image
 
 
 def test_captions_and_order_are_those_of_the_metadata(folder):
@@ -73,7 +73,7 @@ def test_two_pictures_that_would_share_a_cache_are_named(folder):
 def test_stems_are_looked_up_in_the_whole_folder_but_the_top_comes_first(folder):
     for name in ("a.png", "deep/a.png", "deep/b.png"):
         folder.add(name)
-    assert [image.picture.path.parent.name for image in folder.read(["a", "b"])] == ["my images", "deep"]
+    assert [image.source.path.parent.name for image in folder.read(["a", "b"])] == ["my images", "deep"]
 
 
 # Missing things
@@ -120,8 +120,8 @@ def test_without_cache_the_metadata_chooses_the_bucket_and_else_the_rule(folder)
     for name in "ab":
         folder.add(f"{name}.png")
     chosen, ruled = folder.read({"a": folder.entry(folder.bucket), "b": folder.entry()})
-    assert (chosen.bucket, chosen.picture.assignment.bucket) == (folder.bucket, folder.bucket)
-    assert (ruled.bucket, ruled.picture.assignment) == (Size(64, 64), folder.rule.assign(folder.size))
+    assert (chosen.bucket, chosen.source.assignment.bucket) == (folder.bucket, folder.bucket)
+    assert (ruled.bucket, ruled.source.assignment) == (Size(64, 64), folder.rule.assign(folder.size))
 
 
 def test_with_cache_the_size_is_that_of_the_file_whatever_the_rule_says(folder, capsys):
@@ -154,7 +154,7 @@ def test_a_stale_cache_is_named_and_its_picture_encoded_again(folder, capsys, ch
     image = folder.add()
     cache = folder.add_cache(image, **changes)
     (found,) = folder.read({"a": folder.entry(folder.bucket)}, **flags)
-    assert (found.latents, found.bucket, found.picture.path) == (None, folder.bucket, image)
+    assert (found.latents, found.bucket, found.source.path) == (None, folder.bucket, image)
     notice = capsys.readouterr().err
     assert f"'{cache}' does not fit: {reason}" in notice
     assert "It is encoded again." in notice

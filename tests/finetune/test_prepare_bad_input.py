@@ -4,6 +4,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from finetune import prepare_buckets_latents
+
 # Pictures that cannot be used
 
 
@@ -53,7 +55,7 @@ def test_what_is_not_a_number_even_so_is_listed_and_not_written(folder, write_va
     image = folder.add("a.png")
     folder.captions_for("a")
     assert folder.prepare(model=write_vae("damaged", change)) == 1
-    assert f"'{image}' gives NaN or Inf in the VAE, in float32 too." in capsys.readouterr().out
+    assert f"'{image}': the VAE's output is NaN or Inf, in float32 too." in capsys.readouterr().out
     assert (folder.caches(), folder.resolutions()) == ([], {"a": None})
 
 
@@ -138,3 +140,10 @@ def test_a_model_that_is_missing_damaged_or_no_sdxl_is_named(ready, capsys, tmp_
 def test_a_folder_without_pictures_is_named(ready, capsys):
     (ready.images / "a.png").unlink()
     assert_refused(ready, capsys, f"no pictures in '{ready.images}'")
+
+
+def test_bad_numbers_of_batch_and_threads_are_named():
+    problems = list(prepare_buckets_latents.LatentOptions(batch_size=0, max_data_loader_n_workers=-1).problems())
+    assert [problem.split(" is ")[0] for problem in problems] == ["--batch_size", "--max_data_loader_n_workers"]
+    no_threads = prepare_buckets_latents.LatentOptions(max_data_loader_n_workers=0)
+    assert (list(no_threads.problems()), no_threads.encoding.num_threads) == ([], 1)

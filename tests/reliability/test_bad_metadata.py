@@ -9,7 +9,8 @@ from PIL import Image
 import sdxl_train
 from finetune import prepare_buckets_latents, sdxl_merge_captions_g_to_metadata, sdxl_merge_captions_l_to_metadata
 from library.config.errors import UserError
-from library.data.metadata import ENCODER_G, MergeOptionsG, merge_captions, read_metadata
+from library.data.caption_files import MergeOptionsG, merge_captions
+from library.data.metadata import COLUMN_G, read_metadata
 from library.sdxl.tokenizers import tokenize_captions
 from tests.reliability.refusal import said_on_refusal
 
@@ -93,7 +94,7 @@ def test_the_merge_scripts_name_the_mistake_and_leave_the_file(content: bytes, p
 def test_a_caption_of_100000_characters_is_kept_whole_and_cut_to_the_tokens_that_are_read(in_folder):
     caption = "a cat 颐 " * 14_286
     Path("images/01.caption").write_text(caption, encoding="utf-8")
-    merge_captions(MergeOptionsG(Path("images"), Path("meta.json")), ENCODER_G)
+    merge_captions(MergeOptionsG(Path("images"), Path("meta.json")), COLUMN_G)
     stored = read_metadata(Path("meta.json"))["01"]["captionG"]
     assert stored == caption.strip()
     assert len(stored) >= 100_000
@@ -105,5 +106,5 @@ def test_a_pictures_caption_that_is_a_folder_is_named(in_folder):
     Path("images/01.caption").unlink()
     Path("images/01.caption").mkdir()
     with pytest.raises(UserError, match=r"cannot read 'images.01\.caption'"):
-        merge_captions(MergeOptionsG(Path("images"), Path("meta.json")), ENCODER_G)
+        merge_captions(MergeOptionsG(Path("images"), Path("meta.json")), COLUMN_G)
     assert not Path("meta.json").exists()

@@ -18,10 +18,12 @@ from safetensors.torch import save
 from library.config.errors import UserError
 from library.config.kohya_flags import TRAINER_REFUSED, TRAINER_REPLACED
 from library.config.options import options_of, parse_options
+from library.data.image_keys import images_by_stem, resolve_image
 from library.data.images import load_rgb_and_alpha, read_size
 from library.data.latent_cache import CachedLatents, read_cache, write_cache
-from library.data.metadata import images_by_stem, read_metadata, resolve_image, write_metadata
-from library.data.training_set import TrainingSetOptions, require_images
+from library.data.metadata import read_metadata, write_metadata
+from library.data.subsets import TrainingSetOptions
+from library.data.training_set import require_images
 from library.samples.prompts import SAMPLERS, read_prompt_file
 from library.sdxl.tensor_file import open_tensors
 from library.training.run_options import OPTION_CLASSES, TrainingOptions

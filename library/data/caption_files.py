@@ -1,0 +1,118 @@
+"""Caption files beside the images to metadata."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from tqdm import tqdm
+
+from library.config.atomic_files import remove_leftovers
+from library.config.errors import UserError
+from library.config.options import option, positional
+from library.data.image_keys import keys_of_images
+from library.data.images import find_images
+from library.data.metadata import (
+    COLUMN_G,
+    COLUMN_L,
+    CaptionColumn,
+    Metadata,
+    keys_without_caption,
+    read_metadata,
+    read_utf8,
+    write_metadata,
+)
+
+
+def _caption_extension(default: str) -> Any:
+    return option(default, "How the names of caption files end.", aliases=["--caption_extention"])
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """What both merge scripts read and write; the caption extension is that of the encoder."""
+
+    _argument_group_name: ClassVar[str] = "Captions to metadata"
+
+    train_data_dir: Path = positional("Folder of the images; each caption lies beside its image.")
+    out_json: Path = positional("Metadata file to write. If it exists it is extended.")
+    in_json: Path | None = option(None, "Metadata file to extend, in place of an existing out_json.")
+    full_path: bool = option(False, "Use the path of each image as its key, not the file name without suffix.")
+    recursive: bool = option(False, "Take the images of subfolders too.")
+    caption_extension: str = _caption_extension("")
+    allow_missing: bool = option(False, "Leave out images that have no caption file, instead of stopping.")
+    debug: bool = option(False, "Print each image with its caption, in place of the progress bar.")
+
+
+@dataclass(frozen=True)
+class MergeOptionsL(MergeOptions):
+    """`MergeOptions` for the captions of encoder L."""
+
+    caption_extension: str = _caption_extension(COLUMN_L.caption_extension)
+
+
+@dataclass(frozen=True)
+class MergeOptionsG(MergeOptions):
+    """`MergeOptions` for the captions of encoder G."""
+
+    caption_extension: str = _caption_extension(COLUMN_G.caption_extension)
+
+
+def merge_captions(options: MergeOptions, encoder: CaptionColumn) -> None:
+    """Write the caption files of a folder of images into a metadata file, under the key of `encoder`.
+
+    Entries and keys that are there already are kept; what is written, and what is left out, is printed. Raises
+    `UserError`, with nothing written, for images without caption file (unless `allow_missing`), two images of one key,
+    and files that cannot be read or written.
+    """
+    remove_leftovers(options.out_json.parent)
+    images = find_images(options.train_data_dir, recursive=options.recursive)
+    image_of = keys_of_images(images, full_path=options.full_path)
+    metadata = _metadata_to_extend(options)
+    captions, without_caption = _read_captions(image_of, options)
+    if without_caption and not (options.allow_missing and captions):
+        raise UserError(
+            f"{len(without_caption)} of {len(images)} images have no {options.caption_extension} file:"
+            f" {_quoted(without_caption)}.",
+            "Write one beside each (it may be empty), give the right --caption_extension, or leave these images out"
+            " with --allow_missing.",
+        )
+    for key, caption in captions.items():
+        metadata.setdefault(key, {})[encoder.metadata_key] = caption
+    write_metadata(options.out_json, metadata)
+    if without_caption:
+        print(f"Left out {len(without_caption)} images without {options.caption_extension}: {_quoted(without_caption)}")
+    num_empty = sum(not caption for caption in captions.values())
+    print(
+        f"Wrote {len(metadata)} entries to '{options.out_json}':"
+        f" {encoder.metadata_key} of {len(captions)} images, {num_empty} of them empty"
+    )
+    for each in (COLUMN_L, COLUMN_G):
+        lacking = keys_without_caption(metadata, each)
+        if 0 < len(lacking) < len(metadata):
+            print(f"{len(lacking)} entries have no {each.metadata_key}; sdxl_train.py refuses such: {_quoted(lacking)}")
+
+
+def _metadata_to_extend(options: MergeOptions) -> Metadata:
+    if options.in_json is not None:
+        return read_metadata(options.in_json)
+    return read_metadata(options.out_json) if options.out_json.is_file() else {}
+
+
+def _read_captions(image_of: Mapping[str, Path], options: MergeOptions) -> tuple[dict[str, str], list[Path]]:
+    """The caption of each key, and the images that have no caption file."""
+    captions: dict[str, str] = {}
+    without_caption = []
+    for key, image in tqdm(image_of.items(), desc="captions", unit="image", disable=options.debug):
+        caption_file = image.parent / f"{image.stem}{options.caption_extension}"
+        if not caption_file.exists():
+            without_caption.append(image)
+            continue
+        captions[key] = read_utf8(caption_file).strip()
+        if options.debug:
+            print(f"{image}: {captions[key]}")
+    return captions, without_caption
+
+
+def _quoted(paths: Sequence[Path | str]) -> str:
+    return ", ".join(f"'{path}'" for path in paths)

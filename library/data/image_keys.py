@@ -1,0 +1,80 @@
+"""Metadata keys to image files."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from library.config.errors import UserError
+from library.data.images import list_images
+
+
+def image_key(path: Path, *, full_path: bool) -> str:
+    """The key of an image: its name without suffix, or with `full_path` its path as given."""
+    return str(path) if full_path else path.stem
+
+
+def keys_of_images(images: Sequence[Path], *, full_path: bool) -> dict[str, Path]:
+    """Each image by its key, in the order given; raises `UserError` naming both if two have the same key."""
+    image_of: dict[str, Path] = {}
+    for image in images:
+        first = image_of.setdefault(image_key(image, full_path=full_path), image)
+        if first is not image:
+            raise UserError(
+                f"'{first}' and '{image}' have the same key '{image_key(image, full_path=full_path)}'.",
+                "Rename or remove one of them, or use paths as keys with --full_path.",
+            )
+    return image_of
+
+
+def images_by_stem(folder: Path) -> dict[str, list[Path]]:
+    """The images of each file name without suffix: those of `folder` itself if there are any, else of its subfolders.
+
+    An index for `resolve_image`. Raises `UserError` if the folder does not exist.
+    """
+    index: dict[str, list[Path]] = {}
+    for image in list_images(folder, recursive=False):
+        index.setdefault(image.stem, []).append(image)
+    at_top = frozenset(index)
+    for image in list_images(folder, recursive=True):
+        if image.stem not in at_top:
+            index.setdefault(image.stem, []).append(image)
+    return index
+
+
+def resolve_image(key: str, folder: Path, by_stem: Mapping[str, Sequence[Path]]) -> Path | None:
+    """The image that a metadata key means, None if there is no such file.
+
+    A key is a file name without suffix (looked up in `by_stem`, of `images_by_stem`), or a path: absolute, or relative
+    to the current folder or to `folder`, with slashes or backslashes. Raises `UserError` if two images share the name,
+    or if the path climbs out of `folder` by "..".
+    """
+    named = by_stem.get(key, ())
+    if len(named) > 1:
+        raise UserError(
+            f"the key '{key}' could mean '{named[0]}' or '{named[1]}'.", "Rename one, or make keys with --full_path."
+        )
+    if named:
+        return named[0]
+    spellings = [Path(key), Path(key.replace("\\", "/"))]
+    candidates = [start / path for path in spellings for start in (Path(), folder)]
+    found = [path for path in candidates if is_file(path)]
+    inside = [path for path in found if ".." not in path.parts or _lies_in(path, folder)]
+    if found and not inside:
+        raise UserError(
+            f"the key '{key}' leads to '{found[0]}', outside the image folder '{folder}'.",
+            "Correct the key, or give the folder that holds the image.",
+        )
+    return inside[0] if inside else None
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; what no file system would take for a name leads to none."""
+    try:
+        return path.is_file()
+    except OSError:  # too long
+        return False
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    # By the names alone: an image that is a link to a file elsewhere does lie in its folder.
+    return Path(os.path.normpath(path.absolute())).is_relative_to(os.path.normpath(folder.absolute()))

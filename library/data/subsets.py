@@ -1,0 +1,106 @@
+"""What the user asks to train on, and in which batches: the flags describe one subset."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from library.config.errors import UserError
+from library.config.options import option
+from library.data.buckets import parse_resolution
+
+_DEFAULT_TOKEN_LENGTH = 75  # one chunk of the encoders
+_TOKEN_LENGTHS = (None, 150, 225)
+
+
+@dataclass(frozen=True)
+class TrainingSetOptions:
+    """The images to train on, and what is cached of them."""
+
+    _argument_group_name: ClassVar[str] = "Training set"
+
+    train_data_dir: Path | None = option(None, "Folder of the images and their latents (.npz).")
+    in_json: Path | None = option(
+        None, "Metadata file with the captions and, from prepare_buckets_latents.py, the buckets."
+    )
+    resolution: str = option("1024,1024", "Training size of images without prepared latents, as width,height.")
+    enable_bucket: bool = option(
+        False, "Sort images without prepared latents into buckets. Otherwise crop them to --resolution."
+    )
+    dataset_repeats: int = option(1, "Repeats of each image per epoch.")
+    flip_aug: bool = option(False, "Flip each image horizontally with probability 0.5.")
+    cache_latents: bool = option(
+        False, "Encode images without prepared latents before training, and keep the latents in memory."
+    )
+    cache_latents_to_disk: bool = option(False, "As --cache_latents, but write the latents beside the images (.npz).")
+    vae_batch_size: int = option(1, "Images the VAE encodes at once before training.")
+    cache_text_encoder_outputs: bool = option(
+        False, "Encode each distinct caption of frozen text encoders once before training, and keep it in memory."
+    )
+    cache_text_encoder_outputs_to_disk: bool = option(
+        False,
+        "As --cache_text_encoder_outputs, but write the outputs to the folder text_encoder_outputs in "
+        "--train_data_dir.",
+    )
+    skip_cache_check: bool = option(False, "Trust each .npz without reading its image to see whether it still fits.")
+    legacy_crop_coords: bool = option(
+        False, "Use the crop coordinates of kohya's trainers (wrong axis), to continue a model trained with them."
+    )
+
+    @property
+    def caches_latents(self) -> bool:
+        """Whether images are encoded before training."""
+        return self.cache_latents or self.cache_latents_to_disk
+
+    @property
+    def caches_texts(self) -> bool:
+        """Whether captions are encoded before training."""
+        return self.cache_text_encoder_outputs or self.cache_text_encoder_outputs_to_disk
+
+    def problems(self) -> Iterator[str]:
+        """Yield a sentence for each value that cannot work."""
+        if self.train_data_dir is None:
+            yield "--train_data_dir is missing: name the folder of the images."
+        elif not self.train_data_dir.is_dir():
+            yield f"--train_data_dir: there is no folder '{self.train_data_dir}'; name the folder of the images."
+        if self.in_json is None:
+            yield "--in_json is missing: name the metadata file, made with the scripts of finetune/."
+        elif not self.in_json.is_file():
+            yield f"--in_json: there is no file '{self.in_json}'; make it with the scripts of finetune/."
+        for flag in ("dataset_repeats", "vae_batch_size"):
+            if getattr(self, flag) < 1:
+                yield f"--{flag} is {getattr(self, flag)}; it must be 1 or more."
+        try:
+            parse_resolution(self.resolution)
+        except UserError as error:
+            yield f"--resolution: {error}"
+
+
+@dataclass(frozen=True)
+class LoaderOptions:
+    """How batches are made."""
+
+    _argument_group_name: ClassVar[str] = "Batches"
+
+    train_batch_size: int = option(1, "Images per forward pass, in each process.")
+    max_data_loader_n_workers: int = option(
+        8, "Worker processes that prefetch batches. 0 uses a thread of the training process."
+    )
+    persistent_data_loader_workers: bool = option(False, "Keep the workers alive between epochs.")
+    max_token_length: int | None = option(
+        None, "Maximum caption length in tokens: 75, or 150 or 225 in chunks of 75.", choices=_TOKEN_LENGTHS
+    )
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of 75 tokens per caption."""
+        return (self.max_token_length or _DEFAULT_TOKEN_LENGTH) // _DEFAULT_TOKEN_LENGTH
+
+    def problems(self) -> Iterator[str]:
+        """Yield a sentence for each value that cannot work."""
+        if self.train_batch_size < 1:
+            yield f"--train_batch_size is {self.train_batch_size}; it must be 1 or more."
+        if self.max_data_loader_n_workers < 0:
+            yield f"--max_data_loader_n_workers is {self.max_data_loader_n_workers}; it must be 0 or more."
+        if self.persistent_data_loader_workers and self.max_data_loader_n_workers == 0:
+            yield "--persistent_data_loader_workers needs --max_data_loader_n_workers of 1 or more."
