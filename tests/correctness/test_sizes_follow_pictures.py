@@ -147,7 +147,7 @@ def test_with_legacy_crop_coords_the_crop_is_kohyas_and_the_trainer_says_so(kind
     plain = batches(kind)
     assert "--legacy_crop_coords" not in capsys.readouterr().err
     legacy = batches(kind, legacy_crop_coords=True)
-    assert "--legacy_crop_coords: as crop the model is told the offset of a letterbox" in capsys.readouterr().err
+    assert "--legacy_crop_coords: the model receives a letterbox offset as crop" in capsys.readouterr().err
     expected = {"wide": [8, 0], "tall": [0, 8], "small": [0, 9], "very wide": [1, 0], "on its side": [0, 8]}
     assert {name: batch.crop_top_lefts[0].tolist() for name, batch in legacy.items()} == expected
     for name, batch in legacy.items():
