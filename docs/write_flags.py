@@ -9,13 +9,13 @@ from types import ModuleType
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sdxl_train
+from docs.flags_page import ScriptFlags, render_flags_page
 from finetune import (
     prepare_buckets_latents,
     sdxl_merge_captions_g_to_metadata,
     sdxl_merge_captions_l_to_metadata,
 )
 from library.config.atomic_files import write_text
-from library.config.flags_page import ScriptFlags, render_flags_page
 from library.config.kohya_flags import PREPARE_REFUSED, PREPARE_REPLACED, TRAINER_REFUSED, TRAINER_REPLACED
 
 FLAGS_PAGE = Path(__file__).with_name("flags.md")

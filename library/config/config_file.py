@@ -1,5 +1,6 @@
 """Options in a TOML file: keys are flag names, sections are only headings."""
 
+import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,22 +10,23 @@ import tomli_w
 from library.config.atomic_files import write_text
 from library.config.errors import UserError
 from library.config.option_fields import NONE_TEXT, Option, Spellings, error_of_problems, nearest, options_of
-from library.config.toml_text import parse_toml
 
 SUFFIX = ".toml"
+_NO_INTEGER = 2**64
+"""TOML promises 64 bits; Python reads thousands of digits and then refuses to print them."""
 
 
 def config_file_path(path: Path) -> Path:
-    """`path` with the `.toml` that users of kohya's trainer are used to leave off."""
+    """Return `path` with the `.toml` that users of kohya's trainer leave off."""
     return path if path.name.endswith(SUFFIX) else path.with_name(path.name + SUFFIX)
 
 
 def read_config_file(path: Path, options: Sequence[Option], spellings: Spellings) -> dict[str, Any]:
-    """The values that a TOML file gives, by option name.
+    """Return the values of a TOML file by option name.
 
     A replaced switch that is false, and a refused flag that is switched off (false, 0, empty), ask for nothing and
-    are passed over: a file that kohya's `--output_config` wrote lists dozens of them. Raises one `UserError` that
-    names every key which cannot be used.
+    are skipped: a file that kohya's `--output_config` wrote lists dozens of them. Raise one `UserError` that names
+    every key that cannot be used.
     """
     flags = [option for option in options if not option.is_positional]
     known = {name.lstrip("-"): option for option in flags for name in (option.flag, *option.aliases)}
@@ -41,9 +43,9 @@ def read_config_file(path: Path, options: Sequence[Option], spellings: Spellings
 
 
 def write_config_file(path: Path, instances: Sequence[Any]) -> None:
-    """Write the values of option-class instances, a section for each; reading the file gives the same values.
+    """Write the values of option-class instances, a section for each; reading the file returns the same values.
 
-    Raises `UserError` where the file exists already.
+    Raise `UserError` if the file exists already.
     """
     if path.exists():
         raise UserError(
@@ -71,7 +73,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def _entries(document: dict[str, Any], path: Path) -> Iterator[tuple[str, Any]]:
-    """The keys and values of the file, those of its sections included."""
+    """Yield the keys and values of the file, those of its sections included."""
     for key, value in document.items():
         if not isinstance(value, dict):
             yield key, value
@@ -123,3 +125,24 @@ def _toml_value(value: Any) -> Any:
     if isinstance(value, list):
         return [_toml_value(element) for element in value]
     return str(value) if isinstance(value, Path) else value
+
+
+# -- TOML text --------------------------------------------------------------------------------------------------------
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """Return the tables of a TOML text. Raise `ValueError` with the reason for whatever is not TOML."""
+    try:
+        document = tomllib.loads(text)
+        _require_64_bits(document)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    return document
+
+
+def _require_64_bits(value: Any) -> None:
+    if isinstance(value, dict | list):
+        for element in value.values() if isinstance(value, dict) else value:
+            _require_64_bits(element)
+    elif isinstance(value, int) and abs(value) >= _NO_INTEGER:
+        raise ValueError("it holds a whole number of more than 64 bits")

@@ -2,16 +2,21 @@
 
 import functools
 import io
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Protocol
 
+from library.config.messages import start_logging
+
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
+log = logging.getLogger(__name__)
+
 
 class UserError(Exception):
-    """A mistake that the user can fix: `problem` says what is wrong and where, `remedy` how to mend it."""
+    """A mistake that the user can fix: `problem` says what is wrong and where, `remedy` how to fix it."""
 
     def __init__(self, problem: str, remedy: str = ""):
         super().__init__(f"{problem} {remedy}".strip())
@@ -26,18 +31,19 @@ class Main(Protocol):
 
 
 def exits_on_user_error(main: Main) -> Main:
-    """`main` without tracebacks: a `UserError` is printed as "error: ...", exit status 2; after Ctrl-C it is 130."""
+    """Wrap `main`: messages go to the console, a `UserError` becomes one line and status 2, Ctrl-C status 130."""
 
     @functools.wraps(main)
     def guarded(argv: Sequence[str] | None = None) -> int:
         _print_any_character()
+        start_logging()
         try:
             return main(argv)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            log.error("error: %s", error)
             return EXIT_USER_ERROR
         except KeyboardInterrupt:
-            print("interrupted; what was being written is as it was before", file=sys.stderr)
+            log.warning("interrupted; files that were being written are unchanged")
             return EXIT_INTERRUPTED
 
     return guarded
@@ -50,7 +56,7 @@ def listed(names: Sequence[str], limit: int = 10) -> str:
 
 
 def _print_any_character() -> None:
-    """Let names in scripts that the console cannot show (a Windows pipe) come out escaped instead of as a crash."""
+    """Print characters that the console cannot show (a Windows pipe) as escapes instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

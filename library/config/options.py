@@ -2,13 +2,12 @@
 
 import argparse
 import dataclasses
+import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, NoReturn
-
-from transformers.hf_argparser import HfArgumentParser
 
 from library.config.config_file import config_file_path, read_config_file, write_config_file
 from library.config.errors import UserError
@@ -24,24 +23,27 @@ from library.config.option_fields import (
 
 __all__ = ["ConfigFileOptions", "option", "parse_options", "positional"]
 
+log = logging.getLogger(__name__)
+
 NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)
 class ConfigFileOptions:
-    """Where options come from beside the command line."""
+    """Options from a file."""
 
     _argument_group_name: ClassVar[str] = "Config file"
 
     config_file: Path | None = option(  # noqa: RUF009  # it makes a field
-        None, "TOML file of options, flag names as keys; '.toml' may be left off. The command line overrides it."
+        None,
+        "Read options from this TOML file, flag names as keys; '.toml' may be left off. The command line overrides it.",
     )
     output_config: bool = option(
-        False, "Write the options in force to --config_file, which must not exist yet, and end without training."
+        False, "Write the current options to --config_file, which must not exist yet, and exit without training."
     )
 
     def problems(self) -> Iterable[str]:
-        """What cannot work."""
+        """Yield what is wrong with these values, one sentence each."""
         if self.output_config and self.config_file is None:
             yield "--output_config needs --config_file: name the TOML file to write."
 
@@ -61,15 +63,17 @@ def parse_options(
     refused: Mapping[str, str] = NOTHING,
     conflicts: Callable[..., Iterable[str]] | None = None,
 ) -> tuple[Any, ...]:
-    """One instance of each option class, in order, from `argv` (None: the arguments of this process).
+    """Return one instance of each option class, in order, from `argv` (None: the arguments of this process).
 
-    A value comes from the command line, else from the TOML file of `--config_file` (where `ConfigFileOptions` is
-    among the classes), else from the field's default. `replaced` and `refused` are as `Spellings` says.
-    `conflicts(*instances)` gives sentences about combinations across classes; they are reported together with what
-    every class says of itself in its own `problems()`, in one `UserError`.
+    A value comes from the command line, else from the TOML file of `--config_file` (if `ConfigFileOptions` is among the
+    classes), else from the field's default. `replaced` and `refused` are described at `Spellings`.
 
-    Raises `UserError` for whatever the user can mend. With `--output_config` the file is written, unchecked so that
-    an unfinished command can be kept as a template, and `SystemExit(0)` is raised, as by `--help`.
+    What cannot work is reported together, in one `UserError`: what each class yields in `problems()`, and the sentences
+    of `conflicts(*instances)` about combinations across classes. Only if there is nothing to report is each class asked
+    for its `heavy_problems()`, which may import torch.
+
+    Raise `UserError` for whatever the user can fix. With `--output_config` the file is written, unchecked so that an
+    unfinished command can be kept as a template, and `SystemExit(0)` is raised, as by `--help`.
     """
     spellings = Spellings(replaced, refused)
     options = [each for option_class in option_classes for each in options_of(option_class)]
@@ -83,7 +87,7 @@ def parse_options(
         path = config_file_path(source.config_file)
         if source.output_config:
             write_config_file(path, [each for each in instances if each is not source])
-            print(f"wrote the options to '{path}'")
+            log.info("wrote the options to '%s'", path)
             raise SystemExit(0)
         in_file = dataclasses.replace(spellings, refused={**refused, **COMMAND_LINE_ONLY})
         parser.set_defaults(**read_config_file(path, options, in_file))
@@ -92,54 +96,57 @@ def parse_options(
     problems = [problem for each in instances if hasattr(each, "problems") for problem in each.problems()]
     problems += conflicts(*instances) if conflicts else ()
     problems += _overruled(argv, instances, spellings)
+    if not problems:  # what takes seconds to import is tried last
+        heavy = [each for each in instances if hasattr(each, "heavy_problems")]
+        problems = [problem for each in heavy for problem in each.heavy_problems()]
     if problems:
         raise error_of_problems(problems)
     return instances
 
 
-class _OptionParser(HfArgumentParser):
-    """`HfArgumentParser` whose flags are `Option`s and whose errors are `UserError`s."""
+class _OptionParser(argparse.ArgumentParser):
+    """A parser whose flags are `Option`s, a group for each class, and whose errors are `UserError`s."""
 
     def __init__(self, option_classes: Sequence[type], **kwargs: Any):
-        super().__init__(option_classes, allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
-
-    @staticmethod
-    def _parse_dataclass_field(parser: Any, field: dataclasses.Field) -> None:
-        """Add the argument of one field.
-
-        Replaces the method of the same name, which turns every "_" into a second spelling, makes a list demand an
-        element, and lets a switch swallow the argument behind it.
-        """
-        declared = Option.of(field, field.type)
-        settings: dict[str, Any] = {"type": declared.from_text, "help": declared.help.replace("%", "%%")}
-        if declared.nargs is not None:
-            settings["nargs"] = declared.nargs
-        if declared.choices:
-            settings["metavar"] = f"{{{','.join(map(str, declared.choices))}}}"
-        if declared.is_switch:
-            settings |= {"nargs": "?", "const": True}
-        if not declared.is_positional:
-            settings["default"] = declared.default
-        parser.add_argument(declared.flag, *declared.aliases, **settings)
+        super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
+        self._option_classes = option_classes
+        for option_class in option_classes:
+            group = self.add_argument_group(getattr(option_class, "_argument_group_name", None))
+            for declared in options_of(option_class):
+                group.add_argument(declared.flag, *declared.aliases, **_argument_settings(declared))
 
     def instances(self, arguments: Sequence[str]) -> tuple[Any, ...]:
-        """One instance of each class; raises `UserError` for arguments that belong to no option."""
-        # look_for_args_file would read "<script>.args" and split Windows paths at their spaces.
-        *instances, unexpected = self.parse_args_into_dataclasses(
-            list(arguments), return_remaining_strings=True, look_for_args_file=False
-        )
+        """Return one instance of each class. Raise `UserError` for arguments that belong to no option."""
+        values, unexpected = self.parse_known_args(list(arguments))
         if unexpected:
             raise UserError(
                 f"unexpected argument {unexpected[0]!r}.",
                 "Put a value that holds spaces in quotes, and give a switch its value as --switch=false.",
             )
-        return tuple(instances)
+        return tuple(
+            option_class(**{declared.name: getattr(values, declared.name) for declared in options_of(option_class)})
+            for option_class in self._option_classes
+        )
 
     def error(self, message: str) -> NoReturn:
-        """Raise what argparse would print together with the whole usage."""
+        """Raise what argparse would print with the whole usage."""
         lacks_value = message.endswith("expected one argument")
         remedy = "Give a value that begins with '-' as --flag=value." if lacks_value else "See --help."
         raise UserError(f"{message.removeprefix('argument ')}.", remedy)
+
+
+def _argument_settings(declared: Option) -> dict[str, Any]:
+    """Return the settings of `add_argument`. A switch takes its value behind "=" only, never the next argument."""
+    settings: dict[str, Any] = {"type": declared.from_text, "help": declared.help.replace("%", "%%")}
+    if declared.nargs is not None:
+        settings["nargs"] = declared.nargs
+    if declared.choices:
+        settings["metavar"] = f"{{{','.join(map(str, declared.choices))}}}"
+    if declared.is_switch:
+        settings |= {"nargs": "?", "const": True}
+    if not declared.is_positional:
+        settings |= {"default": declared.default, "dest": declared.name}
+    return settings
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -154,7 +161,7 @@ def _usage(options: Sequence[Option]) -> str:
 
 
 def _todays_arguments(argv: Sequence[str], options: Sequence[Option], spellings: Spellings) -> list[str]:
-    """`argv` in the spelling of the declared flags; raises one `UserError` for all that are refused or unknown."""
+    """Return `argv` in the spelling of the declared flags. Raise one `UserError` for all refused or unknown ones."""
     known = {name: each for each in options if not each.is_positional for name in (each.flag, *each.aliases)}
     end = list(argv).index("--") if "--" in argv else len(argv)
     arguments: list[str] = []
@@ -193,7 +200,7 @@ def _with_underscores(flag: str) -> str:
 
 
 def _overruled(argv: Sequence[str], instances: Sequence[Any], spellings: Spellings) -> Iterator[str]:
-    """Old spellings on the command line that another flag there contradicts."""
+    """Yield old spellings on the command line that another flag there contradicts."""
     values = {name: value for each in instances for name, value in vars(each).items()}
     for argument in argv:
         flag, stands_for = spellings.current(_with_underscores(argument))

@@ -1,21 +1,23 @@
-"""Where the model comes from: a single file, a diffusers folder or a name of the hub."""
+"""The source of a model: a single file, a diffusers folder or a name on the hub."""
 
+import logging
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
-
-import torch
-from diffusers import AutoencoderKL
+from typing import TYPE_CHECKING, ClassVar
 
 from library.config.errors import UserError
 from library.config.options import option
-from library.sdxl.architecture import SDXL_BASE, Architecture, SdxlModel, recorded_facts
-from library.sdxl.checkpoint_file import ModelDtypes, read_single_file, read_vae
-from library.sdxl.diffusers_folder import read_diffusers_folder, read_diffusers_vae
-from library.sdxl.text_encoding import use_legacy_text_projection
+
+if TYPE_CHECKING:  # a mistake on the command line is answered before these are imported
+    import torch
+    from diffusers import AutoencoderKL
+
+    from library.sdxl.architecture import Architecture, SdxlModel
+    from library.sdxl.checkpoint_file import ModelDtypes
+
+log = logging.getLogger(__name__)
 
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _CHECKPOINT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # ".0" is the end of a hub name
@@ -23,22 +25,24 @@ _CHECKPOINT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # ".0" 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model is fine-tuned."""
+    """The model to fine-tune."""
 
     _argument_group_name: ClassVar[str] = "Model"
 
     pretrained_model_name_or_path: str | None = option(
-        None, "SDXL to start from: a .safetensors or .ckpt file, a diffusers folder, or a name of the hub."
+        None, "SDXL model to start from: a .safetensors or .ckpt file, a diffusers folder, or a name on the hub."
     )
-    vae: str | None = option(None, "Another VAE: a file or a diffusers folder. It is saved with the model.")
-    no_half_vae: bool = option(False, "Run the VAE in float32 whatever the precision of training is.")
+    vae: str | None = option(
+        None, "Use this VAE instead of the model's: a file or a diffusers folder. It is saved with the model."
+    )
+    no_half_vae: bool = option(False, "Run the VAE in float32 whatever --mixed_precision is.")
 
     legacy_text_projection: bool = option(
-        False, "Compute G's pooled vector by the transposed matrix, as kohya's trainers do, to continue their models."
+        False, "Compute G's pooled vector with the transposed matrix, as kohya's trainers do, to continue their models."
     )
 
     def problems(self) -> Iterator[str]:
-        """What cannot work."""
+        """Yield what is wrong with these values, one sentence each."""
         if self.pretrained_model_name_or_path is None:
             yield "--pretrained_model_name_or_path is missing: name the SDXL checkpoint to start from."
         for flag, source in (
@@ -49,8 +53,13 @@ class ModelOptions:
                 yield f"--{flag}: there is no '{source}'."
 
 
-def load_model(options: ModelOptions, dtypes: ModelDtypes) -> SdxlModel:
-    """The model that the options name, on the CPU; raises `UserError` where it is none or damaged."""
+def load_model(options: ModelOptions, dtypes: "ModelDtypes") -> "SdxlModel":
+    """Return the model that the options name, on the CPU. Raise `UserError` if it is damaged or not SDXL."""
+    from library.sdxl.architecture import SDXL_BASE, recorded_facts
+    from library.sdxl.checkpoint_file import read_single_file
+    from library.sdxl.diffusers_folder import read_diffusers_folder
+    from library.sdxl.text_encoding import use_legacy_text_projection
+
     source = options.pretrained_model_name_or_path
     if source is None:
         raise UserError("--pretrained_model_name_or_path is missing.", "Name the SDXL checkpoint to start from.")
@@ -59,22 +68,25 @@ def load_model(options: ModelOptions, dtypes: ModelDtypes) -> SdxlModel:
         model.vae = load_vae(options.vae, dtypes.vae, model.architecture)
         model.architecture = replace(model.architecture, vae=recorded_facts(model.vae.config, SDXL_BASE.vae))
     if options.legacy_text_projection:
-        print(
-            "--legacy_text_projection: G's pooled vector is computed by the transposed matrix, unlike OpenCLIP, "
-            "diffusers, ComfyUI and WebUIs. Use it only to go on with a model that was trained so.",
-            file=sys.stderr,
+        log.warning(
+            "--legacy_text_projection: G's pooled vector is computed with the transposed matrix, unlike OpenCLIP, "
+            "diffusers, ComfyUI and WebUIs. Use it only to continue a model that was trained this way."
         )
         use_legacy_text_projection(model.text_encoder_g)
     return model
 
 
-def load_vae(source: str, dtype: torch.dtype | None, architecture: Architecture = SDXL_BASE) -> AutoencoderKL:
-    """The VAE alone, out of a checkpoint, a VAE file or a diffusers folder; nothing else of it is read.
+def load_vae(source: str, dtype: "torch.dtype | None", architecture: "Architecture | None" = None) -> "AutoencoderKL":
+    """Return the VAE alone, from a checkpoint, a VAE file or a diffusers folder; nothing else is read.
 
-    `architecture` is what a file without a note of its own is taken for.
+    `architecture` is assumed for a file that does not record one; None stands for SDXL base.
     """
+    from library.sdxl.architecture import SDXL_BASE
+    from library.sdxl.checkpoint_file import read_vae
+    from library.sdxl.diffusers_folder import read_diffusers_vae
+
     if _is_file(source):
-        return read_vae(Path(source), dtype, architecture)
+        return read_vae(Path(source), dtype, architecture or SDXL_BASE)
     return read_diffusers_vae(source, dtype).eval()
 
 
@@ -92,5 +104,5 @@ def _exists(source: str) -> bool:
 
 
 def _may_be_hub_name(source: str) -> bool:
-    """Whether this could be "owner/name" of the hub rather than a path that does not exist."""
+    """Return whether this could be "owner/name" on the hub rather than a path that does not exist."""
     return _HUB_NAME.fullmatch(source) is not None and Path(source).suffix.lower() not in _CHECKPOINT_SUFFIXES
