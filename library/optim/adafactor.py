@@ -15,10 +15,8 @@ from torch.optim import Optimizer
 
 from library.config.errors import UserError
 from library.optim.kernels import compiled
-from library.optim.rounding import KAHAN, STOCHASTIC, Rounder, stochastically_rounded, with_residual
-
-RESIDUAL = "rounding_residual"
-"""Key of an optimizer's state: what rounding has cut off the weights so far, bfloat16."""
+from library.optim.options import KAHAN, STOCHASTIC
+from library.optim.rounding import RESIDUAL, Rounder, stochastically_rounded, with_residual
 
 
 class Adafactor(Optimizer):
@@ -28,9 +26,12 @@ class Adafactor(Optimizer):
     a convolution, which is 2/3 of a 3x3 convolution's size in float32. `flatten_convolutions` takes a convolution as
     one matrix [out, in * kH * kW] instead, which is next to nothing.
 
-    `rounder`, where it is set, says how new bfloat16 weights are rounded; without one, to the nearest.
+    `rounder`, if set, rounds updated bfloat16 weights; without one they are rounded to nearest.
     Raises `ValueError` for `relative_step` and `warmup_init`, which set the learning rate by themselves.
     """
+
+    rounds_itself = True
+    """It rounds bfloat16 weights within its own kernel, with the `rounder` that the stepper sets."""
 
     def __init__(
         self,

@@ -14,10 +14,8 @@ from torch.nn import Parameter
 
 from library.optim.kernels import compiled
 
-STOCHASTIC = "stochastic"
-KAHAN = "kahan"
-NEAREST = "nearest"
-ROUNDINGS = (STOCHASTIC, KAHAN, NEAREST)
+RESIDUAL = "rounding_residual"
+"""Key of an optimizer's state: what rounding has cut off the weights so far, bfloat16."""
 
 _LOW_HALF = 0xFFFF
 """The 16 bits of a float32 that bfloat16 does not have."""

@@ -2,32 +2,30 @@
 
 from collections.abc import Iterable, Iterator
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from library.config.atomic_files import require_disk_space
-from library.optim.optimizers import OptimizerOptions, make_optimizer
-from library.optim.rounding import KAHAN, NEAREST
-from library.optim.stepping import state_beside_matrix
-from library.training.checkpoints import Save, SaveOptions
-from library.training.state import STATE_SUFFIX
+from library.optim.optimizer_probe import state_beside_matrix
+from library.optim.optimizers import make_optimizer
+from library.optim.options import KAHAN, NEAREST, OptimizerOptions
+from library.training.progress import STATE_SUFFIX
+from library.training.saves import SaveOptions, saved_by_count
 
-_PROBE_SIDE = 256  # wide enough for the sums that Adafactor keeps of rows and columns to be small beside the matrix
+_PROBE_SIDE = 256  # Adafactor's sums over rows and columns are small beside a matrix this wide
 
 
 def bytes_of(networks: Iterable[nn.Module], dtype: torch.dtype | None) -> int:
-    """Bytes of the networks' weights in `dtype` (None: as they are held)."""
+    """Return the bytes of the networks' weights in `dtype` (None: as they are held)."""
     tensors = [tensor for network in networks for tensor in network.state_dict().values()]
     return sum(tensor.numel() * (dtype or tensor.dtype).itemsize for tensor in tensors)
 
 
 def bytes_of_state(options: OptimizerOptions, networks: Iterable[nn.Module], rounding: str = NEAREST) -> int:
-    """Bytes of a state: the weights of the trained networks, and what is kept beside each of them.
+    """Return the bytes of a state: the weights of the trained networks and what the optimizer keeps for them.
 
-    What the optimizer keeps is measured beside a small matrix. A `rounding` with compensation keeps one more bfloat16
-    for each weight that is one.
+    The latter is measured on a small matrix. Compensated `rounding` keeps one more bfloat16 for each bfloat16 weight.
     """
     total = 0.0
     for network in networks:
@@ -44,37 +42,46 @@ def bytes_of_state(options: OptimizerOptions, networks: Iterable[nn.Module], rou
     return int(total)
 
 
-def require_room(
+def require_disk_for_saves(
     options: SaveOptions, *, model_bytes: int, state_bytes: int, steps: range, steps_per_epoch: int
 ) -> None:
-    """Raise `UserError` unless the disk holds what a run of `steps` (from 1, those to come) saves and keeps."""
+    """Raise `UserError` unless the disk holds what a run of `steps` (from 1, those to come) saves and keeps.
+
+    That is one more model and one more state than are kept: a new one lies beside the old ones until it is complete.
+    What earlier runs of the same name have left counts as kept already.
+    """
     assert options.output_dir is not None  # checked by problems()
-    present = {path.name for path in options.output_dir.glob("*")}
-    needed = _most_bytes(_saves(options, steps, steps_per_epoch), present, model_bytes, state_bytes)
+    models = 1 + sum(_kept(options, steps, steps_per_epoch, states=False))
+    states = int(options.saves_state)
+    if options.save_state:
+        states += sum(_kept(options, steps, steps_per_epoch, states=True))
+    if options.save_last_n_steps is not None or options.save_last_n_epochs is not None:
+        models = max(1, models - _num_present(options, is_state=False))
+        states = max(int(options.saves_state), states - _num_present(options, is_state=True))
+    needed = models * model_bytes + states * state_bytes
     require_disk_space(options.output_dir, needed, "what this run is going to save")
 
 
-def _saves(options: SaveOptions, steps: range, steps_per_epoch: int) -> Iterator[Save]:
-    for step in steps:
-        saves = [options.save_after_step(step)]
-        if step % steps_per_epoch == 0 and step != steps[-1]:
-            saves.append(options.save_after_epoch(step // steps_per_epoch))
-        yield from (save for save in saves if save is not None)
-    yield options.save_at_end()
+def _kept(options: SaveOptions, steps: range, steps_per_epoch: int, *, states: bool) -> Iterator[int]:
+    """Yield how many of the saves by step, and of those by epoch, are on the disk at once."""
+    if options.save_every_n_steps is not None:
+        every, keep = options.save_every_n_steps, options.save_last_n_steps
+        keep = options.save_last_n_steps_state or keep if states else keep
+        num_saves = _num_multiples(every, steps)
+        yield num_saves if keep is None else min(num_saves, keep // every + 1)
+    if options.save_every_n_epochs is not None:
+        every, keep = options.save_every_n_epochs * steps_per_epoch, options.save_last_n_epochs
+        keep = options.save_last_n_epochs_state or keep if states else keep
+        num_saves = _num_multiples(every, steps[:-1])  # after the last step the final model is saved instead
+        yield num_saves if keep is None else min(num_saves, keep)
 
 
-def _most_bytes(saves: Iterable[Save], present: set[str], model_bytes: int, state_bytes: int) -> int:
-    """The most that is on the disk at any moment beyond what is there now, in files called as those `present`."""
-    models = {Path(name).stem for name in present if not name.endswith(STATE_SUFFIX)}
-    states = {name.removesuffix(STATE_SUFFIX) for name in present if name.endswith(STATE_SUFFIX)}
-    most = held = 0
-    for save in saves:
-        cost = model_bytes + (state_bytes if save.with_state else 0)
-        most = max(most, held + cost)  # the new one lies beside the old one until it is complete
-        held += model_bytes * (save.name not in models) + state_bytes * (save.with_state and save.name not in states)
-        models.add(save.name)
-        states |= {save.name} if save.with_state else set()
-        held -= model_bytes * (save.outdated in models) + state_bytes * (save.outdated_state in states)
-        models.discard(str(save.outdated))
-        states.discard(str(save.outdated_state))
-    return most
+def _num_multiples(every: int, steps: range) -> int:
+    return (steps.stop - 1) // every - (steps.start - 1) // every
+
+
+def _num_present(options: SaveOptions, *, is_state: bool) -> int:
+    """Count the saves in the output folder that this run replaces or removes."""
+    assert options.output_dir is not None  # checked by problems()
+    names = {path.name for path in options.output_dir.glob("*") if saved_by_count(options.output_name, path.name)}
+    return sum(name.endswith(STATE_SUFFIX) == is_state for name in names)

@@ -7,7 +7,8 @@ from torch.nn import Parameter
 
 from library.config.errors import UserError
 from library.optim.adafactor import Adafactor
-from library.optim.rounding import KAHAN, NEAREST, STOCHASTIC, Rounder, stochastically_rounded
+from library.optim.options import KAHAN, NEAREST, STOCHASTIC
+from library.optim.rounding import Rounder, stochastically_rounded
 
 AT_A_GIVEN_RATE = {"lr": 1e-3, "relative_step": False, "warmup_init": False}
 SHAPES = ((40, 24), (7,), (6, 5, 3, 3), (4, 6, 1, 1), (1,))

@@ -9,9 +9,11 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from library.optim.fused_backward import FusedBackward
-from library.optim.optimizers import ADAFACTOR_RECIPE, OptimizerOptions, make_optimizer
-from library.optim.rounding import NEAREST, STOCHASTIC, Rounder
-from library.optim.stepping import Stepper, keys_in_bfloat16
+from library.optim.optimizer_probe import keys_in_bfloat16
+from library.optim.optimizers import ADAFACTOR_RECIPE, make_optimizer
+from library.optim.options import NEAREST, STOCHASTIC, OptimizerOptions
+from library.optim.rounding import Rounder
+from library.optim.stepping import Stepper
 
 RECIPE = ADAFACTOR_RECIPE.split()[1:]
 
@@ -121,8 +123,8 @@ def test_an_overflow_of_the_gradient_alone_moves_nothing_where_the_norm_is_taken
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
-        (("--gradient_accumulation_steps=2",), "cannot add up gradients over 2"),
-        (("--optimizer_type=Prodigy", "--learning_rate=1"), "cannot work with Prodigy, which looks at all gradients"),
+        (("--gradient_accumulation_steps=2",), "cannot accumulate gradients over 2"),
+        (("--optimizer_type=Prodigy", "--learning_rate=1"), "cannot work with Prodigy, which needs all gradients"),
     ],
 )
 def test_what_cannot_be_fused_is_refused_with_the_reason(flags, problem, train, capsys):

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from library.config.errors import UserError
-from library.optim.lr_schedules import SCHEDULES, ScheduleOptions, make_lr_schedule
+from library.optim.lr_schedules import make_lr_schedule
+from library.optim.options import SCHEDULES, ScheduleOptions
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "lr_schedules.json").read_text(encoding="utf-8"))
 NUM_STEPS = 100

@@ -6,13 +6,8 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from library.optim.rounding import (
-    STOCHASTIC,
-    Rounder,
-    round_stochastically,
-    stochastically_rounded,
-    with_residual,
-)
+from library.optim.options import STOCHASTIC
+from library.optim.rounding import Rounder, round_stochastically, stochastically_rounded, with_residual
 
 
 @pytest.mark.parametrize("value", [1.0 + 1e-5, -1.001, 3.14159, 1e-20, -0.3333, 65000.1, 1.0 - 2**-20])

@@ -8,9 +8,11 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
-from library.optim.optimizers import ADAFACTOR_RECIPE, OPTIMIZERS, OptimizerOptions, make_optimizer
-from library.optim.rounding import KAHAN, NEAREST, STOCHASTIC, Rounder
-from library.optim.stepping import Stepper, keys_in_bfloat16, treats_each_alone
+from library.optim.optimizer_probe import keys_in_bfloat16, treats_each_alone
+from library.optim.optimizers import ADAFACTOR_RECIPE, make_optimizer
+from library.optim.options import KAHAN, NEAREST, OPTIMIZERS, STOCHASTIC, OptimizerOptions
+from library.optim.rounding import Rounder
+from library.optim.stepping import Stepper
 
 CPU = torch.device("cpu")
 INSTALLED = [kind.name for kind in OPTIMIZERS if kind.package != "dadaptation"]  # see requirements-dev.txt

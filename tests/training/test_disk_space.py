@@ -9,10 +9,9 @@ import torch
 from torch import nn
 
 from library.config.errors import UserError
-from library.optim.optimizers import OptimizerOptions
-from library.optim.rounding import KAHAN, STOCHASTIC
-from library.training.checkpoints import SaveOptions
-from library.training.disk_space import bytes_of, bytes_of_state, require_room
+from library.optim.options import KAHAN, STOCHASTIC, OptimizerOptions
+from library.training.disk_space import bytes_of, bytes_of_state, require_disk_for_saves
+from library.training.saves import SaveOptions
 
 Usage = namedtuple("Usage", "free")
 WEIGHTS = 1000 * 1000
@@ -25,7 +24,7 @@ def needs(tmp_path: Path, monkeypatch):
     def check(free: int, steps: range = range(1, 11), **options) -> bool:
         monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(free))
         try:
-            require_room(
+            require_disk_for_saves(
                 SaveOptions(output_dir=tmp_path, output_name="m", **options),
                 model_bytes=100,
                 state_bytes=300,
@@ -58,6 +57,15 @@ def test_all_that_is_kept_at_once_must_fit(options: dict, bytes_needed: int, nee
 def test_a_resumed_run_needs_room_for_the_rest(needs, tmp_path: Path):
     (tmp_path / "m-step00000002.safetensors").touch()
     assert not needs(300, steps=range(7, 11), save_every_n_steps=2)
+    (tmp_path / "m-step00000004.safetensors").touch()
+    # Two models are kept and lie there already: there is room for one more to be needed.
+    assert not needs(100, steps=range(5, 11), save_every_n_steps=2, save_last_n_steps=2)
+    assert needs(99, steps=range(5, 11), save_every_n_steps=2, save_last_n_steps=2)
+
+
+def test_a_run_of_a_million_million_steps_is_answered_at_once(needs):
+    assert needs(300, steps=range(1, 10**12), save_every_n_steps=1, save_last_n_steps=2)
+    assert not needs(400, steps=range(1, 10**12), save_every_n_steps=1, save_last_n_steps=2)
 
 
 @pytest.mark.parametrize(("name", "numbers_beside"), [("AdamW", 2), ("torch.optim.SGD", 0), ("Adafactor", 0)])

@@ -1,0 +1,207 @@
+"""The flags of optimizer and learning-rate schedule."""
+
+import importlib
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from library.config.errors import UserError
+from library.config.options import option
+from library.sdxl.unet_blocks import NUM_UNET_BLOCKS
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+STOCHASTIC = "stochastic"
+KAHAN = "kahan"
+NEAREST = "nearest"
+ROUNDINGS = (STOCHASTIC, KAHAN, NEAREST)
+
+
+@dataclass(frozen=True)
+class OptimizerKind:
+    """The source of an optimizer: module, class, package to install, and the arguments that kohya's name implies."""
+
+    name: str
+    module: str
+    class_name: str
+    package: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    one_rate: bool = False  # finds the step size by itself, and so for all parameter groups together
+
+    def load(self) -> "type[Optimizer]":
+        """Return the class. Raise `UserError`, with the command to run, if its package is not installed."""
+        from torch.optim import Optimizer
+
+        try:
+            found = getattr(importlib.import_module(self.module), self.class_name)
+        except ImportError as error:
+            remedy = f"Run: python -m pip install {self.package}"
+            raise UserError(f"--optimizer_type {self.name} needs '{self.package}': {error}.", remedy) from error
+        except AttributeError as error:
+            raise UserError(f"--optimizer_type {self.name}: {error}.", "Check the spelling of the class.") from error
+        if not (inspect.isclass(found) and issubclass(found, Optimizer)):
+            raise UserError(f"--optimizer_type {self.name} is no optimizer.", "Name a subclass of torch's Optimizer.")
+        closure = inspect.signature(found.step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            message = f"--optimizer_type {self.name} computes the loss several times in a step, which is not offered."
+            raise UserError(message, "Name an optimizer whose step() can be called without a closure.")
+        return found
+
+
+NESTEROV = {"momentum": 0.9, "nesterov": True}
+SCHEDULE_FREE = ("AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree")
+BITSANDBYTES = ("AdamW8bit", "PagedAdamW", "PagedAdamW8bit", "PagedAdamW32bit", "Lion8bit", "PagedLion8bit")
+DADAPTATION = ("DAdaptAdaGrad", "DAdaptAdam", "DAdaptAdan", "DAdaptLion", "DAdaptSGD")
+
+# kohya's names; those of one package in one line where they need nothing but their name.
+OPTIMIZERS = (
+    OptimizerKind("AdamW", "torch.optim", "AdamW", "torch"),
+    OptimizerKind("SGDNesterov", "torch.optim", "SGD", "torch", NESTEROV),
+    OptimizerKind("Adafactor", "library.optim.adafactor", "Adafactor", "torch"),
+    *(OptimizerKind(name, "bitsandbytes.optim", name, "bitsandbytes") for name in BITSANDBYTES),
+    OptimizerKind("SGDNesterov8bit", "bitsandbytes.optim", "SGD8bit", "bitsandbytes", NESTEROV),
+    OptimizerKind("Lion", "lion_pytorch", "Lion", "lion-pytorch"),
+    *(OptimizerKind(name, "schedulefree", name, "schedulefree") for name in SCHEDULE_FREE),
+    OptimizerKind("Prodigy", "prodigyopt", "Prodigy", "prodigyopt", one_rate=True),
+    *(OptimizerKind(name, "dadaptation", name, "dadaptation", one_rate=True) for name in DADAPTATION),
+    OptimizerKind("DAdaptation", "dadaptation.experimental", "DAdaptAdamPreprint", "dadaptation", one_rate=True),
+    OptimizerKind("DAdaptAdamPreprint", "dadaptation.experimental", "DAdaptAdamPreprint", "dadaptation", one_rate=True),
+    OptimizerKind("DAdaptAdanIP", "dadaptation.experimental", "DAdaptAdanIP", "dadaptation", one_rate=True),
+)
+
+
+def kind_of(optimizer_type: str) -> OptimizerKind:
+    """Return the optimizer of a name in any case, or of a class path. Raise `UserError` for any other name."""
+    by_name = {kind.name.lower(): kind for kind in OPTIMIZERS} | {"": OPTIMIZERS[0]}
+    known = by_name.get(optimizer_type.lower())
+    if known is not None:
+        return known
+    module, _, class_name = optimizer_type.rpartition(".")
+    if module and class_name:
+        return OptimizerKind(optimizer_type, module, class_name, package=module.partition(".")[0])
+    nearest = [by_name[name].name for name in get_close_matches(optimizer_type.lower(), by_name, n=3)]
+    names = dict.fromkeys([*nearest, *(kind.name for kind in OPTIMIZERS)])
+    raise UserError(
+        f"--optimizer_type is '{optimizer_type}'.", f"It must be one of {', '.join(names)}, or the path of a class."
+    )
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """The optimizer and its learning rates."""
+
+    _argument_group_name: ClassVar[str] = "Optimizer"
+
+    optimizer_type: str = option(
+        "",
+        "Optimizer, in any case: AdamW (default), AdamW8bit, Adafactor, Lion, Prodigy ... or a class path such as "
+        "torch.optim.SGD.",
+    )
+    optimizer_args: list[str] | None = option(
+        None, "Arguments of the optimizer, such as weight_decay=0.01 betas=0.9,0.99.", nargs="*"
+    )
+    learning_rate: float = option(2e-6, "Learning rate. 0 freezes the U-Net.")
+    learning_rate_te1: float | None = option(
+        None,
+        "Learning rate of text encoder L with --train_text_encoder. 0 freezes it. Default: --learning_rate.",
+    )
+    learning_rate_te2: float | None = option(
+        None,
+        "Learning rate of text encoder G with --train_text_encoder. 0 freezes it. Default: --learning_rate.",
+    )
+    block_lr: str | None = option(
+        None, f"Learning rates of the {NUM_UNET_BLOCKS} U-Net blocks, separated by commas. 0 freezes a block."
+    )
+    max_grad_norm: float = option(1.0, "Clip gradients to this norm. 0 disables clipping.")
+    fused_backward_pass: bool = option(
+        False,
+        "Update each weight within the backward pass and free its gradient: the same weights, much less memory. "
+        "Clipping needs a backward pass to compute the norm first; set --max_grad_norm=0 to save that time.",
+    )
+
+    @property
+    def is_schedule_free(self) -> bool:
+        """Whether the optimizer averages its weights instead of lowering its rate."""
+        return self.optimizer_type.lower() in {name.lower() for name in SCHEDULE_FREE}
+
+    def problems(self) -> Iterator[str]:
+        """Yield what is wrong with these values, one sentence each."""
+        names = ("learning_rate", "learning_rate_te1", "learning_rate_te2", "max_grad_norm")
+        numbers = {name: getattr(self, name) for name in names}
+        wrong = {name: value for name, value in numbers.items() if value is not None and not 0 <= value < math.inf}
+        for name, value in wrong.items():
+            yield f"--{name} is {value}; it must be a number of 0 or more."
+        yield from _complaints(kind_of, self.optimizer_type)
+        if self.block_lr is not None:
+            yield from _complaints(parse_block_rates, self.block_lr)
+            if self.learning_rate == 0:
+                yield "--learning_rate is 0, which freezes the U-Net; --block_lr has no effect then."
+
+    def heavy_problems(self) -> Iterator[str]:
+        """Yield what the optimizer says of its arguments: it is made once, for a single number."""
+        import torch
+
+        from library.optim.optimizers import make_optimizer
+
+        group = {"params": [torch.nn.Parameter(torch.zeros(1))], "lr": self.learning_rate}
+        yield from _complaints(make_optimizer, [group], self)
+
+
+def _complaints(function: Callable[..., object], *arguments: object) -> Iterator[str]:
+    try:
+        function(*arguments)
+    except UserError as error:
+        yield str(error)
+
+
+@dataclass(frozen=True)
+class ScheduleOptions:
+    """How the learning rate changes over the run."""
+
+    _argument_group_name: ClassVar[str] = "Learning rate schedule"
+
+    lr_scheduler: str = option("constant", f"Learning-rate schedule: {', '.join(SCHEDULES)}.")
+    lr_warmup_steps: float = option(0.0, "Number of warm-up steps; a number below 1 is a fraction of all steps.")
+    lr_scheduler_num_cycles: int = option(1, "Number of cycles of cosine_with_restarts.")
+    lr_scheduler_power: float = option(1.0, "Power of the polynomial schedule.")
+
+    def problems(self) -> Iterator[str]:
+        """Yield what is wrong with these values, one sentence each."""
+        name = self.lr_scheduler
+        if name not in SCHEDULES:
+            yield f"--lr_scheduler is '{name}'; it must be one of {', '.join(SCHEDULES)}."
+            return
+        is_share = 0 <= self.lr_warmup_steps < 1
+        if not is_share and not (self.lr_warmup_steps >= 1 and float(self.lr_warmup_steps).is_integer()):
+            yield f"--lr_warmup_steps is {self.lr_warmup_steps}; it must be a whole number, or a fraction from 0 to 1."
+        if self.lr_warmup_steps and name == "constant":
+            yield "--lr_warmup_steps has no effect on a constant rate; use --lr_scheduler=constant_with_warmup."
+        if self.lr_scheduler_num_cycles < 1:
+            yield f"--lr_scheduler_num_cycles is {self.lr_scheduler_num_cycles}; it must be 1 or more."
+        if self.lr_scheduler_num_cycles != 1 and name != "cosine_with_restarts":
+            yield f"--lr_scheduler_num_cycles has no effect on {name}; only on cosine_with_restarts."
+        if not self.lr_scheduler_power > 0:
+            yield f"--lr_scheduler_power is {self.lr_scheduler_power}; it must be above 0."
+        if self.lr_scheduler_power != 1 and name != "polynomial":
+            yield f"--lr_scheduler_power has no effect on {name}; only on polynomial."
+
+
+def parse_block_rates(text: str) -> list[float]:
+    """Return the learning rates of the 23 U-Net blocks from numbers separated by commas.
+
+    Raise `UserError` for another count and for anything that is not a rate.
+    """
+    try:
+        rates = [float(word) for word in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"--block_lr: {error}.", "Give numbers with commas between them.") from None
+    if len(rates) != NUM_UNET_BLOCKS:
+        raise UserError(f"--block_lr has {len(rates)} rates.", f"Give {NUM_UNET_BLOCKS}, one for each U-Net block.")
+    if not all(0 <= rate < math.inf for rate in rates):
+        raise UserError(f"--block_lr is {text}.", "Every rate must be a number of 0 or more.")
+    return rates
