@@ -23,8 +23,8 @@ from benchmarks.ceilings import machine
 from benchmarks.result_files import RESULTS, machine_line, write_result
 from demo.pictures import draw, random_scene
 from demo.random_sdxl import TINY
-from library.diffusion.noise import NUM_TIMESTEPS, make_noise_schedule
-from library.diffusion.objective import per_sample_loss
+from library.diffusion.objective import Objective
+from library.diffusion.options import NoiseOptions
 from library.optim.adafactor import Adafactor
 
 _CELLS = 16
@@ -45,18 +45,18 @@ def thumbnails(num_pictures: int) -> torch.Tensor:
 def loss_of(unet: UNet2DConditionModel, cells: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """The mean loss [] of `cells` [B, 4, 16, 16] with noise and timesteps out of `generator`."""
     batch_size = len(cells)
-    noise = torch.randn(cells.shape, generator=generator)
-    timesteps = torch.randint(0, NUM_TIMESTEPS, (batch_size,), generator=generator)
+    objective = Objective(NoiseOptions())
+    noisy = objective.draw(cells, generator)
     predicted = unet(
-        make_noise_schedule().add_noise(cells, noise, timesteps),
-        timesteps,
+        noisy.latents,
+        noisy.timesteps,
         encoder_hidden_states=torch.zeros(batch_size, 1, unet.config.cross_attention_dim),
         added_cond_kwargs={
             "text_embeds": torch.zeros(batch_size, TINY.text_encoder_g["projection_dim"]),
             "time_ids": torch.zeros(batch_size, 6),
         },
     ).sample
-    return per_sample_loss(predicted, noise).mean()
+    return objective.losses(predicted, cells, noisy).mean()
 
 
 def trained_loss(pictures: torch.Tensor, *, flatten: bool, num_steps: int, seed: int) -> float:

@@ -24,9 +24,11 @@ from torch.nn import Parameter
 
 from benchmarks.ceilings import machine, measure, wait
 from benchmarks.result_files import RESULTS, machine_line, write_result
-from library.optim.optimizers import ADAFACTOR_RECIPE, OptimizerOptions, make_optimizer
-from library.optim.rounding import KAHAN, NEAREST, STOCHASTIC, Rounder
-from library.optim.stepping import Stepper, keys_in_bfloat16
+from library.optim.optimizer_probe import keys_in_bfloat16
+from library.optim.optimizers import ADAFACTOR_RECIPE, make_optimizer
+from library.optim.options import KAHAN, NEAREST, STOCHASTIC, OptimizerOptions
+from library.optim.rounding import Rounder
+from library.optim.stepping import Stepper
 from library.sdxl.architecture import SDXL_BASE, empty_unet
 
 RECIPE = [*ADAFACTOR_RECIPE.split()[1:], "weight_decay=0.01"]

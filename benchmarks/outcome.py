@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from library.config.atomic_files import PARTIAL_SUFFIX, REPLACED_SUFFIX
-from library.training.state import STATE_SUFFIX
+from library.training.progress import STATE_SUFFIX
 
 Outcome = dict[str, Any]
 """Name of a thing ("model m-step00000002", "curve loss/current") to what compares equal only if it is the same."""

@@ -75,14 +75,17 @@ def main() -> int:
     recorder = PhaseRecorder()
     with recorder.phase("import"):
         import sdxl_train
+        from library.sdxl import text_encoding
+        from library.training import setup
         from library.training.checkpoints import Checkpoints
+        from library.training.learner import Learner
         from library.training.sampling import Sampling
-    sdxl_train.load_model = recorder.wrapped(sdxl_train.load_model, "load")
-    sdxl_train.prepare_set = recorder.wrapped(sdxl_train.prepare_set, "read training set")
-    sdxl_train.settle = recorder.wrapped(sdxl_train.settle, "place networks")
-    sdxl_train.make_learner = recorder.wrapped(sdxl_train.make_learner, "build optimizer")
-    sdxl_train.encode_captions = recorder.wrapped(sdxl_train.encode_captions, "step begins: encode captions")
-    sdxl_train.Learner.step = recorder.wrapped(sdxl_train.Learner.step, "optimizer step")  # type: ignore[method-assign]
+    setup.load_model = recorder.wrapped(setup.load_model, "load")
+    setup.prepare_set = recorder.wrapped(setup.prepare_set, "read training set")
+    setup.settle = recorder.wrapped(setup.settle, "place networks")
+    setup.make_learner = recorder.wrapped(setup.make_learner, "build optimizer")
+    text_encoding.encode_captions = recorder.wrapped(text_encoding.encode_captions, "step begins: encode captions")
+    Learner.step = recorder.wrapped(Learner.step, "optimizer step")  # type: ignore[method-assign]
     Sampling._draw_one = recorder.wrapped(Sampling._draw_one, "sample picture")  # type: ignore[method-assign]
     Checkpoints._save = recorder.wrapped(Checkpoints._save, "save")  # type: ignore[method-assign]
     with recorder.phase("whole run"):

@@ -7,13 +7,12 @@ from the cache; both captions are encoded in every step, as ours does without a 
 from collections.abc import Iterable
 
 import torch
-from diffusers import DDPMScheduler
-from torch.nn.functional import mse_loss
 from transformers.optimization import Adafactor
 
 from benchmarks.step_clock import StepClock
 from library.data.dataset import Batch
-from library.diffusion.noise import make_noise_schedule
+from library.diffusion.objective import Objective
+from library.diffusion.options import NoiseOptions
 from library.sdxl.architecture import LATENT_SCALE, SdxlModel
 from library.sdxl.size_conditioning import size_conditioning
 from library.sdxl.text_encoding import TextConditioning, encode_captions
@@ -36,11 +35,11 @@ def train_plainly(model: SdxlModel, batches: Iterable[Batch], device: torch.devi
         warmup_init=False,
         weight_decay=0.01,
     )
-    schedule = make_noise_schedule()
+    objective, generator = Objective(NoiseOptions(noise_offset=_NOISE_OFFSET)), torch.Generator(device)
     for _, batch in zip(range(clock.num_steps), batches, strict=False):
         with torch.no_grad():
             text = encode_captions(model.text_encoder_l, model.text_encoder_g, batch.tokens.to(device))
-        loss = _loss(model, batch, text, schedule, device)
+        loss = _loss(model, batch, text, objective, generator)
         with clock.stretch("backward"):
             loss.backward()
         with clock.stretch("optimizer"):
@@ -51,20 +50,19 @@ def train_plainly(model: SdxlModel, batches: Iterable[Batch], device: torch.devi
 
 
 def _loss(
-    model: SdxlModel, batch: Batch, text: TextConditioning, schedule: DDPMScheduler, device: torch.device
+    model: SdxlModel, batch: Batch, text: TextConditioning, objective: Objective, generator: torch.Generator
 ) -> torch.Tensor:
     assert batch.latents is not None
+    device = generator.device
     latents = batch.latents.to(device, model.unet.dtype) * LATENT_SCALE
-    noise = torch.randn_like(latents)
-    noise += _NOISE_OFFSET * torch.randn(*latents.shape[:2], 1, 1, device=device)
-    timesteps = torch.randint(0, schedule.config.num_train_timesteps, (len(latents),), device=device)
+    noisy = objective.draw(latents, generator)
     predicted = model.unet(
-        schedule.add_noise(latents, noise, timesteps),
-        timesteps,
+        noisy.latents.to(model.unet.dtype),
+        noisy.timesteps,
         encoder_hidden_states=text.hidden,
         added_cond_kwargs={
             "text_embeds": text.pooled,
             "time_ids": size_conditioning(batch.original_sizes, batch.crop_top_lefts, batch.target_sizes).to(device),
         },
     ).sample
-    return mse_loss(predicted.float(), noise.float())
+    return objective.losses(predicted, latents, noisy).mean()

@@ -31,8 +31,10 @@ from library.optim.optimizers import ADAFACTOR_RECIPE
 from library.sdxl.architecture import SDXL_BASE, SdxlModel
 from library.sdxl.checkpoint_file import ModelDtypes
 from library.sdxl.sizes import PIXELS_PER_LATENT, Size
+from library.training import setup
 from library.training.checkpoints import Checkpoints
-from library.training.learner import Learner
+from library.training.learner import Learner, StepReport
+from library.training.plan import Occasion
 from library.training.tracking import Tracker
 
 ARCHITECTURES = {"full": SDXL_BASE, "tiny": TINY}
@@ -121,7 +123,7 @@ def _train(plan: Plan, training_set: SyntheticSet, clock: StepClock) -> None:
         model = make_model(ModelDtypes())
         train_plainly(model, training_set.batches(plan.batch_size), device, clock)
         return
-    sdxl_train.load_model = lambda options, dtypes: make_model(dtypes)
+    setup.load_model = lambda options, dtypes: make_model(dtypes)
     _watch_loop(clock)
     # Without what makes an exit status of a UserError.
     sdxl_train.main.__wrapped__(  # type: ignore[attr-defined]
@@ -160,15 +162,16 @@ def _watch_loop(clock: StepClock) -> None:
     """Time the rest of the trainer's loop, and leave out what it saves."""
     Accelerator.backward = _timed(clock, Accelerator.backward, "backward")
     Learner.step = _timed(clock, Learner.step, "optimizer")  # type: ignore[method-assign]
-    log_step = Tracker.log_step
+    log_step = Tracker.after_step
 
-    def log_and_end_step(*arguments: Any, **named: Any) -> None:
-        log_step(*arguments, **named)
-        clock.end_step()
+    def log_and_end_step(self: Tracker, occasion: Occasion, report: StepReport | None) -> None:
+        log_step(self, occasion, report)
+        if report is not None:
+            clock.end_step()
 
-    Tracker.log_step = log_and_end_step  # type: ignore[method-assign]
-    Checkpoints.conclude = lambda *arguments: ""  # type: ignore[method-assign]
-    sdxl_train.check_disk = lambda *arguments: None
+    Tracker.after_step = log_and_end_step  # type: ignore[method-assign]
+    Checkpoints.after_step = lambda *arguments: None  # type: ignore[method-assign]
+    setup._check_disk = lambda *arguments: None
 
 
 def _timed(clock: StepClock, function: Callable[..., Any], name: str) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Pretraining, part two: text encoders and U-Net together, on the latents of drawn images."""
+"""The second part of the pretraining: text encoders and U-Net, together, on the latents of drawn pictures."""
 
 import math
 import random
@@ -20,8 +20,8 @@ from library.data.buckets import BucketAssignment, BucketRule
 from library.data.crops import true_crop_ltrb
 from library.data.images import resize_and_crop
 from library.data.latent_preparation import pixels_to_tensor
-from library.diffusion.noise import NoiseOptions, draw_training_noise, make_noise_schedule
-from library.diffusion.objective import per_sample_loss
+from library.diffusion.objective import Objective
+from library.diffusion.options import NoiseOptions
 from library.sdxl.architecture import LATENT_SCALE, SdxlModel
 from library.sdxl.latents import encode_pixels
 from library.sdxl.size_conditioning import size_conditioning
@@ -30,28 +30,28 @@ from library.sdxl.text_encoding import TextConditioning, encode_captions
 from library.sdxl.tokenizers import tokenize_captions
 
 PARTS = ("unet", "text_encoder_l", "text_encoder_g")
-"""The networks of a model that are trained here."""
+"""Of a model, that are trained here."""
 BUCKETS = BucketRule(Size(96, 96), min_bucket_reso=64, max_bucket_reso=128, bucket_reso_steps=32, no_upscale=False)
 ORIGINAL_SIZES = ((96, 96), (144, 144), (108, 96), (128, 64), (192, 100), (64, 128), (96, 180))
-"""Width and height of the drawings, before `BUCKETS` assigns each a size."""
-BATCH_IMAGES = 8
+"""Width and height of the drawings; `BUCKETS` says what becomes of them."""
+BATCH_PICTURES = 8
 DRAWS_PER_IMAGE = 3
-"""Draws of noise and timestep for each image of a batch, whose captions are encoded only once."""
+"""Noise and timesteps that each picture of a batch meets at once: its captions are encoded only once."""
 PEAK_RATE = 1.5e-3
 EMA_DECAY = 0.998
 STEPS_BETWEEN_SAVES = 250
 EMBEDDING_DEVIATION = 0.3
-"""Standard deviation of the initial token embeddings, large enough to tell words apart from the first step."""
+"""Of the initial token embeddings: the U-Net is to tell words apart from its first step."""
 IDLE_WORDS = (
     *("photographic", "anime", "detailed", "soft", "vintage", "modern", "quiet", "cinematic", "abstract", "fine"),
     *("bright", "calm", "simple", "drawing", "poster", "print", "digital", "art", "sharp", "clean", "glossy", "matte"),
 )
-"""Words without meaning here. L reads them beside a caption of G, and learns that unknown words change nothing."""
+"""Words that mean nothing here. L meets them beside a caption of G, and learns that unknown words change nothing."""
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A drawn image with its scaled latents [4, h, w]."""
+    """A drawn picture, ready to be trained on: scaled latents [4, h, w]."""
 
     scene: Scene
     latents: torch.Tensor
@@ -59,7 +59,7 @@ class Drawing:
 
 
 def make_drawings(vae: AutoencoderKL, num_drawings: int, seed: int) -> list[Drawing]:
-    """Return random plain scenes of all `ORIGINAL_SIZES`, with latents of their drawings, cropped to their buckets."""
+    """Random plain scenes of all `ORIGINAL_SIZES`, resized and cropped to their buckets, and their latents."""
     generator = random.Random(seed)
     return [_make_drawing(vae, generator) for _ in trange(num_drawings, desc="drawings", mininterval=10)]
 
@@ -72,11 +72,11 @@ def train_text_and_unet(
     save: Callable[[], None],
     max_seconds: float = math.inf,
 ) -> None:
-    """Train both text encoders and the U-Net with the loss of SDXL; finally `model` holds their running averages.
+    """Train both text encoders and the U-Net with the loss of SDXL; at its end `model` has their running averages.
 
-    The deep blocks are left out during training, and must have been silenced before (demo/shallow.py). `save` is called
-    every `STEPS_BETWEEN_SAVES` steps, while `model` holds the averages. If `max_seconds` pass before the last step, the
-    learning rate decays sooner and there are fewer steps.
+    Its deep blocks are left out meanwhile, and must have been silenced before (demo/shallow.py).
+    `save` is called now and then, while `model` has the averages. Where `max_seconds` would be over before the last
+    step, the learning rate falls sooner and there are fewer steps.
     """
     noise_generator = torch.Generator().manual_seed(seed)
     trained = nn.ModuleDict({part: getattr(model, part) for part in PARTS}).train()
@@ -100,7 +100,7 @@ def _training_steps(
     noise_generator: torch.Generator,
     max_seconds: float,
 ) -> Iterator[int]:
-    """Yield the number of each optimizer step, from 1, after doing it."""
+    """The optimizer steps, counted from 1, each done when it is asked for."""
     choice = random.Random(seed)
     by_bucket = _by_bucket(drawings)
     with without_deep_blocks(model):
@@ -129,25 +129,25 @@ def _training_steps(
 
 @torch.no_grad()
 def spread_embeddings(model: SdxlModel, generator: torch.Generator) -> None:
-    """Initialize the token embeddings of both encoders with `EMBEDDING_DEVIATION`."""
+    """Draw the token embeddings of both encoders anew, with `EMBEDDING_DEVIATION`."""
     for encoder in (model.text_encoder_l, model.text_encoder_g):
         encoder.get_input_embeddings().weight.normal_(std=EMBEDDING_DEVIATION, generator=generator)
 
 
 @torch.no_grad()
 def soften_residuals(model: SdxlModel) -> None:
-    """Make the U-Net's 70 transformer blocks and its residual blocks add little at first, which helps deep networks."""
+    """Let the U-Net's 70 transformer blocks and its residual blocks add little at first: deep networks begin better."""
     for name, layer in model.unet.named_modules():
         if isinstance(layer, ResnetBlock2D):
             nn.init.zeros_(layer.conv2.weight)
-        elif name.endswith(("proj_out", "to_out.0", "ff.net.2")):  # outputs of the transformer and of its parts
+        elif name.endswith(("proj_out", "to_out.0", "ff.net.2")):  # what a transformer adds, whole and part by part
             layer.weight *= 0.2
 
 
 def caption_pair(scene: Scene, choice: random.Random) -> tuple[str, str]:
-    """Return the captions for L and G: mostly the same for both, as SDXL was trained; sometimes one or both are empty.
+    """The captions for L and G: mostly the same for both, as SDXL was trained; sometimes one or both say nothing.
 
-    Without the empty ones a fine-tune could not separate L from G, and there would be no guidance.
+    Without these a fine-tune could not part what L says from what G says, and there would be no guidance.
     """
     caption = partial_caption(scene, choice)
     kind = choice.random()
@@ -163,7 +163,7 @@ def caption_pair(scene: Scene, choice: random.Random) -> tuple[str, str]:
 
 
 def partial_caption(scene: Scene, choice: random.Random) -> str:
-    """Return the scene in words, some of them omitted, so that shorter prompts work too."""
+    """The scene in words, some of which are left out, so that shorter prompts work too."""
     where, _ = PLACES[scene.place]
     words = ["a", scene.magnitude, scene.colour, scene.shape, where]
     kept = [word for word in words if word in (scene.colour, scene.shape, "a") or choice.random() < 0.85]
@@ -186,33 +186,34 @@ def _by_bucket(drawings: Sequence[Drawing]) -> dict[Size, list[Drawing]]:
 
 
 def _draw_batch(by_bucket: dict[Size, list[Drawing]], choice: random.Random) -> list[Drawing]:
-    """Return drawings of one bucket, which is drawn in proportion to its number of drawings."""
+    """Pictures of one bucket; the buckets come as often as their pictures are many."""
     sizes = [len(drawings) for drawings in by_bucket.values()]
     (drawings,) = choice.choices(list(by_bucket.values()), weights=sizes)
-    return choice.sample(drawings, BATCH_IMAGES)
+    return choice.sample(drawings, BATCH_PICTURES)
 
 
 def _loss(
     model: SdxlModel, batch: Sequence[Drawing], choice: random.Random, noise_generator: torch.Generator
 ) -> torch.Tensor:
-    """Return the mean loss of a batch of B images, each with `DRAWS_PER_IMAGE` draws of noise and timestep."""
+    """The mean loss of a batch of B pictures, each with `DRAWS_PER_IMAGE` draws of noise and timestep."""
     captions_l, captions_g = zip(*(caption_pair(drawing.scene, choice) for drawing in batch), strict=True)
     text = encode_captions(model.text_encoder_l, model.text_encoder_g, tokenize_captions(captions_l, captions_g, 1))
     text = TextConditioning(*(tensor.repeat(DRAWS_PER_IMAGE, *[1] * (tensor.dim() - 1)) for tensor in text))
     sizes = _sizes(batch).repeat(DRAWS_PER_IMAGE, 1)
     latents = torch.stack([drawing.latents for drawing in batch]).repeat(DRAWS_PER_IMAGE, 1, 1, 1)
-    noisy = draw_training_noise(latents, make_noise_schedule(), NoiseOptions(), noise_generator)
+    objective = Objective(NoiseOptions())
+    noisy = objective.draw(latents, noise_generator)
     predicted = model.unet(
-        noisy.noisy_latents,
+        noisy.latents,
         noisy.timesteps,
         encoder_hidden_states=text.hidden,
         added_cond_kwargs={"text_embeds": text.pooled, "time_ids": sizes},
     ).sample
-    return per_sample_loss(predicted, noisy.noise).mean()
+    return objective.losses(predicted, latents, noisy).mean()
 
 
 def _sizes(batch: Sequence[Drawing]) -> torch.Tensor:
-    """Return the six sizes of each image, [B, 6]."""
+    """The six sizes of each picture, [B, 6]."""
     original, crop, target = [], [], []
     for drawing in batch:
         bucket, resized, _ = drawing.assignment

@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import sdxl_train
 from demo.random_sdxl import TINY, write_random_sdxl
 from finetune import prepare_buckets_latents, sdxl_merge_captions_g_to_metadata, sdxl_merge_captions_l_to_metadata
+from library.config.messages import start_logging
 from library.optim import kernels
 from library.samples.sampler import SamplingNetworks
 from library.sdxl.checkpoint_file import ModelDtypes, read_single_file
@@ -36,6 +37,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="takes minutes: --run_slow"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def messages_on_the_console() -> None:
+    """Library functions called without a script report as they do under one."""
+    start_logging()
 
 
 @pytest.fixture(scope="session")

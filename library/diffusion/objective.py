@@ -1,16 +1,48 @@
-"""How far a prediction is from what was to be predicted."""
+"""The training objective: what is drawn, what the U-Net has to predict, and the loss of a batch."""
 
 import torch
 
+from library.diffusion.noise import NoisyLatents, draw_noise, draw_timesteps, make_noise_schedule
+from library.diffusion.options import NoiseOptions
+from library.sdxl.prediction import SDXL_PREDICTION, Prediction
 
-def per_sample_loss(predicted: torch.Tensor, noise: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean squared error of each sample, float32 [B], whatever precision the network ran in.
 
-    `predicted` and `noise` are [B, C, h, w]. `mask` [B, 1, h, w], 0-1, weighs the latent cells; masked cells still
-    count in the mean, so that a small subject weighs less than a large one (kohya's masked loss). Training takes the
-    mean over samples: Ho et al. 2020, "Denoising Diffusion Probabilistic Models", equation 14.
+class Objective:
+    """What a step learns. The training loop, validation, the demo and the benchmarks compute their loss here."""
+
+    def __init__(self, noise: NoiseOptions, prediction: Prediction = SDXL_PREDICTION):
+        self._noise = noise
+        self._schedule = make_noise_schedule(prediction)
+
+    def draw(self, latents: torch.Tensor, generator: torch.Generator) -> NoisyLatents:
+        """Draw noise, then timesteps, and add the noise to the scaled `latents` [B, C, h, w]."""
+        noise = draw_noise(latents, self._noise, generator)
+        timesteps = draw_timesteps(latents.shape[0], self._noise, generator, latents.device)
+        return NoisyLatents(noise, timesteps, self._schedule.add_noise(latents, noise, timesteps))
+
+    def target(self, latents: torch.Tensor, noisy: NoisyLatents) -> torch.Tensor:
+        """Return what the U-Net has to predict, [B, C, h, w]: the noise."""
+        return noisy.noise
+
+    def losses(
+        self,
+        predicted: torch.Tensor,
+        latents: torch.Tensor,
+        noisy: NoisyLatents,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the loss of each sample, float32 [B]; `mask` as in `per_sample_loss`."""
+        return per_sample_loss(predicted, self.target(latents, noisy), mask)
+
+
+def per_sample_loss(predicted: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the mean squared error of each sample, float32 [B], whatever precision the network runs in.
+
+    `predicted` and `target` are [B, C, h, w]. `mask` [B, 1, h, w], 0-1, weights the latent cells; masked cells still
+    count in the mean, so a small subject weighs less than a large one (kohya's masked loss). Training takes the mean
+    over samples: Ho et al. 2020, "Denoising Diffusion Probabilistic Models", equation 14.
     """
-    error = (predicted.float() - noise.float()).square()
+    error = (predicted.float() - target.float()).square()
     if mask is not None:
         error = error * mask.float()
     return error.mean(dim=(1, 2, 3))

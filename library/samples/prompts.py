@@ -8,9 +8,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from library.config.config_file import parse_toml
 from library.config.errors import UserError
 from library.config.option_fields import nearest
-from library.config.toml_text import parse_toml
 from library.sdxl.sizes import PIXELS_PER_LATENT
 
 SAMPLERS: tuple[str, ...] = (

@@ -28,10 +28,9 @@ from torch import nn
 from library.samples.prompts import SamplePrompt
 from library.sdxl.architecture import LATENT_SCALE
 from library.sdxl.latents import decode_latents
+from library.sdxl.prediction import SDXL_PREDICTION
 from library.sdxl.text_encoding import TextConditioning, encode_captions
 from library.sdxl.tokenizers import num_chunks_needed, tokenize_captions
-
-_BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 _SCHEDULERS: dict[str, tuple[type, dict[str, Any]]] = {
     # Latents are not confined to -1..1: clipping them, as kohya's trainers do for ddim, greys the picture.
@@ -71,7 +70,7 @@ class SamplingNetworks:
 def make_sampling_scheduler(name: str) -> Any:
     """diffusers' scheduler for a name of `--sample_sampler`; a leading `k_` makes no difference, as in kohya's."""
     scheduler_class, settings = _SCHEDULERS[name.removeprefix("k_")]
-    return scheduler_class(**_BETAS, **settings)
+    return scheduler_class(**SDXL_PREDICTION.scheduler_settings(), **settings)
 
 
 @torch.no_grad()

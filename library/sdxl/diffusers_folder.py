@@ -14,6 +14,7 @@ from library.config.atomic_files import replacing_folder
 from library.config.errors import UserError
 from library.sdxl.architecture import DEFAULT_LOGIT_SCALE, SDXL_BASE, Architecture, SdxlModel, recorded_facts
 from library.sdxl.checkpoint_file import ModelDtypes
+from library.sdxl.prediction import SDXL_PREDICTION
 from library.sdxl.sizes import LATENT_CHANNELS
 from library.sdxl.tensor_file import TensorToWrite, write_safetensors
 from library.sdxl.tokenizers import PAD_G, PAD_L, save_tokenizer
@@ -110,9 +111,7 @@ def write_diffusers_configs(folder: Path, model: SdxlModel) -> None:
         tokenizer_2=save_tokenizer(folder / "tokenizer_2", PAD_G),
         unet=model.unet,
         scheduler=EulerDiscreteScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
+            **SDXL_PREDICTION.scheduler_settings(),
             timestep_spacing="leading",
             steps_offset=1,
         ),

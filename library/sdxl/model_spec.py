@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import ClassVar
 
 from library.config.options import option
+from library.sdxl.prediction import SDXL_PREDICTION
 
 _IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
 
@@ -51,7 +52,7 @@ def _entries(
     yield "modelspec.implementation", _IMPLEMENTATION
     yield "modelspec.title", options.metadata_title or name
     yield "modelspec.resolution", f"{resolution[0]}x{resolution[1]}"
-    yield "modelspec.prediction_type", "epsilon"
+    yield "modelspec.prediction_type", SDXL_PREDICTION.kind
     yield "modelspec.date", now.astimezone(UTC).isoformat(timespec="seconds")
     if timesteps is not None:
         yield "modelspec.timestep_range", f"{timesteps[0]},{timesteps[1]}"

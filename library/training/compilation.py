@@ -1,9 +1,8 @@
 """`--torch_compile`: the blocks that the U-Net repeats run as compiled kernels while it is trained."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from types import MethodType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
@@ -11,36 +10,14 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from library.config.errors import UserError
-from library.config.options import option
 from library.optim.kernels import MAX_KERNELS, allow_kernels, why_not_compiled
+from library.training.run_options import CompileOptions
 
 REGIONS: tuple[type[nn.Module], ...] = (BasicTransformerBlock, ResnetBlock2D)
 """What is compiled: 70 transformer blocks of 2 widths and 17 residual blocks of 12 of SDXL's U-Net hold nearly all of
 its time. The whole of it at once would compile for many minutes, and anew for each size of picture."""
 
-_DEFAULT_BACKEND = "inductor"
 _NOTEWORTHY_SECONDS = 1.0
-
-
-@dataclass(frozen=True)
-class CompileOptions:
-    """Compilation."""
-
-    _argument_group_name: ClassVar[str] = "Compilation"
-
-    torch_compile: bool = option(
-        False, "Compile the U-Net's blocks: the first steps take minutes, the others are faster on a GPU."
-    )
-    dynamo_backend: str = option(
-        _DEFAULT_BACKEND,
-        "What compiles them; eager and aot_eager compile nothing, and are there to look for faults.",
-        choices=(_DEFAULT_BACKEND, "aot_eager", "eager"),
-    )
-
-    def problems(self) -> Iterator[str]:
-        """What cannot work."""
-        if self.dynamo_backend != _DEFAULT_BACKEND and not self.torch_compile:
-            yield f"--dynamo_backend {self.dynamo_backend} has no effect without --torch_compile; add that."
 
 
 def compile_regions(

@@ -1,4 +1,4 @@
-"""What learns: the trained networks as accelerate runs them, and what moves their weights."""
+"""What learns: the trained networks, and the steps that update their weights."""
 
 import math
 from collections.abc import Iterator
@@ -7,33 +7,52 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from library.config.errors import UserError
+from library.data.dataset import Batch
+from library.diffusion.noise import NoisyLatents
 from library.optim.fused_backward import FusedBackward
-from library.optim.lr_schedules import ScheduleOptions, make_lr_schedule
-from library.optim.optimizers import OptimizerOptions, make_optimizer, make_parameter_groups
-from library.optim.rounding import NEAREST, Rounder
-from library.optim.stepping import Stepper, keys_in_bfloat16, treats_each_alone
+from library.optim.lr_schedules import make_lr_schedule
+from library.optim.optimizer_probe import keys_in_bfloat16, treats_each_alone
+from library.optim.optimizers import make_optimizer, make_parameter_groups
+from library.optim.options import NEAREST, OptimizerOptions, ScheduleOptions
+from library.optim.rounding import Rounder
+from library.optim.stepping import Stepper
 from library.sdxl.architecture import SdxlModel
+from library.sdxl.text_encoding import TextConditioning
 from library.sdxl.weight_names import unet_name
+from library.training.distribution import exchange_gradients, prepare
+from library.training.failures import explained_out_of_memory
+from library.training.loss_watch import LossWatch, StepLoss
 from library.training.state import Resumable, group_settings
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step came to: its loss, the learning rate of each part, the gradient norm (None if not computed)."""
+
+    loss: float
+    rates: dict[str, float]
+    grad_norm: float | None
 
 
 @dataclass
 class Learner:
     """The networks as the loop calls them, those `trained` among them, and the optimizer over `parameters`.
 
-    `settings` are the optimizer's as the options give them, group by group. `rates` has the learning rate of each part
-    in the last step. `fused` is there where weights are moved within the backward pass.
+    `settings` are those of the optimizer's parameter groups as the options set them. `fused` is there if weights are
+    updated within the backward pass.
     """
 
-    unet: UNet2DConditionModel
+    accelerator: Accelerator
+    unet: nn.Module
     text_encoder_l: nn.Module
     text_encoder_g: nn.Module
     trained: dict[str, nn.Module]
@@ -44,69 +63,107 @@ class Learner:
     stepper: Stepper
     fused: FusedBackward | None
     max_grad_norm: float
-    rates: dict[str, float] = field(default_factory=dict)
+    watch: LossWatch
+    step_loss: StepLoss
+    is_between_steps: bool = True
+    _rates: dict[str, float] = field(default_factory=dict)
     _fused_norm: float | None = None
 
-    def backward(self, accelerator: Accelerator, loss: Tensor, step: int) -> None:
-        """The gradient of a loss; fused, it moves the weights too, unless the loss or the gradient is no number."""
-        if self.fused is None:
-            accelerator.backward(loss)
-        else:
-            self.rates = self._rates_now()
-            self._fused_norm = self.fused.backward(accelerator, loss, step)
+    @contextmanager
+    def accumulating(self, batch: Batch, step: int) -> Iterator[None]:
+        """The block that runs a micro-batch of step `step`: its gradient is exchanged only if it completes the step."""
+        with (
+            exchange_gradients(self.accelerator, self.trained.values(), now=batch.completes_step),
+            explained_out_of_memory(f"in step {step}", batch),
+        ):
+            yield
 
-    def step(self, accelerator: Accelerator, step: int) -> float | None:
-        """Optimizer step number `step`: clip (unless `max_grad_norm` is 0) and move the weights, unless that is done.
+    def predict(self, noisy: NoisyLatents, text: TextConditioning, sizes: torch.Tensor) -> torch.Tensor:
+        """Return the U-Net's prediction [B, 4, h, w] for noisy latents, text and size conditioning [B, 6]."""
+        prediction: torch.Tensor = self.unet(
+            noisy.latents,
+            noisy.timesteps,
+            encoder_hidden_states=text.hidden,
+            added_cond_kwargs={"text_embeds": text.pooled, "time_ids": sizes},
+        ).sample
+        return prediction
 
-        Gives the norm of the gradient where it was taken. A gradient that is NaN or Inf leaves the weights as they are.
-        (fp16's scaler takes the norm after it has undone its scaling, and passes such steps over by itself.)
+    def backward(self, losses: torch.Tensor, batch: Batch, step: int) -> None:
+        """Compute the gradient for the losses [B] of a micro-batch; the fused pass updates the weights as well.
+
+        `loss_scale` makes the sum over a step its mean. A loss or gradient that is not finite updates nothing.
         """
-        grad_norm = self._fused_norm
+        loss = losses.sum() * batch.loss_scale
+        self.step_loss.add(batch.keys, loss, is_last=batch.completes_step)
         if self.fused is None:
-            if self.max_grad_norm != 0:
-                grad_norm = float(accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm))
-            self.rates = self._rates_now()
-            if accelerator.scaler is not None:
-                self.optimizer.step()
-            elif grad_norm is None or math.isfinite(grad_norm):
-                self.stepper.step(step)
-        self._next()
-        return grad_norm
+            self.accelerator.backward(loss)
+            return
+        self._rates = self._current_rates()
+        self.is_between_steps = False
+        self._fused_norm = self.fused.backward(self.accelerator, loss, step)
+        self.is_between_steps = True
 
-    def skip_step(self) -> None:
-        """Let the step pass without moving the weights."""
-        self._next()
+    def step(self, step: int) -> StepReport:
+        """Finish optimizer step `step`: clip, update the weights, advance the schedule, free the gradients.
 
-    def resumable(self, accelerator: Accelerator) -> Resumable:
-        """What a state holds of all this."""
-        networks = {name: accelerator.unwrap_model(network) for name, network in self.trained.items()}
-        return Resumable(networks, self.optimizer, self.settings, self.lr_schedule, accelerator.scaler)
+        The weights stay as they are if the loss is not finite. Raise `NotWorthSaving` for too many such steps.
+        """
+        loss, grad_norm = self.step_loss.mean(), None
+        if self.watch.accepts(step, loss, self.step_loss.bad_images):
+            self.is_between_steps = False
+            with explained_out_of_memory(f"in step {step}"):
+                grad_norm = self._update(step)
+            self.is_between_steps = True
+        self.step_loss.clear()
+        self.lr_schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.watch.check_gradient(step, grad_norm)
+        return StepReport(loss, self._rates, grad_norm)
+
+    def resumable(self) -> Resumable:
+        """Return what a state holds of all this."""
+        networks = {name: self.accelerator.unwrap_model(network) for name, network in self.trained.items()}
+        return Resumable(networks, self.optimizer, self.settings, self.lr_schedule, self.accelerator.scaler)
 
     @contextmanager
-    def finished_weights(self) -> Iterator[None]:
-        """Within the block the weights are those to look at and to save; after it those to go on with, bit for bit.
+    def final_weights(self) -> Iterator[None]:
+        """Within the block the weights are those to sample with and to save; after it those to train on, bit for bit.
 
-        They differ for schedule-free optimizers alone, which train at one point and average at another.
+        They differ only for schedule-free optimizers, which train at one point and average at another.
         """
         optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
         if not hasattr(optimizer, "eval"):
             yield
             return
-        to_go_on = [parameter.detach().to("cpu", copy=True) for parameter in self.parameters]
+        to_train_on = [parameter.detach().to("cpu", copy=True) for parameter in self.parameters]
         optimizer.eval()
         try:
             yield
         finally:
             optimizer.train()
-            for parameter, weights in zip(self.parameters, to_go_on, strict=True):
+            for parameter, weights in zip(self.parameters, to_train_on, strict=True):
                 parameter.data.copy_(weights)
 
-    def _rates_now(self) -> dict[str, float]:
-        return {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+    def _update(self, step: int) -> float | None:
+        """Clip and update the weights unless the backward pass did; return the gradient norm if it was computed.
 
-    def _next(self) -> None:
-        self.lr_schedule.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        A gradient that is NaN or Inf updates nothing. (fp16's scaler computes the norm after it has removed its scale,
+        and skips such steps by itself.)
+        """
+        if self.fused is not None:
+            return self._fused_norm
+        grad_norm = None
+        if self.max_grad_norm != 0:
+            grad_norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm))
+        self._rates = self._current_rates()
+        if self.accelerator.scaler is not None:
+            self.optimizer.step()
+        elif grad_norm is None or math.isfinite(grad_norm):
+            self.stepper.step(step)
+        return grad_norm
+
+    def _current_rates(self) -> dict[str, float]:
+        return {group["name"]: group["lr"] for group in self.optimizer.param_groups}
 
 
 def make_learner(
@@ -120,35 +177,38 @@ def make_learner(
     num_steps: int,
     seed: int,
     rounding: str = NEAREST,
+    max_bad_steps: int = 1,
 ) -> Learner:
-    """The optimizer over what is trained, and both as accelerate runs them; `seed` and `rounding` are for bfloat16.
+    """Return the optimizer over what is trained, both as accelerate runs them; `seed` and `rounding` are for bfloat16.
 
-    Raises `UserError` where the optimizer cannot be stepped in the backward pass but is to be.
+    Raise `UserError` if the optimizer has to step in the backward pass but cannot.
     """
     groups = _parameter_groups(model, optimizer_options, trains_l=trains_l, trains_g=trains_g)
     parameters = [parameter for group in groups for parameter in group["params"]]
     optimizer = make_optimizer(groups, optimizer_options)
     stepper = _make_stepper(optimizer, optimizer_options, accelerator, Rounder(rounding, parameters, seed))
-    settings = group_settings(optimizer)  # before the schedule takes the rates over
+    settings = group_settings(optimizer)  # before the schedule changes the rates
     lr_schedule = make_lr_schedule(optimizer, schedule_options, num_steps)
-    trained = {"unet": accelerator.prepare(model.unet)}
-    if trains_l:
-        trained["text_encoder_l"] = accelerator.prepare(model.text_encoder_l)
-    if trains_g:
-        trained["text_encoder_g"] = accelerator.prepare(model.text_encoder_g)
+    networks: dict[str, nn.Module] = {"unet": model.unet}
+    networks |= {"text_encoder_l": model.text_encoder_l} if trains_l else {}
+    networks |= {"text_encoder_g": model.text_encoder_g} if trains_g else {}
+    trained, optimizer = prepare(accelerator, networks, optimizer)
     fused = optimizer_options.fused_backward_pass
     return Learner(
+        accelerator=accelerator,
         unet=trained["unet"],
         text_encoder_l=trained.get("text_encoder_l", model.text_encoder_l),
         text_encoder_g=trained.get("text_encoder_g", model.text_encoder_g),
         trained=trained,
         parameters=parameters,
-        optimizer=accelerator.prepare(optimizer),
+        optimizer=optimizer,
         settings=settings,
         lr_schedule=lr_schedule,
         stepper=stepper,
         fused=FusedBackward(stepper, optimizer_options.max_grad_norm) if fused else None,
         max_grad_norm=optimizer_options.max_grad_norm,
+        watch=LossWatch(max_bad_steps),
+        step_loss=StepLoss(accelerator),
     )
 
 
@@ -173,20 +233,20 @@ def _parameter_groups(
 def _make_stepper(
     optimizer: Optimizer, options: OptimizerOptions, accelerator: Accelerator, rounder: Rounder
 ) -> Stepper:
-    """The optimizer in chunks, or all at once where its parameters depend on one another."""
+    """Return the stepper: in chunks, or all at once if the optimizer's parameters depend on one another."""
     make = partial(make_optimizer, options=options)
     each_alone = treats_each_alone(make, accelerator.device)
     if options.fused_backward_pass and not each_alone:
         raise UserError(
-            f"--fused_backward_pass cannot work with {type(optimizer).__name__}, which looks at all gradients together "
-            "before it moves the first weight.",
-            "Choose another --optimizer_type, such as Adafactor, or leave --fused_backward_pass out.",
+            f"--fused_backward_pass cannot work with {type(optimizer).__name__}, which needs all gradients before it "
+            "updates the first weight.",
+            "Choose another --optimizer_type, such as Adafactor, or leave out --fused_backward_pass.",
         )
     if options.fused_backward_pass and accelerator.num_processes > 1:
         raise UserError(
             "--fused_backward_pass cannot work with several processes: each gradient would be used before the others "
-            "have added theirs.",
-            "Train with one process, or leave --fused_backward_pass out.",
+            "have contributed theirs.",
+            "Train with one process, or leave out --fused_backward_pass.",
         )
     narrow_keys = keys_in_bfloat16(make, accelerator.device) if rounder.kind != NEAREST else frozenset()
     if each_alone:
@@ -195,7 +255,7 @@ def _make_stepper(
 
 
 def enable_gradient_checkpointing(network: UNet2DConditionModel | PreTrainedModel) -> None:
-    """Compute the network's activations again in the backward pass."""
+    """Recompute the network's activations in the backward pass instead of keeping them."""
     if isinstance(network, UNet2DConditionModel):
         network.enable_gradient_checkpointing()
     elif hasattr(network, "activation_checkpointing_enable"):  # newer releases of transformers

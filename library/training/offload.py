@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from library.sdxl.tensor_file import raw_bytes
-from library.training.loss_watch import explained_out_of_memory
+from library.training.failures import explained_out_of_memory
 
 _ALIGNMENT = 64  # bytes; what vector instructions like best
 

@@ -1,81 +1,100 @@
-"""The way through the training set: batches in their order, and how many steps a run takes."""
+"""The steps of a run: the batches of each, where epochs end, where a run continues and where it stops."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from accelerate import Accelerator
-from torch.utils.data import DataLoader
+import torch
 
-from library.data.dataset import Batch, CaptionedImages, make_loader
-from library.data.epoch_order import BatchShape, EpochOrder
-from library.data.subsets import LoaderOptions, TrainingSetOptions
-from library.data.text_cache import CachedTexts
-from library.data.training_set import TrainingImage
-from library.training.run_options import RunOptions
-from library.training.state import Progress
+from library.data.dataset import Batch
+from library.data.epoch_order import EpochOrder
+from library.training.accelerator import start_generators
+from library.training.progress import Progress
 
 
 @dataclass(frozen=True)
-class Course:
-    """The batches of one process, and the number of optimizer steps of the whole run."""
+class Occasion:
+    """Where a run is when its events are called: after optimizer step `step`; 0 is before the first one.
 
-    loader: DataLoader[Batch]
+    `epoch_ended` is the epoch (from 1) that ended with the step, if one did; the end of the run ends its epoch too.
+    `is_resumed`: the run continues here, and some of what is due may have been done before it stopped.
+    """
+
+    step: int
+    epoch_ended: int | None = None
+    is_last: bool = False
+    is_resumed: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step (`number` from 1): its micro-batches on the device, and its generator of noise."""
+
+    number: int
+    batches: Iterator[Batch]
+    generator: torch.Generator
+    occasion: Occasion
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of one process. `loader` yields an epoch of batches in the order of `order`."""
+
+    loader: Iterable[Batch]
     order: EpochOrder
-    num_pictures: int
+    num_images: int
     num_steps: int
+    device: torch.device
+    process_index: int
 
     @property
     def num_epochs(self) -> int:
-        """Epochs begun in the run."""
+        """Number of epochs begun in the run."""
         return math.ceil(self.num_steps / self.order.steps_per_epoch)
 
-    def epoch_ended(self, progress: Progress) -> int | None:
-        """The epoch (from 1) that ended with the last step, if one did; the end of the run ends its epoch too."""
+    def steps(self, progress: Progress, until: Callable[[], bool]) -> Iterator[Step]:
+        """Yield the steps from `progress` to the end of the run, or until `until()` is true before one of them.
+
+        Whoever runs a step exhausts its batches and then calls `progress.advance()`; epochs are counted here.
+        """
+        generator = torch.Generator()
+        while progress.step < self.num_steps:
+            if progress.step_in_epoch >= self.order.steps_per_epoch:  # more, if --resume_anyway shortened the epochs
+                progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
+            self.order.start_at(progress.epoch, progress.step_in_epoch)
+            batches = (batch for batch in self.loader)
+            while progress.step < self.num_steps and progress.step_in_epoch < self.order.steps_per_epoch:
+                if until():
+                    return
+                yield self._next_step(progress, batches, generator)
+
+    def occasion(self, progress: Progress, *, is_resumed: bool) -> Occasion:
+        """Return the occasion of a run that is at `progress` and takes no step there."""
+        return Occasion(
+            progress.step, self._epoch_ended(progress), is_last=progress.step >= self.num_steps, is_resumed=is_resumed
+        )
+
+    def _next_step(self, progress: Progress, batches: Iterator[Batch], generator: torch.Generator) -> Step:
+        number = progress.step + 1
+        ends_epoch = progress.step_in_epoch + 1 >= self.order.steps_per_epoch or number >= self.num_steps
+        occasion = Occasion(number, progress.epoch + 1 if ends_epoch else None, is_last=number >= self.num_steps)
+        start_generators(generator, progress.seed, number, self.process_index)
+        return Step(number, self._batches_of_step(batches), generator, occasion)
+
+    def _batches_of_step(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            yield batch.to(self.device)
+            if batch.completes_step:
+                return
+
+    def _epoch_ended(self, progress: Progress) -> int | None:
         if progress.step_in_epoch == 0:
             return progress.epoch or None
         is_over = progress.step_in_epoch >= self.order.steps_per_epoch or progress.step >= self.num_steps
         return progress.epoch + 1 if is_over else None
 
-    def batches(self, progress: Progress) -> Iterable[Batch]:
-        """What is left of the epoch that `progress` is in; nothing when all steps are done."""
-        if progress.step >= self.num_steps:
-            return ()
-        self.order.start_at(progress.epoch, progress.step_in_epoch)
-        return self.loader
-
     def __str__(self) -> str:
         return (
-            f"{self.num_pictures} pictures in {self.order.num_batches} batches, "
-            f"{self.order.steps_per_epoch} steps an epoch, {self.num_steps} steps in {self.num_epochs} epochs"
+            f"{self.num_images} images in {self.order.num_batches} batches, "
+            f"{self.order.steps_per_epoch} steps per epoch, {self.num_steps} steps in {self.num_epochs} epochs"
         )
-
-
-def make_course(
-    images: Sequence[TrainingImage],
-    texts: CachedTexts,
-    loader_options: LoaderOptions,
-    training_set_options: TrainingSetOptions,
-    run_options: RunOptions,
-    accelerator: Accelerator,
-    seed: int,
-) -> Course:
-    """The course of this process over `images`; `--max_train_epochs`, where given, decides its length."""
-    dataset = CaptionedImages(images, loader_options.num_chunks, texts)
-    shape = BatchShape(
-        batch_size=loader_options.train_batch_size,
-        accumulation_steps=run_options.gradient_accumulation_steps,
-        num_processes=accelerator.num_processes,
-        process_index=accelerator.process_index,
-    )
-    order = EpochOrder(
-        dataset.kinds,
-        shape,
-        seed=seed,
-        num_repeats=training_set_options.dataset_repeats,
-        flip=training_set_options.flip_aug,
-    )
-    num_steps = run_options.max_train_steps
-    if run_options.max_train_epochs is not None:
-        num_steps = run_options.max_train_epochs * order.steps_per_epoch
-    return Course(make_loader(dataset, order, loader_options, accelerator.device), order, len(images), num_steps)

@@ -1,16 +1,18 @@
-"""In which precision each part of the model is held, run and saved."""
+"""The precision in which each part of the model is held, run and saved."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
+from typing import TYPE_CHECKING, ClassVar
 
 from library.config.options import option
-from library.optim.rounding import NEAREST, ROUNDINGS, STOCHASTIC
-from library.sdxl.checkpoint_file import ModelDtypes
+from library.optim.options import NEAREST, ROUNDINGS, STOCHASTIC
 
-_DTYPES = {"no": torch.float32, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+if TYPE_CHECKING:  # a mistake on the command line is answered before torch is imported
+    import torch
+
+    from library.sdxl.checkpoint_file import ModelDtypes
+
+_DTYPES = {"no": "float32", "float": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -19,33 +21,43 @@ class PrecisionOptions:
 
     _argument_group_name: ClassVar[str] = "Precision"
 
-    mixed_precision: str = option("no", "Precision of the computation.", choices=("no", "fp16", "bf16"))
-    full_bf16: bool = option(False, "Hold the trained weights and their gradients in bfloat16 too (half the memory).")
+    mixed_precision: str = option(
+        "no", "Precision of the computation: float32 (no), fp16 or bf16.", choices=("no", "fp16", "bf16")
+    )
+    full_bf16: bool = option(
+        False, "Hold the trained weights and their gradients in bfloat16 as well: half the memory."
+    )
     bf16_rounding: str | None = option(
         None,
-        "How --full_bf16 rounds new weights: stochastic (up or down at random, right on average; where not given), "
-        "kahan (keeps what is cut off: 2 bytes a weight more) or nearest (loses steps that are too small).",
+        "Rounding of updated weights with --full_bf16: stochastic (unbiased, the default), kahan (keeps the rounding "
+        "error, 2 more bytes per weight) or nearest (loses updates that are too small).",
         choices=(*ROUNDINGS, None),
     )
     save_precision: str | None = option(
-        None, "Precision of saved weights; as they are held where not given.", choices=("float", "fp16", "bf16", None)
+        None,
+        "Precision of saved weights. Default: as they are held in training.",
+        choices=("float", "fp16", "bf16", None),
     )
 
     @property
-    def save_dtype(self) -> torch.dtype | None:
-        """The precision of saved weights, None for as they are held."""
-        return None if self.save_precision is None else _DTYPES[self.save_precision]
+    def save_dtype(self) -> "torch.dtype | None":
+        """The precision of saved weights; None keeps them as they are held."""
+        return None if self.save_precision is None else _dtype(self.save_precision)
 
     @property
     def rounding(self) -> str:
-        """How new weights are rounded, one of `ROUNDINGS`; float32 ones to nearest, as every operation does."""
+        """How updated weights are rounded, one of `ROUNDINGS`; float32 to nearest, as in every operation."""
         if not self.full_bf16:
             return NEAREST
         return self.bf16_rounding or STOCHASTIC
 
-    def model_dtypes(self, *, trains_l: bool, trains_g: bool, float32_vae: bool) -> ModelDtypes:
-        """What each part is held in: trained ones in float32 (or bfloat16), frozen ones as they are computed in."""
-        frozen = _DTYPES[self.mixed_precision]
+    def model_dtypes(self, *, trains_l: bool, trains_g: bool, float32_vae: bool) -> "ModelDtypes":
+        """Return what each part is held in: trained in float32 (or bfloat16), frozen in the computation's precision."""
+        import torch
+
+        from library.sdxl.checkpoint_file import ModelDtypes
+
+        frozen = _dtype(self.mixed_precision)
         trained = torch.bfloat16 if self.full_bf16 else torch.float32
         return ModelDtypes(
             unet=trained,
@@ -55,10 +67,22 @@ class PrecisionOptions:
         )
 
     def problems(self) -> Iterator[str]:
-        """What cannot work."""
+        """Yield what is wrong with these values, one sentence each."""
         if self.full_bf16 and self.mixed_precision != "bf16":
             yield f"--full_bf16 needs --mixed_precision=bf16, not {self.mixed_precision}."
         if self.bf16_rounding is not None and not self.full_bf16:
-            yield "--bf16_rounding has no effect without --full_bf16; add it or leave the rounding out."
+            yield "--bf16_rounding has no effect without --full_bf16; add it or leave out --bf16_rounding."
+
+    def heavy_problems(self) -> Iterator[str]:
+        """Yield what is wrong on this machine; the GPU is asked through torch."""
+        import torch
+
         if self.mixed_precision == "fp16" and not torch.cuda.is_available():
             yield "--mixed_precision=fp16 needs a GPU; use bf16 or no."
+
+
+def _dtype(name: str) -> "torch.dtype":
+    import torch
+
+    dtype: torch.dtype = getattr(torch, _DTYPES[name])
+    return dtype

@@ -1,5 +1,7 @@
-"""The training set before the first step: what is read, what is encoded once, and what is left for every step."""
+"""The training set before the first step: read, encoded as far as it is cached, and ordered into steps."""
 
+import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -11,18 +13,23 @@ from torch import nn
 from library.config.atomic_files import remove_leftovers
 from library.config.errors import UserError
 from library.data.caption_lengths import cut_captions
-from library.data.dataset import Batch
+from library.data.dataset import Batch, CaptionedImages, make_loader
+from library.data.epoch_order import BatchShape, EpochOrder
 from library.data.fingerprint import fingerprints
 from library.data.latent_preparation import encode_missing
+from library.data.subsets import LoaderOptions, TrainingSetOptions
 from library.data.text_cache import FOLDER_NAME, NO_TEXTS, CachedTexts, encode_texts
 from library.data.training_set import TrainingImage, read_training_set
 from library.sdxl.architecture import SdxlModel
 from library.sdxl.latents import encode_pixels_finite
-from library.training.loss_watch import explained_out_of_memory
+from library.training.failures import explained_out_of_memory
 from library.training.offload import visiting
+from library.training.plan import Plan
+from library.training.progress import Progress
 from library.training.resume import check_images
-from library.training.run_options import TrainingOptions
-from library.training.state import Progress
+from library.training.run_options import RunOptions, TrainingOptions
+
+log = logging.getLogger(__name__)
 
 
 class PreparedSet(NamedTuple):
@@ -58,7 +65,8 @@ def prepare_set(
     notes += cut_captions(images, options.loader.num_chunks)
     if options.resume.resume is not None:
         notes += check_images(progress.setting.images, now, anyway=options.resume.resume_anyway)
-    accelerator.print(*notes, sep="\n", end="\n" if notes else "")
+    for note in notes:
+        log.info(note)
     progress.setting = replace(progress.setting, images=now)
     return PreparedSet(images, texts)
 
@@ -90,6 +98,37 @@ def _texts(
             num_chunks=options.loader.num_chunks,
             folder=training_set.train_data_dir / FOLDER_NAME if on_disk else None,
         )
+
+
+def make_plan(
+    images: Sequence[TrainingImage],
+    texts: CachedTexts,
+    loader_options: LoaderOptions,
+    training_set_options: TrainingSetOptions,
+    run_options: RunOptions,
+    accelerator: Accelerator,
+    seed: int,
+) -> Plan:
+    """Return the steps of this process over `images`; `--max_train_epochs`, if given, decides their number."""
+    dataset = CaptionedImages(images, loader_options.num_chunks, texts)
+    shape = BatchShape(
+        batch_size=loader_options.train_batch_size,
+        accumulation_steps=run_options.gradient_accumulation_steps,
+        num_processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+    )
+    order = EpochOrder(
+        dataset.kinds,
+        shape,
+        seed=seed,
+        num_repeats=training_set_options.dataset_repeats,
+        flip=training_set_options.flip_aug,
+    )
+    num_steps = run_options.max_train_steps
+    if run_options.max_train_epochs is not None:
+        num_steps = run_options.max_train_epochs * order.steps_per_epoch
+    loader = make_loader(dataset, order, loader_options, accelerator.device)
+    return Plan(loader, order, len(images), num_steps, accelerator.device, accelerator.process_index)
 
 
 def latents_of(batch: Batch, vae: AutoencoderKL) -> torch.Tensor:

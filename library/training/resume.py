@@ -1,16 +1,15 @@
-"""Going on from a state: which one, and what has changed since it was made."""
+"""Continue from a state: which one, and what has changed since it was saved."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from importlib.metadata import version
 from typing import Any, ClassVar
 
-from library.config.errors import UserError
+from library.config.errors import UserError, listed
 from library.config.options import option
-from library.training.state import Setting
+from library.training.progress import Setting
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "numpy")
-_NAMES_SHOWN = 10
 
 _DECIDE_THE_COURSE = frozenset(
     {
@@ -19,30 +18,33 @@ _DECIDE_THE_COURSE = frozenset(
         *("mixed_precision", "full_bf16", "bf16_rounding", "legacy_text_projection", "legacy_crop_coords"),
     }
 )
-"""Options that make the rest of the run another one than it would have been."""
+"""Options that change the rest of the run."""
 
 _ABOUT_RESUMING = frozenset({"resume", "resume_anyway"})
 
 
 @dataclass(frozen=True)
 class ResumeOptions:
-    """Going on from a state."""
+    """Continuing from a state."""
 
     _argument_group_name: ClassVar[str] = "Resuming"
 
     resume: str | None = option(
-        None, "Go on from a state: its folder, or 'latest' for the newest one of --output_name in --output_dir."
+        None,
+        "Continue from a saved state: its folder, or 'latest' for the newest one of --output_name in --output_dir.",
     )
-    resume_anyway: bool = option(False, "Go on even if pictures, captions or options that decide the course changed.")
+    resume_anyway: bool = option(
+        False, "Continue even if images, captions or options that change the run differ from those of the state."
+    )
 
     def problems(self) -> Iterator[str]:
-        """What cannot work."""
+        """Yield what is wrong with these values, one sentence each."""
         if self.resume_anyway and self.resume is None:
             yield "--resume_anyway needs --resume."
 
 
 def flat_options(options: Any, *, num_processes: int) -> dict[str, str]:
-    """Every option by its flag, as text, to compare runs; and the number of processes."""
+    """Return every option by its name, as text, and the number of processes: what runs are compared by."""
     flat = {
         field.name: str(getattr(group, field.name))
         for group in vars(options).values()
@@ -53,14 +55,14 @@ def flat_options(options: Any, *, num_processes: int) -> dict[str, str]:
 
 
 def library_versions() -> dict[str, str]:
-    """The versions of the libraries that compute."""
+    """Return the versions of the libraries that compute."""
     return {library: version(library) for library in _LIBRARIES}
 
 
 def check_options(then: Setting, now: Setting, *, anyway: bool) -> list[str]:
-    """Which options and library versions have changed since a state was made, a sentence each.
+    """Return which options and library versions have changed since a state was saved, a sentence each.
 
-    Raises `UserError` with those that make the continuation another run, unless `anyway`.
+    Raise `UserError` for those that make the continuation another run, unless `anyway`.
     """
     harmless = [
         f"{library}: {before} then, {now.versions.get(library)} now"
@@ -77,7 +79,7 @@ def check_options(then: Setting, now: Setting, *, anyway: bool) -> list[str]:
 
 
 def check_images(then: Mapping[str, str], now: Mapping[str, str], *, anyway: bool) -> list[str]:
-    """Which images have changed since a state was made, by their fingerprints; as `check_options`."""
+    """Return which images have changed since a state was saved, by their fingerprints; as `check_options`."""
     changes = list(_image_changes(then, now))
     _refuse(changes, anyway=anyway)
     return changes
@@ -86,8 +88,8 @@ def check_images(then: Mapping[str, str], now: Mapping[str, str], *, anyway: boo
 def _refuse(serious: list[str], *, anyway: bool) -> None:
     if serious and not anyway:
         raise UserError(
-            f"since the state was made this has changed: {'; '.join(serious)}.",
-            "Put it back as it was, or go on with --resume_anyway.",
+            f"since the state was saved this has changed: {'; '.join(serious)}.",
+            "Undo the change, or continue with --resume_anyway.",
         )
 
 
@@ -101,10 +103,9 @@ def _image_changes(before: Mapping[str, str], now: Mapping[str, str]) -> Iterato
     for what, keys in (
         ("removed", [key for key in before if key not in now]),
         ("added", [key for key in now if key not in before]),
-        ("with another picture, bucket, caption or kind of latents", changed),
+        ("with another image, bucket, caption or kind of latents", changed),
     ):
         if keys:
-            more = f" and {len(keys) - _NAMES_SHOWN} more" if len(keys) > _NAMES_SHOWN else ""
-            yield f"{len(keys)} images {what}: {', '.join(keys[:_NAMES_SHOWN])}{more}"
+            yield f"{len(keys)} images {what}: {listed(keys)}"
     if before.keys() == now.keys() and list(before) != list(now):
-        yield "the images stand in another order in the metadata"
+        yield "the images are in another order in the metadata"

@@ -9,38 +9,42 @@ from library.config.errors import UserError
 from library.config.options import ConfigFileOptions, option
 from library.data.buckets import BucketOptions, BucketRule, parse_resolution
 from library.data.subsets import LoaderOptions, TrainingSetOptions
-from library.diffusion.noise import NoiseOptions
-from library.optim.lr_schedules import ScheduleOptions
-from library.optim.optimizers import OptimizerOptions
+from library.diffusion.options import NoiseOptions
+from library.optim.options import OptimizerOptions, ScheduleOptions
+from library.samples.options import SampleOptions
 from library.sdxl.model_source import ModelOptions
 from library.sdxl.model_spec import ModelSpecOptions
 from library.sdxl.sizes import Size
-from library.training.checkpoints import SaveOptions
-from library.training.compilation import CompileOptions
 from library.training.precision import PrecisionOptions
+from library.training.progress import is_state
 from library.training.resume import ResumeOptions
-from library.training.sampling import SampleOptions
-from library.training.state import is_state
+from library.training.saves import SaveOptions
 from library.training.tracking import TrackingOptions
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How long is trained, and what."""
+    """How long a run trains, and what."""
 
     _argument_group_name: ClassVar[str] = "Run"
 
-    max_train_steps: int = option(1600, "Optimizer steps.")
-    max_train_epochs: int | None = option(None, "Epochs; overrides --max_train_steps.")
-    gradient_accumulation_steps: int = option(1, "Batches whose gradients make one optimizer step.")
-    gradient_checkpointing: bool = option(False, "Compute activations again in the backward pass: slower, far smaller.")
-    train_text_encoder: bool = option(False, "Train the text encoders too.")
-    max_bad_steps: int = option(1, "Stop after this many steps in a row whose loss is NaN or Inf.")
-    seed: int | None = option(None, "Seed of everything random; drawn and printed where not given.")
-    sdpa: bool = option(True, "Attention is always torch's scaled_dot_product_attention.", choices=(True,))
+    max_train_steps: int = option(1600, "Number of optimizer steps.")
+    max_train_epochs: int | None = option(None, "Number of epochs; overrides --max_train_steps.")
+    gradient_accumulation_steps: int = option(
+        1, "Accumulate the gradients of this many micro-batches before each optimizer step."
+    )
+    gradient_checkpointing: bool = option(
+        False, "Recompute activations in the backward pass: much less memory, slower."
+    )
+    train_text_encoder: bool = option(False, "Train the text encoders as well.")
+    max_bad_steps: int = option(
+        1, "Stop after this many consecutive steps with a loss of NaN or Inf; their updates are skipped."
+    )
+    seed: int | None = option(None, "Seed of everything random. Default: drawn at random and reported.")
+    sdpa: bool = option(True, "Use torch's scaled_dot_product_attention, which is always on.", choices=(True,))
 
     def problems(self) -> Iterator[str]:
-        """What cannot work."""
+        """Yield what is wrong with these values, one sentence each."""
         for flag in ("max_train_steps", "max_train_epochs", "gradient_accumulation_steps", "max_bad_steps"):
             value = getattr(self, flag)
             if value is not None and value < 1:
@@ -49,9 +53,34 @@ class RunOptions:
             yield f"--seed is {self.seed}; it must be a whole number from 0 to {2**32 - 1}."
 
 
+DEFAULT_BACKEND = "inductor"
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """Compilation of the U-Net."""
+
+    _argument_group_name: ClassVar[str] = "Compilation"
+
+    torch_compile: bool = option(
+        False,
+        "Compile the U-Net's blocks with torch.compile. The first steps take minutes; later ones are faster on a GPU.",
+    )
+    dynamo_backend: str = option(
+        DEFAULT_BACKEND,
+        "Backend of torch.compile; eager and aot_eager compile nothing and serve to find faults.",
+        choices=(DEFAULT_BACKEND, "aot_eager", "eager"),
+    )
+
+    def problems(self) -> Iterator[str]:
+        """Yield what is wrong with these values, one sentence each."""
+        if self.dynamo_backend != DEFAULT_BACKEND and not self.torch_compile:
+            yield f"--dynamo_backend {self.dynamo_backend} has no effect without --torch_compile; add it."
+
+
 @dataclass(frozen=True)
 class TrainingOptions:
-    """All options of sdxl_train.py; functions are handed the classes they read."""
+    """All options of sdxl_train.py. Functions receive the classes they read, never the whole."""
 
     model: ModelOptions
     training_set: TrainingSetOptions
@@ -72,7 +101,7 @@ class TrainingOptions:
 
     @property
     def output_dir(self) -> Path:
-        """The folder for models and sample pictures."""
+        """The folder for models and sample images."""
         assert self.save.output_dir is not None  # checked by problems()
         return self.save.output_dir
 
@@ -91,16 +120,16 @@ class TrainingOptions:
 
     @property
     def resolution(self) -> Size:
-        """The size of training."""
+        """The training resolution."""
         return parse_resolution(self.training_set.resolution)
 
     @property
     def bucket_rule(self) -> BucketRule:
-        """Where pictures without prepared latents go; raises `UserError` for limits that contradict each other."""
+        """The buckets of images without prepared latents. Raise `UserError` for limits that contradict each other."""
         return self.buckets.rule(self.resolution, enabled=self.training_set.enable_bucket)
 
     def conflicts(self) -> Iterator[str]:
-        """What cannot work between classes."""
+        """Yield what is wrong between classes, one sentence each."""
         for flag in ("learning_rate_te1", "learning_rate_te2"):
             if getattr(self.optimizer, flag) is not None and not self.run.train_text_encoder:
                 yield f"--{flag} has no effect without --train_text_encoder; add it or leave the rate out."
@@ -108,21 +137,21 @@ class TrainingOptions:
             yield "every learning rate is 0: there is nothing to train. Set --learning_rate, such as 1e-5."
         if self.training_set.caches_texts and self.trains_l and self.trains_g:
             yield (
-                "--cache_text_encoder_outputs: both text encoders are trained and give other outputs in every step; "
-                "leave it off, or freeze one of them by --learning_rate_te1=0 (L) or --learning_rate_te2=0 (G)."
+                "--cache_text_encoder_outputs: both text encoders are trained, so their outputs change in every step; "
+                "leave it off, or freeze one of them with --learning_rate_te1=0 (L) or --learning_rate_te2=0 (G)."
             )
         source = self.model.pretrained_model_name_or_path
         if source is not None and is_state(Path(source)):
             yield (
-                f"--pretrained_model_name_or_path: '{source}' is of a state, not a model; name the model that the run"
-                " began with, and give the state as --resume."
+                f"--pretrained_model_name_or_path: '{source}' is a saved training state, not a model. Pass the base "
+                "model here and the state with --resume."
             )
         yield from self._bucket_conflicts()
         yield from self._fused_conflicts()
         if self.optimizer.is_schedule_free and self.schedule.lr_scheduler != "constant":
             yield (
-                f"--optimizer_type {self.optimizer.optimizer_type} takes the place of a schedule: set "
-                "--lr_scheduler=constant; it warms up with --optimizer_args warmup_steps=100."
+                f"--optimizer_type {self.optimizer.optimizer_type} replaces the schedule: set --lr_scheduler=constant; "
+                "it warms up with --optimizer_args warmup_steps=100."
             )
 
     def _fused_conflicts(self) -> Iterator[str]:
@@ -130,9 +159,9 @@ class TrainingOptions:
             return
         if self.run.gradient_accumulation_steps > 1:
             yield (
-                "--fused_backward_pass steps after every batch and cannot add up gradients over "
+                "--fused_backward_pass steps after every batch and cannot accumulate gradients over "
                 f"{self.run.gradient_accumulation_steps} of them; set --gradient_accumulation_steps=1 and a larger "
-                "--train_batch_size, or leave --fused_backward_pass out."
+                "--train_batch_size, or leave out --fused_backward_pass."
             )
         if self.precision.mixed_precision == "fp16":
             yield (

@@ -1,19 +1,19 @@
-"""When a run draws sample pictures, and where they go."""
+"""Draw sample images when they are due, into the output folder and the trackers."""
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import TypeVar
 
 import torch
 from PIL.Image import Image
 
 from library.config.atomic_files import CannotWrite
-from library.config.errors import UserError
-from library.config.options import option
+from library.samples.options import SampleOptions
 from library.samples.picture_files import (
     PictureRecord,
     grid_name,
@@ -22,11 +22,13 @@ from library.samples.picture_files import (
     picture_name,
     save_picture,
 )
-from library.samples.prompts import SAMPLERS, SamplePrompt, read_prompt_file
-from library.samples.sample_grid import SampleGrid, make_sample_grid
+from library.samples.prompts import SamplePrompt
 from library.samples.sampler import SamplingNetworks, draw_picture
 from library.sdxl.sizes import Size
+from library.training.plan import Occasion
 from library.training.tracking import Tracker
+
+log = logging.getLogger(__name__)
 
 SAMPLE_FOLDER = "sample"
 
@@ -34,156 +36,100 @@ Each = TypeVar("Each")
 
 
 @dataclass(frozen=True)
-class SampleOptions:
-    """Sample pictures."""
+class SampledRun:
+    """The run that is sampled: where its images go, how they are called and seeded, and when it began."""
 
-    _argument_group_name: ClassVar[str] = "Sample pictures"
-
-    sample_prompts: Path | None = option(
-        None, "File of prompts (.txt, .toml, .json), one picture a line: G prompt --e L prompt --n negative ..."
-    )
-    sample_every_n_steps: int | None = option(None, "Draw before the first step and after every n optimizer steps.")
-    sample_every_n_epochs: int | None = option(None, "Draw before the first step and after every n epochs.")
-    sample_at_first: bool = option(False, "Draw before the first step, also where nothing is drawn later.")
-    sample_grid: bool = option(
-        False,
-        "Draw a grid before the first step and after the last: each L prompt of the prompt file (rows; a line without"
-        " --e has none) with each G prompt (columns), all with the seed and the other settings of its first line.",
-    )
-    sample_sampler: str = option("ddim", "Sampler of pictures whose line names none.", choices=SAMPLERS)
-
-    def problems(self) -> Iterator[str]:
-        """What cannot work, mistakes in the prompt file among it."""
-        is_due = self.draws_each_prompt or self.sample_grid
-        if self.sample_prompts is None:
-            if is_due:
-                yield (
-                    "--sample_every_n_steps, --sample_every_n_epochs, --sample_at_first and --sample_grid need"
-                    " --sample_prompts."
-                )
-            return
-        if not is_due:
-            yield "--sample_prompts: nothing says when to draw; add --sample_every_n_steps=100 or --sample_at_first."
-        for flag in ("sample_every_n_steps", "sample_every_n_epochs"):
-            value = getattr(self, flag)
-            if value is not None and value < 1:
-                yield f"--{flag} is {value}; it must be 1 or more."
-        if self.sample_every_n_steps and self.sample_every_n_epochs:
-            yield "--sample_every_n_steps and --sample_every_n_epochs exclude each other: file names count one of them."
-        try:
-            self.read_grid()
-        except UserError as error:
-            yield str(error)
-
-    @property
-    def draws_each_prompt(self) -> bool:
-        """Whether the pictures of the prompt file are drawn at all, not only the grid."""
-        return bool(self.sample_every_n_steps or self.sample_every_n_epochs or self.sample_at_first)
-
-    def read_grid(self) -> SampleGrid | None:
-        """The grid to draw, if one is; raises `UserError` for prompts that make none, and as `read_prompt_file`."""
-        prompts = self.read_prompts()
-        return make_sample_grid(prompts) if prompts and self.sample_grid else None
-
-    def read_prompts(self) -> list[SamplePrompt]:
-        """The pictures to draw; none without a prompt file."""
-        return [] if self.sample_prompts is None else read_prompt_file(self.sample_prompts)
+    output_dir: Path
+    model_name: str | None
+    size: Size
+    seed: int
+    since: datetime | None = None
 
 
 class Sampling:
-    """Draws the pictures of the prompt file when they are due, into `output_dir/sample` and the trackers.
+    """Draws the images of the prompt file when they are due, into `output_dir/sample` and the trackers.
 
-    A picture that cannot be drawn or saved is named, and the run goes on. None is begun once `is_stopping` says that
-    the run is to stop; what is missing then is drawn when the run goes on. A picture that was drawn before, but not
-    before `since`, is that of a run which was killed and has gone back to a state: the new one takes its place.
+    An image that cannot be drawn or saved is named, and the run continues. None is begun once `is_stopping` is true; a
+    resumed run draws what is missing. An image that was drawn before, but not before `run.since`, belongs to a run that
+    was killed and went back to a state: the new one replaces it.
 
-    A prompt without `--d` gets a seed of its own at every step, made from the run's seed, so that a run can be
-    repeated. Training is not touched: every picture has its own generator, and `finished_weights` is a block in which
-    the networks have the weights that a saved model would have.
+    A prompt without `--d` gets another seed at every step, derived from the run's seed, so that a run can be repeated.
+    Training is not touched: every image has its own generator, and within `final_weights` the networks have the
+    weights that a saved model would have. Every process calls the event; within `one_writer()` one of them draws.
     """
 
     def __init__(
         self,
         options: SampleOptions,
-        prompts: Sequence[SamplePrompt],
         networks: SamplingNetworks,
         tracker: Tracker,
+        run: SampledRun,
         *,
-        output_dir: Path,
-        model_name: str | None,
-        size: Size,
-        seed: int,
         is_stopping: Callable[[], bool] = lambda: False,
-        since: datetime | None = None,
-        finished_weights: Callable[[], AbstractContextManager[None]] = nullcontext,
+        final_weights: Callable[[], AbstractContextManager[None]] = nullcontext,
+        one_writer: Callable[[], AbstractContextManager[bool]] = lambda: nullcontext(True),
     ):
         self._options = options
-        self._prompts = prompts
+        self._prompts = options.read_prompts()
+        self._grid = options.read_grid()
         self._networks = networks
         self._tracker = tracker
-        self._folder = output_dir / SAMPLE_FOLDER
-        self._model_name = model_name
-        self._size = size
-        self._seed = seed
+        self._run = run
+        self._folder = run.output_dir / SAMPLE_FOLDER
         self._is_stopping = is_stopping
-        self._grid = options.read_grid()
-        self._since = since
-        self._finished_weights = finished_weights
-        shared = [str(prompt.line) for prompt in prompts if prompt.shared]
+        self._final_weights = final_weights
+        self._one_writer = one_writer
+        shared = [str(prompt.line) for prompt in self._prompts if prompt.shared]
         if shared:
-            tracker.say(f"{options.sample_prompts}: no --e in line {', '.join(shared)}: both encoders read one prompt")
+            log.info("%s: no --e in line %s: both encoders read one prompt", options.sample_prompts, ", ".join(shared))
 
-    def at_start(self) -> None:
-        """Draw the initial pictures, if any are drawn at all."""
-        if self._options.draws_each_prompt:
-            self._draw(step=0, epoch=None)
-        self._draw_grid(step=0)
+    def after_step(self, occasion: Occasion, report: object = None) -> None:
+        """Draw what is due on this occasion; if the run was resumed there, only what is missing."""
+        draws_prompts = self._prompts_are_due(occasion)
+        draws_grid = self._grid is not None and (occasion.step == 0 or occasion.is_last)
+        if not draws_prompts and not draws_grid:
+            return
+        with self._one_writer() as draws:
+            if not draws:
+                return
+            if draws_prompts:
+                epoch = occasion.epoch_ended if self._options.sample_every_n_epochs and occasion.step > 0 else None
+                self._draw(occasion.step, epoch, only_missing=occasion.is_resumed)
+            if draws_grid:
+                self._draw_grid(occasion.step, only_missing=occasion.is_resumed)
 
-    def after_step(self, step: int, *, only_missing: bool = False) -> None:
-        """Draw if pictures are due after optimizer step `step` (from 1); `only_missing` draws those not there yet."""
-        every = self._options.sample_every_n_steps
-        if every is not None and step % every == 0:
-            self._draw(step, epoch=None, only_missing=only_missing)
+    def _prompts_are_due(self, occasion: Occasion) -> bool:
+        if occasion.step == 0:
+            return self._options.draws_each_prompt
+        every_step, every_epoch = self._options.sample_every_n_steps, self._options.sample_every_n_epochs
+        by_step = every_step is not None and occasion.step % every_step == 0
+        epoch = occasion.epoch_ended
+        return by_step or (every_epoch is not None and epoch is not None and epoch % every_epoch == 0)
 
-    def after_epoch(self, step: int, epoch: int, *, only_missing: bool = False) -> None:
-        """As `after_step`, after epoch `epoch` (from 1), which ended with optimizer step `step`."""
-        every = self._options.sample_every_n_epochs
-        if every is not None and epoch % every == 0:
-            self._draw(step, epoch, only_missing=only_missing)
-
-    def when_due(self, step: int, epoch_ended: int | None, *, only_missing: bool = False) -> None:
-        """As `after_step`, and as `after_epoch` where an epoch ended with that step."""
-        self.after_step(step, only_missing=only_missing)
-        if epoch_ended is not None:
-            self.after_epoch(step, epoch_ended, only_missing=only_missing)
-
-    def at_end(self, step: int, epoch_ended: int | None, *, only_missing: bool = False) -> None:
-        """As `when_due`, after the last optimizer step; and the last grid."""
-        self.when_due(step, epoch_ended, only_missing=only_missing)
-        self._draw_grid(step, only_missing=only_missing)
-
-    def _draw(self, step: int, epoch: int | None, *, only_missing: bool = False) -> None:
+    def _draw(self, step: int, epoch: int | None, *, only_missing: bool) -> None:
         prompts = [
             (index, prompt)
             for index, prompt in enumerate(self._prompts)
             if not (only_missing and self._is_there(self._name(prompt, index, step, epoch)))
         ]
-        with self._tracker.untimed(), self._finished_weights():
+        with self._tracker.untimed(), self._final_weights():
             for index, prompt in self._until_stop(prompts, step):
                 self._draw_one(prompt, index, step, epoch)
 
     def _name(self, prompt: SamplePrompt, index: int, step: int, epoch: int | None) -> str:
-        return picture_name(self._model_name, now=datetime.now(), step=step, epoch=epoch, index=index, seed=prompt.seed)
+        return picture_name(
+            self._run.model_name, now=datetime.now(), step=step, epoch=epoch, index=index, seed=prompt.seed
+        )
 
     def _is_there(self, name: str) -> bool:
-        """Whether this run, or the one that it goes on with, has drawn that picture."""
-        return self._since is not None and bool(other_drawings(self._folder / name, self._since))
+        """Return whether this run, or the one it continues, has drawn that image."""
+        return self._run.since is not None and bool(other_drawings(self._folder / name, self._run.since))
 
     def _until_stop(self, prompts: Sequence[Each], step: int) -> Iterator[Each]:
         for number_drawn, each in enumerate(prompts):
             if self._is_stopping():
                 left = len(prompts) - number_drawn
-                self._tracker.say(f"step {step}: the run stops, {left} pictures are not drawn")
+                log.info("step %d: the run stops, %d images are not drawn", step, left)
                 return
             yield each
 
@@ -193,15 +139,15 @@ class Sampling:
         if image is None:
             return
         self._save(self._name(prompt, index, step, epoch), image, record)
-        self._tracker.log_picture(step, f"sample/{index:02d}", image, parameters_text(record))
+        self._tracker.log_image(step, f"sample/{index:02d}", image, parameters_text(record))
 
-    def _draw_grid(self, step: int, *, only_missing: bool = False) -> None:
-        name = grid_name(self._model_name, now=datetime.now(), step=step)
+    def _draw_grid(self, step: int, *, only_missing: bool) -> None:
+        name = grid_name(self._run.model_name, now=datetime.now(), step=step)
         if self._grid is None or (only_missing and self._is_there(name)):
             return
         seed = self._fresh_seed(step=0, index=0)  # the same before and after, unless the first line gives one
         prompts, num_chunks = self._grid.prompts(), self._grid.num_chunks
-        with self._tracker.untimed(), self._finished_weights():
+        with self._tracker.untimed(), self._final_weights():
             pictures = [
                 self._try_to_draw(
                     self._record(prompt, step, seed),
@@ -210,22 +156,22 @@ class Sampling:
                 )
                 for prompt in self._until_stop(prompts, step)
             ]
-        if len(pictures) < len(prompts):
+        if len(pictures) < len(prompts):  # a stop: a grid is not saved half empty
             return
         image = self._grid.table(pictures)
         record = self._record(self._grid.first, step, seed)
         self._save(name, image, record, self._grid.texts())
-        self._tracker.log_picture(step, "sample/grid", image, parameters_text(record))
+        self._tracker.log_image(step, "sample/grid", image, parameters_text(record))
 
     def _record(self, prompt: SamplePrompt, step: int, fresh_seed: int) -> PictureRecord:
         return PictureRecord(
             prompt=prompt,
             sampler=prompt.sampler or self._options.sample_sampler,
-            width=prompt.width or self._size.width,
-            height=prompt.height or self._size.height,
+            width=prompt.width or self._run.size.width,
+            height=prompt.height or self._run.size.height,
             seed=fresh_seed if prompt.seed is None else prompt.seed,
             step=step,
-            model_name=self._model_name or "",
+            model_name=self._run.model_name or "",
         )
 
     def _save(
@@ -234,14 +180,14 @@ class Sampling:
         try:
             save_picture(self._folder / name, image, record, more_texts)
         except CannotWrite as error:
-            self._tracker.say(f"step {record.step}: {error}")
+            log.warning("step %d: %s", record.step, error)
         else:
-            for other in () if self._since is None else other_drawings(self._folder / name, self._since):
+            for other in () if self._run.since is None else other_drawings(self._folder / name, self._run.since):
                 other.unlink(missing_ok=True)
 
     def _try_to_draw(self, record: PictureRecord, which: str, min_chunks: int = 1) -> Image | None:
-        """The picture, or None, and then the user is told why; `which` names its prompt."""
-        where = f"step {record.step}: the picture of {which}"
+        """Return the image, or None after a warning that says why; `which` names its prompt."""
+        where = f"step {record.step}: the image of {which}"
         try:
             image = draw_picture(
                 self._networks,
@@ -253,16 +199,17 @@ class Sampling:
                 min_chunks=min_chunks,
             )
         except (torch.OutOfMemoryError, MemoryError):
-            size = f"{record.width}x{record.height}"
-            self._tracker.say(f"{where} is not drawn: no memory is left for {size}; lower its --w and --h")
+            log.warning(
+                "%s is not drawn: out of memory for %dx%d; lower its --w and --h", where, record.width, record.height
+            )
             return None
-        except RuntimeError as error:  # the CPU's memory, or a kernel's: torch has no name of their own for these
-            self._tracker.say(f"{where} is not drawn: {error}")
+        except RuntimeError as error:  # the CPU's memory, or a kernel's: torch has no class for these
+            log.warning("%s is not drawn: %s", where, error)
             return None
         if image is None:
-            self._tracker.say(f"{where} is NaN and is not saved (fp16? add --no_half_vae)")
+            log.warning("%s is NaN and is not saved (fp16? add --no_half_vae)", where)
         return image
 
     def _fresh_seed(self, step: int, index: int) -> int:
-        text = f"{self._seed}/{step}/{index}"
+        text = f"{self._run.seed}/{step}/{index}"
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")

@@ -17,24 +17,24 @@ from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator, PartialState
-from diffusers import DDPMScheduler
 from safetensors.torch import save_file
 
 import sdxl_train
-from library.diffusion.noise import NoiseOptions, NoisyBatch, draw_training_noise
-from library.training.learner import Learner
+from library.diffusion.noise import NoisyLatents
+from library.diffusion.objective import Objective
+from library.training.learner import Learner, StepReport
+
+draw = Objective.draw
 
 
-def noise_of_each_picture(
-    latents: torch.Tensor, schedule: DDPMScheduler, options: NoiseOptions, generator: torch.Generator
-) -> NoisyBatch:
-    """As `draw_training_noise`, but from a generator that each picture's latents seed."""
+def noise_of_each_image(self: Objective, latents: torch.Tensor, generator: torch.Generator) -> NoisyLatents:
+    """As `Objective.draw`, but from a generator that each image's latents seed."""
     drawn = []
     for picture in latents.unbind():
         digest = hashlib.blake2b(picture.numpy().tobytes(), digest_size=8).digest()
         own = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-        drawn.append(draw_training_noise(picture[None], schedule, options, own))
-    return NoisyBatch(*(torch.cat(parts) for parts in zip(*drawn, strict=True)))
+        drawn.append(draw(self, picture[None], own))
+    return NoisyLatents(*(torch.cat(parts) for parts in zip(*drawn, strict=True)))
 
 
 def gradient_of_one_step(argv: list[str]) -> dict[str, torch.Tensor]:
@@ -43,12 +43,12 @@ def gradient_of_one_step(argv: list[str]) -> dict[str, torch.Tensor]:
 
     step = Learner.step
 
-    def recording(self: Learner, accelerator: Accelerator, max_grad_norm: float) -> float | None:
-        unet = accelerator.unwrap_model(self.unet)
+    def recording(self: Learner, number: int) -> StepReport:
+        unet = self.accelerator.unwrap_model(self.unet)
         steps.append({name: parameter.grad.clone() for name, parameter in unet.named_parameters()})
-        return step(self, accelerator, max_grad_norm)
+        return step(self, number)
 
-    with patch.object(Learner, "step", recording), patch("sdxl_train.draw_training_noise", noise_of_each_picture):
+    with patch.object(Learner, "step", recording), patch.object(Objective, "draw", noise_of_each_image):
         assert sdxl_train.main(argv) == 0
     [gradient] = steps
     return gradient

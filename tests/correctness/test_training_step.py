@@ -109,11 +109,11 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
     steps: list[Step] = []
     original = Learner.step
 
-    def recording(self, accelerator, step):
+    def recording(self, step):
         gradients = gradients_of(self.trained)
-        grad_norm = original(self, accelerator, step)
+        report = original(self, step)
         steps.append(Step(gradients, weights_of(self.trained)))
-        return grad_norm
+        return report
 
     monkeypatch.setattr(Learner, "step", recording)
     return steps

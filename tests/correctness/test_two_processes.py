@@ -65,7 +65,7 @@ def test_two_processes_train_on_the_mean_of_their_gradients(
     )
     assert finished.returncode == 0, finished.stderr
     # Without --seed each process would draw its own, and with it an order of its own: the main one's holds for both.
-    [seed] = (int(digits) for digits in re.findall(r"3 pictures in 3 batches, 2 steps .*, seed (\d+)", finished.stdout))
+    [seed] = (int(digits) for digits in re.findall(r"3 images in 3 batches, 2 steps .*, seed (\d+)", finished.stdout))
     assert len(list((tmp_path / "output" / "sample").iterdir())) == 3  # drawn once, not by each process
 
     plain = PlainTraining(diffusers_model, three_pictures, PlainNoise())

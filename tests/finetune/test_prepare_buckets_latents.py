@@ -96,7 +96,7 @@ def test_the_seeds_command_runs_as_written_on_a_photograph(folder, tiny_sdxl, ca
     cached = folder.cached("02_cat")
     assert (cached.bucket, cached.original_size, cached.resized_size) == ((1216, 832), (451, 300), (1251, 832))
     assert cached.crop_ltrb == (17, 0, 1233, 832)
-    assert "picture/s]" in capsys.readouterr().err
+    assert "image/s]" in capsys.readouterr().err
 
 
 # Pictures of every kind
@@ -158,10 +158,11 @@ def test_the_metadata_is_kept_with_the_bucket_added_and_the_table_counts(folder,
     errors = [abs(4 - 4), abs(4 - 3.75), abs(1 - 0.75)]
     assert capsys.readouterr().out.splitlines() == [
         f"wrote 3 entries, 3 of them with latents, to '{folder.out_json}'",
-        "     bucket  pictures",
-        "      64x64         1",
-        "     128x32         2",
-        f"3 pictures (0 had their latents), mean aspect error {sum(errors) / 3:.4f}",
+        "buckets:",
+        "  bucket       images",
+        "  64x64             1",
+        "  128x32            2",
+        f"3 images (0 had their latents), mean aspect error {sum(errors) / 3:.4f}",
     ]
 
 
@@ -218,8 +219,8 @@ def test_what_has_no_counterpart_is_listed(folder, capsys):
     folder.captions_for("a", "b", "gone", "gone too")
     assert folder.prepare() == 0
     printed = capsys.readouterr().out
-    assert f"1 pictures without metadata are left out:\n  {folder.images / 'lonely.png'}\n" in printed
-    assert "2 entries of the metadata without a picture stay as they are:\n  gone\n  gone too\n" in printed
+    assert f"1 images without metadata are left out:\n  {folder.images / 'lonely.png'}\n" in printed
+    assert "2 entries of the metadata without an image stay as they are:\n  gone\n  gone too\n" in printed
     assert folder.caches() == ["a.npz", "b.npz"]
     assert folder.resolutions() == {"a": [64, 64], "b": [64, 64], "gone": None, "gone too": None}
 

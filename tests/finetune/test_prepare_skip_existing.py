@@ -33,7 +33,7 @@ def test_caches_that_fit_are_kept_and_counted(prepared, capsys):
     prepared.out_json.unlink()
     assert written_anew(prepared) == []
     assert prepared.resolutions() == {"a": [64, 64], "b": [64, 64]}
-    assert "2 pictures (2 had their latents)" in capsys.readouterr().out
+    assert "2 images (2 had their latents)" in capsys.readouterr().out
 
 
 def test_without_the_flag_everything_is_encoded_again(prepared):

@@ -12,7 +12,9 @@ from PIL import Image
 
 import sdxl_train
 from finetune import prepare_buckets_latents
-from library.training.state import read_progress
+from library.training.learner import StepReport
+from library.training.plan import Occasion
+from library.training.progress import read_progress
 from library.training.tracking import Tracker
 from tests.conftest import BUCKET_FLAGS, forget_accelerator
 from tests.reliability.refusal import said_on_refusal
@@ -76,7 +78,7 @@ def test_the_preparation_names_a_bad_picture_and_prepares_the_others(
     Path("images/bad.png").write_bytes(content)
     assert prepare(tiny_sdxl) == 1
     said = capsys.readouterr().out
-    assert "1 pictures could not be used:" in said
+    assert "1 images could not be used:" in said
     assert "bad.png' cannot be used: " in said
     assert reason in said
     assert [path.name for path in Path("images").glob("*.npz")] == ["good.npz"]
@@ -87,7 +89,7 @@ def test_the_preparation_names_a_bad_picture_and_prepares_the_others(
 def test_a_folder_named_like_a_picture_is_no_picture(in_folder, tiny_sdxl: Path, capsys):
     Path("images/bad.png").mkdir()
     assert prepare(tiny_sdxl) == 0
-    assert "1 entries of the metadata without a picture stay as they are:\n  bad" in capsys.readouterr().out
+    assert "1 entries of the metadata without an image stay as they are:\n  bad" in capsys.readouterr().out
     assert "1 images of 'meta.json' are not in 'images': bad" in train(tiny_sdxl, capsys)
 
 
@@ -104,14 +106,14 @@ def test_what_was_learnt_before_a_bad_picture_is_saved(
     seed: int, step_before: int, in_folder, tiny_sdxl: Path, capsys, monkeypatch
 ):
     Path("images/bad.png").write_bytes(WHOLE)
-    log_step = Tracker.log_step
+    after_step = Tracker.after_step
 
-    def log_and_damage(tracker: Tracker, step: int, *rest, **named) -> None:
-        log_step(tracker, step, *rest, **named)
-        if step == 2:
+    def log_and_damage(tracker: Tracker, occasion: Occasion, report: StepReport | None) -> None:
+        after_step(tracker, occasion, report)
+        if report is not None and occasion.step == 2:
             Path("images/bad.png").write_bytes(BAD["truncated"][0])
 
-    monkeypatch.setattr(Tracker, "log_step", log_and_damage)
+    monkeypatch.setattr(Tracker, "after_step", log_and_damage)
     argv = [
         *(f"--pretrained_model_name_or_path={tiny_sdxl}", "--in_json=meta.json", "--train_data_dir=images"),
         *("--output_dir=output", "--output_name=m", "--resolution=64,64", "--max_data_loader_n_workers=0"),
@@ -123,7 +125,7 @@ def test_what_was_learnt_before_a_bad_picture_is_saved(
     [state] = Path("output").glob("m-step*-state")
     step = read_progress(state).step
     assert step == step_before
-    assert f'All that was learnt in {step} steps is saved; go on by --resume "{state}"' in said
+    assert f'All that was learnt in {step} steps is saved; continue with --resume "{state}"' in said
     Path("images/bad.png").write_bytes(WHOLE)
     forget_accelerator()
     assert sdxl_train.main([*argv, "--max_train_steps=6", f"--seed={seed}", "--resume=latest"]) == 0

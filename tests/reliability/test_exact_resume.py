@@ -9,6 +9,8 @@ import pytest
 
 import sdxl_train
 from benchmarks.outcome import Outcome, differences, outcome_of
+from library.training.learner import StepReport
+from library.training.plan import Occasion
 from library.training.stopping import STOP_FILE
 from library.training.tracking import Tracker
 from tests.conftest import BUCKET_FLAGS, PreparedSet, forget_accelerator
@@ -62,15 +64,15 @@ def trainer(tiny_sdxl: Path, prepared_set: PreparedSet, tmp_path: Path):
 @pytest.fixture
 def stop_after(monkeypatch: pytest.MonkeyPatch):
     """`stop_after(trainer, step)` lays the stop file while that step is under way; None lays none."""
-    log_step = Tracker.log_step
+    after_step = Tracker.after_step
 
     def arrange(trainer: Trainer, last: int | None) -> None:
-        def log_and_stop(tracker: Tracker, step: int, *rest, **named) -> None:
-            log_step(tracker, step, *rest, **named)
-            if step == last:
+        def log_and_stop(tracker: Tracker, occasion: Occasion, report: StepReport | None) -> None:
+            after_step(tracker, occasion, report)
+            if report is not None and occasion.step == last:
                 (trainer.output / STOP_FILE).touch()
 
-        monkeypatch.setattr(Tracker, "log_step", log_and_stop)
+        monkeypatch.setattr(Tracker, "after_step", log_and_stop)
 
     return arrange
 
@@ -147,7 +149,7 @@ def test_what_is_done_is_not_done_again(trainer, stop_after, capsys):
     capsys.readouterr()
     assert finished.run("--resume=latest") == 0
     assert differences(before, finished.outcome()) == []
-    assert "going on after step 1" in capsys.readouterr().out
+    assert "resuming after step 1" in capsys.readouterr().out
 
 
 def test_a_run_goes_on_where_an_epoch_has_become_shorter_than_what_was_done_of_it(trainer, stop_after):
@@ -175,7 +177,7 @@ def test_another_learning_rate_holds_from_the_state_on(trainer):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda entries: entries["coffee"].update(captionL="another"), "1 images with another picture, bucket"),
+        (lambda entries: entries["coffee"].update(captionL="another"), "1 images with another image, bucket"),
         (lambda entries: entries.pop("coffee"), "1 images removed: coffee"),
         (lambda entries: entries.update(astronaut=entries.pop("astronaut")), "another order"),
     ],
@@ -191,6 +193,6 @@ def test_other_images_are_named_before_a_step_is_taken(change, named: str, train
     capsys.readouterr()
     assert made.run(*again) == 2
     said = capsys.readouterr().err
-    assert "since the state was made this has changed" in said
+    assert "since the state was saved this has changed" in said
     assert named in said
     assert "--resume_anyway" in said

@@ -3,7 +3,7 @@
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,11 @@ from finetune import prepare_buckets_latents, sdxl_merge_captions_g_to_metadata
 from library.config.atomic_files import replacing, require_disk_space
 from library.config.errors import UserError
 from library.training import checkpoints
-from library.training.checkpoints import Checkpoints, SaveOptions
+from library.training.checkpoints import Checkpoints
+from library.training.learner import StepReport
+from library.training.plan import Occasion
+from library.training.progress import Progress
+from library.training.saves import SaveOptions
 from library.training.tracking import Tracker
 from tests.conftest import BUCKET_FLAGS, PreparedSet, forget_accelerator
 
@@ -49,16 +53,16 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 def test_training_goes_on_and_saves_again_when_there_is_room(
     disk: Disk, tiny_sdxl: Path, prepared_set: PreparedSet, monkeypatch, capsys
 ):
-    log_step = Tracker.log_step
+    after_step = Tracker.after_step
 
-    def log_and_fill(tracker: Tracker, step: int, *rest, **named) -> None:
-        log_step(tracker, step, *rest, **named)
-        if step == 2:
+    def log_and_fill(tracker: Tracker, occasion: Occasion, report: StepReport | None) -> None:
+        after_step(tracker, occasion, report)
+        if occasion.step == 2:
             disk.fill()
-        if step == 3:
+        if occasion.step == 3:
             disk.make_room()
 
-    monkeypatch.setattr(Tracker, "log_step", log_and_fill)
+    monkeypatch.setattr(Tracker, "after_step", log_and_fill)
     forget_accelerator()
     argv = [
         f"--pretrained_model_name_or_path={tiny_sdxl}",
@@ -69,21 +73,17 @@ def test_training_goes_on_and_saves_again_when_there_is_room(
         *("--save_every_n_steps=1", "--save_state", "--learning_rate=1e-3"),
     ]
     assert sdxl_train.main(argv) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "'m-step00000002' is not saved, the run goes on and tries again at the next save" in said
+    said = " ".join(capsys.readouterr().err.split())
+    assert "'m-step00000002' is not saved. Training continues and tries again at the next save" in said
     assert "No space left on device" in said
     names = {path.name for path in (disk.folder / "output").iterdir() if path.name != "sample"}
     steps = {f"m-step0000000{step}{end}" for step in (1, 3) for end in (".safetensors", "-state")}
     assert names == steps | {"m.safetensors", "m-state"}
 
 
-def test_the_finished_model_is_saved_as_soon_as_there_is_room(disk: Disk, monkeypatch):
-    said: list[str] = []
+def test_the_finished_model_is_saved_as_soon_as_there_is_room(disk: Disk, monkeypatch, caplog):
     monkeypatch.setattr(checkpoints, "RETRY_SECONDS", 0.0)
-
-    def say(message: str) -> None:
-        said.append(message)
-        disk.make_room()
+    monkeypatch.setattr(checkpoints.time, "sleep", lambda seconds: disk.make_room())
 
     def write(path: Path) -> None:
         with replacing(path) as file:
@@ -91,10 +91,18 @@ def test_the_finished_model_is_saved_as_soon_as_there_is_room(disk: Disk, monkey
 
     disk.fill()
     options = SaveOptions(output_dir=disk.folder / "output", output_name="m")
-    path = Checkpoints(options, ".safetensors", write, write, say).at_end()
-    assert path.stat().st_size == 1_000_000
-    assert len(said) == 1
-    assert "It is tried again every minute" in said[0]
+    made = Checkpoints(
+        options,
+        Progress(step=3),
+        suffix=".safetensors",
+        write_model=write,
+        write_state=lambda folder, progress: write(folder),
+        one_writer=lambda: nullcontext(True),
+    )
+    made.after_step(Occasion(3, is_last=True))
+    assert (disk.folder / "output" / "m.safetensors").stat().st_size == 1_000_000
+    [warning] = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert "Saving is tried again every minute" in warning.getMessage()
 
 
 def test_latents_and_metadata_that_do_not_fit_leave_everything_as_it_was(

@@ -10,8 +10,8 @@ import pytest
 import sdxl_train
 from benchmarks.forked_runs import FOLDER, KILL_AT, KILL_BY
 from benchmarks.outcome import outcome_of
-from library.training.run_lock import sole_run
-from library.training.state import read_progress
+from library.training.progress import read_progress
+from library.training.run_lock import run_lock
 from tests.conftest import PreparedSet
 from tests.reliability.refusal import said_on_refusal
 
@@ -42,7 +42,7 @@ def test_the_first_signal_ends_the_run_after_the_step(number, to_group, status, 
     assert "stopping after this step" in run.said
     assert "Traceback" not in run.said
     last = [line for line in run.said.splitlines() if line.strip()][-1]
-    said = re.fullmatch(r'stopped after step (\d+); go on with the same command and --resume "(.+)"', last)
+    said = re.fullmatch(r'Training stopped after step (\d+)\. Continue with the same command and --resume "(.+)"', last)
     assert said is not None, last
     state = Path(said[2])
     assert read_progress(state).step == int(said[1]) < 50
@@ -69,11 +69,11 @@ def test_a_second_run_of_the_same_model_is_refused_until_the_first_has_ended(arg
     run = run_server("train", [*argv, *STEP_OF_SECONDS, "--max_data_loader_n_workers=0"])
     run.wait_until_said("0/2")
     assert "is still training 'm' into" in said_on_refusal(sdxl_train, [*argv, "--resume=latest"], capsys)
-    with sole_run(tmp_path / "my output", "another model"):
+    with run_lock(tmp_path / "my output", "another model"):
         pass
     run.send(signal.SIGKILL)
     run.wait()
-    with sole_run(tmp_path / "my output", "m"):  # whatever a killed run has left
+    with run_lock(tmp_path / "my output", "m"):  # whatever a killed run has left
         pass
 
 
@@ -85,7 +85,7 @@ def test_a_stop_while_samples_are_drawn_leaves_the_others_out(argv, run_server, 
         time.sleep(0.05)
     run.send(signal.SIGTERM)
     assert run.wait() == 143
-    assert re.search(r"step 0: the run stops, \d+ pictures are not drawn", run.said)
+    assert re.search(r"step 0: the run stops, \d+ images are not drawn", run.said)
     assert len(list(samples.glob("*.png"))) < 60
 
 
@@ -97,7 +97,7 @@ def test_a_second_signal_in_the_middle_of_a_save_leaves_no_half_written_file(arg
     time.sleep(SETTING_OUT)
     run.send(signal.SIGINT)
     assert run.wait() == 130
-    assert "stopped after" not in run.said
+    assert "Training stopped after" not in run.said
     assert outcome_of(output).keys() == {"model m-step00000001"}  # whole; of the state there is nothing
 
 

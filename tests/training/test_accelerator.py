@@ -5,14 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.training.accelerator import (
-    any_process,
-    draw_seed,
-    exchange_gradients,
-    make_accelerator,
-    mean_over_processes,
-    step_seed,
-)
+from library.training.accelerator import draw_seed, make_accelerator, step_seed
+from library.training.distribution import any_process, exchange_gradients, mean_over_processes
 from library.training.precision import PrecisionOptions
 
 

@@ -1,15 +1,18 @@
 """When models are saved, how they are called, and what is removed when."""
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from library.config.errors import UserError
 from library.config.options import parse_options
-from library.training.checkpoints import Checkpoints, SaveOptions, epoch_to_remove, step_to_remove
+from library.training.checkpoints import Checkpoints
+from library.training.plan import Occasion
+from library.training.progress import Progress
+from library.training.saves import SaveOptions, epoch_to_remove, step_to_remove
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "file_names.json").read_text(encoding="utf-8"))
 
@@ -28,54 +31,64 @@ def write_folder(path: Path) -> None:
     write_file(path / "unet" / "weights")
 
 
-@dataclass
-class Saving:
-    """`Checkpoints` of `options`, with the writers given, and what they said."""
+def make_checkpoints(options: SaveOptions, suffix: str = "", write: Callable[[Path], None] = write_file) -> Checkpoints:
+    return Checkpoints(
+        options,
+        Progress(),
+        suffix=suffix,
+        write_model=write,
+        write_state=lambda folder, progress: write_folder(folder),
+        one_writer=lambda: nullcontext(True),
+    )
 
-    options: SaveOptions
-    suffix: str = ""
-    write: Callable[[Path], None] = write_file
-    said: list[str] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        self.checkpoints = Checkpoints(self.options, self.suffix, self.write, write_folder, self.said.append)
+def after_step(checkpoints: Checkpoints, step: int, **occasion) -> None:
+    checkpoints._progress.step = step
+    checkpoints.after_step(Occasion(step, **occasion))
 
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
 
-def drive(checkpoints: Checkpoints, event: dict) -> None:
-    if "after_step" in event:
-        checkpoints.after_step(event["after_step"])
-    elif "after_epoch" in event:
-        checkpoints.after_epoch(event["after_epoch"], is_last=event["after_epoch"] == event["of"])
-    else:
-        checkpoints.at_end()
+def drive(checkpoints: Checkpoints, sequence: list[dict]) -> Iterator[dict]:
+    """Call the checkpoints as a run does for the events of the golden file, and yield each event when it has happened.
+
+    There a step and the end of its epoch are two events, and the end of the run comes after the last epoch.
+    """
+    step = 0
+    for event in sequence:
+        if "after_step" in event:
+            step = event["after_step"]
+            after_step(checkpoints, step)
+        elif "after_epoch" in event:
+            if event["after_epoch"] != event["of"]:
+                checkpoints._progress.step_in_epoch = 1  # the step itself was saved before: what is due is the epoch
+                checkpoints.after_step(Occasion(max(step, 1), event["after_epoch"], is_resumed=True))
+        else:
+            checkpoints.after_step(Occasion(max(step, 1), is_last=True, is_resumed=True))
+        yield event
 
 
 @pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: case["title"])
 def test_models_and_states_come_and_go_as_in_the_reference(case: dict, tmp_path: Path):
     options = save_options(tmp_path / "my output", *case["flags"])
     is_folder = case["title"].startswith("diffusers")
-    saving = Saving(options, "", write_folder) if is_folder else Saving(options, ".safetensors")
-    for event in case["sequence"]:
-        drive(saving.checkpoints, event)
+    made = make_checkpoints(options, "", write_folder) if is_folder else make_checkpoints(options, ".safetensors")
+    for event in drive(made, case["sequence"]):
         assert names(options.output_dir) == event["files"], event
 
 
 def test_without_an_output_name_files_are_called_as_in_the_reference(tmp_path: Path):
-    checkpoints = Saving(save_options(tmp_path, "--save_every_n_steps=5", "--save_every_n_epochs=1")).checkpoints
-    checkpoints.after_step(5)
-    checkpoints.after_epoch(1, is_last=False)
-    assert checkpoints.at_end() == tmp_path / "last"
+    checkpoints = make_checkpoints(save_options(tmp_path, "--save_every_n_steps=5", "--save_every_n_epochs=1"))
+    after_step(checkpoints, 5, epoch_ended=1)
+    after_step(checkpoints, 6, epoch_ended=2, is_last=True)
     assert names(tmp_path) == ["at-step00000005", "epoch-000001", "last"]
 
 
 def test_nothing_is_saved_before_the_end_unless_asked_for(tmp_path: Path):
-    checkpoints = Saving(save_options(tmp_path), ".ckpt").checkpoints
-    checkpoints.after_step(10)
-    checkpoints.after_epoch(1, is_last=False)
+    checkpoints = make_checkpoints(save_options(tmp_path), ".ckpt")
+    after_step(checkpoints, 10, epoch_ended=1)
     assert names(tmp_path) == []
 
 
@@ -97,8 +110,8 @@ def test_as_many_epochs_stay_as_are_kept(epoch, every, keep, removed):
 # -- what happens when something goes wrong ---------------------------------------------------------------------------
 
 
-def keep_one(folder: Path, write: Callable[[Path], None] = write_file) -> Saving:
-    return Saving(
+def keep_one(folder: Path, write: Callable[[Path], None] = write_file) -> Checkpoints:
+    return make_checkpoints(
         save_options(folder, "--output_name=m", "--save_every_n_steps=1", "--save_last_n_steps=1"), write=write
     )
 
@@ -110,25 +123,25 @@ def test_the_old_model_is_there_until_the_new_one_is_complete(tmp_path: Path):
         write_file(path)
         seen.append(names(tmp_path))
 
-    checkpoints = keep_one(tmp_path, write).checkpoints
+    checkpoints = keep_one(tmp_path, write)
     for step in (1, 2, 3):
-        checkpoints.after_step(step)
+        after_step(checkpoints, step)
     assert seen[-1] == ["m-step00000001", "m-step00000002", "m-step00000003"]
     assert names(tmp_path) == ["m-step00000002", "m-step00000003"]
 
 
-def test_a_save_that_fails_removes_nothing_is_told_and_tried_again(tmp_path: Path):
+def test_a_save_that_fails_removes_nothing_is_reported_and_tried_again(tmp_path: Path, caplog):
     def write(path: Path) -> None:
         if path.name == "m-step00000003":
             raise UserError("disk full.")
         write_file(path)
 
-    saving = keep_one(tmp_path, write)
+    checkpoints = keep_one(tmp_path, write)
     for step in (1, 2, 3):
-        saving.checkpoints.after_step(step)
+        after_step(checkpoints, step)
     assert names(tmp_path) == ["m-step00000001", "m-step00000002"]
-    assert [said for said in saving.said if "'m-step00000003' is not saved" in said and "disk full." in said]
-    saving.checkpoints.after_step(4)
+    assert [said for said in caplog.messages if "'m-step00000003' is not saved" in said and "disk full." in said]
+    after_step(checkpoints, 4)
     assert "m-step00000004" in names(tmp_path)
 
 
@@ -137,33 +150,35 @@ def test_a_finished_model_that_cannot_be_saved_is_an_error(tmp_path: Path):
         raise UserError("disk full.")
 
     with pytest.raises(UserError, match="disk full"):
-        keep_one(tmp_path, write).checkpoints.at_end()
+        after_step(keep_one(tmp_path, write), 3, is_last=True)
 
 
 def test_a_stopped_run_leaves_its_model_and_the_state_to_go_on_from(tmp_path: Path):
-    assert keep_one(tmp_path).checkpoints.at_stop(7) == tmp_path / "m-step00000007-state"
+    checkpoints = keep_one(tmp_path)
+    checkpoints._progress.step = 7
+    assert f'--resume "{tmp_path / "m-step00000007-state"}"' in checkpoints.at_stop()
     assert names(tmp_path) == ["m-step00000007", "m-step00000007-state"]
 
 
-def test_an_old_model_that_another_program_holds_open_stays_and_is_named(tmp_path: Path, monkeypatch, capsys):
+def test_an_old_model_that_another_program_holds_open_stays_and_is_named(tmp_path: Path, monkeypatch, caplog):
     def refuse(self: Path, missing_ok: bool = False) -> None:
         raise PermissionError(13, "used by another process", str(self))  # what Windows answers
 
-    checkpoints = keep_one(tmp_path).checkpoints
-    checkpoints.after_step(1)
-    checkpoints.after_step(2)
+    checkpoints = keep_one(tmp_path)
+    after_step(checkpoints, 1)
+    after_step(checkpoints, 2)
     monkeypatch.setattr(Path, "unlink", refuse)
-    checkpoints.after_step(3)
+    after_step(checkpoints, 3)
     assert names(tmp_path) == ["m-step00000001", "m-step00000002", "m-step00000003"]
-    assert f"'{tmp_path / 'm-step00000001'}' is kept" in capsys.readouterr().err
+    assert f"'{tmp_path / 'm-step00000001'}' cannot be removed and is kept" in caplog.text
 
 
 def test_an_old_model_that_someone_removed_already_is_not_missed(tmp_path: Path):
-    checkpoints = keep_one(tmp_path).checkpoints
-    checkpoints.after_step(1)
-    checkpoints.after_step(2)
+    checkpoints = keep_one(tmp_path)
+    after_step(checkpoints, 1)
+    after_step(checkpoints, 2)
     (tmp_path / "m-step00000001").unlink()
-    checkpoints.after_step(3)
+    after_step(checkpoints, 3)
     assert names(tmp_path) == ["m-step00000002", "m-step00000003"]
 
 

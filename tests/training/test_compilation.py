@@ -12,7 +12,8 @@ from torch import nn
 from library.config.errors import UserError
 from library.optim import kernels as compiled_kernels
 from library.training import compilation
-from library.training.compilation import CompileOptions, compile_regions
+from library.training.compilation import compile_regions
+from library.training.run_options import CompileOptions
 
 CPU = torch.device("cpu")
 TRACED = CompileOptions(torch_compile=True, dynamo_backend="aot_eager")  # the whole way but the C++ compiler

@@ -44,7 +44,7 @@ def test_full_bf16_without_mixed_bf16_is_a_problem(mixed: str):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_fp16_without_a_gpu_is_a_problem():
-    [problem] = PrecisionOptions(mixed_precision="fp16").problems()
+    [problem] = PrecisionOptions(mixed_precision="fp16").heavy_problems()
     assert problem == "--mixed_precision=fp16 needs a GPU; use bf16 or no."
 
 

@@ -3,8 +3,8 @@
 import pytest
 
 from library.config.errors import UserError
+from library.training.progress import Setting
 from library.training.resume import ResumeOptions, check_images, check_options
-from library.training.state import Setting
 
 THEN = Setting({"train_batch_size": "1", "learning_rate": "1e-05", "seed": "7"}, {}, {"torch": "2.11"})
 IMAGES = {"01": "aa", "02": "bb", "03": "cc"}
@@ -44,8 +44,8 @@ def test_what_makes_another_run_stops_with_its_name_unless_told_otherwise():
     [
         (IMAGES | {"04": "dd"}, "1 images added: 04"),
         ({"01": "aa", "02": "bb"}, "1 images removed: 03"),
-        (IMAGES | {"02": "xx"}, "1 images with another picture, bucket, caption or kind of latents: 02"),
-        (dict(reversed(IMAGES.items())), "the images stand in another order in the metadata"),
+        (IMAGES | {"02": "xx"}, "1 images with another image, bucket, caption or kind of latents: 02"),
+        (dict(reversed(IMAGES.items())), "the images are in another order in the metadata"),
     ],
 )
 def test_other_images_stop_with_their_names_unless_told_otherwise(now: dict[str, str], message: str):

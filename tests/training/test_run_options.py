@@ -52,7 +52,7 @@ def test_a_command_without_mistakes_goes_on_to_load_the_model(refused):
         ),
         ("--output_dir", "--output_dir is missing: name the folder for the models."),
         ("--in_json", "--in_json is missing: name the metadata file, made with the scripts of finetune/."),
-        ("--train_data_dir", "--train_data_dir is missing: name the folder of the pictures."),
+        ("--train_data_dir", "--train_data_dir is missing: name the folder of the images."),
     ],
 )
 def test_what_is_missing_is_named(flag: str, problem: str, refused):
@@ -96,8 +96,8 @@ def test_a_state_is_no_model(source: str, refused):
     Path("m-state/progress.json").write_text("{}", encoding="utf-8")
     Path("m-state/weights.safetensors").touch()
     said = refused(f"--pretrained_model_name_or_path={source}")
-    assert f"'{source}' is of a state, not a model" in said
-    assert "give the state as --resume" in said
+    assert f"'{source}' is a saved training state, not a model" in said
+    assert "the state with --resume" in said
 
 
 @pytest.mark.parametrize("flag", ["--cache_text_encoder_outputs", "--cache_text_encoder_outputs_to_disk"])

@@ -11,18 +11,10 @@ from torch import nn
 from transformers.optimization import Adafactor
 
 from library.config.errors import UserError
-from library.optim.lr_schedules import ScheduleOptions, make_lr_schedule
-from library.training.state import (
-    LATEST,
-    Progress,
-    Resumable,
-    Setting,
-    find_state,
-    group_settings,
-    read_learnt,
-    read_progress,
-    write_state,
-)
+from library.optim.lr_schedules import make_lr_schedule
+from library.optim.options import ScheduleOptions
+from library.training.progress import LATEST, Progress, Setting, find_state, read_progress
+from library.training.state import Resumable, group_settings, read_learnt, write_state
 
 PROGRESS = Progress("2026-02-03T04:05:06", 7, 3, 1, 1, [0.1, 1 / 3], Setting({"output_name": "m"}, {"01": "ab"}, {}))
 OPTIMIZERS = {
@@ -83,7 +75,7 @@ def test_another_learning_rate_holds_from_the_step_of_the_state(tmp_path: Path):
     ("other", "message"),
     [
         (lambda: make(width=5), "holds other weights"),
-        (lambda: make(OPTIMIZERS["SGD"]), "is of another optimizer"),
+        (lambda: make(OPTIMIZERS["SGD"]), "belongs to another optimizer"),
     ],
     ids=["network", "optimizer"],
 )
@@ -112,12 +104,12 @@ def test_latest_is_the_newest_whole_state_of_this_run(tmp_path: Path, capsys):
     (tmp_path / "f-state").mkdir()
     assert find_state(LATEST, tmp_path, "m") == tmp_path / "b-state"
     said = capsys.readouterr().err
-    assert "d-state' is not a whole state" in said
+    assert "d-state' is not a complete state" in said
     assert find_state(LATEST, tmp_path, "other") == tmp_path / "c-state"
 
 
 def test_where_there_is_no_state_that_is_said(tmp_path: Path):
-    with pytest.raises(UserError, match="holds no whole state"):
+    with pytest.raises(UserError, match="holds no complete state"):
         find_state(LATEST, tmp_path, "m")
     with pytest.raises(UserError, match="there is no folder"):
         find_state(str(tmp_path / "gone"), tmp_path, "m")
@@ -126,5 +118,5 @@ def test_where_there_is_no_state_that_is_said(tmp_path: Path):
 @pytest.mark.parametrize("content", ["", "[]", "{}", json.dumps({"format": 99})])
 def test_a_folder_of_another_kind_is_no_state(content: str, tmp_path: Path):
     (tmp_path / "progress.json").write_text(content, encoding="utf-8")
-    with pytest.raises(UserError, match="is not a whole state"):
+    with pytest.raises(UserError, match="is not a complete state"):
         read_progress(tmp_path)

@@ -9,6 +9,8 @@ from accelerate import Accelerator
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from library.training.learner import StepReport
+from library.training.plan import Occasion
 from library.training.tracking import Tracker, TrackingOptions
 
 
@@ -33,7 +35,9 @@ def scalars(events: EventAccumulator, name: str) -> list[tuple[int, float]]:
 def test_a_step_is_logged_with_its_average_rates_and_norm(logged):
     def use(tracker: Tracker) -> None:
         for step, loss in enumerate((1.0, 2.0, 4.0), start=1):
-            tracker.log_step(step, loss, {"unet": 0.5, "text_encoder_g": 0.25}, grad_norm=loss / 2)
+            tracker.after_step(
+                Occasion(step), StepReport(loss, {"unet": 0.5, "text_encoder_g": 0.25}, grad_norm=loss / 2)
+            )
 
     events = logged(use)
     assert scalars(events, "loss/current") == [(1, 1.0), (2, 2.0), (3, 4.0)]
@@ -44,17 +48,17 @@ def test_a_step_is_logged_with_its_average_rates_and_norm(logged):
 
 
 def test_without_clipping_no_norm_is_logged(logged):
-    events = logged(lambda tracker: tracker.log_step(1, 1.0, {}, grad_norm=None), log_tracker_name="mine")
+    events = logged(lambda tracker: tracker.after_step(Occasion(1), StepReport(1.0, {}, None)), log_tracker_name="mine")
     assert "grad_norm" not in events.Tags()["scalars"]
 
 
 def test_the_time_of_samples_and_saves_is_not_the_steps(logged):
     def use(tracker: Tracker) -> None:
-        tracker.log_step(1, 1.0, {}, None)
+        tracker.after_step(Occasion(1), StepReport(1.0, {}, None))
         with tracker.untimed():
             time.sleep(0.5)
         time.sleep(0.05)
-        tracker.log_step(2, 1.0, {}, None)
+        tracker.after_step(Occasion(2), StepReport(1.0, {}, None))
 
     _, second = scalars(logged(use), "steps_per_second")
     assert 1 / 0.5 < second[1] <= 1 / 0.05  # between a step that includes the sample and one that took no longer
@@ -62,7 +66,7 @@ def test_the_time_of_samples_and_saves_is_not_the_steps(logged):
 
 def test_a_picture_is_shown_with_how_it_was_drawn(logged):
     image = Image.new("RGB", (16, 8), (255, 0, 0))
-    events = logged(lambda tracker: tracker.log_picture(3, "sample/00", image, "a cat\nSteps: 2"))
+    events = logged(lambda tracker: tracker.log_image(3, "sample/00", image, "a cat\nSteps: 2"))
     [shown] = events.Images("sample/00")
     assert (shown.step, shown.width, shown.height) == (3, 16, 8)
     [text] = events.Tensors("sample/00/text/text_summary")

@@ -1,0 +1,143 @@
+"""A folder of images prepared for training: a bucket and latents for each, and a report of what became of them."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from library.config.atomic_files import remove_leftovers
+from library.config.errors import UserError
+from library.data.buckets import BucketedImage, BucketRule
+from library.data.crops import LEGACY_CROP_NOTICE
+from library.data.image_keys import keys_of_images
+from library.data.images import UnusableImage, find_images, read_size
+from library.data.latent_cache import CacheDemands, cache_path, read_fitting_cache, require_separate_caches, write_cache
+from library.data.latent_preparation import Encoding, Outcome, encode_images, require_disk_for_latents
+from library.data.metadata import Metadata, read_metadata, with_train_resolution, write_metadata
+from library.sdxl.latents import vae_digest
+from library.sdxl.model_source import load_vae
+
+log = logging.getLogger(__name__)
+
+
+def prepare_folder(
+    folder: Path,
+    in_json: Path,
+    out_json: Path,
+    model: str,
+    rule: BucketRule,
+    encoding: Encoding,
+    vae_dtype: str,
+    *,
+    full_path: bool,
+    recursive: bool,
+    skip_existing: bool,
+) -> int:
+    """Write latents beside the images of `folder` and their buckets into `out_json`; return how many images failed.
+
+    `vae_dtype` is the name of torch's dtype. Raise `UserError` if nothing can be prepared at all.
+    """
+    remove_leftovers(folder, recursive=True)
+    remove_leftovers(out_json.parent)
+    metadata = read_metadata(in_json)
+    path_of = _images_with_metadata(folder, in_json, metadata, full_path=full_path, recursive=recursive)
+    if encoding.legacy_crop:
+        log.warning(LEGACY_CROP_NOTICE)
+    vae = load_vae(model, None)
+    digest = vae_digest(vae)  # before it is narrowed to the requested precision
+    # Not diffusers' own `to`, which warns of every change of precision.
+    torch.nn.Module.to(vae, "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, vae_dtype))
+
+    problems: list[str] = []
+    images = dict(_assign(path_of, rule, problems))
+    kept = set(_still_fitting(images.values(), encoding, digest)) if skip_existing else set()
+    to_encode = [image for image in images.values() if image not in kept]
+    require_disk_for_latents(folder, to_encode, encoding)
+    outcomes = encode_images(to_encode, vae, encoding, vae_digest=digest)
+    written = set(_write_latents(tqdm(outcomes, "encoding", len(to_encode), unit="image"), problems))
+
+    prepared = {key: image for key, image in images.items() if image in kept | written}
+    for key, image in prepared.items():
+        metadata[key] = with_train_resolution(metadata[key], image.assignment.bucket)
+    write_metadata(out_json, metadata)
+    log.info("wrote %d entries, %d of them with latents, to '%s'", len(metadata), len(prepared), out_json)
+    _report_buckets(prepared.values(), num_kept=len(kept))
+    _report_names("images could not be used", problems)
+    return len(problems)
+
+
+def _images_with_metadata(
+    folder: Path, in_json: Path, metadata: Metadata, *, full_path: bool, recursive: bool
+) -> dict[str, Path]:
+    """Return the images to prepare by their keys; report what has no counterpart on the other side."""
+    path_of = keys_of_images(find_images(folder, recursive=recursive), full_path=full_path)
+    known = {key: path for key, path in path_of.items() if key in metadata}
+    _report_names("images without metadata are left out", [str(path_of[key]) for key in path_of.keys() - known.keys()])
+    _report_names("entries of the metadata without an image stay as they are", metadata.keys() - known.keys())
+    if not known:
+        raise UserError(
+            f"no image of '{folder}' has an entry in '{in_json}'.",
+            "Check both paths, and that --full_path and --recursive are as they were for the merge scripts.",
+        )
+    require_separate_caches(known.values())
+    return known
+
+
+def _assign(path_of: dict[str, Path], rule: BucketRule, problems: list[str]) -> Iterator[tuple[str, BucketedImage]]:
+    for key, path in path_of.items():
+        try:
+            size = read_size(path)
+            yield key, BucketedImage(path, size, rule.assign(size))
+        except UnusableImage as error:
+            problems.append(str(error))
+        except UserError as error:
+            problems.append(f"'{path}': {error}")
+
+
+def _still_fitting(images: Iterable[BucketedImage], encoding: Encoding, digest: str) -> Iterator[BucketedImage]:
+    demands = CacheDemands(
+        vae_digest=digest,
+        flip=encoding.flip,
+        alpha_mask=encoding.alpha_mask,
+        legacy_crop=encoding.legacy_crop,
+        only_ours=True,
+    )
+    for image in tqdm(images, "checking latents", unit="image"):
+        path = cache_path(image.path)
+        if not path.is_file():
+            continue
+        try:
+            read_fitting_cache(path, image.path, image.assignment.bucket, demands)
+            yield image
+        except UserError as error:
+            log.warning("%s It is encoded again.", error.problem)
+
+
+def _write_latents(outcomes: Iterable[Outcome], problems: list[str]) -> Iterator[BucketedImage]:
+    for outcome in outcomes:
+        if outcome.cached is None:
+            problems.append(str(outcome.error))
+            continue
+        write_cache(cache_path(outcome.image.path), outcome.cached)
+        yield outcome.image
+        if outcome.redone_in_float32:
+            log.warning("'%s' gave NaN or Inf in the VAE's precision and was encoded in float32.", outcome.image.path)
+
+
+def _report_buckets(images: Iterable[BucketedImage], num_kept: int) -> None:
+    assignments = [image.assignment for image in images]
+    lines = ["  bucket       images"]
+    for bucket, count in sorted(Counter(assignment.bucket for assignment in assignments).items()):
+        lines.append(f"  {bucket!s:<11}  {count:>6}")
+    mean_error = sum(abs(assignment.aspect_error) for assignment in assignments) / max(1, len(assignments))
+    log.info("%s", "\n".join(["buckets:", *lines]))
+    log.info("%d images (%d had their latents), mean aspect error %.4f", len(assignments), num_kept, mean_error)
+
+
+def _report_names(what: str, names: Iterable[str]) -> None:
+    names = sorted(names)
+    if names:
+        log.info("%s", "\n  ".join([f"{len(names)} {what}:", *names]))

@@ -1,0 +1,81 @@
+"""The flags of sample images."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from library.config.errors import UserError
+from library.config.options import option
+from library.samples.prompts import SAMPLERS, SamplePrompt, read_prompt_file
+
+if TYPE_CHECKING:
+    from library.samples.sample_grid import SampleGrid
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """Sample images."""
+
+    _argument_group_name: ClassVar[str] = "Sample images"
+
+    sample_prompts: Path | None = option(
+        None, "File of prompts (.txt, .toml, .json), one image per line: G prompt --e L prompt --n negative prompt ..."
+    )
+    sample_every_n_steps: int | None = option(
+        None, "Draw samples before the first step and after every n optimizer steps."
+    )
+    sample_every_n_epochs: int | None = option(None, "Draw samples before the first step and after every n epochs.")
+    sample_at_first: bool = option(False, "Draw samples before the first step even if none are drawn later.")
+    sample_grid: bool = option(
+        False,
+        "Draw a grid before the first step and after the last: each L prompt of the prompt file (rows; a line without"
+        " --e has none) with each G prompt (columns), all with the seed and the other settings of the first line.",
+    )
+    sample_sampler: str = option("ddim", "Sampler for lines of the prompt file that name none.", choices=SAMPLERS)
+
+    def problems(self) -> Iterator[str]:
+        """Yield what is wrong with these values and in the prompt file, one sentence each."""
+        is_due = self.draws_each_prompt or self.sample_grid
+        if self.sample_prompts is None:
+            if is_due:
+                yield (
+                    "--sample_every_n_steps, --sample_every_n_epochs, --sample_at_first and --sample_grid need"
+                    " --sample_prompts."
+                )
+            return
+        if not is_due:
+            yield "--sample_prompts: nothing says when to draw; add --sample_every_n_steps=100 or --sample_at_first."
+        for flag in ("sample_every_n_steps", "sample_every_n_epochs"):
+            value = getattr(self, flag)
+            if value is not None and value < 1:
+                yield f"--{flag} is {value}; it must be 1 or more."
+        if self.sample_every_n_steps and self.sample_every_n_epochs:
+            yield "--sample_every_n_steps and --sample_every_n_epochs exclude each other: file names count one of them."
+        try:
+            self.read_prompts()
+        except UserError as error:
+            yield str(error)
+
+    def heavy_problems(self) -> Iterator[str]:
+        """Yield what is wrong with the grid; its prompts are counted in tokens."""
+        try:
+            self.read_grid()
+        except UserError as error:
+            yield str(error)
+
+    @property
+    def draws_each_prompt(self) -> bool:
+        """Whether the images of the prompt file are drawn at all, not only the grid."""
+        return bool(self.sample_every_n_steps or self.sample_every_n_epochs or self.sample_at_first)
+
+    def read_grid(self) -> "SampleGrid | None":
+        """Return the grid to draw, if any. Raise `UserError` for prompts without one, and as `read_prompt_file`."""
+        from library.samples.sample_grid import make_sample_grid
+
+        prompts = self.read_prompts()
+        return make_sample_grid(prompts) if prompts and self.sample_grid else None
+
+    def read_prompts(self) -> list[SamplePrompt]:
+        """Return the images to draw; none without a prompt file."""
+        return [] if self.sample_prompts is None else read_prompt_file(self.sample_prompts)

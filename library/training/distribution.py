@@ -1,0 +1,63 @@
+"""Several processes as one run: prepare, exchange gradients, agree, and let one of them write."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+from torch.optim import Optimizer
+
+
+def prepare(
+    accelerator: Accelerator, networks: Mapping[str, nn.Module], optimizer: Optimizer
+) -> tuple[dict[str, nn.Module], Optimizer]:
+    """Return the trained networks and their optimizer as accelerate runs them, prepared in one call.
+
+    Sharding needs them together: it replaces the parameters that the optimizer holds.
+    """
+    *prepared, prepared_optimizer = accelerator.prepare(*networks.values(), optimizer)
+    return dict(zip(networks, prepared, strict=True)), prepared_optimizer
+
+
+@contextmanager
+def one_writer(accelerator: Accelerator) -> Iterator[bool]:
+    """Yield whether this process is the one that writes; every process enters the block, and all leave it together.
+
+    What is written (a model, a state, an image) is decided alike in every process, since gathering sharded weights
+    takes all of them. An error of the writer is raised after the others have arrived.
+    """
+    try:
+        yield accelerator.is_main_process
+    except Exception:
+        accelerator.wait_for_everyone()
+        raise
+    accelerator.wait_for_everyone()
+
+
+@contextmanager
+def exchange_gradients(accelerator: Accelerator, networks: Iterable[nn.Module], *, now: bool) -> Iterator[None]:
+    """Within the block, `backward` averages gradients over processes if `now`, else only accumulates them locally."""
+    with ExitStack() as stack:
+        if not now:
+            for network in networks:
+                stack.enter_context(accelerator.no_sync(network))
+        yield
+
+
+def mean_over_processes(accelerator: Accelerator, value: torch.Tensor) -> torch.Tensor:
+    """Return the mean of a number over all processes."""
+    return accelerator.reduce(value, reduction="mean")
+
+
+def any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Return whether `flag` is set in at least one process: the same answer in every process."""
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum"))
+
+
+def all_of(accelerator: Accelerator, names: list[str]) -> list[str]:
+    """Return the names of all processes, each once. Every process has to call it."""
+    return list(dict.fromkeys(gather_object(names)))

@@ -1,0 +1,162 @@
+"""Which saves are due, under which names, and which older ones they replace."""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+
+from library.config.options import option
+
+_WITHOUT_NAME = {"step": "at", "epoch": "epoch", "last": "last"}
+"""Prefixes that kohya's trainers use if no output name is given."""
+
+
+@dataclass(frozen=True)
+class Save:
+    """One save: the name of model and state, and the names of those removed once it is complete."""
+
+    name: str
+    with_state: bool
+    outdated: str | None = None
+    outdated_state: str | None = None
+
+
+@dataclass(frozen=True)
+class SaveOptions:
+    """What is saved, when and where."""
+
+    _argument_group_name: ClassVar[str] = "Saving"
+
+    output_dir: Path | None = option(None, "Folder for models and sample images.")
+    output_name: str | None = option(None, "Name of the saved model, without suffix.")
+    save_model_as: str | None = option(
+        None,
+        "Format of saved models. Default: diffusers if training starts from a diffusers model, else safetensors.",
+        choices=("ckpt", "safetensors", "diffusers", "diffusers_safetensors", None),
+    )
+    save_every_n_steps: int | None = option(None, "Save after every n optimizer steps.")
+    save_every_n_epochs: int | None = option(None, "Save after every n epochs.")
+    save_last_n_steps: int | None = option(
+        None,
+        "Keep models of the last n steps: each save removes those more than n steps older. Steps, not files: with "
+        "--save_every_n_steps=100, 200 keeps three models.",
+    )
+    save_last_n_epochs: int | None = option(None, "Keep the last n models saved by epoch; remove older ones.")
+    save_state: bool = option(False, "Save the training state with every model, to continue with --resume.")
+    save_state_on_train_end: bool = option(False, "Save the training state with the final model.")
+    save_last_n_steps_state: int | None = option(
+        None, "Like --save_last_n_steps, for states. Default: --save_last_n_steps."
+    )
+    save_last_n_epochs_state: int | None = option(
+        None, "Like --save_last_n_epochs, for states. Default: --save_last_n_epochs."
+    )
+
+    @property
+    def saves_state(self) -> bool:
+        """Whether states are saved at all."""
+        return self.save_state or self.save_state_on_train_end
+
+    def problems(self) -> Iterator[str]:
+        """Yield what is wrong with these values, one sentence each."""
+        if self.output_dir is None:
+            yield "--output_dir is missing: name the folder for the models."
+        else:
+            existing = next(path for path in (self.output_dir, *self.output_dir.absolute().parents) if path.exists())
+            if not existing.is_dir():
+                yield f"--output_dir: '{existing}' is a file; name a folder."
+        if self.output_name is not None and Path(self.output_name).name != self.output_name:
+            yield f"--output_name is '{self.output_name}'; it must be a name without folders (see --output_dir)."
+        for unit in ("steps", "epochs"):
+            every = f"save_every_n_{unit}"
+            keeping = [f"save_last_n_{unit}", f"save_last_n_{unit}_state"]
+            for flag in (every, *keeping):
+                value = getattr(self, flag)
+                if value is not None and value < 1:
+                    yield f"--{flag} is {value}; it must be 1 or more."
+            for flag in keeping:
+                if getattr(self, flag) is not None and getattr(self, every) is None:
+                    yield f"--{flag} needs --{every}."
+            if getattr(self, keeping[1]) is not None and not self.save_state:
+                yield f"--{keeping[1]} needs --save_state."
+
+    def save_after_step(self, step: int) -> "Save | None":
+        """Return what is saved after optimizer step `step` (from 1), if anything."""
+        every = self.save_every_n_steps
+        if every is None or step % every != 0:
+            return None
+        outdated = step_to_remove(step, every=every, keep=self.save_last_n_steps)
+        keep_states = self.save_last_n_steps_state or self.save_last_n_steps
+        outdated_state = step_to_remove(step, every=every, keep=keep_states)
+        return self._save(partial(step_name, self.output_name), step, outdated, outdated_state)
+
+    def save_after_epoch(self, epoch: int) -> "Save | None":
+        """Return what is saved after epoch `epoch` (from 1), if anything; after the last one the final model is."""
+        every = self.save_every_n_epochs
+        if every is None or epoch % every != 0:
+            return None
+        outdated = epoch_to_remove(epoch, every=every, keep=self.save_last_n_epochs)
+        keep_states = self.save_last_n_epochs_state or self.save_last_n_epochs
+        outdated_state = epoch_to_remove(epoch, every=every, keep=keep_states)
+        return self._save(partial(epoch_name, self.output_name), epoch, outdated, outdated_state)
+
+    def save_at_end(self) -> "Save":
+        """Return the save of the final model, with a state if the options ask for any state."""
+        return Save(last_name(self.output_name), with_state=self.saves_state)
+
+    def save_at_stop(self, step: int) -> "Save":
+        """Return the save of a run stopped after optimizer step `step`: model and state."""
+        return Save(step_name(self.output_name, step), with_state=True)
+
+    def _save(
+        self, name_of: Callable[[int], str], count: int, outdated: int | None, outdated_state: int | None
+    ) -> "Save":
+        return Save(
+            name_of(count),
+            with_state=self.save_state,
+            outdated=None if outdated is None else name_of(outdated),
+            outdated_state=None if outdated_state is None or not self.save_state else name_of(outdated_state),
+        )
+
+    def format(self, *, source_is_diffusers: bool) -> str:
+        """Return "safetensors", "ckpt" or "diffusers"."""
+        if self.save_model_as is None:
+            return "diffusers" if source_is_diffusers else "safetensors"
+        return self.save_model_as.removesuffix("_safetensors")
+
+
+def step_name(output_name: str | None, step: int) -> str:
+    """Return the name of the model saved after optimizer step `step` (from 1), without suffix."""
+    return f"{output_name or _WITHOUT_NAME['step']}-step{step:08d}"
+
+
+def epoch_name(output_name: str | None, epoch: int) -> str:
+    """Return the name of the model saved after epoch `epoch` (from 1), without suffix."""
+    return f"{output_name or _WITHOUT_NAME['epoch']}-{epoch:06d}"
+
+
+def saved_by_count(output_name: str | None, file_name: str) -> bool:
+    """Return whether a file or folder is a model or state that a run of this name saved by step or by epoch."""
+    by_step, by_epoch = (re.escape(name(output_name, 0).rstrip("0")) for name in (step_name, epoch_name))
+    return re.match(f"({by_step}[0-9]{{8,}}|{by_epoch}[0-9]{{6,}})(-state|\\.[a-z]+)?$", file_name) is not None
+
+
+def last_name(output_name: str | None) -> str:
+    """Return the name of the final model, without suffix."""
+    return output_name or _WITHOUT_NAME["last"]
+
+
+def step_to_remove(step: int, *, every: int, keep: int | None) -> int | None:
+    """Return the step whose model is removed after the save of `step`: the newest one more than `keep` steps older."""
+    if keep is None:
+        return None
+    outdated = step - keep - 1
+    outdated -= outdated % every
+    return outdated if outdated > 0 else None
+
+
+def epoch_to_remove(epoch: int, *, every: int, keep: int | None) -> int | None:
+    """Return the epoch whose model is removed after the save of `epoch`, so that `keep` models stay."""
+    outdated = epoch - every * keep if keep is not None else 0
+    return outdated if outdated > 0 else None

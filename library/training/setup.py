@@ -1,0 +1,290 @@
+"""Options to the parts of a run: the one place where they are built and connected."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from library.config.atomic_files import remove_leftovers
+from library.data.dataset import Batch
+from library.data.training_set import require_images
+from library.diffusion.objective import Objective
+from library.samples.sampler import SamplingNetworks
+from library.sdxl.architecture import SdxlModel
+from library.sdxl.checkpoint_file import write_single_file
+from library.sdxl.diffusers_folder import write_diffusers_folder
+from library.sdxl.latents import vae_digest
+from library.sdxl.model_source import ModelOptions, load_model
+from library.sdxl.model_spec import model_spec
+from library.training.accelerator import draw_seed, make_accelerator
+from library.training.checkpoints import Checkpoints
+from library.training.compilation import compile_regions
+from library.training.disk_space import bytes_of, bytes_of_state, require_disk_for_saves
+from library.training.distribution import any_process, one_writer
+from library.training.failures import saved_before_errors
+from library.training.learner import Learner, StepReport, enable_gradient_checkpointing, make_learner
+from library.training.loss_watch import require_finite
+from library.training.offload import settle, visiting
+from library.training.plan import Occasion, Plan
+from library.training.precision import PrecisionOptions
+from library.training.preparation import latents_of, make_plan, prepare_set
+from library.training.progress import Progress, Setting, find_state, read_progress
+from library.training.resume import check_options, flat_options, library_versions
+from library.training.run_options import RunOptions, TrainingOptions
+from library.training.sampling import SAMPLE_FOLDER, SampledRun, Sampling
+from library.training.saves import last_name
+from library.training.state import read_learnt, write_state
+from library.training.stopping import StopRequest
+from library.training.tracking import Tracker, TrackingOptions
+
+log = logging.getLogger(__name__)
+
+
+class Event(Protocol):
+    """What happens beside the training itself: logs, saves, samples. Every process calls every event."""
+
+    def after_step(self, occasion: Occasion, report: StepReport | None) -> None:
+        """Do what is due on the occasion; `report` is that of the step, None where the run begins or resumes."""
+
+
+@dataclass
+class Run:
+    """The parts of a run, as the loop of sdxl_train.py uses them."""
+
+    plan: Plan
+    progress: Progress
+    learner: Learner
+    objective: Objective
+    latents_of: Callable[[Batch], torch.Tensor]
+    events: Sequence[Event]
+    stop: Callable[[], bool]
+    exit_status_of_stop: Callable[[], int]
+    checkpoints: Checkpoints
+    tracker: Tracker
+    accelerator: Accelerator
+    is_resumed: bool
+
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        """Begin the run; within the block, save what was learnt before an error ends it."""
+        occasion = self.plan.occasion(self.progress, is_resumed=self.is_resumed)
+        for event in self.events:
+            event.after_step(occasion, None)
+        with saved_before_errors(self._save_after_error):
+            yield
+
+    def end(self) -> int:
+        """Save a run that was stopped, close the logs and return the exit status."""
+        is_finished = self.progress.step >= self.plan.num_steps
+        last_words = "" if is_finished else self.checkpoints.at_stop()
+        self.accelerator.wait_for_everyone()  # else the launcher could end the one that saves
+        self.tracker.close()
+        if is_finished:
+            return 0
+        log.info(last_words)
+        return self.exit_status_of_stop()
+
+    def _save_after_error(self) -> str | None:
+        # One process alone, and only complete steps: the others may have failed, or not, at another place.
+        step = self.progress.step
+        if not (self.accelerator.is_main_process and self.learner.is_between_steps and step > 0):
+            return None
+        state = self.checkpoints.save_present()
+        return f'All that was learnt in {step} steps is saved; continue with --resume "{state}"'
+
+
+def set_up(options: TrainingOptions, stop: StopRequest) -> Run:
+    """Load model and training set and return the parts of the run. Raise `UserError` for whatever is missing."""
+    require_images(options.training_set)  # before a model is loaded in vain
+    accelerator = make_accelerator(options.precision, options.tracking.trackers, options.tracking.logging_dir)
+    state, progress = _starting_point(options, accelerator)
+    model, digest = _load_model(options.model, options.precision, options.run, options.trains_l, options.trains_g)
+    prepared = prepare_set(options, model, digest, accelerator, progress)
+    needed = prepared.networks_of_steps(model)
+    settle(model.networks, of_steps=needed, device=accelerator.device, folder=options.output_dir)
+    plan = make_plan(*prepared, options.loader, options.training_set, options.run, accelerator, progress.seed)
+    learner = make_learner(
+        model,
+        accelerator,
+        options.optimizer,
+        options.schedule,
+        trains_l=options.trains_l,
+        trains_g=options.trains_g,
+        num_steps=plan.num_steps,
+        seed=progress.seed,
+        rounding=options.precision.rounding,
+        max_bad_steps=options.run.max_bad_steps,
+    )
+    if state is not None:
+        read_learnt(state, learner.resumable())
+    if accelerator.is_main_process:
+        _check_disk(options, model, learner, plan, progress)
+    tracker = _make_tracker(options.tracking, plan, progress, accelerator)
+    compile_regions(model.unet, options.compilation, accelerator.device, log.info)
+    checkpoints = _make_checkpoints(options, model, learner, progress, tracker, state)
+    sampling = _make_sampling(options, model, learner, progress, tracker, stop.is_made)
+    return Run(
+        plan=plan,
+        progress=progress,
+        learner=learner,
+        objective=Objective(options.noise),
+        latents_of=partial(latents_of, vae=model.vae),
+        events=(tracker, checkpoints, sampling),
+        stop=lambda: any_process(accelerator, stop.is_made()),
+        exit_status_of_stop=lambda: stop.exit_status,
+        checkpoints=checkpoints,
+        tracker=tracker,
+        accelerator=accelerator,
+        is_resumed=state is not None,
+    )
+
+
+def _starting_point(options: TrainingOptions, accelerator: Accelerator) -> tuple[Path | None, Progress]:
+    """Return the state to resume from, if any, and the progress of the run; remove what killed runs left behind."""
+    setting = Setting(flat_options(options, num_processes=accelerator.num_processes), versions=library_versions())
+    with accelerator.main_process_first():
+        if accelerator.is_main_process:
+            remove_leftovers(options.output_dir)
+            remove_leftovers(options.output_dir / SAMPLE_FOLDER)
+        wanted = options.resume.resume
+        state = None if wanted is None else find_state(wanted, options.output_dir, options.save.output_name)
+    if state is None:
+        seed = draw_seed(accelerator) if options.run.seed is None else options.run.seed
+        return None, Progress(started=datetime.now().isoformat(timespec="seconds"), seed=seed, setting=setting)
+    progress = read_progress(state)
+    changes = check_options(progress.setting, setting, anyway=options.resume.resume_anyway)
+    log.info("\n  ".join([f"resuming after step {progress.step} from '{state}'", *changes]))
+    progress.setting = replace(setting, images=progress.setting.images)
+    return state, progress
+
+
+def _load_model(
+    source: ModelOptions, precision: PrecisionOptions, run: RunOptions, trains_l: bool, trains_g: bool
+) -> tuple[SdxlModel, str]:
+    """Return the model on the CPU in the precision of training, set up to be trained, and the digest of its VAE."""
+    dtypes = precision.model_dtypes(trains_l=trains_l, trains_g=trains_g, float32_vae=source.no_half_vae)
+    model = load_model(source, replace(dtypes, vae=None))
+    digest = vae_digest(model.vae)  # before it is narrowed, as prepare_buckets_latents.py takes it
+    nn.Module.to(model.vae, dtypes.vae)
+    for network in model.networks:
+        network.requires_grad_(False)
+    trains = {model.unet: True, model.text_encoder_l: trains_l, model.text_encoder_g: trains_g}
+    for network in [network for network, is_trained in trains.items() if is_trained]:
+        network.train()
+        if run.gradient_checkpointing:
+            enable_gradient_checkpointing(network)
+    return model, digest
+
+
+def _make_tracker(options: TrackingOptions, plan: Plan, progress: Progress, accelerator: Accelerator) -> Tracker:
+    tracker = Tracker(
+        accelerator,
+        options,
+        options.run_folder(datetime.fromisoformat(progress.started)),
+        num_steps=plan.num_steps,
+        steps_per_epoch=plan.order.steps_per_epoch,
+        steps_done=progress.step,
+        losses=progress.losses,
+    )
+    log.info("%s, seed %d", plan, progress.seed)
+    return tracker
+
+
+def _make_checkpoints(
+    options: TrainingOptions,
+    model: SdxlModel,
+    learner: Learner,
+    progress: Progress,
+    tracker: Tracker,
+    state: Path | None,
+) -> Checkpoints:
+    """Return what saves models, in the format the options ask for, and states; saving is not timed as training."""
+    source_is_diffusers = not Path(str(options.model.pretrained_model_name_or_path)).is_file()
+    file_format = options.save.format(source_is_diffusers=source_is_diffusers)
+    dtype = options.precision.save_dtype
+
+    def write_model(path: Path) -> None:
+        require_finite(learner.trained)
+        with learner.final_weights():
+            if file_format == "diffusers":
+                write_diffusers_folder(path, model, dtype)
+            else:
+                write_single_file(path, model, dtype, _header(options))
+
+    def write_state_of(folder: Path, progress: Progress) -> None:
+        write_state(folder, replace(progress, losses=tracker.losses), learner.resumable())
+
+    return Checkpoints(
+        options.save,
+        progress,
+        suffix="" if file_format == "diffusers" else f".{file_format}",
+        write_model=tracker.untimed()(write_model),
+        write_state=tracker.untimed()(write_state_of),
+        one_writer=partial(one_writer, learner.accelerator),
+        resumed_from=state,
+    )
+
+
+def _header(options: TrainingOptions) -> dict[str, str]:
+    """Return the header of a saved model."""
+    trained = options.noise.timestep_range
+    return model_spec(
+        options.model_spec,
+        name=last_name(options.save.output_name),
+        resolution=options.resolution,
+        timesteps=None if options.noise.trains_all_timesteps else (trained.start, trained.stop),
+        now=datetime.now().astimezone(),
+    )
+
+
+def _make_sampling(
+    options: TrainingOptions,
+    model: SdxlModel,
+    learner: Learner,
+    progress: Progress,
+    tracker: Tracker,
+    is_stopping: Callable[[], bool],
+) -> Sampling:
+    """Return what draws the sample images. accelerate wraps networks in place: the model's are the trained ones."""
+    networks = SamplingNetworks(
+        model.unet,
+        model.vae,
+        model.text_encoder_l,
+        model.text_encoder_g,
+        at_hand=partial(visiting, model.unet.device),
+    )
+    run = SampledRun(
+        options.output_dir,
+        options.save.output_name,
+        options.resolution,
+        progress.seed,
+        since=datetime.fromisoformat(progress.started),
+    )
+    return Sampling(
+        options.sample,
+        networks,
+        tracker,
+        run,
+        is_stopping=is_stopping,
+        final_weights=learner.final_weights,
+        one_writer=partial(one_writer, learner.accelerator),
+    )
+
+
+def _check_disk(options: TrainingOptions, model: SdxlModel, learner: Learner, plan: Plan, progress: Progress) -> None:
+    """Raise `UserError` unless the disk holds what the rest of this run saves."""
+    require_disk_for_saves(
+        options.save,
+        model_bytes=bytes_of(model.networks, options.precision.save_dtype),
+        state_bytes=bytes_of_state(options.optimizer, learner.trained.values(), options.precision.rounding),
+        steps=range(progress.step + 1, plan.num_steps + 1),
+        steps_per_epoch=plan.order.steps_per_epoch,
+    )
