@@ -129,7 +129,7 @@ def _training_steps(
 
 @torch.no_grad()
 def spread_embeddings(model: SdxlModel, generator: torch.Generator) -> None:
-    """Draw the token embeddings of both encoders anew, with `EMBEDDING_DEVIATION`."""
+    """Draw the token embeddings of both encoders again, with `EMBEDDING_DEVIATION`."""
     for encoder in (model.text_encoder_l, model.text_encoder_g):
         encoder.get_input_embeddings().weight.normal_(std=EMBEDDING_DEVIATION, generator=generator)
 

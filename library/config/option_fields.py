@@ -24,7 +24,7 @@ def option(
     aliases: Sequence[str] = (),
     nargs: str | int | None = None,
 ) -> Any:
-    """A dataclass field that becomes the flag `--<field name>`.
+    """Return a dataclass field that becomes the flag `--<field name>`.
 
     The field's type says what values it takes: `str`, `int`, `float`, `bool` (a switch), `Path`, `list` of one of
     them (`nargs` "*" unless given), each also as `X | None`. `choices` are values of that type; `aliases` are other
@@ -37,7 +37,7 @@ def option(
 
 
 def positional(help: str) -> Any:
-    """A dataclass field that the next argument without a flag fills; such fields stand first in their class."""
+    """Return a dataclass field that the next argument without a flag fills; such fields stand first in their class."""
     return dataclasses.field(metadata={"help": help, "is_positional": True})
 
 
@@ -58,7 +58,7 @@ class Option:
 
     @classmethod
     def of(cls, field: dataclasses.Field, annotation: Any) -> "Option":
-        """What `field` declares; raises `TypeError` for a type that no flag can have."""
+        """Return what `field` declares; raise `TypeError` for a type that no flag can have."""
         value_type, is_optional = _without_none(annotation)
         is_list = get_origin(value_type) is list
         if is_list:
@@ -96,9 +96,9 @@ class Option:
         return VALUE_KINDS[self.value_type].expected
 
     def from_text(self, text: str) -> Any:
-        """The value that `text` on the command line stands for (of one element, for a list).
+        """Return the value that `text` on the command line stands for (of one element, for a list).
 
-        Raises `UserError` naming the flag, the text and what was expected.
+        Raise `UserError` naming the flag, the text and what was expected.
         """
         if self.is_optional and not self.is_list and text == NONE_TEXT:
             return None
@@ -109,7 +109,7 @@ class Option:
         return self._among_choices(value)
 
     def from_toml(self, value: Any) -> Any:
-        """The value that a TOML value stands for; raises `UserError` where type or choice do not fit."""
+        """Return the value that a TOML value stands for; raise `UserError` where type or choice do not fit."""
         if self.is_optional and value == NONE_TEXT:
             return None
         if not self.is_list:
@@ -136,7 +136,7 @@ class Option:
 
 
 def options_of(option_class: type) -> list[Option]:
-    """The options that a dataclass declares, in order."""
+    """Return the options that a dataclass declares, in order."""
     annotations = get_type_hints(option_class)
     return [Option.of(field, annotations[field.name]) for field in dataclasses.fields(option_class)]
 
@@ -161,7 +161,7 @@ class Spellings:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """The sentence "Did you mean ...?" with the closest of `names`, or nothing where none is close."""
+    """Return the sentence "Did you mean ...?" with the closest of `names`, or nothing where none is close."""
     names = list(names)
     matches = [each for each in names if each.startswith(name)] or difflib.get_close_matches(name, names, n=1)
     return f"Did you mean {matches[0]}?" if matches else ""

@@ -100,7 +100,7 @@ class Adafactor(Optimizer):
         )
 
     def _rounding_of(self, parameter: Parameter, state: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
-        """Where the weights are bfloat16: the seed of their rounding, or what earlier roundings have cut off."""
+        """Return where the weights are bfloat16: the seed of their rounding, or what earlier roundings have cut off."""
         kind = self.rounder.kind if self.rounder is not None and parameter.dtype == torch.bfloat16 else None
         seed = residual = None
         if self.rounder is not None and kind == STOCHASTIC:
@@ -113,7 +113,7 @@ class Adafactor(Optimizer):
 
 
 def _rows_first(shape: torch.Size) -> tuple[int, ...]:
-    """A vector as it is, all else as a matrix: the kernels then meet two kinds of tensors only."""
+    """Return a vector as it is, all else as a matrix: the kernels then meet two kinds of tensors only."""
     return tuple(shape) if len(shape) < 2 else (shape[0], math.prod(shape[1:]))
 
 
@@ -126,7 +126,7 @@ def _first_moment(state: dict[str, Any], weights: Tensor, beta1: float | None) -
 
 
 def _update_mean_squares(state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> list[Tensor]:
-    """Let this step's squares into their running means; gives what the gradient is multiplied by, as factors."""
+    """Let this step's squares into their running means; return the factors that the gradient is multiplied by."""
     eps = group["eps"][0]
     beta2 = 1.0 - math.pow(state["step"], group["decay_rate"])  # the paper, section 7.2
     if gradient.ndim < 2:
@@ -142,7 +142,7 @@ def _update_mean_squares(state: dict[str, Any], gradient: Tensor, group: dict[st
 
 
 def _running(state: dict[str, Any], beta2: float, **values: Tensor) -> list[Tensor]:
-    """The running means in `state` of these names, after `values` have come in."""
+    """Return the running means in `state` of these names, after `values` have come in."""
     for name, value in values.items():
         if name not in state:
             state[name] = torch.zeros_like(value)
@@ -181,19 +181,19 @@ def _mean_squares_of_kernels(gradient: Tensor, eps: float) -> tuple[Tensor, Tens
 
 @compiled
 def _outer(row_factors: Tensor, column_factors: Tensor) -> Tensor:
-    """The product of factors [..., r, 1] and [..., 1, c]."""
+    """Return the product of factors [..., r, 1] and [..., 1, c]."""
     return row_factors * column_factors
 
 
 @compiled
 def _norm(weights: Tensor) -> Tensor:
-    """The Euclidean norm of all weights, in float32."""
+    """Return the Euclidean norm of all weights, in float32."""
     return weights.float().norm(2)
 
 
 @compiled
 def _norm_of_update(gradient: Tensor, factors: list[Tensor]) -> Tensor:
-    """The Euclidean norm of the update before it is clipped."""
+    """Return the Euclidean norm of the update before it is clipped."""
     return _product(gradient, factors).norm(2)
 
 

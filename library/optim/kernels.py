@@ -1,12 +1,14 @@
 """Element-wise functions as one compiled kernel, where a compiler is installed and the tensor is worth it."""
 
-import sys
+import logging
 from collections.abc import Callable
 from functools import cache, wraps
 from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 _WORTH_COMPILING = 2**17
 """Elements of a tensor on the CPU. Compiling takes seconds, and so much work is done in a millisecond without."""
@@ -23,7 +25,7 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
 
     Its first argument decides: small tensors on the CPU, and all where no compiler works (said once, on stderr), take
     the plain function. (On a GPU the plain one would be dozens of launches.) Both give the same numbers but for the
-    order in which sums are added up. Numbers that change from call to call do not compile it anew.
+    order in which sums are added up. Numbers that change from call to call do not compile it again.
     """
 
     @cache
@@ -61,9 +63,8 @@ def why_not_compiled(device_type: str, backend: str = "inductor") -> str | None:
 def _can_compile(device_type: str) -> bool:
     reason = why_not_compiled(device_type)
     if reason is not None:
-        print(
-            f"torch.compile does not work here ({reason}). Optimizer and rounding run as separate operations, which is "
-            "slower and gives the same. A C++ compiler (for the CPU) or Triton (for a GPU) mends it.",
-            file=sys.stderr,
+        log.warning(
+            "torch.compile does not work here (%s). Optimizer and rounding run as separate operations, which is "
+            "slower, with the same result. Install a C++ compiler (for the CPU) or Triton (for a GPU).",
         )
     return reason is None

@@ -11,9 +11,9 @@ POLYNOMIAL_END = 1e-7  # the learning rate at which transformers' polynomial sch
 
 
 def make_lr_schedule(optimizer: Optimizer, options: ScheduleOptions, num_steps: int) -> LambdaLR:
-    """The schedule for a run of `num_steps` optimizer steps, to be stepped once after each of them.
+    """Return the schedule for a run of `num_steps` optimizer steps, to be stepped once after each of them.
 
-    It scales the rate of every parameter group alike. Raises `UserError` where the warm-up is longer than the run, or
+    It scales the rate of every parameter group alike. Raise `UserError` where the warm-up is longer than the run, or
     where the polynomial schedule would rise to its end of 1e-7 instead of falling to it.
     """
     num_warmup_steps = _num_warmup_steps(options.lr_warmup_steps, num_steps)

@@ -26,9 +26,9 @@ def make_parameter_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups `{"name", "params", "lr"}` for a torch optimizer: "unet", "text_encoder_l", "text_encoder_g".
 
-    `unet` gives single-file names without `model.diffusion_model.` (read only for `block_lr`, where the groups are
+    `unet` yields single-file names without `model.diffusion_model.` (read only for `block_lr`, where the groups are
     "unet block 0" to "unet block 22"). Pass a text encoder's parameters only where it is to be trained. What has a
-    rate of 0 gets no group and `requires_grad` False; all else gets `requires_grad` True. Raises `UserError` where
+    rate of 0 gets no group and `requires_grad` False; all else gets `requires_grad` True. Raise `UserError` where
     nothing is left to train.
     """
     parts = _unet_parts(unet, options) | {
@@ -67,9 +67,9 @@ def _rate_or(rate: float | None, default: float) -> float:
 
 
 def make_optimizer(groups: Sequence[dict[str, Any]], options: OptimizerOptions) -> Optimizer:
-    """The optimizer that `options` name, over parameter groups as `make_parameter_groups` gives them.
+    """Return the optimizer that `options` name, over parameter groups as `make_parameter_groups` returns them.
 
-    Raises `UserError` for an unknown name, a package that is not installed, and arguments that the optimizer refuses.
+    Raise `UserError` for an unknown name, a package that is not installed, and arguments that the optimizer refuses.
     """
     kind = kind_of(options.optimizer_type)
     optimizer_class = kind.load()
@@ -92,7 +92,7 @@ def make_optimizer(groups: Sequence[dict[str, Any]], options: OptimizerOptions) 
 def parse_optimizer_args(words: Sequence[str]) -> dict[str, Any]:
     """`["weight_decay=0.01", "betas=0.9,0.99"]` as arguments of a call; values are Python's numbers, tuples, booleans.
 
-    Raises `UserError` for a word without "=", a value that is not of this kind, and a name given twice.
+    Raise `UserError` for a word without "=", a value that is not of this kind, and a name given twice.
     """
     arguments: dict[str, Any] = {}
     for word in words:

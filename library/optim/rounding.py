@@ -60,7 +60,7 @@ def with_residual(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Rounder:
-    """The rounding of a run: which kind, and a seed of its own for each parameter at each step.
+    """The rounding of a run: which kind, and a separate seed for each parameter at each step.
 
     A seed is made from the run's seed, the step and the parameter's place among `parameters`, so that a resumed run
     rounds as the one that was not stopped, and every process rounds alike.
@@ -77,6 +77,6 @@ class Rounder:
         self._step = step
 
     def seed(self, parameter: Parameter, what: str = "weights") -> int:
-        """The seed for `what` of a parameter in this step: 32 bits, signed."""
+        """Return the seed for `what` of a parameter in this step: 32 bits, signed."""
         text = f"{self._seed}/{self._step}/{self._places[parameter]}/{what}"
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little", signed=True)

@@ -61,7 +61,7 @@ class Stepper:
     """Steps `optimizer` chunk by chunk, rounding the weights that are bfloat16 as `rounder` says.
 
     `narrow_keys` are the parts of the optimizer's state to be held in bfloat16 where the weights are, as
-    `keys_in_bfloat16` gives them. Chunks are of about `elements_per_chunk`; with `math.inf` all is stepped at once.
+    `keys_in_bfloat16` returns them. Chunks are of about `elements_per_chunk`; with `math.inf` all is stepped at once.
     """
 
     def __init__(

@@ -46,7 +46,7 @@ def picture_name(
 
 
 def grid_name(model_name: str | None, *, now: datetime, step: int) -> str:
-    """The file name of the grid of `--sample_grid`: as `picture_name`, with "grid" for the index."""
+    """Return the file name of the grid of `--sample_grid`: as `picture_name`, with "grid" for the index."""
     return picture_name(model_name, now=now, step=step, epoch=None, index=0, seed=None).replace("_00.png", "_grid.png")
 
 
@@ -68,7 +68,7 @@ class PictureName:
 
 
 def other_drawings(path: Path, since: datetime) -> list[Path]:
-    """The files of the same picture as `path` that were drawn at another time, but not before `since`.
+    """Return the files of the same picture as `path` that were drawn at another time, but not before `since`.
 
     A run that was killed after it had drawn them, and goes on from a state of before, draws them again.
     """
@@ -81,7 +81,7 @@ def other_drawings(path: Path, since: datetime) -> list[Path]:
 
 
 def parameters_text(record: PictureRecord) -> str:
-    """What WebUIs show of a picture: G prompt, negative prompt, then settings, the L prompts among them."""
+    """Return what WebUIs show of a picture: G prompt, negative prompt, then settings, the L prompts among them."""
     prompt = record.prompt
     settings = {
         "Steps": prompt.num_inference_steps,
@@ -105,7 +105,7 @@ def parameters_text(record: PictureRecord) -> str:
 def save_picture(
     path: Path, image: Image.Image, record: PictureRecord, more_texts: Mapping[str, str] | None = None
 ) -> None:
-    """Write the PNG, whole or not at all, with `parameters_text` and each setting under a name of its own."""
+    """Write the PNG, whole or not at all, with `parameters_text` and each setting under a separate name."""
     prompt = record.prompt
     entries = {
         "parameters": parameters_text(record),

@@ -59,7 +59,7 @@ def draw_table(
 
 
 def _font_for(text: str, size: int) -> _Font:
-    """The font that has the most characters of the text; of equals the first, which is Pillow's own."""
+    """Return the font that has the most characters of the text; of equals the first, which is Pillow's own."""
     fonts = [ImageFont.load_default(size), *(() if text.isascii() else _system_fonts(size))]
     return max(fonts, key=lambda font: sum(_has(font, character) for character in set(text)))
 
@@ -77,7 +77,7 @@ def _has(font: _Font, character: str) -> bool:
 
 
 def _wrapped(label: str, font: _Font, width: int) -> str:
-    """Each line of the label in lines of at most `width` pixels, between words where that is possible."""
+    """Return each line of the label in lines of at most `width` pixels, between words where that is possible."""
     return "\n".join(_wrapped_line(line, font, width) for line in label.splitlines())
 
 
@@ -102,7 +102,7 @@ def _wrapped_line(text: str, font: _Font, width: int) -> str:
 
 
 def _short_words(words: Iterable[str], font: _Font, width: int) -> Iterator[str]:
-    """The words, those that are wider than `width` in pieces."""
+    """Yield the words, those that are wider than `width` in pieces."""
     for word in words:
         piece = ""
         for character in word:

@@ -48,12 +48,12 @@ class SamplePrompt:
 
 
 def read_prompt_file(path: Path) -> list[SamplePrompt]:
-    """The pictures that a .txt, .toml or .json file asks for, in its order.
+    """Return the pictures that a .txt, .toml or .json file asks for, in its order.
 
     Text: one picture a line, as `a cat --e photographic --n ugly --w 1024`; blank lines and # comments are skipped.
     TOML: [[prompt]] tables, or kohya's [prompt] whose [[prompt.subset]] tables inherit from it. JSON: a list of
     objects, or of lines. Sizes are floored to a multiple of 8. Without an L prompt both encoders read the G prompt.
-    Raises `UserError`, with the place in the file, for the first mistake found.
+    Raise `UserError`, with the place in the file, for the first mistake found.
     """
     readers = {".txt": _read_text, ".toml": _read_toml, ".json": _read_json}
     reader = readers.get(path.suffix.lower())
@@ -119,7 +119,7 @@ _OPTION_WORD = re.compile(r"(?:^|\s)--([a-z]\S*)", re.IGNORECASE)
 
 
 def _checked(name: str, shown: str, raw: object, where: str) -> Any:
-    """The value of the setting `name`, written as `shown`; raises `UserError` with what is expected."""
+    """Return the value of the setting `name`, written as `shown`; raise `UserError` with what is expected."""
     setting = _SETTINGS[name]
     value = setting.value_of(raw)
     if name == "sampler" and isinstance(value, str):
@@ -131,7 +131,7 @@ def _checked(name: str, shown: str, raw: object, where: str) -> Any:
 
 
 def _picture(said: dict[str, Any], line: int, where: str) -> SamplePrompt:
-    """The picture that the settings `said` describe, with defaults for what they leave open."""
+    """Return the picture that the settings `said` describe, with defaults for what they leave open."""
     if not said.keys() & {"prompt_g", "prompt_l"}:
         raise UserError(f"{where}: there is no prompt.", "Give the text of the picture, before any option.")
     texts = [text for text in said.values() if isinstance(text, str)]
@@ -168,7 +168,7 @@ def _read_text(path: Path, text: str) -> Iterator[SamplePrompt]:
 
 
 def _settings_of_line(line: str, where: str) -> dict[str, Any]:
-    """What `a cat --e photographic --w 1024` says, by the name of the setting."""
+    """Return what `a cat --e photographic --w 1024` says, by the name of the setting."""
     prompt, *options = (part.strip() for part in _OPTION_WORD.split(line))
     said: dict[str, Any] = {"prompt_g": prompt} if prompt else {}
     for word, raw in zip(options[::2], options[1::2], strict=True):
@@ -219,7 +219,7 @@ def _read_json(path: Path, text: str) -> Iterator[SamplePrompt]:
     except json.JSONDecodeError as error:
         raise UserError(f"'{path}', line {error.lineno} is not valid JSON: {error.msg}.", "Mend it there.") from error
     except (RecursionError, ValueError) as error:  # thousands of brackets, a number of thousands of digits
-        raise UserError(f"'{path}' is not a list of prompts ({error}).", "Write it anew.") from error
+        raise UserError(f"'{path}' is not a list of prompts ({error}).", "Write it again.") from error
     if not isinstance(entries, list):
         raise UserError(f"'{path}' is no list.", 'Write the pictures as [{"prompt": "a cat"}, {"prompt": "a dog"}].')
     for number, entry in enumerate(entries, start=1):
@@ -229,7 +229,7 @@ def _read_json(path: Path, text: str) -> Iterator[SamplePrompt]:
 
 
 def _settings_of_table(table: object, where: str) -> dict[str, Any]:
-    """What a table with spelled-out names says, by the name of the setting."""
+    """Return what a table with spelled-out names says, by the name of the setting."""
     if not isinstance(table, dict):
         raise UserError(f"{where} is no table.", 'Write its settings by name, as in prompt = "a cat".')
     said: dict[str, Any] = {}
@@ -248,7 +248,7 @@ def _settings_of_table(table: object, where: str) -> dict[str, Any]:
 
 
 def _decoded(path: Path) -> str:
-    """The text of a UTF-8 file without its byte-order mark."""
+    """Return the text of a UTF-8 file without its byte-order mark."""
     try:
         data = path.read_bytes()
     except OSError as error:

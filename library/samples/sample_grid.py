@@ -34,7 +34,7 @@ class SampleGrid:
         return max(num_chunks_needed(text) for text in texts)
 
     def prompts(self) -> list[SamplePrompt]:
-        """The prompt of each cell, row by row."""
+        """Return the prompt of each cell, row by row."""
         return [
             replace(self.first, prompt_l=prompt_l, prompt_g=prompt_g, shared=False)
             for prompt_l in self.rows
@@ -42,13 +42,13 @@ class SampleGrid:
         ]
 
     def table(self, pictures: Sequence[Image.Image | None]) -> Image.Image:
-        """The labelled table of the pictures of `prompts()`; a cell whose picture is None stays grey."""
+        """Return the labelled table of the pictures of `prompts()`; a cell whose picture is None stays grey."""
         width = len(self.columns)
         cells = [pictures[start : start + width] for start in range(0, len(pictures), width)]
         return draw_table([f"L: {text}" for text in self.rows], [f"G: {text}" for text in self.columns], cells)
 
     def texts(self) -> dict[str, str]:
-        """What the PNG says of its rows and columns, each a JSON list."""
+        """Return what the PNG says of its rows and columns, each a JSON list."""
         return {
             "rows_prompt_l": json.dumps(self.rows, ensure_ascii=False),
             "columns_prompt_g": json.dumps(self.columns, ensure_ascii=False),
@@ -56,9 +56,9 @@ class SampleGrid:
 
 
 def make_sample_grid(prompts: Sequence[SamplePrompt]) -> SampleGrid:
-    """The grid of each distinct L prompt and each distinct G prompt, in the order of the file.
+    """Return the grid of each distinct L prompt and each distinct G prompt, in the order of the file.
 
-    A prompt that both encoders share gives a column, but no row. Raises `UserError` where no prompt has an L text of
+    A prompt that both encoders share makes a column, but no row. Raise `UserError` where no prompt has an L text of
     its own, and for more than `MAX_CELLS` cells.
     """
     rows = tuple(dict.fromkeys(prompt.prompt_l for prompt in prompts if not prompt.shared))

@@ -55,7 +55,7 @@ def _already_there(*networks: nn.Module) -> AbstractContextManager[None]:
 
 @dataclass(frozen=True)
 class SamplingNetworks:
-    """What a picture is drawn with; the U-Net gives float32.
+    """What a picture is drawn with; the U-Net returns float32.
 
     Within `at_hand(network, ...)` the others are on the U-Net's device: they are called only there.
     """
@@ -84,10 +84,10 @@ def draw_latents_together(
     seeds: Sequence[int],
     min_chunks: int = 1,
 ) -> torch.Tensor:
-    """Scaled latents [B, 4, h, w], in float32, of the pictures of B prompts, drawn in one batch.
+    """Return scaled latents [B, 4, h, w], in float32, of the pictures of B prompts, drawn in one batch.
 
     The same as `StableDiffusionXLPipeline(prompt=L, prompt_2=G)`, whose denoising loop this is; only the captions are
-    encoded here. The noise of each comes from a generator of its own seed, on the CPU. All randomness is theirs: the
+    encoded here. The noise of each comes from a generator with its seed, on the CPU. All randomness is theirs: the
     random state of training is left alone.
 
     The prompts must agree in their number of sampling steps and in their guidance scale. They are padded to chunks of
@@ -134,7 +134,7 @@ def draw_picture(
     seed: int,
     min_chunks: int = 1,
 ) -> Image.Image | None:
-    """The picture of a prompt, or None where the networks give NaN or Inf."""
+    """Return the picture of a prompt, or None where the networks give NaN or Inf."""
     latents = draw_latents_together(
         networks, [prompt], sampler=sampler, width=width, height=height, seeds=[seed], min_chunks=min_chunks
     )
@@ -142,7 +142,7 @@ def draw_picture(
 
 
 def picture_of_latents(networks: SamplingNetworks, latents: torch.Tensor) -> Image.Image | None:
-    """The picture of scaled latents [1, 4, h, w], or None where the decoder gives NaN or Inf."""
+    """Return the picture of scaled latents [1, 4, h, w], or None where the decoder returns NaN or Inf."""
     with networks.at_hand(networks.vae):
         pixels = decode_latents(networks.vae, latents / LATENT_SCALE)[0]  # [3, H, W] in -1..1
     if not pixels.isfinite().all():

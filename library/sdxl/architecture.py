@@ -30,12 +30,12 @@ class Architecture:
     text_encoder_g: dict[str, Any]
 
     def to_json(self) -> str:
-        """The configurations as one line of JSON, for the metadata of a single file."""
+        """Return the configurations as one line of JSON, for the metadata of a single file."""
         return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> "Architecture":
-        """The architecture that `to_json` wrote; raises `ValueError` for any other text."""
+        """Return the architecture that `to_json` wrote; raise `ValueError` for any other text."""
         configs = json.loads(text)
         names = {field.name for field in fields(cls)}
         if not isinstance(configs, dict) or configs.keys() != names:
@@ -157,31 +157,31 @@ class SdxlModel:
 
 
 def empty_unet(architecture: Architecture) -> UNet2DConditionModel:
-    """A U-Net without weights (meta tensors), ready for `load_state_dict(assign=True)`."""
+    """Return a U-Net without weights (meta tensors), ready for `load_state_dict(assign=True)`."""
     with init_empty_weights():
         return UNet2DConditionModel.from_config(architecture.unet)
 
 
 def empty_vae(architecture: Architecture) -> AutoencoderKL:
-    """A VAE without weights (meta tensors)."""
+    """Return a VAE without weights (meta tensors)."""
     with init_empty_weights():
         return AutoencoderKL.from_config(architecture.vae)
 
 
 def empty_text_encoder_l(architecture: Architecture) -> CLIPTextModel:
-    """The L encoder without weights (meta tensors)."""
+    """Return the L encoder without weights (meta tensors)."""
     with init_empty_weights():
         return CLIPTextModel(CLIPTextConfig(**architecture.text_encoder_l))
 
 
 def empty_text_encoder_g(architecture: Architecture) -> CLIPTextModelWithProjection:
-    """The G encoder without weights (meta tensors)."""
+    """Return the G encoder without weights (meta tensors)."""
     with init_empty_weights():
         return CLIPTextModelWithProjection(CLIPTextConfig(**architecture.text_encoder_g))
 
 
 def empty_model(architecture: Architecture) -> SdxlModel:
-    """A whole model without weights (meta tensors)."""
+    """Return a whole model without weights (meta tensors)."""
     return SdxlModel(
         unet=empty_unet(architecture),
         vae=empty_vae(architecture),

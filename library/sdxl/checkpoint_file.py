@@ -1,6 +1,6 @@
 """Read and write SDXL as one file, in the layout that ComfyUI, WebUIs and diffusers open."""
 
-import sys
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from library.config.errors import UserError
+from library.config.errors import UserError, listed
 from library.sdxl.architecture import (
     ARCHITECTURE_KEY,
     SDXL_BASE,
@@ -29,6 +29,8 @@ from library.sdxl.weight_names import (
     vae_table,
 )
 
+log = logging.getLogger(__name__)
+
 _OTHER_MODELS = (
     ("lora_unet_", "a LoRA, not a whole model"),
     ("lora_te", "a LoRA, not a whole model"),
@@ -40,7 +42,6 @@ _OTHER_MODELS = (
     ("double_blocks.", "Flux"),
     ("model.diffusion_model.double_blocks.", "Flux"),
 )
-_NAMES_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,9 @@ class ModelDtypes:
 
 
 def read_single_file(path: Path, dtypes: ModelDtypes) -> SdxlModel:
-    """The model of a single file, on the CPU, in evaluation mode.
+    """Return the model of a single file, on the CPU, in evaluation mode.
 
-    The file is mapped into memory and each tensor copied once, in its final precision. Raises `UserError` for a file
+    The file is mapped into memory and each tensor copied once, in its final precision. Raise `UserError` for a file
     that is damaged, of another model family, or lacks tensors of SDXL or holds them in other shapes (which ones).
     """
     with open_tensors(path) as reader:
@@ -79,7 +80,7 @@ def read_single_file(path: Path, dtypes: ModelDtypes) -> SdxlModel:
 def read_vae(path: Path, dtype: torch.dtype | None, architecture: Architecture = SDXL_BASE) -> AutoencoderKL:
     """The VAE alone, out of an SDXL single file or a VAE file (original or diffusers names); nothing else is read.
 
-    `architecture` is what a file without a note of its own is taken for. Raises as `read_single_file`.
+    `architecture` is assumed for a file that does not record one. Raises as `read_single_file`.
     """
     with open_tensors(path) as reader:
         vae = empty_vae(_architecture_of(reader, architecture))
@@ -90,7 +91,7 @@ def read_vae(path: Path, dtype: torch.dtype | None, architecture: Architecture =
 
 
 def _architecture_of(reader: TensorReader, otherwise: Architecture) -> Architecture:
-    """The architecture that the file's metadata notes, `otherwise` where there is no note."""
+    """Return the architecture that the file's metadata notes, `otherwise` where there is no note."""
     if ARCHITECTURE_KEY not in reader.metadata:
         return otherwise
     try:
@@ -103,7 +104,7 @@ def _architecture_of(reader: TensorReader, otherwise: Architecture) -> Architect
 
 
 def _vae_table_of(reader: TensorReader, vae: nn.Module) -> list[StoredTensor]:
-    """The table that fits the names in use: of a whole checkpoint, of a VAE file, or of diffusers."""
+    """Return the table that fits the names in use: of a whole checkpoint, of a VAE file, or of diffusers."""
     if "encoder.down_blocks.0.resnets.0.conv1.weight" in reader.shapes:
         return [StoredTensor(name, (name,)) for name in vae.state_dict()]
     table = vae_table(vae)
@@ -127,7 +128,8 @@ def _check(reader: TensorReader, network: nn.Module, table: list[StoredTensor]) 
     missing = [stored.name for stored in table if stored.name not in reader.shapes]
     if missing:
         raise UserError(
-            f"'{reader.path}' {_what_it_is(reader)}: {len(missing)} tensors are missing, such as {_some(missing)}.",
+            f"'{reader.path}' {_what_it_is(reader)}: {len(missing)} tensors are missing, such as "
+            f"{listed(missing, limit=5)}.",
             "Give an SDXL checkpoint (the base model or one fine-tuned from it).",
         )
     misshapen = []
@@ -137,7 +139,8 @@ def _check(reader: TensorReader, network: nn.Module, table: list[StoredTensor]) 
             misshapen.append(f"{stored.name} {list(reader.shapes[stored.name])} for {list(expected)}")
     if misshapen:
         raise UserError(
-            f"'{reader.path}' is not the usual SDXL: {len(misshapen)} tensors differ in shape: {_some(misshapen)}.",
+            f"'{reader.path}' is not the usual SDXL: {len(misshapen)} tensors differ in shape: "
+            f"{listed(misshapen, limit=5)}.",
             "Inpainting, refiner and pruned models cannot be fine-tuned here: give an SDXL base checkpoint.",
         )
 
@@ -147,11 +150,6 @@ def _what_it_is(reader: TensorReader) -> str:
         if any(name.startswith(prefix) for name in reader.shapes):
             return f"is not an SDXL checkpoint (it looks like {family})"
     return "is not a whole SDXL checkpoint"
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:_NAMES_SHOWN])
-    return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} more"
 
 
 def _fill(reader: TensorReader, network: nn.Module, table: list[StoredTensor], dtype: torch.dtype | None) -> None:
@@ -169,9 +167,11 @@ def _report_unused(reader: TensorReader, used: set[str]) -> None:
     known = {*used, LOGIT_SCALE}
     unused = [name for name in reader.shapes if name not in known and not name.endswith(".position_ids")]
     if unused:
-        print(
-            f"'{reader.path}': {len(unused)} tensors are not part of SDXL and are left out: {_some(unused)}",
-            file=sys.stderr,
+        log.warning(
+            "'%s': %d tensors are not part of SDXL and are left out: %s",
+            reader.path,
+            len(unused),
+            listed(unused, limit=5),
         )
 
 
@@ -179,7 +179,7 @@ def _report_unused(reader: TensorReader, used: set[str]) -> None:
 
 
 def tensors_to_write(model: SdxlModel, dtype: torch.dtype | None) -> Iterator[TensorToWrite]:
-    """Every tensor of the single file in its order, in `dtype` (None: as held in memory), made one at a time."""
+    """Yield every tensor of the single file in its order, in `dtype` (None: as held in memory), made one at a time."""
     for network, table, _ in _parts(model, ModelDtypes()):
         parameters = network.state_dict()
         for stored in table:
@@ -205,7 +205,7 @@ def write_single_file(path: Path, model: SdxlModel, dtype: torch.dtype | None, m
     """Write the model as one `.safetensors` (streamed: memory for one tensor) or, by its name, one `.ckpt` file.
 
     `dtype` is the precision in the file, None keeps what is in memory. `metadata` goes into the header (of a `.ckpt`:
-    beside the tensors), with the architecture where it is not SDXL base. Raises `UserError` where `path` cannot be
+    beside the tensors), with the architecture where it is not SDXL base. Raise `UserError` where `path` cannot be
     written.
     """
     if model.architecture != SDXL_BASE:

@@ -15,7 +15,7 @@ def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
 
 
 class HostCopy:
-    """A copy of a tensor in host memory that is on its way; `wait` gives it.
+    """A copy of a tensor in host memory that is on its way; `wait` returns it.
 
     It is made where this object is: `wait` waits for what the GPU was told before, and for nothing that it is told
     later.
@@ -28,7 +28,7 @@ class HostCopy:
             self._arrived.record()
 
     def wait(self) -> torch.Tensor:
-        """The copy, once it has arrived."""
+        """Return the copy, once it has arrived."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._copy

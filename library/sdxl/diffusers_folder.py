@@ -30,7 +30,7 @@ _REMEDY = f"Give the folder that holds {_INDEX}, a single .safetensors file, or 
 
 
 def read_diffusers_folder(name_or_path: str, dtypes: ModelDtypes) -> SdxlModel:
-    """The model of a diffusers folder (or hub name), on the CPU, in evaluation mode.
+    """Return the model of a diffusers folder (or hub name), on the CPU, in evaluation mode.
 
     Where `dtypes` leaves the precision open it is float32, since diffusers does not tell the file's own. Raises
     `UserError` where the folder is not a whole SDXL model.
@@ -61,7 +61,7 @@ def read_diffusers_folder(name_or_path: str, dtypes: ModelDtypes) -> SdxlModel:
 
 
 def read_diffusers_vae(name_or_path: str, dtype: torch.dtype | None) -> AutoencoderKL:
-    """The VAE of a diffusers model folder, or of a folder that is a VAE itself."""
+    """Return the VAE of a diffusers model folder, or of a folder that is a VAE itself."""
     is_vae_itself = (Path(name_or_path) / "config.json").is_file()
     return _load(AutoencoderKL, name_or_path, None if is_vae_itself else "vae", dtype)
 
@@ -86,7 +86,7 @@ def _load(network_class: Any, name_or_path: str, subfolder: str | None, dtype: t
 def write_diffusers_folder(folder: Path, model: SdxlModel, dtype: torch.dtype | None) -> None:
     """Write the model as a diffusers folder, weights streamed as safetensors in `dtype` (None: as in memory).
 
-    The folder is made under another name and then put in the place of an existing model. Raises `UserError` where that
+    The folder is made under another name and then put in the place of an existing model. Raise `UserError` where that
     cannot be done, or where the existing folder holds anything else.
     """
     with replacing_folder(folder, marker=_INDEX) as unfinished:
@@ -137,7 +137,7 @@ def _write_config(folder: Path, network: PreTrainedModel | ModelMixin) -> None:
 
 
 def _tensors(network: nn.Module, dtype: torch.dtype | None) -> list[TensorToWrite]:
-    """The network's tensors under the names that hub folders use, which every release of the libraries reads."""
+    """Return the network's tensors under the names that hub folders use, which every release of the libraries reads."""
     is_text_encoder = isinstance(network, PreTrainedModel)
     tensors = []
     for name, tensor in network.state_dict().items():

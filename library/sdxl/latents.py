@@ -1,6 +1,7 @@
 """Pixels to latents and back, through the VAE."""
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
@@ -8,9 +9,10 @@ from typing import NamedTuple, TypeVar
 import torch
 from diffusers import AutoencoderKL
 
-from library.config.messages import notify
 from library.sdxl.sizes import PIXELS_PER_LATENT
 from library.sdxl.tensor_file import raw_bytes
+
+log = logging.getLogger(__name__)
 
 TILE = 64
 """Latent cells along the side of a tile, where a picture is decoded in tiles."""
@@ -28,7 +30,7 @@ class EncodedPixels(NamedTuple):
 
 @torch.no_grad()
 def encode_pixels(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
-    """Unscaled latents [B, 4, h, w] in float32 of pixels [B, 3, H, W] in -1..1, on the VAE's device.
+    """Return unscaled latents [B, 4, h, w] in float32 of pixels [B, 3, H, W] in -1..1, on the VAE's device.
 
     The mean of the posterior: kohya's trainers draw from it, but its deviation is far below what the U-Net can tell
     apart, and the mean makes cached and uncached training the same. A GPU that has no memory for a batch gets its
@@ -39,14 +41,14 @@ def encode_pixels(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
     encoded = _unless_out_of_memory(lambda: vae.encode(pixels)) if together else None
     if encoded is None:
         if together:
-            notify(f"no memory to encode {len(pixels)} pictures at once: they are encoded one by one")
+            log.warning("out of memory for a batch of %d images: they are encoded one by one", len(pixels))
             vae.enable_slicing()
         encoded = vae.encode(pixels)
     return encoded.latent_dist.mean.float()
 
 
 def encode_pixels_finite(vae: AutoencoderKL, pixels: torch.Tensor) -> EncodedPixels:
-    """As `encode_pixels`; samples where the VAE's precision gives NaN or Inf are encoded again in float32."""
+    """As `encode_pixels`; samples where the VAE's precision produces NaN or Inf are encoded again in float32."""
     latents = encode_pixels(vae, pixels)
     overflowed = _not_finite(latents)
     held = vae.dtype
@@ -61,21 +63,21 @@ def encode_pixels_finite(vae: AutoencoderKL, pixels: torch.Tensor) -> EncodedPix
 
 @torch.no_grad()
 def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """Pixels [B, 3, H, W] in -1..1, float32, of unscaled latents [B, 4, h, w].
+    """Return pixels [B, 3, H, W] in -1..1, float32, of unscaled latents [B, 4, h, w].
 
     Where the device has no memory for that, in tiles that overlap, which differ a little in brightness.
     """
     latents = latents.to(vae.device, vae.dtype)
     decoded = _unless_out_of_memory(lambda: vae.decode(latents))
     if decoded is None:
-        notify("no memory to decode a picture at once: it is decoded in tiles")
+        log.warning("out of memory to decode an image at once: it is decoded in tiles")
         with _tiles(vae):
             decoded = vae.decode(latents)
     return decoded.sample.float()
 
 
 def vae_digest(vae: AutoencoderKL) -> str:
-    """A fingerprint of the VAE's weights, compared in bfloat16, the coarsest precision that they are held in.
+    """Return a fingerprint of the VAE's weights, compared in bfloat16, the coarsest precision that they are held in.
 
     The same in every precision that came straight from the file's without loss or by rounding to bfloat16. Weights of
     a float32 file that were rounded to float16 have another: take the digest before such a cast.
@@ -88,7 +90,7 @@ def vae_digest(vae: AutoencoderKL) -> str:
 
 
 def _unless_out_of_memory(compute: Callable[[], Result]) -> Result | None:
-    """What `compute` gives, or None. (What it held is free only when its exception is gone: after this returns.)"""
+    """Return the result of `compute`, or None. What it held is freed with its exception, when this returns."""
     try:
         return compute()
     except torch.OutOfMemoryError:

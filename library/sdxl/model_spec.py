@@ -32,7 +32,7 @@ def model_spec(
     timesteps: tuple[int, int] | None,
     now: datetime,
 ) -> dict[str, str]:
-    """The modelspec 1.0.0 keys (https://github.com/Stability-AI/ModelSpec) of an SDXL checkpoint.
+    """Return the modelspec 1.0.0 keys (https://github.com/Stability-AI/ModelSpec) of an SDXL checkpoint.
 
     `resolution` is (width, height) of training, `timesteps` the range trained on where it is not all of them,
     `now` the time of saving.

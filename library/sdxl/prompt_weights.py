@@ -69,7 +69,7 @@ def weighted_pieces(text: str) -> list[Piece]:
 def tokenize_weighted(caption: str, pad_token_id: int, num_chunks: int) -> WeightedCaption:
     """Return the token ids of a caption as `tokenize` has them, each piece by itself, and their weights.
 
-    Raises `UserError` as `weighted_pieces` does.
+    Raise `UserError` as `weighted_pieces` does.
     """
     ids: list[int] = []
     weights: list[float] = []

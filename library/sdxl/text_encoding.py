@@ -38,7 +38,7 @@ NOT_ENCODED = EncodedText()
 
 
 def encode_l(text_encoder_l: nn.Module, tokens_l: torch.Tensor) -> torch.Tensor:
-    """Hidden states of L's last block but one, [B, T, 768], for tokens [B, N, 77]."""
+    """Return hidden states of L's last block but one, [B, T, 768], for tokens [B, N, 77]."""
     output = text_encoder_l(tokens_l.flatten(0, 1), output_hidden_states=True)
     return _join_chunks(output.hidden_states[-2], num_chunks=tokens_l.shape[1])
 
@@ -57,7 +57,7 @@ def encode_g(text_encoder_g: nn.Module, tokens_g: torch.Tensor) -> tuple[torch.T
 def encode_captions(
     text_encoder_l: nn.Module, text_encoder_g: nn.Module, tokens: CaptionTokens, encoded: EncodedText = NOT_ENCODED
 ) -> TextConditioning:
-    """The conditioning for a batch of caption pairs: L's features before G's, and G's pooled vector.
+    """Return the conditioning for a batch of caption pairs: L's features before G's, and G's pooled vector.
 
     An encoder works only where `encoded` does not have its outputs.
     """

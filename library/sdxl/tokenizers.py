@@ -29,7 +29,7 @@ class CaptionTokens(NamedTuple):
     tokens_g: torch.Tensor
 
     def to(self, device: torch.device | str) -> "CaptionTokens":
-        """The same ids on `device`."""
+        """Return the same ids on `device`."""
         return CaptionTokens(self.tokens_l.to(device), self.tokens_g.to(device))
 
 
@@ -81,7 +81,7 @@ def save_tokenizer(folder: Path, pad_token_id: int) -> CLIPTokenizer:
 
 
 def tokenize(caption: str, pad_token_id: int, num_chunks: int) -> TokenizedCaption:
-    """Token ids of one caption in `num_chunks` chunks, each start + 75 + end; the text is cleaned as CLIP's was.
+    """Return token ids of one caption in `num_chunks` chunks, each start + 75 + end; the text is cleaned as CLIP's was.
 
     A chunk that the text does not fill ends in the end token and padding; text beyond the last chunk is cut.
     """
@@ -109,12 +109,12 @@ def _chunk(ids: list[int], pad_token_id: int) -> list[int]:
 
 
 def num_chunks_needed(caption: str) -> int:
-    """How many chunks of 75 tokens the caption fills, at least one."""
+    """Return how many chunks of 75 tokens the caption fills, at least one."""
     return max(1, -(-len(token_ids(caption)) // CHUNK_TOKENS))
 
 
 def tokenize_captions(captions_l: Sequence[str], captions_g: Sequence[str], num_chunks: int) -> CaptionTokens:
-    """Token ids of B caption pairs, L padded with the end token and G with zero."""
+    """Return token ids of B caption pairs, L padded with the end token and G with zero."""
     return CaptionTokens(
         torch.tensor([tokenize(caption, PAD_L, num_chunks).ids for caption in captions_l]),
         torch.tensor([tokenize(caption, PAD_G, num_chunks).ids for caption in captions_g]),

@@ -8,10 +8,10 @@ _ALONE = {"time_embed": 0, "label_emb": 0, "out": NUM_UNET_BLOCKS - 1}
 
 
 def unet_block_index(single_file_name: str) -> int:
-    """The block, 0 to 22, of a U-Net parameter named as in the single file, without `model.diffusion_model.`.
+    """Return the block, 0 to 22, of a U-Net parameter named as in the single file, without `model.diffusion_model.`.
 
     0 is the embeddings of time and size, 1-9 the way down, 10-12 the middle, 13-21 the way up, 22 the output
-    convolution (kohya's count). Raises `ValueError` for any other name.
+    convolution (kohya's count). Raise `ValueError` for any other name.
     """
     part, _, rest = single_file_name.partition(".")
     if part in _ALONE:

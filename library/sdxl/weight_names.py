@@ -33,7 +33,7 @@ class StoredTensor:
     form: Form = Form.SAME
 
     def to_parameters(self, tensor: torch.Tensor) -> Iterable[torch.Tensor]:
-        """The tensors of `parameters`, in order (views of `tensor`)."""
+        """Return the tensors of `parameters`, in order (views of `tensor`)."""
         match self.form:
             case Form.SAME:
                 return (tensor,)
@@ -45,7 +45,7 @@ class StoredTensor:
                 return tensor.chunk(len(self.parameters))
 
     def from_parameters(self, tensors: list[torch.Tensor]) -> torch.Tensor:
-        """The tensor of the file; the inverse of `to_parameters`."""
+        """Return the tensor of the file; the inverse of `to_parameters`."""
         match self.form:
             case Form.SAME:
                 return tensors[0]
@@ -100,7 +100,7 @@ def _unet_modules() -> dict[str, str]:
 
 
 def unet_name(parameter: str) -> str:
-    """The single file's name (without its prefix) of a parameter of diffusers' U-Net.
+    """Return the single file's name (without its prefix) of a parameter of diffusers' U-Net.
 
     >>> unet_name("down_blocks.1.resnets.0.conv1.weight")
     'input_blocks.4.0.in_layers.2.weight'
@@ -133,7 +133,7 @@ _VAE_LAST_LEVEL = 3
 
 
 def vae_name(parameter: str) -> str:
-    """The single file's name (without its prefix) of a parameter of diffusers' VAE.
+    """Return the single file's name (without its prefix) of a parameter of diffusers' VAE.
 
     The decoder's levels are counted from the picture in the file and from the latents in diffusers.
     """
@@ -180,12 +180,12 @@ def _stored_g(parameter: str) -> StoredTensor | None:
 
 
 def unet_table(unet: nn.Module) -> list[StoredTensor]:
-    """The single file's tensors of the U-Net."""
+    """Return the single file's tensors of the U-Net."""
     return [StoredTensor(PREFIX_UNET + unet_name(name), (name,)) for name in unet.state_dict()]
 
 
 def vae_table(vae: nn.Module) -> list[StoredTensor]:
-    """The single file's tensors of the VAE; its attention's linear layers are stored as 1x1 convolutions."""
+    """Return the single file's tensors of the VAE; its attention's linear layers are stored as 1x1 convolutions."""
     return [
         StoredTensor(
             PREFIX_VAE + vae_name(name),
@@ -197,11 +197,11 @@ def vae_table(vae: nn.Module) -> list[StoredTensor]:
 
 
 def text_encoder_l_table(text_encoder_l: nn.Module) -> list[StoredTensor]:
-    """The single file's tensors of the L encoder."""
+    """Return the single file's tensors of the L encoder."""
     return [StoredTensor(PREFIX_L + _without_wrapper(name), (name,)) for name in text_encoder_l.state_dict()]
 
 
 def text_encoder_g_table(text_encoder_g: nn.Module) -> list[StoredTensor]:
-    """The single file's tensors of the G encoder, in OpenCLIP's names."""
+    """Return the single file's tensors of the G encoder, in OpenCLIP's names."""
     stored = (_stored_g(name) for name in text_encoder_g.state_dict())
     return [tensor for tensor in stored if tensor is not None]

@@ -1,6 +1,6 @@
 """`--torch_compile`: the blocks that the U-Net repeats run as compiled kernels while it is trained."""
 
-from collections.abc import Callable
+import logging
 from types import MethodType
 from typing import Any
 
@@ -13,47 +13,46 @@ from library.config.errors import UserError
 from library.optim.kernels import MAX_KERNELS, allow_kernels, why_not_compiled
 from library.training.run_options import CompileOptions
 
+log = logging.getLogger(__name__)
+
 REGIONS: tuple[type[nn.Module], ...] = (BasicTransformerBlock, ResnetBlock2D)
 """What is compiled: 70 transformer blocks of 2 widths and 17 residual blocks of 12 of SDXL's U-Net hold nearly all of
-its time. The whole of it at once would compile for many minutes, and anew for each size of picture."""
+its time. The whole of it at once would compile for many minutes, and again for each size of image."""
 
 _NOTEWORTHY_SECONDS = 1.0
 
 
-def compile_regions(
-    network: nn.Module, options: CompileOptions, device: torch.device, say: Callable[[str], None]
-) -> None:
-    """Let the blocks of `network` that are repeated run compiled, if the options ask for it; `say` tells how it goes.
+def compile_regions(network: nn.Module, options: CompileOptions, device: torch.device) -> None:
+    """Let the blocks of `network` that are repeated run compiled, if the options ask for it.
 
-    Blocks of one kind and width share their kernels. A second size of picture has them compiled once more, for any
-    size. Without gradients (in sampling) the blocks run as ever, and so they do for sizes that come after
-    `MAX_KERNELS`. Names, weights and files of the network stay as they are. Raises `UserError` where no compiler works.
+    Blocks of one kind and width share their kernels. A second size of image compiles them once more, for any size.
+    Without gradients (in sampling) the blocks run uncompiled, and so they do for sizes beyond `MAX_KERNELS`. Names,
+    weights and files of the network stay as they are. Raise `UserError` where no compiler works.
     """
     if not options.torch_compile:
         return
     _require_compiler(options.dynamo_backend, device)
     allow_kernels()
     for kind in REGIONS:
-        region = _Region(kind, options.dynamo_backend, say)
+        region = _Region(kind, options.dynamo_backend)
         for module in network.modules():
             if type(module) is kind:
                 # A method, so that a deep copy of the network computes with its own weights.
                 module.forward = MethodType(region.forward, module)
-    network.register_forward_pre_hook(_WarmUp(say).look)
+    network.register_forward_pre_hook(_WarmUp().look)
 
 
 class _Region:
     """A kind of block, as it is and compiled."""
 
-    def __init__(self, kind: type[nn.Module], backend: str, say: Callable[[str], None]):
+    def __init__(self, kind: type[nn.Module], backend: str):
         self._kind = kind
         # A whole graph: without, torch would give up in silence where it cannot go on.
         self._compiled = torch.compile(kind.forward, backend=backend, fullgraph=True)
-        self._say = say
         self._left_alone: set[tuple[int, torch.Size]] = set()
 
     def forward(self, module: nn.Module, hidden: torch.Tensor, *arguments: Any, **named: Any) -> Any:
-        """What `module` makes of `hidden`."""
+        """Return what `module` makes of `hidden`."""
         key = (id(module), hidden.shape)
         if not torch.is_grad_enabled() or key in self._left_alone:
             return self._kind.forward(module, hidden, *arguments, **named)
@@ -61,7 +60,7 @@ class _Region:
             return self._compiled(module, hidden, *arguments, **named)
         except torch._dynamo.exc.FailOnRecompileLimitHit:
             if not self._left_alone:
-                self._say(
+                log.warning(
                     f"torch.compile: {self._kind.__name__} has been compiled {MAX_KERNELS} times, which is the limit. "
                     f"Sizes that come now, the first of them {list(hidden.shape)}, run uncompiled."
                 )
@@ -72,8 +71,7 @@ class _Region:
 class _WarmUp:
     """Says how long compiling has taken, before the forward pass that comes after it."""
 
-    def __init__(self, say: Callable[[str], None]):
-        self._say = say
+    def __init__(self) -> None:
         self._said_seconds = compiling_seconds()
         self._is_first = True
 
@@ -81,13 +79,13 @@ class _WarmUp:
         """A hook before a forward pass."""
         seconds = compiling_seconds()
         if seconds - self._said_seconds > _NOTEWORTHY_SECONDS:
-            again = "" if self._is_first else " for another size of picture"
-            self._say(f"torch.compile: {seconds - self._said_seconds:.0f} s of compiling{again}")
+            again = "" if self._is_first else " for another size of image"
+            log.info("torch.compile: %.0f s of compiling%s", seconds - self._said_seconds, again)
             self._said_seconds, self._is_first = seconds, False
 
 
 def compiling_seconds() -> float:
-    """How long this process has been compiling so far."""
+    """Return how long this process has been compiling so far."""
     return float(torch._dynamo.utils.calculate_time_spent().get("total_wall_time", 0.0))
 
 

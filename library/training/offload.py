@@ -22,7 +22,7 @@ def settle(
 ) -> None:
     """Give each network its place: those `of_steps` on the device, the others, which are frozen, in files of `folder`.
 
-    Raises `UserError` where the device has no room.
+    Raise `UserError` where the device has no room.
     """
     for network in networks:
         if network not in of_steps:
@@ -34,7 +34,7 @@ def settle(
 
 
 def set_aside(network: nn.Module, folder: Path) -> None:
-    """Move a frozen network from memory into a file of its own in `folder`, of which the weights are then views.
+    """Move a frozen network from memory into a separate file in `folder`, of which the weights are then views.
 
     The system reads of it what is used, and may forget it again. The file has no name: nobody can change or remove it,
     as they could the model's, and it is gone with the process, however that ends. Where it cannot be written, the
@@ -48,7 +48,7 @@ def set_aside(network: nn.Module, folder: Path) -> None:
 
 
 def _written(tensors: list[torch.Tensor], folder: Path) -> list[torch.Tensor]:
-    """The same tensors as views of a nameless file; raises `OSError` where it cannot be written."""
+    """Return the same tensors as views of a nameless file; raise `OSError` where it cannot be written."""
     folder.mkdir(parents=True, exist_ok=True)
     offsets = []
     with tempfile.TemporaryFile(dir=folder) as file:
@@ -85,7 +85,7 @@ def visiting(device: torch.device, *networks: nn.Module) -> Iterator[None]:
 
 
 def _tensors(networks: Iterable[nn.Module]) -> list[tuple[nn.Module, str, torch.Tensor]]:
-    """Every parameter and buffer, with the module that holds it and its name there."""
+    """Return every parameter and buffer, with the module that holds it and its name there."""
     modules = [module for network in networks for module in network.modules()]
     return [
         (module, name, tensor)

@@ -39,7 +39,7 @@ class PreparedSet(NamedTuple):
     texts: CachedTexts
 
     def networks_of_steps(self, model: SdxlModel) -> list[nn.Module]:
-        """The networks that every step needs; what the others could say is cached."""
+        """Return the networks that every step needs; what the others could say is cached."""
         is_needed = {
             model.unet: True,
             model.vae: any(image.latents is None for image in self.images),
@@ -52,9 +52,9 @@ class PreparedSet(NamedTuple):
 def prepare_set(
     options: TrainingOptions, model: SdxlModel, digest: str, accelerator: Accelerator, progress: Progress
 ) -> PreparedSet:
-    """The training set; what is to be cached and is not yet is encoded now, on disk by the main process first.
+    """Return the training set; what is to be cached and is not yet is encoded now, on disk by the main process first.
 
-    `digest` is the VAE's. Raises `UserError` where the state that is resumed was made with other images.
+    `digest` is the VAE's. Raise `UserError` where the state that is resumed was made with other images.
     """
     with accelerator.main_process_first():
         if accelerator.is_main_process and options.training_set.train_data_dir is not None:
@@ -132,7 +132,7 @@ def make_plan(
 
 
 def latents_of(batch: Batch, vae: AutoencoderKL) -> torch.Tensor:
-    """Unscaled latents [B, 4, h, w] of a batch: from its cache, or encoded now; raises `UserError` where not finite."""
+    """Unscaled latents [B, 4, h, w] of a batch: from its cache, or encoded now; raise `UserError` where not finite."""
     if batch.latents is not None:
         return batch.latents
     assert batch.pixels is not None

@@ -145,7 +145,7 @@ class Sampling:
         name = grid_name(self._run.model_name, now=datetime.now(), step=step)
         if self._grid is None or (only_missing and self._is_there(name)):
             return
-        seed = self._fresh_seed(step=0, index=0)  # the same before and after, unless the first line gives one
+        seed = self._fresh_seed(step=0, index=0)  # the same before and after, unless the first line sets one
         prompts, num_chunks = self._grid.prompts(), self._grid.num_chunks
         with self._tracker.untimed(), self._final_weights():
             pictures = [

@@ -128,7 +128,7 @@ def set_up(options: TrainingOptions, stop: StopRequest) -> Run:
     if accelerator.is_main_process:
         _check_disk(options, model, learner, plan, progress)
     tracker = _make_tracker(options.tracking, plan, progress, accelerator)
-    compile_regions(model.unet, options.compilation, accelerator.device, log.info)
+    compile_regions(model.unet, options.compilation, accelerator.device)
     checkpoints = _make_checkpoints(options, model, learner, progress, tracker, state)
     sampling = _make_sampling(options, model, learner, progress, tracker, stop.is_made)
     return Run(

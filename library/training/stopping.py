@@ -1,5 +1,6 @@
 """How a run is asked to stop: Ctrl-C, a signal, a terminal that closes, or a file named `stop` in the output folder."""
 
+import logging
 import os
 import signal
 import stat
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from library.config.messages import notify
+log = logging.getLogger(__name__)
 
 STOP_FILE = "stop"
 EXIT_AFTER_SIGNAL = 128
@@ -55,7 +56,7 @@ def listening_for_stop(output_dir: Path) -> Iterator[StopRequest]:
     """
     request = StopRequest(output_dir)
     if (output_dir / STOP_FILE).is_file():
-        print(f"removed '{output_dir / STOP_FILE}', which an earlier run was to obey")
+        log.info("removed '%s', which was meant for an earlier run", output_dir / STOP_FILE)
         with suppress(OSError):
             (output_dir / STOP_FILE).unlink()
     first_time = 0.0
@@ -69,7 +70,7 @@ def listening_for_stop(output_dir: Path) -> Iterator[StopRequest]:
             _leave_terminal()
         if request.signal_number is None:
             request.signal_number, first_time = number, time.monotonic()
-            notify("stopping after this step; once more to stop at once, without saving")
+            log.warning("Stopping after this step. Press Ctrl-C again to quit immediately without saving.")
         elif number != _HANG_UP and time.monotonic() - first_time > SAME_SIGNAL_SECONDS:
             raise SystemExit(EXIT_AFTER_SIGNAL + number)
 

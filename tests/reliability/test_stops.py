@@ -39,7 +39,7 @@ def test_the_first_signal_ends_the_run_after_the_step(number, to_group, status, 
     run.wait_until_said("1/50")
     run.send(number, to_group=to_group)  # the workers that read batches get it too, as from a terminal
     assert run.wait() == status
-    assert "stopping after this step" in run.said
+    assert "Stopping after this step" in run.said
     assert "Traceback" not in run.said
     last = [line for line in run.said.splitlines() if line.strip()][-1]
     said = re.fullmatch(r'Training stopped after step (\d+)\. Continue with the same command and --resume "(.+)"', last)
@@ -54,7 +54,7 @@ def test_a_second_signal_ends_it_at_once_unless_it_is_the_terminal_that_closes(a
     run.wait_until_said("0/2")
     time.sleep(SETTING_OUT)
     run.send(signal.SIGINT)
-    run.wait_until_said("once more to stop at once")
+    run.wait_until_said("Press Ctrl-C again to quit")
     time.sleep(1.2)  # sooner it would be taken for the same Ctrl-C, handed on by a launcher
     if hasattr(signal, "SIGHUP"):
         run.send(signal.SIGHUP)
@@ -116,7 +116,7 @@ def test_the_stop_file_ends_a_run_well_and_one_of_before_does_not(argv, run_serv
     (output / "stop").touch()
     run = run_server("train", [*argv, "--max_data_loader_n_workers=0"])
     run.wait_until_said("1/50")
-    assert "which an earlier run was to obey" in run.said
+    assert "which was meant for an earlier run" in run.said
     (output / "stop").touch()
     assert run.wait() == 0
     assert not (output / "stop").exists()

@@ -61,11 +61,10 @@ def gradient_of(network, pixels):
     return loss.item(), {name: parameter.grad.clone() for name, parameter in network.named_parameters()}
 
 
-def test_loss_and_gradient_are_those_of_the_blocks_as_they_are_and_compiling_is_said(blocks, monkeypatch):
+def test_loss_and_gradient_are_those_of_the_blocks_as_they_are_and_compiling_is_reported(blocks, monkeypatch, caplog):
     monkeypatch.setattr(compilation, "_NOTEWORTHY_SECONDS", 0.0)
-    said = []
     compiled = copy.deepcopy(blocks)
-    compile_regions(compiled, TRACED, CPU, said.append)
+    compile_regions(compiled, TRACED, CPU)
     before = num_graphs()
     for side in (4, 6, 8):
         (loss, gradient), (expected_loss, expected) = (
@@ -75,12 +74,15 @@ def test_loss_and_gradient_are_those_of_the_blocks_as_they_are_and_compiling_is_
         assert loss == pytest.approx(expected_loss, rel=1e-6)
         assert all(torch.allclose(gradient[name], expected[name], rtol=1e-4, atol=1e-6) for name in expected)
     assert num_graphs() - before == 4  # for each kind the first size, then one for any size
-    assert [line.partition(" s of ")[2] for line in said] == ["compiling", "compiling for another size of picture"]
+    assert [line.partition(" s of ")[2] for line in caplog.messages] == [
+        "compiling",
+        "compiling for another size of image",
+    ]
 
 
 def test_names_and_copies_of_the_network_are_as_before(blocks):
     names = list(blocks.state_dict())
-    compile_regions(blocks, TRACED, CPU, print)
+    compile_regions(blocks, TRACED, CPU)
     assert list(blocks.state_dict()) == names
     other = copy.deepcopy(blocks)
     nn.init.zeros_(blocks.resnet.conv2.weight)
@@ -90,32 +92,31 @@ def test_names_and_copies_of_the_network_are_as_before(blocks):
 
 def test_nothing_is_compiled_without_gradients_or_without_the_flag(blocks):
     before = num_graphs()
-    compile_regions(blocks, CompileOptions(), CPU, print)
+    compile_regions(blocks, CompileOptions(), CPU)
     blocks(pixels_of(4))
     assert num_graphs() == before
-    compile_regions(blocks, TRACED, CPU, print)
+    compile_regions(blocks, TRACED, CPU)
     compiled_to_try = num_graphs()
     with torch.no_grad():
         blocks(pixels_of(4))
     assert num_graphs() == compiled_to_try
 
 
-def test_sizes_beyond_the_limit_run_uncompiled_and_that_is_said_once_for_each_kind(blocks, monkeypatch):
+def test_sizes_beyond_the_limit_run_uncompiled_and_that_is_reported_once_for_each_kind(blocks, monkeypatch, caplog):
     for room in (compilation, compiled_kernels):
         monkeypatch.setattr(room, "MAX_KERNELS", 1)
     expected, _ = gradient_of(blocks, pixels_of(6))
-    said = []
     with torch._dynamo.config.patch(recompile_limit=1):
-        compile_regions(blocks, TRACED, CPU, said.append)
+        compile_regions(blocks, TRACED, CPU)
         losses = [gradient_of(blocks, pixels_of(side))[0] for side in (4, 6, 8)]
     assert losses[1] == expected
-    about_limit = [line.partition(" has")[0] for line in said if "which is the limit" in line]
+    about_limit = [line.partition(" has")[0] for line in caplog.messages if "which is the limit" in line]
     assert about_limit == ["torch.compile: ResnetBlock2D", "torch.compile: BasicTransformerBlock"]
 
 
 def test_a_machine_without_a_compiler_is_told_what_to_install(blocks, no_compiler):
     with pytest.raises(UserError, match=r"(?s)--torch_compile does not work here.*g\+\+, MSVC"):
-        compile_regions(blocks, CompileOptions(torch_compile=True), CPU, print)
+        compile_regions(blocks, CompileOptions(torch_compile=True), CPU)
 
 
 def test_a_backend_without_compilation_is_refused():

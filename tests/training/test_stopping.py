@@ -44,7 +44,7 @@ def test_a_file_of_before_is_not_for_this_run(tmp_path: Path, capsys):
     (tmp_path / STOP_FILE).touch()
     with listening_for_stop(tmp_path) as stop:
         assert not stop.is_made()
-    assert "which an earlier run was to obey" in capsys.readouterr().out
+    assert "which was meant for an earlier run" in capsys.readouterr().out
 
 
 STOPPED_BY_ITS_TERMINAL = """
