@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from library.data.caption_tokens import tokenize_captions_of
 from library.data.crops import Crop
 from library.data.dataset import Batch, CaptionedImages
 from library.data.epoch_order import MicroBatch
@@ -58,7 +59,8 @@ class SyntheticSet:
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """Batches without end, bucket after bucket, read when they are asked for."""
-        pictures = CaptionedImages(list(self._training_images()), num_chunks=1)
+        images = list(self._training_images())
+        pictures = CaptionedImages(images, tokenize_captions_of(images, num_chunks=1))
         for first in cycle(range(0, len(self.buckets) * PICTURES_PER_BUCKET, PICTURES_PER_BUCKET)):
             indices = tuple(first + index % PICTURES_PER_BUCKET for index in range(batch_size))
             yield pictures[MicroBatch(indices, (False,) * batch_size, 1 / batch_size, completes_step=True)]

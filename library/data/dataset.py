@@ -1,10 +1,11 @@
-"""Pictures of one bucket to a batch: latents or pixels, the tokens of both captions, the sizes."""
+"""Images of one bucket to a batch: latents or pixels, the tokens of both captions, the sizes."""
 
+import atexit
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,9 +13,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from library.config.errors import UserError
+from library.data.caption_tokens import TokenTable
 from library.data.epoch_order import EpochOrder, MicroBatch
 from library.data.images import load_rgb, resize_and_crop
-from library.data.latent_cache import CachedLatents, read_cache
 from library.data.latent_preparation import pixels_to_tensor
 from library.data.prefetch import prefetch
 from library.data.subsets import LoaderOptions
@@ -23,16 +24,16 @@ from library.data.training_set import TrainingImage
 from library.sdxl.device_copies import to_device
 from library.sdxl.sizes import Size
 from library.sdxl.text_encoding import EncodedText
-from library.sdxl.tokenizers import CaptionTokens, tokenize_captions
+from library.sdxl.tokenizers import CaptionTokens
 
 _BATCHES_AHEAD = 3
 
 
 class Batch(NamedTuple):
-    """B pictures of one bucket. Sizes are [B, 2], height (top) first, in float32: a legacy crop has fractions.
+    """B images of one bucket. Sizes are [B, 2], height (top) first, in float32: a legacy crop has fractions.
 
-    Either `latents` [B, 4, h, w] (float32, not yet scaled) or `pixels` [B, 3, H, W] (float32, -1..1) is there.
-    `encoded` is what is cached of the captions, whose `tokens` are there in any case. `loss_scale` and `completes_step`
+    Either `latents` [B, 4, h, w] (float32, not yet scaled) or `pixels` [B, 3, H, W] (float32, -1..1) is set.
+    `encoded` holds what is cached of the captions, whose `tokens` are always set. `loss_scale` and `completes_step`
     are as in `MicroBatch`.
     """
 
@@ -48,11 +49,11 @@ class Batch(NamedTuple):
     keys: tuple[str, ...]
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch with its tensors on `device`; to a GPU they are copied while Python goes on."""
+        """Return the batch with its tensors on `device`; copies to a GPU do not block Python."""
         return self._each(partial(to_device, device=device))
 
     def pin_memory(self) -> "Batch":
-        """The same batch in memory from which a GPU can copy by itself."""
+        """Return the batch in pinned memory, from which a GPU copies asynchronously."""
         return self._each(torch.Tensor.pin_memory)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
@@ -73,27 +74,24 @@ class Batch(NamedTuple):
 class CaptionedImages(Dataset[Batch]):
     """The training set by micro-batch: `dataset[micro_batch]` is its `Batch`. Works in spawned workers."""
 
-    def __init__(self, images: Sequence[TrainingImage], num_chunks: int, texts: CachedTexts = NO_TEXTS):
+    def __init__(self, images: Sequence[TrainingImage], tokens: TokenTable, texts: CachedTexts = NO_TEXTS):
         self._images = images
-        self._num_chunks = num_chunks
+        self._tokens = tokens
         self._texts = texts
 
     @property
-    def kinds(self) -> list[tuple[object, ...]]:
-        """What pictures of one batch share: the bucket, and whether their latents are at hand."""
-        return [(image.bucket, image.latents is not None) for image in self._images]
+    def kinds(self) -> list[tuple[Size, bool]]:
+        """The kind of each image: images of one batch share it."""
+        return [image.kind for image in self._images]
 
     def __getitem__(self, micro_batch: MicroBatch) -> Batch:
         images = [self._images[index] for index in micro_batch.indices]
         flips = micro_batch.flips
         samples = torch.stack([_sample(image, flip) for image, flip in zip(images, flips, strict=True)])
-        are_latents = images[0].latents is not None
-        tokens = tokenize_captions(
-            [image.caption_l for image in images], [image.caption_g for image in images], self._num_chunks
-        )
+        tokens = self._tokens.tokens_of([image.caption_l for image in images], [image.caption_g for image in images])
         return Batch(
-            latents=samples if are_latents else None,
-            pixels=None if are_latents else samples,
+            latents=samples if images[0].has_latents else None,
+            pixels=None if images[0].has_latents else samples,
             tokens=tokens,
             original_sizes=torch.tensor([_height_width(image.size) for image in images]),
             crop_top_lefts=torch.tensor([_top_left(image, flip) for image, flip in zip(images, flips, strict=True)]),
@@ -105,22 +103,35 @@ class CaptionedImages(Dataset[Batch]):
         )
 
 
+class BatchLoader:
+    """The batches of a `DataLoader`, prefetched: each iteration is one epoch."""
+
+    def __init__(self, loader: DataLoader[Any], device: torch.device):
+        self.loader = loader
+        self._device = device
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return _prefetched(self.loader, self._device)
+
+
 def make_loader(
     dataset: CaptionedImages,
     order: EpochOrder,
     options: LoaderOptions,
     device: torch.device = torch.device("cpu"),  # noqa: B008 (a value)
-) -> DataLoader[Batch]:
-    """Batches in the order of `order`, one epoch an iteration, read ahead of their use.
+) -> BatchLoader:
+    """Return the batches in the order of `order`, one epoch per iteration.
 
-    A thread does that, with as many workers behind it as the options ask for and there are cores for. Batches for a
-    GPU wait in pinned memory.
+    A thread prefetches them, with as many worker processes behind it as the options ask for and there are cores for.
+    Batches for a GPU wait in pinned memory.
     """
     num_workers = min(options.max_data_loader_n_workers, max(1, (os.cpu_count() or 1) - 1))
-    return _Loader(
+    loader = DataLoader(
         _ErrorsAsItems(dataset),
-        device,
-        batch_size=None,  # the order gives whole batches
+        batch_size=None,  # the order yields whole batches
         collate_fn=_unchanged,  # torch's own turns the tuple of keys into a list
         sampler=order,  # not integers: without automatic batching any index will do
         num_workers=num_workers,
@@ -128,16 +139,11 @@ def make_loader(
         worker_init_fn=_leave_signals_to_training,
         generator=torch.Generator(),  # else every iteration would draw from the generator of training
     )
-
-
-def _leave_signals_to_training(worker: int) -> None:
-    """A Ctrl-C, and what ends a job on a cluster, reach every process: training stops, and then its workers do."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    return BatchLoader(loader, device)
 
 
 class _ErrorsAsItems(Dataset[Any]):
-    """The dataset, but a mistake of the user comes out instead of being raised; `_Loader` raises it.
+    """The dataset, which returns a `UserError` instead of raising it; `_prefetched` raises it.
 
     torch would raise it in the training process with the traceback of the worker as its message.
     """
@@ -152,21 +158,37 @@ class _ErrorsAsItems(Dataset[Any]):
             return error
 
 
-class _Loader(DataLoader[Any]):
-    def __init__(self, dataset: _ErrorsAsItems, device: torch.device, **options: Any):
-        super().__init__(dataset, **options)
-        self._device = device
+def _prefetched(loader: DataLoader[Any], device: torch.device) -> Iterator[Batch]:
+    batches: Iterator[Batch | UserError] = iter(loader)  # starts workers before there is a thread
+    atexit.unregister(_kill_workers)
+    atexit.register(_kill_workers)  # last, and so the first to be called
+    begin = None
+    if device.type == "cuda":
+        batches = map(_pinned, batches)
+        begin = partial(torch.cuda.set_device, device)  # a new thread has the first GPU
+    for batch in prefetch(batches, _BATCHES_AHEAD, begin=begin):
+        if isinstance(batch, UserError):
+            # A new one: raising `batch` would make this frame and its traceback hold each other, and the workers.
+            raise UserError(batch.problem, batch.remedy)
+        yield batch
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # torch names its own class of iterators
-        batches: Iterator[Batch | UserError] = super().__iter__()  # starts workers before there is a thread
-        begin = None
-        if self._device.type == "cuda":
-            batches = map(_pinned, batches)
-            begin = partial(torch.cuda.set_device, self._device)  # a new thread has the first GPU
-        for batch in prefetch(batches, _BATCHES_AHEAD, begin=begin):
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
+
+def _leave_signals_to_training(worker: int) -> None:
+    """Ignore Ctrl-C and SIGTERM, which reach every process of a job: training stops first, then its workers."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _kill_workers() -> None:
+    """Kill the workers that are left when Python ends after an error.
+
+    Python would end them by SIGTERM, which they ignore, and wait for them forever.
+    """
+    if hasattr(signal, "SIGCHLD"):  # absent on Windows; torch's handler would report each of them
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def _pinned(batch: Batch | UserError) -> Batch | UserError:
@@ -178,21 +200,13 @@ def _unchanged(item: Any) -> Any:
 
 
 def _sample(image: TrainingImage, flip: bool) -> torch.Tensor:
-    """Latents [4, h, w], or pixels [3, H, W] where there are none."""
-    if image.latents is None:
-        assert image.source is not None
-        bucket, resized, _ = image.source.assignment
-        pixels = pixels_to_tensor(resize_and_crop(load_rgb(image.source.path), resized, bucket))
-        return pixels.flip(-1) if flip else pixels
-    cached = read_cache(image.latents) if isinstance(image.latents, Path) else image.latents
-    return torch.from_numpy(np.ascontiguousarray(_latents(cached, flip)))
-
-
-def _latents(cached: CachedLatents, flip: bool) -> np.ndarray:
-    if not flip:
-        return cached.latents
-    assert cached.latents_flipped is not None  # the training set has encoded again what lacked them
-    return cached.latents_flipped
+    """Return latents [4, h, w], or pixels [3, H, W] where none are cached."""
+    if image.has_latents:
+        return torch.from_numpy(np.ascontiguousarray(image.read_latents().in_direction(flipped=flip)))
+    assert image.source is not None
+    bucket, resized, _ = image.source.assignment
+    pixels = pixels_to_tensor(resize_and_crop(load_rgb(image.source.path), resized, bucket))
+    return pixels.flip(-1) if flip else pixels
 
 
 def _height_width(size: Size) -> list[float]:

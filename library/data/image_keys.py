@@ -27,18 +27,16 @@ def keys_of_images(images: Sequence[Path], *, full_path: bool) -> dict[str, Path
 
 
 def images_by_stem(folder: Path) -> dict[str, list[Path]]:
-    """The images of each file name without suffix: those of `folder` itself if there are any, else of its subfolders.
+    """Return the images of each file name without suffix: those in `folder` itself if any, else in its subfolders.
 
-    An index for `resolve_image`. Raises `UserError` if the folder does not exist.
+    An index for `resolve_image`. Raise `UserError` if the folder does not exist or cannot be read.
     """
-    index: dict[str, list[Path]] = {}
-    for image in list_images(folder, recursive=False):
-        index.setdefault(image.stem, []).append(image)
-    at_top = frozenset(index)
+    at_top: dict[str, list[Path]] = {}
+    below: dict[str, list[Path]] = {}
     for image in list_images(folder, recursive=True):
-        if image.stem not in at_top:
-            index.setdefault(image.stem, []).append(image)
-    return index
+        index = at_top if image.parent == folder else below
+        index.setdefault(image.stem, []).append(image)
+    return below | at_top
 
 
 def resolve_image(key: str, folder: Path, by_stem: Mapping[str, Sequence[Path]]) -> Path | None:

@@ -1,6 +1,5 @@
 """The `.npz` of latents beside each picture: the seed's format, and what it was made from."""
 
-import hashlib
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from library.config.atomic_files import replacing
+from library.config.digests import digest, file_digest
 from library.config.errors import UserError
 from library.data.buckets import covering_size
 from library.data.crops import Crop, crop_to_train
@@ -78,6 +78,18 @@ class CachedLatents:
         """Whether this project wrote the file, as against one of kohya's family."""
         return self.image_digest is not None
 
+    @property
+    def content_digest(self) -> str:
+        """A digest of the image file, or of the latents where the cache does not name its image."""
+        return self.image_digest or digest([self.latents.tobytes()]).hex()
+
+    def in_direction(self, *, flipped: bool) -> np.ndarray:
+        """Return the latents (4, h, w) of the image, or of the flipped one, which must be there."""
+        if not flipped:
+            return self.latents
+        assert self.latents_flipped is not None  # `CacheDemands.flip` has seen to it
+        return self.latents_flipped
+
     def crop(self, *, legacy: bool) -> Crop:
         """The crop to train with: the true one, or the legacy one if `legacy`, or if we recorded that on request.
 
@@ -132,15 +144,6 @@ def require_separate_caches(images: Iterable[Path]) -> None:
             )
 
 
-def file_digest(path: Path) -> str:
-    """A fingerprint of a file's bytes; raises `UserError` if it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-    except OSError as error:
-        raise UserError(f"cannot read '{path}': {error.strerror or error}.", "Check the file.") from error
-
-
 def write_cache(path: Path, cached: CachedLatents) -> None:
     """Write a cache file, whole or not at all; raises `UserError` where `path` cannot be written."""
     arrays: dict[str, np.ndarray] = {
@@ -183,8 +186,10 @@ def read_fitting_cache(path: Path, image: Path | None, bucket: Size | None, dema
     Raises `UserError` naming the file for damage, as `read_cache`, and with every reason why it does not fit.
     """
     cached = read_cache(path)
-    digest = file_digest(image) if image is not None and demands.check_image and cached.is_ours else None
-    reasons = cached.reasons_stale(demands, image_digest=digest, bucket=bucket or cached.bucket)
+    image_digest = None
+    if image is not None and demands.check_image and cached.is_ours:
+        image_digest = file_digest(image)
+    reasons = cached.reasons_stale(demands, image_digest=image_digest, bucket=bucket or cached.bucket)
     if reasons:
         raise UserError(
             f"'{path}' does not fit: {' and '.join(reasons)}.",

@@ -15,12 +15,13 @@ from diffusers import AutoencoderKL
 from tqdm import tqdm
 
 from library.config.atomic_files import require_disk_space
+from library.config.digests import file_digest
 from library.config.errors import UserError
 from library.config.messages import notify
 from library.data.buckets import BucketedImage
 from library.data.crops import crop_to_record
 from library.data.images import load_rgb_and_alpha, resize_and_crop
-from library.data.latent_cache import CachedLatents, cache_bytes, cache_path, file_digest, write_cache
+from library.data.latent_cache import CachedLatents, cache_bytes, cache_path, write_cache
 from library.data.prefetch import prefetch
 from library.data.subsets import TrainingSetOptions
 from library.data.training_set import TrainingImage
@@ -80,13 +81,13 @@ def encode_missing(
     `digest` is the VAE's, to record in the caches (None: computed from the weights as they are held). Raises
     `UserError` for the first image that cannot be encoded.
     """
-    sources = list(dict.fromkeys(image.source for image in images if image.latents is None and image.source))
+    sources = list(dict.fromkeys(image.source for image in images if image.source and not image.has_latents))
     encoding = Encoding(options.vae_batch_size, flip=options.flip_aug, legacy_crop=options.legacy_crop_coords)
     if options.cache_latents_to_disk:
         assert options.train_data_dir is not None  # checked by problems()
         require_disk_for_latents(options.train_data_dir, sources, encoding)
     outcomes = encode_images(sources, vae, encoding, vae_digest=digest or vae_digest(vae))
-    latents_of: dict[BucketedImage | None, Path | CachedLatents] = {}
+    encoded: dict[BucketedImage | None, tuple[Path | CachedLatents, str]] = {}
     for outcome in tqdm(outcomes, "encoding latents", len(sources), unit="image", disable=None if sources else True):
         if outcome.error is not None:
             raise outcome.error
@@ -97,8 +98,15 @@ def encode_missing(
         if options.cache_latents_to_disk:
             latents = cache_path(outcome.image.path)
             write_cache(latents, outcome.cached)
-        latents_of[outcome.image] = latents
-    return [replace(image, latents=latents_of.get(image.source, image.latents)) for image in images]
+        encoded[outcome.image] = latents, outcome.cached.content_digest
+    return [_with_latents(image, encoded.get(image.source)) for image in images]
+
+
+def _with_latents(image: TrainingImage, encoded: tuple[Path | CachedLatents, str] | None) -> TrainingImage:
+    if encoded is None:
+        return image
+    latents, content_digest = encoded
+    return replace(image, latents=latents, content_digest=content_digest)
 
 
 def encode_images(

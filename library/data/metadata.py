@@ -68,17 +68,19 @@ def write_metadata(path: Path, metadata: Mapping[str, Entry]) -> None:
     write_text(path, re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text) + "\n")
 
 
-def caption_l(entry: Entry) -> str | None:
-    """The caption for encoder L; None if there is none, which is not the same as an empty one."""
-    return entry.get(COLUMN_L.metadata_key)
+def caption_l(entry: Entry) -> str:
+    """Return the caption for encoder L. Raise `KeyError` where there is none; an empty caption is one."""
+    caption: str = entry[COLUMN_L.metadata_key]
+    return caption
 
 
-def caption_g(entry: Entry) -> str | None:
-    """The caption for encoder G; None if there is none, which is not the same as an empty one."""
-    return entry.get(COLUMN_G.metadata_key)
+def caption_g(entry: Entry) -> str:
+    """Return the caption for encoder G. Raise `KeyError` where there is none; an empty caption is one."""
+    caption: str = entry[COLUMN_G.metadata_key]
+    return caption
 
 
-def keys_without_caption(metadata: Metadata, encoder: CaptionColumn) -> list[str]:
+def keys_without_caption(metadata: Mapping[str, Entry], encoder: CaptionColumn) -> list[str]:
     """The keys of the entries that have no caption for `encoder`; an empty one is a caption."""
     return [key for key, entry in metadata.items() if encoder.metadata_key not in entry]
 

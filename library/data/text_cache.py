@@ -1,6 +1,5 @@
 """What frozen text encoders make of captions, computed once: L and G apart, each by its own token ids."""
 
-import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +10,14 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from library.config.atomic_files import require_disk_space
+from library.config.digests import digest
 from library.config.errors import UserError
 from library.config.messages import notify
+from library.data.caption_tokens import TokenTable
 from library.data.training_set import TrainingImage
 from library.sdxl.tensor_file import TensorToWrite, open_tensors, raw_bytes, write_safetensors
 from library.sdxl.text_encoding import EncodedText, encode_g, encode_l, text_encoder_digest
-from library.sdxl.tokenizers import CHUNK_TOKENS, PAD_G, PAD_L, CaptionTokens, tokenize
+from library.sdxl.tokenizers import CHUNK_TOKENS, PAD_G, PAD_L, CaptionTokens
 
 FOLDER_NAME = "text_encoder_outputs"
 """The folder of `--cache_text_encoder_outputs_to_disk`, in that of the pictures."""
@@ -125,10 +126,10 @@ def tokens_digest(ids: torch.Tensor) -> str:
 
 def encode_texts(
     images: Iterable[TrainingImage],
+    tokens: TokenTable,
     text_encoder_l: PreTrainedModel | None,
     text_encoder_g: PreTrainedModel | None,
     *,
-    num_chunks: int,
     folder: Path | None,
 ) -> tuple[CachedTexts, list[str]]:
     """The outputs of the encoders (None: not cached) for all captions, and a sentence on each for the user.
@@ -142,12 +143,12 @@ def encode_texts(
     notes = []
     if text_encoder_l is not None:
         encoder_l = _Encoder("L", text_encoder_l, lambda tokens: (encode_l(text_encoder_l, tokens),))
-        texts_l = _distinct((caption_l for caption_l, _ in captions), PAD_L, num_chunks)
+        texts_l = _distinct((caption_l for caption_l, _ in captions), PAD_L, tokens)
         outputs_l, note = _cache(encoder_l, texts_l, folder)
         notes.append(note)
     if text_encoder_g is not None:
         encoder_g = _Encoder("G", text_encoder_g, lambda tokens: encode_g(text_encoder_g, tokens))
-        texts_g = _distinct((caption_g for _, caption_g in captions), PAD_G, num_chunks)
+        texts_g = _distinct((caption_g for _, caption_g in captions), PAD_G, tokens)
         outputs_g, note = _cache(encoder_g, texts_g, folder)
         notes.append(note)
     return CachedTexts(outputs_l, outputs_g), notes
@@ -180,11 +181,11 @@ class _Encoder:
         return num_numbers * self.network.dtype.itemsize + _BYTES_AROUND
 
 
-def _distinct(captions: Iterable[str], pad_token_id: int, num_chunks: int) -> dict[str, _Text]:
+def _distinct(captions: Iterable[str], pad_token_id: int, tokens: TokenTable) -> dict[str, _Text]:
     """Each text once, by the digest of its ids."""
     texts: dict[str, _Text] = {}
     for caption in dict.fromkeys(captions):
-        ids = torch.tensor(tokenize(caption, pad_token_id, num_chunks).ids)
+        (ids,) = tokens.chunks_of([caption], pad_token_id)
         texts.setdefault(tokens_digest(ids), _Text(caption, ids))
     return texts
 
@@ -242,8 +243,5 @@ def _shown(items: Collection[Any], encoder: _Encoder) -> Iterable[Any]:
 
 
 def _digest(tensors: Iterable[torch.Tensor]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(raw_bytes(tensor))
-    return digest.hexdigest()
+    described = ((f"{tensor.dtype} {list(tensor.shape)}".encode(), raw_bytes(tensor)) for tensor in tensors)
+    return digest(part for pair in described for part in pair).hex()

@@ -1,12 +1,14 @@
-"""Metadata, pictures and caches to the list of what is trained on."""
+"""Metadata, images and caches to the list of images to train on."""
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
-from library.config.errors import UserError
+from library.config.digests import digest, file_digest
+from library.config.errors import UserError, listed
 from library.config.messages import notify
 from library.data.buckets import BucketAssignment, BucketedImage, BucketRule, covering_size
 from library.data.crops import LEGACY_CROP_NOTICE, Crop, crop_to_train
@@ -16,6 +18,7 @@ from library.data.latent_cache import (
     CacheDemands,
     CachedLatents,
     cache_path,
+    read_cache,
     read_fitting_cache,
     require_separate_caches,
 )
@@ -32,15 +35,15 @@ from library.data.metadata import (
 from library.data.subsets import TrainingSetOptions
 from library.sdxl.sizes import Size
 
-_NAMES_SHOWN = 10
+_FINGERPRINT_BYTES = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TrainingImage:
-    """One picture of the training set.
+    """One image of the training set; `size` is its own, `bucket` the size it is trained at.
 
-    `latents` is its cache file, what such a file would hold, or None where `source` is encoded in the step.
-    `bucket` is the size it is trained at, `size` its own.
+    `latents` are in memory or in the cache file that is named, and `content_digest` tells what they were made from.
+    Without latents, `source` is encoded in each step.
     """
 
     key: str
@@ -49,45 +52,60 @@ class TrainingImage:
     size: Size
     bucket: Size
     crop: Crop
-    latents: Path | CachedLatents | None
+    latents: Path | CachedLatents | None = None
+    content_digest: str | None = None
     source: BucketedImage | None = None
 
+    @property
+    def has_latents(self) -> bool:
+        """Whether the latents are cached, in memory or on disk."""
+        return self.latents is not None
 
-class _Found(NamedTuple):
-    """An image of the metadata: its picture, None where there is none, and where its cache is or would be."""
+    @property
+    def kind(self) -> tuple[Size, bool]:
+        """What the images of one batch share: the bucket, and whether their latents are cached."""
+        return self.bucket, self.has_latents
+
+    def read_latents(self) -> CachedLatents:
+        """Return the cached latents. Raise `UserError` if their file is no longer usable."""
+        assert self.latents is not None
+        return read_cache(self.latents) if isinstance(self.latents, Path) else self.latents
+
+    def fingerprint(self) -> str:
+        """Return a digest of captions, bucket, the image, and whether its latents are cached.
+
+        The image file is read unless the latents are cached. Raise `UserError` if it cannot be read.
+        """
+        if self.source is not None and not self.has_latents:
+            content, kind = file_digest(self.source.path), "pixels"
+        else:
+            assert self.content_digest is not None
+            content, kind = self.content_digest, "latents"
+        parts = (self.caption_l, self.caption_g, str(self.bucket), kind, content)
+        encoded = [part.encode("utf-8", errors="surrogatepass") for part in parts]
+        with_lengths = (half for part in encoded for half in (len(part).to_bytes(8, "little"), part))
+        return digest(with_lengths, _FINGERPRINT_BYTES).hex()
+
+
+class FoundImage(NamedTuple):
+    """An image of the metadata: its file, None if only its cache is there, and where its cache is or would be.
+
+    `bucket` is the one the metadata names, None where it names none.
+    """
 
     key: str
-    entry: Entry
-    picture: Path | None
+    caption_l: str
+    caption_g: str
+    bucket: Size | None
+    file: Path | None
     cache: Path
 
 
-def require_images(options: TrainingSetOptions) -> None:
-    """Raise the `UserError` of `read_training_set` that needs no model: for metadata, captions and missing images."""
-    _find_images(options)
+def find_training_images(options: TrainingSetOptions) -> list[FoundImage]:
+    """Return every image of the metadata with its files; reads the metadata and lists the folder, but no image.
 
-
-def read_training_set(options: TrainingSetOptions, rule: BucketRule, digest: str) -> list[TrainingImage]:
-    """Every image of the metadata, with its cache where that fits the picture, the VAE (of `digest`) and the bucket.
-
-    Caches that no longer fit are named on stderr and made again. Raises `UserError` naming every image that lacks a
-    caption, and every one that has neither picture nor cache.
+    Raise `UserError` naming the images that lack a caption, or that have neither image file nor cache.
     """
-    if options.legacy_crop_coords:
-        notify(LEGACY_CROP_NOTICE)
-    demands = CacheDemands(digest, flip=options.flip_aug, check_image=not options.skip_cache_check)
-    images: list[TrainingImage] = []
-    for found in tqdm(_find_images(options), desc="reading the training set", unit="picture", disable=None):
-        cached = _read_if_fitting(found.cache, found.picture, train_resolution(found.entry), demands)
-        if cached is not None:
-            images.append(_from_cache(found.key, found.entry, found.cache, cached, options))
-        else:
-            assert found.picture is not None  # or its cache would have been used, or refused
-            images.append(_from_picture(found.key, found.entry, found.picture, rule, options))
-    return images
-
-
-def _find_images(options: TrainingSetOptions) -> list[_Found]:
     assert options.in_json is not None and options.train_data_dir is not None  # checked by problems()
     metadata = read_metadata(options.in_json)
     if not metadata:
@@ -95,96 +113,117 @@ def _find_images(options: TrainingSetOptions) -> list[_Found]:
     _require_captions(metadata, options.in_json)
     folder = options.train_data_dir
     by_stem = images_by_stem(folder)
-    picture_of = {key: resolve_image(key, folder, by_stem) for key in metadata}
-    require_separate_caches(path for path in picture_of.values() if path is not None)
-    found = [
-        _Found(key, entry, picture, _cache_without_picture(key, folder) if picture is None else cache_path(picture))
-        for (key, entry), picture in zip(metadata.items(), picture_of.values(), strict=True)
-    ]
-    missing = [each.key for each in found if each.picture is None and not is_file(each.cache)]
+    file_of = {key: resolve_image(key, folder, by_stem) for key in metadata}
+    require_separate_caches(path for path in file_of.values() if path is not None)
+    found = [_found(key, entry, file_of[key], folder) for key, entry in metadata.items()]
+    missing = [image.key for image in found if image.file is None and not is_file(image.cache)]
     if missing:
         raise UserError(
-            f"{len(missing)} images of '{options.in_json}' are not in '{folder}': {_some(missing)}.",
-            "Check --train_data_dir, or take them out of the metadata.",
+            f"{len(missing)} images of '{options.in_json}' are not in '{folder}': {listed(missing)}.",
+            "Check --train_data_dir, or remove them from the metadata.",
         )
     return found
 
 
-def _read_if_fitting(
-    cache: Path, picture: Path | None, bucket: Size | None, demands: CacheDemands
-) -> CachedLatents | None:
-    """What the cache file holds; None if there is none, or (with a notice) if it does not fit the picture beside it."""
-    if not is_file(cache):
+def read_training_set(
+    found: Sequence[FoundImage], options: TrainingSetOptions, rule: BucketRule, vae_digest: str
+) -> list[TrainingImage]:
+    """Return the images with size, bucket and crop, and with their cache where it fits the image, VAE and bucket.
+
+    Each cache is read once. A cache that no longer fits is reported, and its image
+    is to be encoded again. Raise `UserError` for a cache that does not fit where the image is gone, and for an image
+    that cannot be used.
+    """
+    if options.legacy_crop_coords:
+        notify(LEGACY_CROP_NOTICE)
+    demands = CacheDemands(vae_digest, flip=options.flip_aug, check_image=not options.skip_cache_check)
+    images: list[TrainingImage] = []
+    for each in tqdm(found, desc="reading the training set", unit="image", disable=None):
+        cached = _read_if_fitting(each, demands)
+        if cached is not None:
+            images.append(_from_cache(each, cached, legacy=options.legacy_crop_coords))
+        else:
+            images.append(_from_file(each, rule, legacy=options.legacy_crop_coords))
+    return images
+
+
+def fingerprints(images: Iterable[TrainingImage]) -> dict[str, str]:
+    """Return the fingerprint of each image by its key, to notice on resuming that images or captions have changed."""
+    return {image.key: image.fingerprint() for image in images}
+
+
+def _found(key: str, entry: Entry, file: Path | None, folder: Path) -> FoundImage:
+    cache = _cache_without_image(key, folder) if file is None else cache_path(file)
+    return FoundImage(key, caption_l(entry), caption_g(entry), train_resolution(entry), file, cache)
+
+
+def _read_if_fitting(found: FoundImage, demands: CacheDemands) -> CachedLatents | None:
+    """Return what the cache file holds; None if there is none, or (reported) if it does not fit the image beside it."""
+    if not is_file(found.cache):
         return None
     try:
-        return read_fitting_cache(cache, picture, bucket, demands)
+        return read_fitting_cache(found.cache, found.file, found.bucket, demands)
     except UserError as error:
-        if picture is None:
+        if found.file is None:
             raise
         notify(f"{error.problem} It is encoded again.")
         return None
 
 
-def _from_cache(
-    key: str, entry: Entry, path: Path, cached: CachedLatents, options: TrainingSetOptions
-) -> TrainingImage:
+def _from_cache(found: FoundImage, cached: CachedLatents, *, legacy: bool) -> TrainingImage:
     return TrainingImage(
-        key=key,
-        caption_l=caption_l(entry) or "",
-        caption_g=caption_g(entry) or "",
+        key=found.key,
+        caption_l=found.caption_l,
+        caption_g=found.caption_g,
         size=cached.original_size,
         bucket=cached.bucket,
-        crop=cached.crop(legacy=options.legacy_crop_coords),
-        latents=path,
+        crop=cached.crop(legacy=legacy),
+        latents=found.cache,
+        content_digest=cached.content_digest,
     )
 
 
-def _from_picture(key: str, entry: Entry, image: Path, rule: BucketRule, options: TrainingSetOptions) -> TrainingImage:
-    """The image without latents: in the bucket that the metadata names, or else that the rule gives it."""
-    size = read_size(image)
-    prepared = train_resolution(entry)
-    if prepared is None:
+def _from_file(found: FoundImage, rule: BucketRule, *, legacy: bool) -> TrainingImage:
+    """Return the image without latents, in the bucket that the metadata names, or else the one of the rule."""
+    assert found.file is not None  # or its cache would have been used, or refused
+    size = read_size(found.file)
+    if found.bucket is None:
         assignment = rule.assign(size)
     else:
-        assignment = BucketAssignment(prepared, covering_size(prepared, size), prepared.aspect - size.aspect)
+        resized = covering_size(found.bucket, size)
+        assignment = BucketAssignment(found.bucket, resized, found.bucket.aspect - size.aspect)
     bucket, resized, _ = assignment
     return TrainingImage(
-        key=key,
-        caption_l=caption_l(entry) or "",
-        caption_g=caption_g(entry) or "",
+        key=found.key,
+        caption_l=found.caption_l,
+        caption_g=found.caption_g,
         size=size,
         bucket=bucket,
-        crop=crop_to_train(bucket, resized, size, legacy=options.legacy_crop_coords),
-        latents=None,
-        source=BucketedImage(image, size, assignment),
+        crop=crop_to_train(bucket, resized, size, legacy=legacy),
+        source=BucketedImage(found.file, size, assignment),
     )
 
 
-def _cache_without_picture(key: str, folder: Path) -> Path:
-    """Where the cache of an image lies whose picture is not there (only the latents were copied to this machine).
+def _cache_without_image(key: str, folder: Path) -> Path:
+    """Return where the cache of an image lies whose file is missing (only the latents were copied to this machine).
 
-    A key that is a path may have been written on another machine: then the file name alone is looked for as well.
+    A key that is a path may have been written on another machine, so the file name alone is looked up as well.
     """
     path = Path(key.replace("\\", "/"))
     name = path.with_suffix(".npz") if path.suffix.lower() in IMAGE_SUFFIXES else Path(f"{path}.npz")
-    if ".." in name.parts:  # nothing that lies outside may be read
+    if ".." in name.parts:  # nothing outside the folder may be read
         name = Path(name.name)
     candidates = [folder / name, name, folder / name.name] if len(name.parts) > 1 else [folder / name]
     return next((candidate for candidate in candidates if is_file(candidate)), candidates[0])
 
 
-def _require_captions(metadata: dict[str, Entry], path: Path) -> None:
-    for encoder in (COLUMN_L, COLUMN_G):
-        lacking = keys_without_caption(metadata, encoder)
+def _require_captions(metadata: Mapping[str, Entry], path: Path) -> None:
+    for column in (COLUMN_L, COLUMN_G):
+        lacking = keys_without_caption(metadata, column)
         if lacking:
-            script = f"sdxl_merge_captions_{encoder.letter.lower()}_to_metadata.py"
+            script = f"sdxl_merge_captions_{column.letter.lower()}_to_metadata.py"
             raise UserError(
-                f"'{path}': {len(lacking)} images have no {encoder.letter} caption: {_some(lacking)}.",
+                f"'{path}': {len(lacking)} images have no {column.letter} caption: {listed(lacking)}.",
                 f"Write their caption files (which may be empty), run finetune/{script} and the preparation again, "
-                "or take these images out of the metadata.",
+                "or remove these images from the metadata.",
             )
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:_NAMES_SHOWN])
-    return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} more"

@@ -1,6 +1,5 @@
 """Pixels to latents and back, through the VAE."""
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +8,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from diffusers import AutoencoderKL
 
+from library.config.digests import digest
 from library.sdxl.sizes import PIXELS_PER_LATENT
 from library.sdxl.tensor_file import raw_bytes
 
@@ -82,11 +82,9 @@ def vae_digest(vae: AutoencoderKL) -> str:
     The same in every precision that came straight from the file's without loss or by rounding to bfloat16. Weights of
     a float32 file that were rounded to float16 have another: take the digest before such a cast.
     """
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(vae.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(raw_bytes(tensor.to("cpu", torch.bfloat16)))
-    return digest.hexdigest()
+    weights = sorted(vae.state_dict().items())
+    named = ((name.encode(), raw_bytes(tensor.to("cpu", torch.bfloat16))) for name, tensor in weights)
+    return digest(part for pair in named for part in pair).hex()
 
 
 def _unless_out_of_memory(compute: Callable[[], Result]) -> Result | None:

@@ -1,13 +1,14 @@
 """Two captions to the conditioning of the U-Net: L and G are encoded apart and meet only side by side."""
 
-import hashlib
 import json
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from transformers import CLIPTextModelWithProjection, PreTrainedModel
 
+from library.config.digests import digest
 from library.sdxl.architecture import SDXL_BASE, recorded_facts
 from library.sdxl.tensor_file import raw_bytes
 from library.sdxl.tokenizers import CaptionTokens
@@ -76,11 +77,14 @@ def text_encoder_digest(text_encoder: PreTrainedModel) -> str:
     """
     form = recorded_facts(text_encoder.config.to_dict(), SDXL_BASE.text_encoder_g)
     projection = type(getattr(text_encoder, "text_projection", None)).__name__
-    digest = hashlib.blake2b(json.dumps([form, projection], sort_keys=True).encode(), digest_size=16)
-    for name, tensor in sorted(text_encoder.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(raw_bytes(tensor))
-    return digest.hexdigest()
+
+    def parts() -> Iterator[bytes | memoryview]:
+        yield json.dumps([form, projection], sort_keys=True).encode()
+        for name, tensor in sorted(text_encoder.state_dict().items()):
+            yield f"{name} {tensor.dtype} {list(tensor.shape)}".encode()
+            yield raw_bytes(tensor)
+
+    return digest(parts()).hex()
 
 
 class LegacyTextProjection(nn.Linear):

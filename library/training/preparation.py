@@ -12,14 +12,13 @@ from torch import nn
 
 from library.config.atomic_files import remove_leftovers
 from library.config.errors import UserError
-from library.data.caption_lengths import cut_captions
+from library.data.caption_tokens import TokenTable, cut_captions, tokenize_captions_of
 from library.data.dataset import Batch, CaptionedImages, make_loader
 from library.data.epoch_order import BatchShape, EpochOrder
-from library.data.fingerprint import fingerprints
 from library.data.latent_preparation import encode_missing
 from library.data.subsets import LoaderOptions, TrainingSetOptions
 from library.data.text_cache import FOLDER_NAME, NO_TEXTS, CachedTexts, encode_texts
-from library.data.training_set import TrainingImage, read_training_set
+from library.data.training_set import FoundImage, TrainingImage, fingerprints, read_training_set
 from library.sdxl.architecture import SdxlModel
 from library.sdxl.latents import encode_pixels_finite
 from library.training.failures import explained_out_of_memory
@@ -36,13 +35,14 @@ class PreparedSet(NamedTuple):
     """What is trained on: the images, with latents where they are cached, and what is cached of their captions."""
 
     images: list[TrainingImage]
+    tokens: TokenTable
     texts: CachedTexts
 
     def networks_of_steps(self, model: SdxlModel) -> list[nn.Module]:
         """Return the networks that every step needs; what the others could say is cached."""
         is_needed = {
             model.unet: True,
-            model.vae: any(image.latents is None for image in self.images),
+            model.vae: not all(image.has_latents for image in self.images),
             model.text_encoder_l: self.texts.outputs_l is None,
             model.text_encoder_g: self.texts.outputs_g is None,
         }
@@ -50,7 +50,12 @@ class PreparedSet(NamedTuple):
 
 
 def prepare_set(
-    options: TrainingOptions, model: SdxlModel, digest: str, accelerator: Accelerator, progress: Progress
+    options: TrainingOptions,
+    found: list[FoundImage],
+    model: SdxlModel,
+    digest: str,
+    accelerator: Accelerator,
+    progress: Progress,
 ) -> PreparedSet:
     """Return the training set; what is to be cached and is not yet is encoded now, on disk by the main process first.
 
@@ -59,28 +64,35 @@ def prepare_set(
     with accelerator.main_process_first():
         if accelerator.is_main_process and options.training_set.train_data_dir is not None:
             remove_leftovers(options.training_set.train_data_dir, recursive=True)
-        images = _images(options, model.vae, digest, accelerator.device)
-        texts, notes = _texts(options, model, images, accelerator.device)
+        images = _images(options, found, model.vae, digest, accelerator.device)
+        tokens = tokenize_captions_of(images, options.loader.num_chunks)
+        texts, notes = _texts(options, model, images, tokens, accelerator.device)
     now = fingerprints(images)
-    notes += cut_captions(images, options.loader.num_chunks)
+    notes += cut_captions(images, tokens)
     if options.resume.resume is not None:
         notes += check_images(progress.setting.images, now, anyway=options.resume.resume_anyway)
     for note in notes:
         log.info(note)
     progress.setting = replace(progress.setting, images=now)
-    return PreparedSet(images, texts)
+    return PreparedSet(images, tokens, texts)
 
 
-def _images(options: TrainingOptions, vae: AutoencoderKL, digest: str, device: torch.device) -> list[TrainingImage]:
-    images = read_training_set(options.training_set, options.bucket_rule, digest)
-    if not options.training_set.caches_latents or all(image.latents is not None for image in images):
+def _images(
+    options: TrainingOptions, found: list[FoundImage], vae: AutoencoderKL, digest: str, device: torch.device
+) -> list[TrainingImage]:
+    images = read_training_set(found, options.training_set, options.bucket_rule, digest)
+    if not options.training_set.caches_latents or all(image.has_latents for image in images):
         return images
     with explained_out_of_memory("while pictures are encoded"), visiting(device, vae):
         return encode_missing(images, vae, options.training_set, digest=digest)
 
 
 def _texts(
-    options: TrainingOptions, model: SdxlModel, images: list[TrainingImage], device: torch.device
+    options: TrainingOptions,
+    model: SdxlModel,
+    images: list[TrainingImage],
+    tokens: TokenTable,
+    device: torch.device,
 ) -> tuple[CachedTexts, list[str]]:
     training_set = options.training_set
     if not training_set.caches_texts:
@@ -93,15 +105,16 @@ def _texts(
     with explained_out_of_memory("while captions are encoded"), visiting(device, *frozen):
         return encode_texts(
             images,
+            tokens,
             frozen_l,
             frozen_g,
-            num_chunks=options.loader.num_chunks,
             folder=training_set.train_data_dir / FOLDER_NAME if on_disk else None,
         )
 
 
 def make_plan(
     images: Sequence[TrainingImage],
+    tokens: TokenTable,
     texts: CachedTexts,
     loader_options: LoaderOptions,
     training_set_options: TrainingSetOptions,
@@ -110,7 +123,7 @@ def make_plan(
     seed: int,
 ) -> Plan:
     """Return the steps of this process over `images`; `--max_train_epochs`, if given, decides their number."""
-    dataset = CaptionedImages(images, loader_options.num_chunks, texts)
+    dataset = CaptionedImages(images, tokens, texts)
     shape = BatchShape(
         batch_size=loader_options.train_batch_size,
         accumulation_steps=run_options.gradient_accumulation_steps,

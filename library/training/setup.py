@@ -15,7 +15,7 @@ from torch import nn
 
 from library.config.atomic_files import remove_leftovers
 from library.data.dataset import Batch
-from library.data.training_set import require_images
+from library.data.training_set import find_training_images
 from library.diffusion.objective import Objective
 from library.samples.sampler import SamplingNetworks
 from library.sdxl.architecture import SdxlModel
@@ -103,11 +103,11 @@ class Run:
 
 def set_up(options: TrainingOptions, stop: StopRequest) -> Run:
     """Load model and training set and return the parts of the run. Raise `UserError` for whatever is missing."""
-    require_images(options.training_set)  # before a model is loaded in vain
+    found = find_training_images(options.training_set)  # before a model is loaded in vain
     accelerator = make_accelerator(options.precision, options.tracking.trackers, options.tracking.logging_dir)
     state, progress = _starting_point(options, accelerator)
     model, digest = _load_model(options.model, options.precision, options.run, options.trains_l, options.trains_g)
-    prepared = prepare_set(options, model, digest, accelerator, progress)
+    prepared = prepare_set(options, found, model, digest, accelerator, progress)
     needed = prepared.networks_of_steps(model)
     settle(model.networks, of_steps=needed, device=accelerator.device, folder=options.output_dir)
     plan = make_plan(*prepared, options.loader, options.training_set, options.run, accelerator, progress.seed)

@@ -13,11 +13,12 @@ from PIL import Image
 
 from finetune import prepare_buckets_latents
 from library.data.buckets import BucketRule
+from library.data.caption_tokens import tokenize_captions_of
 from library.data.dataset import CaptionedImages
 from library.data.epoch_order import MicroBatch
 from library.data.latent_preparation import encode_missing
 from library.data.subsets import TrainingSetOptions
-from library.data.training_set import read_training_set
+from library.data.training_set import find_training_images, read_training_set
 from library.sdxl.latents import vae_digest
 from library.sdxl.sizes import Size
 from library.training.preparation import latents_of
@@ -47,10 +48,10 @@ def training_sets(two_buckets: PreparedSet, diffusers_model, tmp_path_factory) -
 
     def read(folder: PreparedSet, metadata: Path, **flags: bool) -> CaptionedImages:
         options = TrainingSetOptions(folder.images, metadata, enable_bucket=True, **flags)
-        images = read_training_set(options, RULE, digest)
+        images = read_training_set(find_training_images(options), options, RULE, digest)
         if options.cache_latents or options.cache_latents_to_disk:
             images = encode_missing(images, vae, options, digest=digest)
-        return CaptionedImages(images, num_chunks=1)
+        return CaptionedImages(images, tokenize_captions_of(images, num_chunks=1))
 
     return {
         "encoded in the step": read(fresh, fresh.captions_json, flip_aug=True),

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from library.config.digests import file_digest
 from library.data.buckets import BucketRule
-from library.data.latent_cache import CachedLatents, cache_path, file_digest, write_cache
+from library.data.latent_cache import CachedLatents, cache_path, write_cache
 from library.data.subsets import TrainingSetOptions
-from library.data.training_set import read_training_set
+from library.data.training_set import find_training_images, read_training_set
 from library.sdxl.sizes import Size
 
 
@@ -64,7 +65,11 @@ class TrainingFolder:
 
     def read(self, metadata, **flags):
         """The training set, for the VAE that `add_cache` names."""
-        return read_training_set(self.options(metadata, **flags), self.rule, "vae")
+        return self.read_with(self.options(metadata, **flags), "vae")
+
+    def read_with(self, options, digest):
+        """The training set of `options`, for the VAE of `digest`."""
+        return read_training_set(find_training_images(options), options, self.rule, digest)
 
 
 @pytest.fixture

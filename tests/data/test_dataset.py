@@ -1,7 +1,10 @@
 """Batches: latents or pixels, both captions' tokens, sizes height first; the same from spawned workers."""
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from PIL import Image
 
 from library.config.errors import UserError
 from library.data.buckets import BucketAssignment, BucketedImage
+from library.data.caption_tokens import tokenize_captions_of
 from library.data.crops import Crop
 from library.data.dataset import Batch, CaptionedImages, make_loader
 from library.data.epoch_order import BatchShape, EpochOrder, MicroBatch
@@ -20,6 +24,7 @@ from library.data.training_set import TrainingImage
 from library.sdxl.sizes import Size
 from library.sdxl.tokenizers import PAD_G, PAD_L, tokenize
 
+REPOSITORY = Path(__file__).parents[2]
 # Neither square nor symmetric: shrunk to 97x48, where 8 columns go on the left and 9 on the right.
 SIZE, RESIZED, BUCKET = Size(203, 100), Size(97, 48), Size(80, 48)
 CROP = Crop(left=8, top=0, left_flipped=9)
@@ -31,7 +36,7 @@ def uncached(folder, name="a", captions=CAPTIONS[0]):
     pixels = np.random.default_rng(list(name.encode())).integers(0, 256, (SIZE.height, SIZE.width, 3))
     Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{name}.png")
     picture = BucketedImage(folder / f"{name}.png", SIZE, BucketAssignment(BUCKET, RESIZED, 0.0))
-    return TrainingImage(name, *captions, SIZE, BUCKET, CROP, None, picture)
+    return TrainingImage(name, *captions, SIZE, BUCKET, CROP, source=picture)
 
 
 def cached(folder, name="a", captions=CAPTIONS[0], *, in_memory=False):
@@ -42,10 +47,14 @@ def cached(folder, name="a", captions=CAPTIONS[0], *, in_memory=False):
     return TrainingImage(name, *captions, SIZE, BUCKET, CROP, cache if in_memory else folder / f"{name}.npz")
 
 
+def captioned(images, num_chunks):
+    return CaptionedImages(images, tokenize_captions_of(images, num_chunks))
+
+
 def batch_of(images, flips=None, num_chunks=1):
     indices = tuple(range(len(images)))
     flips = flips or (False,) * len(images)
-    return CaptionedImages(images, num_chunks)[MicroBatch(indices, tuple(flips), 0.25, completes_step=True)]
+    return captioned(images, num_chunks)[MicroBatch(indices, tuple(flips), 0.25, completes_step=True)]
 
 
 def same(first, second):
@@ -123,7 +132,7 @@ def test_moving_a_batch_moves_every_tensor_and_nothing_else(tmp_path):
 def test_pictures_with_and_without_latents_are_of_different_kinds_and_so_are_buckets(tmp_path):
     images = [cached(tmp_path, "a"), uncached(tmp_path, "b"), cached(tmp_path, "c", in_memory=True)]
     images.append(replace(images[0], bucket=Size(48, 80)))
-    with_latents, without, in_memory, other_bucket = CaptionedImages(images, 1).kinds
+    with_latents, without, in_memory, other_bucket = captioned(images, 1).kinds
     assert with_latents == in_memory
     assert len({with_latents, without, other_bucket}) == 3
 
@@ -131,10 +140,14 @@ def test_pictures_with_and_without_latents_are_of_different_kinds_and_so_are_buc
 # The loader
 
 
-def mixed_set(folder):
+def mixed_set(folder, *, swapped=False):
+    """Images with latents and without; `swapped` has the tokens of other captions in the table."""
     makers = [cached, uncached, cached, cached, uncached, cached, uncached]
     images = [make(folder, str(index), CAPTIONS[index % 3]) for index, make in enumerate(makers)]
-    return CaptionedImages(images, num_chunks=2)
+    tokens = tokenize_captions_of(images, num_chunks=2)
+    if swapped:
+        tokens = replace(tokens, row_of=dict(zip(tokens.row_of, reversed(tokens.row_of.values()), strict=True)))
+    return CaptionedImages(images, tokens)
 
 
 def loader_of(dataset, num_workers=0, **options):
@@ -156,12 +169,12 @@ def test_the_loader_gives_the_batches_of_the_order_epoch_after_epoch(tmp_path):
 
 
 def test_spawned_workers_give_the_same_batches_in_each_epoch_that_they_live_through(tmp_path, monkeypatch):
-    dataset = mixed_set(tmp_path)
+    dataset = mixed_set(tmp_path, swapped=True)  # to tell tokens of the table from those of another tokenization
     monkeypatch.setattr(os, "cpu_count", lambda: 3)  # so many are needed for two workers
     order, loader = loader_of(dataset)
     parallel_order, parallel_loader = loader_of(dataset, num_workers=2, persistent_data_loader_workers=True)
-    parallel_loader.multiprocessing_context = "spawn"  # as on Windows
-    assert (loader.num_workers, parallel_loader.num_workers) == (0, 2)
+    parallel_loader.loader.multiprocessing_context = "spawn"  # as on Windows
+    assert (loader.loader.num_workers, parallel_loader.loader.num_workers) == (0, 2)
     for epoch in (0, 1):
         order.start_at(epoch)
         parallel_order.start_at(epoch)
@@ -190,12 +203,42 @@ def test_a_picture_that_cannot_be_read_is_one_clear_line_from_a_worker_too(tmp_p
     assert str(caught.value).endswith(".png' cannot be used: the file is empty. Replace the file or remove it.")
 
 
+CRASH = """
+import numpy as np
+
+from library.data.caption_tokens import tokenize_texts
+from library.data.crops import Crop
+from library.data.dataset import CaptionedImages, make_loader
+from library.data.epoch_order import BatchShape, EpochOrder
+from library.data.latent_cache import CachedLatents
+from library.data.subsets import LoaderOptions
+from library.data.training_set import TrainingImage
+from library.sdxl.sizes import Size
+
+size = Size(8, 8)
+latents = CachedLatents(np.zeros((4, 1, 1), np.float32), size, (0, 0, 8, 8))
+images = [TrainingImage(str(index), "", "", size, size, Crop(0, 0, 0), latents) for index in range(20)]
+dataset = CaptionedImages(images, tokenize_texts([""], num_chunks=1))
+order = EpochOrder(dataset.kinds, BatchShape(), seed=0)
+loader = make_loader(dataset, order, LoaderOptions(max_data_loader_n_workers=1))
+batches = iter(loader)  # a name that lives until the very end, as those in the frames of a traceback do
+next(batches)
+raise RuntimeError("this run has crashed")
+"""
+
+
+def test_a_crash_ends_the_process_though_workers_ignore_what_ends_them():
+    command = [sys.executable, "-c", CRASH]
+    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False)
+    assert (ended.returncode, ended.stderr.splitlines()[-1]) == (1, "RuntimeError: this run has crashed")
+
+
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # this machine may have fewer cores
 def test_no_more_workers_are_started_than_there_are_cores_for(tmp_path, monkeypatch):
     dataset = mixed_set(tmp_path)
     for num_cores, expected in ((1, 1), (4, 3), (64, 8)):
         monkeypatch.setattr(os, "cpu_count", lambda num_cores=num_cores: num_cores)
-        assert loader_of(dataset, num_workers=8)[1].num_workers == expected
+        assert loader_of(dataset, num_workers=8)[1].loader.num_workers == expected
 
 
 @pytest.mark.parametrize(("length", "num_chunks"), [(None, 1), (150, 2), (225, 3)])

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from library.config.digests import file_digest
 from library.config.errors import UserError
 from library.data.buckets import covering_size
 from library.data.crops import crop_to_record, crop_to_train
@@ -14,7 +15,6 @@ from library.data.latent_cache import (
     CacheDemands,
     CachedLatents,
     cache_path,
-    file_digest,
     read_cache,
     read_fitting_cache,
     require_separate_caches,

@@ -51,7 +51,10 @@ def test_the_parts_of_an_entry_have_a_reader_each():
     assert caption_l(entry) == "photographic, pet"
     assert train_resolution(entry) == Size(1216, 832)
     assert caption_l(metadata["14_coffee_small"]) == ""
-    assert (caption_g({}), caption_l({}), train_resolution({})) == (None, None, None)
+    assert train_resolution({}) is None
+    for caption_of in (caption_g, caption_l):
+        with pytest.raises(KeyError):  # which is not an empty caption
+            caption_of({})
 
 
 def test_a_bucket_is_added_to_a_copy_of_the_entry():

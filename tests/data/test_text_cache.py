@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from library.config.errors import UserError
+from library.data.caption_tokens import TokenTable, tokenize_captions_of
 from library.data.crops import Crop
 from library.data.latent_cache import CachedLatents
 from library.data.text_cache import CachedTexts, OutputsOnDisk, encode_texts, tokens_digest
@@ -59,9 +60,13 @@ def images_of(captions=CAPTIONS) -> list[TrainingImage]:
     ]
 
 
+def tokens_of(captions=CAPTIONS, num_chunks=1) -> TokenTable:
+    return tokenize_captions_of(images_of(captions), num_chunks)
+
+
 def encode(model: SdxlModel, folder: Path | None = None, captions=CAPTIONS, num_chunks=1) -> CachedTexts:
     texts, _ = encode_texts(
-        images_of(captions), model.text_encoder_l, model.text_encoder_g, num_chunks=num_chunks, folder=folder
+        images_of(captions), tokens_of(captions, num_chunks), model.text_encoder_l, model.text_encoder_g, folder=folder
     )
     return texts
 
@@ -118,7 +123,7 @@ def test_each_encoder_sees_each_of_its_own_texts_once(model, calls, on_disk, tmp
 
 
 def test_an_encoder_that_is_left_out_is_not_cached(model, calls):
-    texts, notes = encode_texts(images_of(), model.text_encoder_l, None, num_chunks=1, folder=None)
+    texts, notes = encode_texts(images_of(), tokens_of(), model.text_encoder_l, None, folder=None)
     assert calls == {"L": 2, "G": 0}
     tokens = tokenize_captions(["anime"], ["a cat"], 1)
     encoded = texts.of(tokens)
@@ -144,7 +149,7 @@ def test_a_second_run_reads_what_the_first_has_written(model, calls, tmp_path):
     written = files(tmp_path)
     assert len(written) == 4
     calls |= {"L": 0, "G": 0}
-    texts, notes = encode_texts(images_of(), model.text_encoder_l, model.text_encoder_g, num_chunks=1, folder=tmp_path)
+    texts, notes = encode_texts(images_of(), tokens_of(), model.text_encoder_l, model.text_encoder_g, folder=tmp_path)
     assert calls == {"L": 0, "G": 0}
     assert files(tmp_path) == written
     assert [note.partition(", ")[2].partition(" in ")[0] for note in notes] == ["0 encoded, 2 found"] * 2
@@ -210,7 +215,7 @@ def test_a_damaged_file_and_one_under_a_wrong_name_are_named_counted_and_made_ag
     of_g = next(path for path in written if path.parent.name.startswith("g-"))
     of_g.write_bytes(written[of_g][:-1])
     calls |= {"L": 0, "G": 0}
-    _, notes = encode_texts(images_of(), model.text_encoder_l, model.text_encoder_g, num_chunks=1, folder=tmp_path)
+    _, notes = encode_texts(images_of(), tokens_of(), model.text_encoder_l, model.text_encoder_g, folder=tmp_path)
     assert calls == {"L": 1, "G": 1}
     assert files(tmp_path) == written
     assert all("1 encoded (1 of them again), 1 found" in note for note in notes)

@@ -1,10 +1,17 @@
 """What is trained on: which picture and cache a key means, its size and crop, what is stale or missing."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
+from library.config.digests import file_digest
 from library.config.errors import UserError
-from library.data.crops import crop_to_train
+from library.data.buckets import BucketAssignment, BucketedImage
+from library.data.crops import Crop, crop_to_train
+from library.data.latent_cache import CachedLatents
 from library.data.subsets import TrainingSetOptions
+from library.data.training_set import TrainingImage, fingerprints
 from library.sdxl.sizes import Size
 
 # Keys
@@ -191,3 +198,57 @@ def test_pictures_are_compared_unless_the_check_is_skipped(folder):
     assert unread.latents == cache
     with pytest.raises(UserError, match=r"a.png' cannot be used"):
         folder.read(["a"])
+
+
+# Fingerprints
+
+
+@pytest.fixture
+def fingerprint_of(folder):
+    """`fingerprint_of(**entry)` is the fingerprint of the one picture a.png, with latents unless told otherwise."""
+
+    def read(cached: bool = True, **entry) -> str:
+        if not (folder.images / "a.png").exists():
+            folder.add()
+        cache = folder.add_cache(folder.images / "a.png")
+        if not cached:
+            cache.unlink()
+        images = folder.read({"a": folder.entry(resolution=folder.bucket, **entry)}, skip_cache_check=True)
+        return fingerprints(images)["a"]
+
+    return read
+
+
+def test_the_same_image_has_the_same_fingerprint(fingerprint_of):
+    assert fingerprint_of() == fingerprint_of()
+
+
+@pytest.mark.parametrize("change", [{"caption_l": "other"}, {"caption_g": "other"}, {"cached": False}], ids=str)
+def test_captions_and_kind_of_latents_count(fingerprint_of, change: dict):
+    assert fingerprint_of(**change) != fingerprint_of()
+
+
+def test_the_border_between_the_captions_counts(fingerprint_of):
+    assert fingerprint_of(caption_l="ab", caption_g="c") != fingerprint_of(caption_l="a", caption_g="bc")
+
+
+def test_the_picture_counts(fingerprint_of, folder):
+    before = fingerprint_of()
+    folder.add("a.png", Size(101, 60))
+    assert fingerprint_of() != before
+
+
+def test_the_fingerprints_in_old_states_stay_those_of_their_images(tmp_path):
+    size, bucket = Size(100, 75), Size(64, 48)
+    path = tmp_path / "a.png"
+    path.write_bytes(b"an image")
+    latents = CachedLatents(np.arange(192, dtype=np.float32).reshape(4, 6, 8), size, (0, 0, 64, 48))
+    ours = replace(latents, image_digest=file_digest(path))
+
+    def image(**facts):
+        return TrainingImage("a", "anime", "a cat, 颐和园 \ud83c", size, bucket, Crop(0, 0, 0), **facts)
+
+    source = BucketedImage(path, size, BucketAssignment(bucket, bucket, 0.0))
+    assert image(source=source).fingerprint() == "9bbfae64e5d540cc"
+    assert image(latents=path, content_digest=ours.content_digest).fingerprint() == "abd383525dc7d2cb"
+    assert image(latents=latents, content_digest=latents.content_digest).fingerprint() == "49efaa23a6a24e33"

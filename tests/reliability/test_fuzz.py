@@ -23,7 +23,7 @@ from library.data.images import load_rgb_and_alpha, read_size
 from library.data.latent_cache import CachedLatents, read_cache, write_cache
 from library.data.metadata import read_metadata, write_metadata
 from library.data.subsets import TrainingSetOptions
-from library.data.training_set import require_images
+from library.data.training_set import find_training_images
 from library.samples.prompts import SAMPLERS, read_prompt_file
 from library.sdxl.tensor_file import open_tensors
 from library.training.run_options import OPTION_CLASSES, TrainingOptions
@@ -86,7 +86,7 @@ def test_metadata_is_read_and_written_again_or_refused(content: bytes, tmp_path:
         for key in metadata:
             resolve_image(key, images, images_by_stem(images))
     with suppress(UserError):
-        require_images(TrainingSetOptions(train_data_dir=images, in_json=path))
+        find_training_images(TrainingSetOptions(train_data_dir=images, in_json=path))
 
 
 # -- prompt files -----------------------------------------------------------------------------------------------------
