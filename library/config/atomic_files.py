@@ -1,8 +1,8 @@
 """Write a file whole or not at all: what the user had before survives a crash, a kill and a full disk."""
 
+import logging
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,6 +11,8 @@ from typing import BinaryIO
 import psutil
 
 from library.config.errors import UserError
+
+log = logging.getLogger(__name__)
 
 PARTIAL_SUFFIX = ".partial"
 REPLACED_SUFFIX = ".replaced"
@@ -82,7 +84,7 @@ def replacing_folder(folder: Path, *, marker: str) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path, *, recursive: bool = False) -> list[Path]:
-    """Remove what writers that were killed have left in `folder`, and say so; gives what was removed.
+    """Remove what writers that were killed have left in `folder`, and report it; return what was removed.
 
     To be called before this process writes there. Names carry the number of the process that was writing: those of
     processes that still write are left alone. A folder that was moved aside when its successor was complete but not
@@ -102,11 +104,11 @@ def remove_leftovers(folder: Path, *, recursive: bool = False) -> list[Path]:
                 continue
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         except OSError as error:
-            print(f"'{path}' is left over and cannot be removed: {error.strerror or error}", file=sys.stderr)
+            log.warning("'%s' is left over and cannot be removed: %s", path, error.strerror or error)
             continue
         removed.append(path)
     if removed:
-        print(f"removed {len(removed)} unfinished files that a killed run has left in '{folder}'", file=sys.stderr)
+        log.warning("removed %d unfinished files that a killed run left in '%s'", len(removed), folder)
     return removed
 
 

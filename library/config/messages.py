@@ -72,8 +72,3 @@ def _escaped(line: str) -> str:
 
 _CONTROLS = ("Cc", "Cf", "Cs", "Zl", "Zp")
 """Unicode's categories of control and format characters, surrogates, and separators of lines and paragraphs."""
-
-
-def notify(notice: str) -> None:
-    """Show a warning."""
-    logging.getLogger("library").warning("%s", notice)

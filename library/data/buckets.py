@@ -35,14 +35,14 @@ class BucketedImage(NamedTuple):
 
 @dataclass(frozen=True)
 class BucketRule:
-    """The rule that gives each picture its bucket; the same rule as the seed's, golden row by golden row.
+    """The rule that assigns each image its bucket; the same as the reference's, golden row by golden row.
 
     A side is counted in steps of `bucket_reso_steps` pixels, and a bucket has as many steps of area as the resolution
     allows. 1024x1024 in steps of 64 is 16 x 16 = 256 steps of area. A bucket 1216 wide is 19 steps wide, and
     256 // 19 = 13 steps high: this is where 1216x832 comes from. Each width from `min_bucket_reso` to
-    `max_bucket_reso` gives one such bucket and its upright twin; the square is always among them.
+    `max_bucket_reso` makes one such bucket and its upright twin; the square is always among them.
 
-    The minimum holds for the side that is counted up, not for the side that follows from it (1024..2048 gives 512x2048
+    The minimum holds for the side that is counted up, not for the side that follows from it (1024..2048 makes 512x2048
     too), whereas the maximum holds for both. A picture goes to the bucket of nearest aspect, the narrower of two
     equally near ones.
 
@@ -67,7 +67,7 @@ class BucketRule:
             self._check_limits()
 
     def sizes(self) -> list[Size]:
-        """All buckets, narrowest first; empty with `no_upscale`, where each picture has a size of its own."""
+        """Return all buckets, narrowest first; empty with `no_upscale`, where each image has a separate size."""
         if not self.enabled:
             return [self.max_resolution]
         if self.no_upscale:
@@ -75,9 +75,9 @@ class BucketRule:
         return list(_sizes_of_equal_area(self))
 
     def assign(self, image_size: Size) -> BucketAssignment:
-        """The bucket of a picture of `image_size` and the size it is resized to before the crop.
+        """Return the bucket of a picture of `image_size` and the size it is resized to before the crop.
 
-        Raises `UserError` if `no_upscale` leaves less than one step of a side.
+        Raise `UserError` if `no_upscale` leaves less than one step of a side.
         """
         if self.enabled and self.no_upscale:
             return self._assign_without_upscaling(image_size)
@@ -99,7 +99,7 @@ class BucketRule:
         return BucketAssignment(bucket, resized, bucket.aspect - image_size.aspect)
 
     def _not_larger(self, image_size: Size) -> list[Size]:
-        """The picture as it is, or both ways to shrink it to the area: height in whole steps, or width."""
+        """Return the picture as it is, or both ways to shrink it to the area: height in whole steps, or width."""
         if image_size.area <= self.max_resolution.area:
             return [image_size]
         aspect = image_size.aspect
@@ -148,10 +148,10 @@ class BucketOptions:
     min_bucket_reso: int = option(256, "Smallest side of a bucket that is counted up, in pixels.")
     max_bucket_reso: int = option(1024, "Largest side of a bucket, in pixels.")
     bucket_reso_steps: int = option(64, "Steps in which the sides of buckets grow, in pixels; a multiple of 8.")
-    bucket_no_upscale: bool = option(False, "Never enlarge a picture: each gets the bucket of its own size.")
+    bucket_no_upscale: bool = option(False, "Never enlarge an image: each gets the bucket of its size.")
 
     def rule(self, max_resolution: Size, *, enabled: bool = True) -> BucketRule:
-        """The rule within these limits; raises `UserError` where they contradict each other."""
+        """Return the rule within these limits; raise `UserError` where they contradict each other."""
         return BucketRule(
             max_resolution,
             self.min_bucket_reso,
@@ -187,7 +187,7 @@ def _sizes_of_equal_area(rule: BucketRule) -> tuple[Size, ...]:
 
 
 def covering_size(bucket: Size, image_size: Size) -> Size:
-    """The smallest size of the picture's shape that covers the bucket."""
+    """Return the smallest size of the picture's shape that covers the bucket."""
     scale = max(bucket.width / image_size.width, bucket.height / image_size.height)
     return Size(_rounded(image_size.width * scale), _rounded(image_size.height * scale))
 

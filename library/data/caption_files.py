@@ -1,5 +1,6 @@
 """Caption files beside the images to metadata."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, ClassVar
 from tqdm import tqdm
 
 from library.config.atomic_files import remove_leftovers
-from library.config.errors import UserError
+from library.config.errors import UserError, listed
 from library.config.options import option, positional
 from library.data.image_keys import keys_of_images
 from library.data.images import find_images
@@ -22,6 +23,8 @@ from library.data.metadata import (
     read_utf8,
     write_metadata,
 )
+
+log = logging.getLogger(__name__)
 
 
 def _caption_extension(default: str) -> Any:
@@ -81,16 +84,30 @@ def merge_captions(options: MergeOptions, encoder: CaptionColumn) -> None:
         metadata.setdefault(key, {})[encoder.metadata_key] = caption
     write_metadata(options.out_json, metadata)
     if without_caption:
-        print(f"Left out {len(without_caption)} images without {options.caption_extension}: {_quoted(without_caption)}")
+        log.info(
+            "Left out %d images without %s: %s",
+            len(without_caption),
+            options.caption_extension,
+            _quoted(without_caption),
+        )
     num_empty = sum(not caption for caption in captions.values())
-    print(
-        f"Wrote {len(metadata)} entries to '{options.out_json}':"
-        f" {encoder.metadata_key} of {len(captions)} images, {num_empty} of them empty"
+    log.info(
+        "Wrote %d entries to '%s': %s of %d images, %d of them empty",
+        len(metadata),
+        options.out_json,
+        encoder.metadata_key,
+        len(captions),
+        num_empty,
     )
     for each in (COLUMN_L, COLUMN_G):
         lacking = keys_without_caption(metadata, each)
         if 0 < len(lacking) < len(metadata):
-            print(f"{len(lacking)} entries have no {each.metadata_key}; sdxl_train.py refuses such: {_quoted(lacking)}")
+            log.info(
+                "%d entries have no %s; sdxl_train.py refuses such: %s",
+                len(lacking),
+                each.metadata_key,
+                _quoted(lacking),
+            )
 
 
 def _metadata_to_extend(options: MergeOptions) -> Metadata:
@@ -100,7 +117,7 @@ def _metadata_to_extend(options: MergeOptions) -> Metadata:
 
 
 def _read_captions(image_of: Mapping[str, Path], options: MergeOptions) -> tuple[dict[str, str], list[Path]]:
-    """The caption of each key, and the images that have no caption file."""
+    """Return the caption of each key, and the images that have no caption file."""
     captions: dict[str, str] = {}
     without_caption = []
     for key, image in tqdm(image_of.items(), desc="captions", unit="image", disable=options.debug):
@@ -110,9 +127,9 @@ def _read_captions(image_of: Mapping[str, Path], options: MergeOptions) -> tuple
             continue
         captions[key] = read_utf8(caption_file).strip()
         if options.debug:
-            print(f"{image}: {captions[key]}")
+            log.info("%s: %s", image, captions[key])
     return captions, without_caption
 
 
 def _quoted(paths: Sequence[Path | str]) -> str:
-    return ", ".join(f"'{path}'" for path in paths)
+    return listed([f"'{path}'" for path in paths])

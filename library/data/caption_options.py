@@ -27,7 +27,7 @@ _Options = TypeVar("_Options")
 
 
 def _per_encoder(help: str, **settings: Any) -> Any:
-    """A flag that says nothing by default, and has the forms `_l` and `_g` beside the plain one."""
+    """Return a flag that says nothing by default, and has the forms `_l` and `_g` beside the plain one."""
     field = option(None, help, **settings)
     return dataclasses.field(default=None, metadata={**field.metadata, "is_per_encoder": True})
 
@@ -140,7 +140,7 @@ def resolve(levels: Sequence[Level]) -> PairRules:
 
     For each setting of each encoder the nearest level that says anything decides; within a level the form for one
     encoder overrides the plain one. The plain rates of caption dropout are events by themselves and override nothing.
-    Raises `UserError` for a file of protected tags that cannot be read.
+    Raise `UserError` for a file of protected tags that cannot be read.
     """
     dropout = CaptionDropout(
         **_decided(levels, {each.name: (each.name,) for each in dataclasses.fields(CaptionDropout)})
@@ -156,7 +156,7 @@ def caption_extension(levels: Sequence[Level], encoder: Encoder) -> str:
 
 
 def read_protected_tags(path: Path) -> frozenset[str]:
-    """Return the tags of a file, one a line, case folded; raises `UserError` unless it can be read as UTF-8."""
+    """Return the tags of a file, one a line, case folded; raise `UserError` unless it can be read as UTF-8."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:

@@ -36,7 +36,7 @@ class EpochOrder(Sampler[MicroBatch]):
     """The micro-batches of one process for one epoch at a time; a function of seed and epoch alone.
 
     `kinds` has the kind of each picture (its bucket): only pictures of one kind share a batch. Every epoch is shuffled
-    anew; the last, smaller batch of a kind is kept. Every process computes the same order and takes its own part.
+    again; the last, smaller batch of a kind is kept. Every process computes the same order and takes its own part.
     """
 
     def __init__(

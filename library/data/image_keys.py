@@ -9,12 +9,12 @@ from library.data.images import list_images
 
 
 def image_key(path: Path, *, full_path: bool) -> str:
-    """The key of an image: its name without suffix, or with `full_path` its path as given."""
+    """Return the key of an image: its name without suffix, or with `full_path` its path as given."""
     return str(path) if full_path else path.stem
 
 
 def keys_of_images(images: Sequence[Path], *, full_path: bool) -> dict[str, Path]:
-    """Each image by its key, in the order given; raises `UserError` naming both if two have the same key."""
+    """Return each image by its key, in the order given; raise `UserError` naming both if two have the same key."""
     image_of: dict[str, Path] = {}
     for image in images:
         first = image_of.setdefault(image_key(image, full_path=full_path), image)
@@ -40,10 +40,10 @@ def images_by_stem(folder: Path) -> dict[str, list[Path]]:
 
 
 def resolve_image(key: str, folder: Path, by_stem: Mapping[str, Sequence[Path]]) -> Path | None:
-    """The image that a metadata key means, None if there is no such file.
+    """Return the image that a metadata key means, None if there is no such file.
 
     A key is a file name without suffix (looked up in `by_stem`, of `images_by_stem`), or a path: absolute, or relative
-    to the current folder or to `folder`, with slashes or backslashes. Raises `UserError` if two images share the name,
+    to the current folder or to `folder`, with slashes or backslashes. Raise `UserError` if two images share the name,
     or if the path climbs out of `folder` by "..".
     """
     named = by_stem.get(key, ())
@@ -66,7 +66,7 @@ def resolve_image(key: str, folder: Path, by_stem: Mapping[str, Sequence[Path]])
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is such a file; what no file system would take for a name leads to none."""
+    """Return whether there is such a file; what no file system would take for a name leads to none."""
     try:
         return path.is_file()
     except OSError:  # too long

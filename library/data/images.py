@@ -19,7 +19,7 @@ from library.sdxl.sizes import Size
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
 """Suffixes of the files taken for pictures, in lower case; files may spell them in any case."""
 
-# What Pillow raises while it decodes a damaged file, beside the two errors that get a message of their own.
+# What Pillow raises while it decodes a damaged file, beside the two errors that get a separate message.
 _DECODING_ERRORS = (OSError, RuntimeError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 _ORIENTATIONS_ON_THE_SIDE = (5, 6, 7, 8)
 _WIDE_GREY_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
@@ -83,7 +83,7 @@ def load_rgb_and_alpha(path: Path) -> tuple[Image.Image, Image.Image | None]:
 
 
 def read_size(path: Path) -> Size:
-    """The size of the picture as `load_rgb` gives it, upright, without decoding its pixels; raises `UnusableImage`."""
+    """Return the upright size of the image, as of `load_rgb`, without decoding its pixels. Raise `UnusableImage`."""
     with _opened(path) as image:
         width, height = image.size
         if isinstance(image, TiffImageFile):  # whether Pillow has turned its size already depends on the version

@@ -121,14 +121,14 @@ class CachedLatents:
 
 
 def cache_bytes(bucket: Size, *, flip: bool = False, alpha_mask: bool = False) -> int:
-    """The size of the cache file of a picture in `bucket`, within a few thousand bytes."""
+    """Return the size of the cache file of a picture in `bucket`, within a few thousand bytes."""
     num_pixels = bucket.width * bucket.height
     num_numbers = LATENT_CHANNELS * num_pixels // PIXELS_PER_LATENT**2 * (1 + flip) + num_pixels * alpha_mask
     return num_numbers * np.dtype(np.float32).itemsize + _BYTES_AROUND
 
 
 def cache_path(image: Path) -> Path:
-    """The cache file of a picture: beside it, same stem."""
+    """Return the cache file of a picture: beside it, same stem."""
     return image.with_suffix(".npz")
 
 
@@ -145,7 +145,7 @@ def require_separate_caches(images: Iterable[Path]) -> None:
 
 
 def write_cache(path: Path, cached: CachedLatents) -> None:
-    """Write a cache file, whole or not at all; raises `UserError` where `path` cannot be written."""
+    """Write a cache file, whole or not at all; raise `UserError` where `path` cannot be written."""
     arrays: dict[str, np.ndarray] = {
         "latents": cached.latents.astype(np.float32),
         "original_size": np.array(cached.original_size, dtype=np.int64),
@@ -167,9 +167,9 @@ def write_cache(path: Path, cached: CachedLatents) -> None:
 
 
 def read_cache(path: Path) -> CachedLatents:
-    """What a cache file holds, ours or the seed's.
+    """Return what a cache file holds, ours or the seed's.
 
-    Raises `UserError` naming the file for damage, missing keys, wrong shapes, and latents that are NaN or Inf.
+    Raise `UserError` naming the file for damage, missing keys, wrong shapes, and latents that are NaN or Inf.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -181,9 +181,9 @@ def read_cache(path: Path) -> CachedLatents:
 
 
 def read_fitting_cache(path: Path, image: Path | None, bucket: Size | None, demands: CacheDemands) -> CachedLatents:
-    """What the cache file of `image` holds, if it fits; None for `image` and `bucket` leaves these uncompared.
+    """Return what the cache file of `image` holds, if it fits; None for `image` and `bucket` leaves these uncompared.
 
-    Raises `UserError` naming the file for damage, as `read_cache`, and with every reason why it does not fit.
+    Raise `UserError` naming the file for damage, as `read_cache`, and with every reason why it does not fit.
     """
     cached = read_cache(path)
     image_digest = None

@@ -1,5 +1,6 @@
 """Images to latents before training: loaded ahead by threads, encoded bucket by bucket."""
 
+import logging
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +18,6 @@ from tqdm import tqdm
 from library.config.atomic_files import require_disk_space
 from library.config.digests import file_digest
 from library.config.errors import UserError
-from library.config.messages import notify
 from library.data.buckets import BucketedImage
 from library.data.crops import crop_to_record
 from library.data.images import load_rgb_and_alpha, resize_and_crop
@@ -27,6 +27,8 @@ from library.data.subsets import TrainingSetOptions
 from library.data.training_set import TrainingImage
 from library.sdxl.latents import encode_pixels_finite, vae_digest
 from library.sdxl.sizes import Size
+
+log = logging.getLogger(__name__)
 
 _MOST_THREADS = 4  # unless asked for more
 
@@ -92,7 +94,7 @@ def encode_missing(
         if outcome.error is not None:
             raise outcome.error
         if outcome.redone_in_float32:
-            notify(f"'{outcome.image.path}': NaN in the VAE's precision, encoded in float32.")
+            log.warning("'%s': NaN in the VAE's precision, encoded in float32.", outcome.image.path)
         assert outcome.cached is not None
         latents: Path | CachedLatents = outcome.cached
         if options.cache_latents_to_disk:
@@ -116,7 +118,7 @@ def encode_images(
 
     Threads load images while the VAE works, and the VAE works in a thread while the caller handles what has come out.
     `vae_digest` is recorded in the caches. An image that cannot be read, or whose latents are NaN or Inf even in
-    float32, comes out with its error, and the others continue. Raises `UserError` where the device has no memory for a
+    float32, comes out with its error, and the others continue. Raise `UserError` where the device has no memory for a
     single image.
     """
     return prefetch(_outcomes(images, vae, encoding, vae_digest), encoding.batch_size)

@@ -31,9 +31,9 @@ COLUMN_G = CaptionColumn("G", "captionG", ".caption")
 
 
 def read_metadata(path: Path) -> Metadata:
-    """The entries of a metadata file, checked, unknown keys of entries included.
+    """Return the entries of a metadata file, checked, unknown keys of entries included.
 
-    Raises `UserError` naming file, image key and what was expected: for a file that cannot be read or is not UTF-8 (a
+    Raise `UserError` naming file, image key and what was expected: for a file that cannot be read or is not UTF-8 (a
     byte-order mark is fine), broken JSON, a key that stands twice in one object, and values of the wrong kind.
     """
     try:
@@ -62,7 +62,7 @@ def read_metadata(path: Path) -> Metadata:
 def write_metadata(path: Path, metadata: Mapping[str, Entry]) -> None:
     """Write `metadata` as JSON, whole or not at all: indent 2, characters of all scripts as they are.
 
-    Halves of a surrogate pair, which UTF-8 cannot hold, stay escapes. Raises `UserError` if `path` cannot be written.
+    Halves of a surrogate pair, which UTF-8 cannot hold, stay escapes. Raise `UserError` if `path` cannot be written.
     """
     text = json.dumps(metadata, indent=2, ensure_ascii=False)
     write_text(path, re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text) + "\n")
@@ -81,22 +81,22 @@ def caption_g(entry: Entry) -> str:
 
 
 def keys_without_caption(metadata: Mapping[str, Entry], encoder: CaptionColumn) -> list[str]:
-    """The keys of the entries that have no caption for `encoder`; an empty one is a caption."""
+    """Return the keys of the entries that have no caption for `encoder`; an empty one is a caption."""
     return [key for key, entry in metadata.items() if encoder.metadata_key not in entry]
 
 
 def train_resolution(entry: Entry) -> Size | None:
-    """The bucket that was chosen for the image; None before buckets were prepared."""
+    """Return the bucket that was chosen for the image; None before buckets were prepared."""
     return Size(*entry[TRAIN_RESOLUTION]) if TRAIN_RESOLUTION in entry else None
 
 
 def with_train_resolution(entry: Entry, size: Size) -> Entry:
-    """A copy of `entry` with its bucket."""
+    """Return a copy of `entry` with its bucket."""
     return {**entry, TRAIN_RESOLUTION: list(size)}
 
 
 def read_utf8(path: Path, if_missing: str = "Check the path.") -> str:
-    """The text without a byte-order mark, line ends as "\\n"."""
+    """Return the text without a byte-order mark, line ends as "\\n"."""
     try:
         return path.read_text(encoding="utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:

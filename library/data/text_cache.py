@@ -1,5 +1,6 @@
 """What frozen text encoders make of captions, computed once: L and G apart, each by its own token ids."""
 
+import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,13 @@ from transformers import PreTrainedModel
 from library.config.atomic_files import require_disk_space
 from library.config.digests import digest
 from library.config.errors import UserError
-from library.config.messages import notify
 from library.data.caption_tokens import TokenTable
 from library.data.training_set import TrainingImage
 from library.sdxl.tensor_file import TensorToWrite, open_tensors, raw_bytes, write_safetensors
 from library.sdxl.text_encoding import EncodedText, encode_g, encode_l, text_encoder_digest
 from library.sdxl.tokenizers import CHUNK_TOKENS, PAD_G, PAD_L, CaptionTokens
+
+log = logging.getLogger(__name__)
 
 FOLDER_NAME = "text_encoder_outputs"
 """The folder of `--cache_text_encoder_outputs_to_disk`, in that of the pictures."""
@@ -27,15 +29,15 @@ _BYTES_AROUND = 1000  # the header
 _CAPTION_SHOWN = 60
 
 Tensors = tuple[torch.Tensor, ...]
-"""What an encoder gives for one caption, or stacked for several: L `hidden` [T, 768], G `hidden` [T, 1280] and `pooled`
-[1280]."""
+"""The outputs for one caption or, stacked, for several: L `hidden` [T, 768], G `hidden` [T, 1280] and
+`pooled` [1280]."""
 
 
 class OutputCache(Protocol):
     """The outputs of one encoder for every caption of the training set."""
 
     def of(self, tokens: torch.Tensor) -> Tensors:
-        """The outputs for token ids [B, N, 77], stacked: the first axis of each tensor is B."""
+        """Return the outputs for token ids [B, N, 77], stacked: the first axis of each tensor is B."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class CachedTexts:
     outputs_g: OutputCache | None = None
 
     def of(self, tokens: CaptionTokens) -> EncodedText:
-        """What is cached of a batch of caption pairs."""
+        """Return what is cached of a batch of caption pairs."""
         hidden_l = hidden_g = pooled_g = None
         if self.outputs_l is not None:
             (hidden_l,) = self.outputs_l.of(tokens.tokens_l)
@@ -83,7 +85,7 @@ class OutputsOnDisk:
     digest: str
 
     def of(self, tokens: torch.Tensor) -> Tensors:
-        """As `OutputCache` says; raises `UserError` for a file that was removed or damaged since it was checked."""
+        """As `OutputCache` says; raise `UserError` for a file that was removed or damaged since it was checked."""
         try:
             outputs = [self.read(tokens_digest(ids)) for ids in tokens]
         except UserError as error:
@@ -91,7 +93,7 @@ class OutputsOnDisk:
         return tuple(torch.stack(tensors) for tensors in zip(*outputs, strict=True))
 
     def read(self, key: str) -> Tensors:
-        """The outputs for the ids of digest `key`; raises `UserError` unless the file is theirs and whole."""
+        """Return the outputs for the ids of digest `key`; raise `UserError` unless the file is theirs and whole."""
         path = self.path(key)
         with open_tensors(path) as reader:
             tensors = tuple(reader.get(name) for name in _TENSOR_NAMES if name in reader.shapes)
@@ -100,17 +102,17 @@ class OutputsOnDisk:
         return tensors
 
     def write(self, key: str, tensors: Tensors) -> None:
-        """Write the file of the ids of digest `key`; raises `UserError` where that is impossible."""
+        """Write the file of the ids of digest `key`; raise `UserError` where that is impossible."""
         named = zip(_TENSOR_NAMES, tensors, strict=False)
         to_write = [TensorToWrite(name, tuple(tensor.shape), tensor.dtype, tensor.detach) for name, tensor in named]
         write_safetensors(self.path(key), to_write, self._header(key, tensors))
 
     def path(self, key: str) -> Path:
-        """The file of the ids of digest `key`."""
+        """Return the file of the ids of digest `key`."""
         return self.folder / f"{key}.safetensors"
 
     def _header(self, key: str, tensors: Tensors) -> dict[str, str]:
-        """What a file says of itself: which encoder, which token ids, and a fingerprint of the numbers."""
+        """Return what a file says of itself: which encoder, which token ids, and a fingerprint of the numbers."""
         return {
             "encoder": self.encoder,
             "encoder_blake2b": self.digest,
@@ -132,11 +134,11 @@ def encode_texts(
     *,
     folder: Path | None,
 ) -> tuple[CachedTexts, list[str]]:
-    """The outputs of the encoders (None: not cached) for all captions, and a sentence on each for the user.
+    """Return the outputs of the encoders (None: not cached) for all captions, and a sentence on each for the user.
 
     n different L captions and m different G captions cost n + m encodings, each by itself, so that nothing depends on
     which captions are there together; with a `folder` only those cost one whose file is not there, damaged or of
-    something else. Raises `UserError` for a caption whose outputs are NaN or Inf.
+    something else. Raise `UserError` for a caption whose outputs are NaN or Inf.
     """
     captions = [(image.caption_l, image.caption_g) for image in images]
     outputs_l = outputs_g = None
@@ -170,7 +172,7 @@ class _Encoder:
         tensors = tuple(tensor[0].cpu() for tensor in self.encode(text.ids[None].to(self.network.device)))
         if not all(tensor.isfinite().all() for tensor in tensors):
             raise UserError(
-                f"text encoder {self.name} gives NaN or Inf for the caption '{text.caption[:_CAPTION_SHOWN]}'.",
+                f"text encoder {self.name} returns NaN or Inf for the caption '{text.caption[:_CAPTION_SHOWN]}'.",
                 "Train with --mixed_precision=bf16 or no, or give a sound model.",
             )
         return tensors
@@ -182,7 +184,7 @@ class _Encoder:
 
 
 def _distinct(captions: Iterable[str], pad_token_id: int, tokens: TokenTable) -> dict[str, _Text]:
-    """Each text once, by the digest of its ids."""
+    """Return each text once, by the digest of its ids."""
     texts: dict[str, _Text] = {}
     for caption in dict.fromkeys(captions):
         (ids,) = tokens.chunks_of([caption], pad_token_id)
@@ -219,7 +221,7 @@ def _onto_disk(encoder: _Encoder, texts: dict[str, _Text], cache: OutputsOnDisk)
         try:
             cache.read(key)
         except UserError as error:
-            notify(f"{error.problem} It is made again.")
+            log.warning("%s It is encoded again.", error.problem)
             missing.append(key)
             unusable += 1
     if missing:

@@ -1,5 +1,6 @@
 """Metadata, images and caches to the list of images to train on."""
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,6 @@ from tqdm import tqdm
 
 from library.config.digests import digest, file_digest
 from library.config.errors import UserError, listed
-from library.config.messages import notify
 from library.data.buckets import BucketAssignment, BucketedImage, BucketRule, covering_size
 from library.data.crops import LEGACY_CROP_NOTICE, Crop, crop_to_train
 from library.data.image_keys import images_by_stem, is_file, resolve_image
@@ -34,6 +34,8 @@ from library.data.metadata import (
 )
 from library.data.subsets import TrainingSetOptions
 from library.sdxl.sizes import Size
+
+log = logging.getLogger(__name__)
 
 _FINGERPRINT_BYTES = 8
 
@@ -135,7 +137,7 @@ def read_training_set(
     that cannot be used.
     """
     if options.legacy_crop_coords:
-        notify(LEGACY_CROP_NOTICE)
+        log.warning(LEGACY_CROP_NOTICE)
     demands = CacheDemands(vae_digest, flip=options.flip_aug, check_image=not options.skip_cache_check)
     images: list[TrainingImage] = []
     for each in tqdm(found, desc="reading the training set", unit="image", disable=None):
@@ -166,7 +168,7 @@ def _read_if_fitting(found: FoundImage, demands: CacheDemands) -> CachedLatents 
     except UserError as error:
         if found.file is None:
             raise
-        notify(f"{error.problem} It is encoded again.")
+        log.warning("%s It is encoded again.", error.problem)
         return None
 
 

@@ -1,6 +1,7 @@
 """The house stands as drawn: each wing imports from those of its row alone, and the light rooms stay light."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -84,3 +85,60 @@ def test_a_command_line_is_answered_without_importing_torch():
     command = [sys.executable, "-c", IMPORT_EACH, *WITHOUT_TORCH]
     ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, encoding="utf-8", check=False)
     assert ended.returncode == 0, ended.stderr
+
+
+# -- limits -----------------------------------------------------------------------------------------------------------
+
+CODE = [*MODULES, REPOSITORY / "sdxl_train.py", *sorted((REPOSITORY / "finetune").glob("*.py"))]
+PROSE = [*CODE, REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+
+
+def functions_of(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+
+
+def num_lines(node):
+    return node.end_lineno - node.lineno + 1
+
+
+def test_rooms_and_functions_stay_short():
+    assert [path for path in MODULES if len(path.read_text(encoding="utf-8").splitlines()) > 300] == []
+    assert [f"{path}: {each.name}" for path in CODE for each in functions_of(path) if num_lines(each) > 60] == []
+
+
+def test_the_plot_of_the_project_stays_readable():
+    path = REPOSITORY / "sdxl_train.py"
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 200
+    [train] = [each for each in functions_of(path) if each.name == "train"]
+    [loop] = [node for node in ast.walk(train) if isinstance(node, ast.For) and "plan.steps" in ast.unparse(node.iter)]
+    assert num_lines(loop) <= 25
+    names = {node.attr for node in ast.walk(loop) if isinstance(node, ast.Attribute)}
+    assert not names & {"is_main_process", "options"}
+
+
+def test_the_library_speaks_through_logging_alone():
+    calls = [
+        f"{path}:{node.lineno}"
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert calls == []
+
+
+def test_the_prose_is_plain_english():
+    banned = re.compile(r"\b(gives|anew|of its own|of their own)\b")
+    found = [
+        f"{path.relative_to(REPOSITORY)}:{number}"
+        for path in PROSE
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if banned.search(line)
+    ]
+    assert found == []
+
+
+def test_the_page_of_the_house_names_every_room():
+    page = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
+    missing = [path for path in MODULES if not path.stem.startswith("_") and f"`{path.stem}`" not in page]
+    assert missing == []

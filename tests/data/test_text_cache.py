@@ -136,7 +136,7 @@ def test_outputs_that_are_no_numbers_are_named_with_their_caption(model):
     norm = model.text_encoder_g.text_projection.weight
     before = norm.data.clone()
     norm.data[0, 0] = float("nan")
-    with pytest.raises(UserError, match="text encoder G gives NaN or Inf for the caption 'a cat'"):
+    with pytest.raises(UserError, match="text encoder G returns NaN or Inf for the caption 'a cat'"):
         encode(model)
     norm.data = before
 
@@ -220,7 +220,7 @@ def test_a_damaged_file_and_one_under_a_wrong_name_are_named_counted_and_made_ag
     assert files(tmp_path) == written
     assert all("1 encoded (1 of them again), 1 found" in note for note in notes)
     said = capsys.readouterr().err
-    assert f"'{of_l[0]}' is damaged, or does not hold what its name says. It is made again." in said
+    assert f"'{of_l[0]}' is damaged, or does not hold what its name says. It is encoded again." in said
     assert f"'{of_g}' is not a whole safetensors file" in said
 
 

@@ -162,10 +162,11 @@ def test_images_with_a_caption_for_one_encoder_only_are_named_once_others_have_b
 
 
 @BOTH
-def test_images_without_caption_are_all_named_with_the_remedy(script, folder, existing, capsys):
+def test_images_without_caption_are_named_and_counted_with_the_remedy(script, folder, existing, capsys):
     add_image(folder, "01.png", **{EXTENSIONS[script][1:]: "a cat"})
     missing = [add_image(folder, f"{number:02}.png") for number in range(2, 30)]
-    messages = [f"28 of 29 images have no {EXTENSIONS[script]} file", "--allow_missing", *map(str, missing)]
+    shown = [*map(str, missing[:10]), "and 18 more"]
+    messages = [f"28 of 29 images have no {EXTENSIONS[script]} file", "--allow_missing", *shown]
     assert_refused(script, [folder, existing], existing, capsys, *messages)
 
 
