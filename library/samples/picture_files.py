@@ -1,4 +1,4 @@
-"""Sample pictures on the disk: their names, and what their PNGs say of how they were drawn."""
+"""Sample images on disk: file names, and the text in their PNGs that says how they were drawn."""
 
 import json
 import re
@@ -13,18 +13,21 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from library.config.atomic_files import replacing
+from library.samples.comfyui_workflow import comfyui_texts
 from library.samples.prompts import SamplePrompt
+from library.samples.sampler_names import names_of
 
 _TIME_FORMAT = "%Y%m%d%H%M%S"
 _TIME_DIGITS = 14
 _NAME = re.compile(
     r"(?:.*_)?(?P<time>[0-9]{14})_e?[0-9]{6,}_(?:(?P<index>[0-9]{2,})(?:_(?P<seed>[0-9]+))?|grid)\.png", re.DOTALL
 )
+_UNQUOTED = re.compile(r'(?!")[^,:\r\n]*')
 
 
 @dataclass(frozen=True)
 class PictureRecord:
-    """How one picture was drawn; `step` counts optimizer steps, `model_name` is the output name of the run."""
+    """How an image was drawn; `step` counts optimizer steps, `model_name` is the output name of the run or empty."""
 
     prompt: SamplePrompt
     sampler: str
@@ -38,7 +41,7 @@ class PictureRecord:
 def picture_name(
     model_name: str | None, *, now: datetime, step: int, epoch: int | None, index: int, seed: int | None
 ) -> str:
-    """The reference's file name: model, time, step (or epoch, where samples are made by epoch), index, fixed seed."""
+    """Return kohya's file name: model, time, step (or epoch, if samples are drawn by epoch), index, fixed seed."""
     prefix = "" if model_name is None else f"{model_name}_"
     when = f"e{epoch:06d}" if epoch is not None else f"{step:06d}"
     suffix = "" if seed is None else f"_{seed}"
@@ -46,13 +49,13 @@ def picture_name(
 
 
 def grid_name(model_name: str | None, *, now: datetime, step: int) -> str:
-    """Return the file name of the grid of `--sample_grid`: as `picture_name`, with "grid" for the index."""
+    """Return the file name of the grid of `--sample_grid`: as `picture_name`, with "grid" as the index."""
     return picture_name(model_name, now=now, step=step, epoch=None, index=0, seed=None).replace("_00.png", "_grid.png")
 
 
 @dataclass(frozen=True)
 class PictureName:
-    """What the file name of a sample picture says: its time (14 digits), the place of its prompt, its fixed seed."""
+    """The parts of a sample image's file name: time (14 digits), index of its prompt, fixed seed."""
 
     time: str
     index: int
@@ -60,7 +63,7 @@ class PictureName:
 
     @classmethod
     def of(cls, path: Path) -> Self | None:
-        """Of a name as `picture_name` makes it; None for every other, those of grids among them."""
+        """Return the parts of a name that `picture_name` made; None for any other, including those of grids."""
         match = _NAME.fullmatch(path.name)
         if match is None or match["index"] is None:
             return None
@@ -68,24 +71,26 @@ class PictureName:
 
 
 def other_drawings(path: Path, since: datetime) -> list[Path]:
-    """Return the files of the same picture as `path` that were drawn at another time, but not before `since`.
+    """Return the files of the same image as `path` that were drawn at another time, but not before `since`.
 
-    A run that was killed after it had drawn them, and goes on from a state of before, draws them again.
+    A run that was killed after drawing them draws them again when it resumes from an earlier state.
     """
     match = _NAME.fullmatch(path.name)
     assert match is not None  # as `picture_name` makes it
     start, end = path.name[: match.start("time")], path.name[match.end("time") :]
-    same_picture = path.parent.glob(f"{escape(start)}{'[0-9]' * _TIME_DIGITS}{escape(end)}")
+    same_image = path.parent.glob(f"{escape(start)}{'[0-9]' * _TIME_DIGITS}{escape(end)}")
     earliest = f"{start}{since:{_TIME_FORMAT}}"
-    return [other for other in same_picture if other.name != path.name and other.name >= earliest]
+    return [other for other in same_image if other.name != path.name and other.name >= earliest]
 
 
 def parameters_text(record: PictureRecord) -> str:
-    """Return what WebUIs show of a picture: G prompt, negative prompt, then settings, the L prompts among them."""
+    """Return what WebUIs show beside an image: G prompt, negative prompt, then settings with the L prompts."""
     prompt = record.prompt
+    names = names_of(record.sampler)
     settings = {
         "Steps": prompt.num_inference_steps,
-        "Sampler": record.sampler,
+        "Sampler": names.webui,
+        "Schedule type": names.webui_schedule,
         "CFG scale": prompt.guidance_scale,
         "Seed": record.seed,
         "Size": f"{record.width}x{record.height}",
@@ -105,7 +110,10 @@ def parameters_text(record: PictureRecord) -> str:
 def save_picture(
     path: Path, image: Image.Image, record: PictureRecord, more_texts: Mapping[str, str] | None = None
 ) -> None:
-    """Write the PNG, whole or not at all, with `parameters_text` and each setting under a separate name."""
+    """Write the PNG, whole or not at all.
+
+    Its text holds `parameters_text`, each setting under its own name, and the workflow that ComfyUI opens.
+    """
     prompt = record.prompt
     entries = {
         "parameters": parameters_text(record),
@@ -124,11 +132,26 @@ def save_picture(
     }
     info = PngInfo()
     for name, value in entries.items():
-        info.add_itxt(name, value)  # international text: prompts are of any script
+        info.add_itxt(name, value)  # international text: prompts can be in any script
+    for name, value in _workflow_texts(record).items():
+        info.add_text(name, value)  # plain text: all that older releases of ComfyUI read
     with replacing(path) as file:
         image.save(file, format="PNG", pnginfo=info)
 
 
+def _workflow_texts(record: PictureRecord) -> dict[str, str]:
+    model_name = record.model_name or "last"  # kohya's name for the model of a run without one
+    return comfyui_texts(
+        record.prompt,
+        sampler=record.sampler,
+        width=record.width,
+        height=record.height,
+        seed=record.seed,
+        checkpoint=f"{model_name}.safetensors",
+    )
+
+
 def _quoted(text: str) -> str:
-    """Text that may hold commas, colons and line ends, as WebUIs quote it in the line of settings."""
-    return json.dumps(text, ensure_ascii=False)
+    """Return text for the line of settings, in quotes only where WebUIs would otherwise end or change it."""
+    needs_quotes = text != text.strip() or not _UNQUOTED.fullmatch(text)
+    return json.dumps(text, ensure_ascii=False) if needs_quotes else text

@@ -1,21 +1,21 @@
-"""Pictures in rows and columns, with a label for each."""
+"""Images in rows and columns, with labels."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-_GAP = 4  # pixels between pictures, and around labels
-_PAPER, _TEXT, _NO_PICTURE = "#ffffff", "#202020", "#d8d8d8"
+_GAP = 4  # pixels between images, and around labels
+_PAPER, _TEXT, _NO_IMAGE = "#ffffff", "#202020", "#d8d8d8"
 _MOST_LINES = 6
-"""Of each line of a label; the rest of it becomes an ellipsis."""
+"""Lines that one line of a label can wrap to; an ellipsis replaces the rest."""
 
 _SYSTEM_FONTS = (
     *("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc"),
     *("arial.ttf", "msgothic.ttc", "msyh.ttc", "malgun.ttf"),
     *("Arial Unicode.ttf", "Hiragino Sans GB.ttc"),
 )
-"""Of Linux, Windows and macOS, where Pillow finds them by name."""
-_IN_NO_FONT = "\U0010fffd"  # a code point for private use: shows what a font draws for what it does not have
+"""Fonts of Linux, Windows and macOS that Pillow finds by name."""
+_IN_NO_FONT = "\U0010fffd"  # a private-use code point, drawn as the placeholder for missing characters
 
 _Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
@@ -23,14 +23,14 @@ _Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 def draw_table(
     row_labels: Sequence[str], column_labels: Sequence[str], cells: Sequence[Sequence[Image.Image | None]]
 ) -> Image.Image:
-    """The pictures `cells[row][column]`, row labels left of them and column labels above; None leaves a cell grey.
+    """Return a table of `cells[row][column]` with row labels on the left and column labels above.
 
-    All cells are as large as the largest picture, which keeps its size; smaller ones lie in their cell's upper left.
-    Labels are wrapped to the width of a cell. What is no ASCII is written in a font of the system, or as an escape
-    (U+732B is `\\u732b`) where there is none that has it.
+    A cell that is None stays grey. All cells have the size of the largest image; smaller ones lie in the upper left.
+    Labels wrap to the width of a cell. Characters beyond ASCII are drawn in a system font, or as an escape (U+732B is
+    `\\u732b`) if none has them.
     """
-    width = max((picture.width for row in cells for picture in row if picture is not None), default=64)
-    height = max((picture.height for row in cells for picture in row if picture is not None), default=64)
+    width = max((image.width for row in cells for image in row if image is not None), default=64)
+    height = max((image.height for row in cells for image in row if image is not None), default=64)
     font = _font_for("".join([*row_labels, *column_labels]), max(11, min(width, height) // 14))
     row_texts = [_wrapped(label, font, width) for label in row_labels]
     column_texts = [_wrapped(label, font, width) for label in column_labels]
@@ -46,12 +46,12 @@ def draw_table(
     for row, text in enumerate(row_texts):
         y = top + row * (row_height + _GAP)
         pen.multiline_text((_GAP, y), text, fill=_TEXT, font=font)
-        for column, picture in enumerate(cells[row]):
+        for column, image in enumerate(cells[row]):
             x = left + column * (width + _GAP)
-            if picture is None:
-                pen.rectangle((x, y, x + width - 1, y + height - 1), fill=_NO_PICTURE)
+            if image is None:
+                pen.rectangle((x, y, x + width - 1, y + height - 1), fill=_NO_IMAGE)
             else:
-                table.paste(picture, (x, y))
+                table.paste(image, (x, y))
     return table
 
 
@@ -59,7 +59,7 @@ def draw_table(
 
 
 def _font_for(text: str, size: int) -> _Font:
-    """Return the font that has the most characters of the text; of equals the first, which is Pillow's own."""
+    """Return the font with the most characters of the text; of equals the first, which is Pillow's own."""
     fonts = [ImageFont.load_default(size), *(() if text.isascii() else _system_fonts(size))]
     return max(fonts, key=lambda font: sum(_has(font, character) for character in set(text)))
 
@@ -68,7 +68,7 @@ def _system_fonts(size: int) -> Iterator[_Font]:
     for name in _SYSTEM_FONTS:
         try:
             yield ImageFont.truetype(name, size)
-        except OSError:  # this system has none of that name
+        except OSError:  # not installed
             continue
 
 
@@ -77,14 +77,14 @@ def _has(font: _Font, character: str) -> bool:
 
 
 def _wrapped(label: str, font: _Font, width: int) -> str:
-    """Return each line of the label in lines of at most `width` pixels, between words where that is possible."""
+    """Return the label wrapped to `width` pixels, between words where possible."""
     return "\n".join(_wrapped_line(line, font, width) for line in label.splitlines())
 
 
 def _wrapped_line(text: str, font: _Font, width: int) -> str:
     shown = "".join(
         character if character.isspace() or _has(font, character) else character.encode("unicode_escape").decode()
-        for character in text[: _MOST_LINES * width]  # what follows has no room, however narrow its letters
+        for character in text[: _MOST_LINES * width]  # the rest has no room, however narrow its letters
     )
     lines = [""]
     for word in _short_words(shown.split(), font, width):
@@ -102,7 +102,7 @@ def _wrapped_line(text: str, font: _Font, width: int) -> str:
 
 
 def _short_words(words: Iterable[str], font: _Font, width: int) -> Iterator[str]:
-    """Yield the words, those that are wider than `width` in pieces."""
+    """Yield the words; those wider than `width` in pieces."""
     for word in words:
         piece = ""
         for character in word:
@@ -114,7 +114,7 @@ def _short_words(words: Iterable[str], font: _Font, width: int) -> Iterator[str]
 
 
 def _size(text: str, font: _Font) -> tuple[int, int]:
-    """Width and height of a text in pixels, from the top of its first line."""
+    """Return the width and height of a text in pixels, from the top of its first line."""
     pen = ImageDraw.Draw(Image.new("L", (1, 1)))
     _, _, right, bottom = pen.multiline_textbbox((0, 0), text or " ", font=font)
     return round(right), round(bottom)

@@ -1,4 +1,4 @@
-"""What to draw: the pictures that a prompt file asks for, checked before any model is loaded."""
+"""The images that a prompt file asks for, checked before any model is loaded."""
 
 import json
 import re
@@ -11,26 +11,22 @@ from typing import Any
 from library.config.config_file import parse_toml
 from library.config.errors import UserError
 from library.config.option_fields import nearest
+from library.samples.sampler_names import SAMPLERS, sampler_of
 from library.sdxl.sizes import PIXELS_PER_LATENT
 
-SAMPLERS: tuple[str, ...] = (
-    *("ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a"),
-    *("dpmsolver", "dpmsolver++", "dpmsingle"),
-    *("k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a"),
-)
 MIN_SIDE, MAX_SIDE = 64, 8192  # pixels
 MAX_CHARACTERS = 10_000  # each 75 tokens are another pass through both encoders
-MAX_STEPS = 1000  # as many as the noise schedule has
-MAX_SEED = 2**64 - 1  # the last one that torch.Generator takes
+MAX_STEPS = 1000  # the length of the noise schedule
+MAX_SEED = 2**64 - 1  # the largest that torch.Generator takes
 
 
 @dataclass(frozen=True)
 class SamplePrompt:
-    """One picture to draw: a prompt and a negative prompt for each text encoder, and how to sample it.
+    """One image to draw: a prompt and a negative prompt for each text encoder, and how to sample it.
 
-    `width` and `height` are pixels, multiples of 8; None stands for the training resolution. `sampler` None stands for
-    the sampler of the command line, `seed` None for no fixed seed. `shared` says that the file gave one text, which
-    both encoders read. `line` counts from 1: the line of a text file, the entry of a table file.
+    `width` and `height` are pixels, multiples of 8; None means the training resolution. `sampler` None means the
+    sampler of the command line, `seed` None no fixed seed. `shared` is true if the file has one text for both
+    encoders. `line` counts from 1: the line of a text file, the entry of a table file.
     """
 
     prompt_g: str
@@ -48,20 +44,20 @@ class SamplePrompt:
 
 
 def read_prompt_file(path: Path) -> list[SamplePrompt]:
-    """Return the pictures that a .txt, .toml or .json file asks for, in its order.
+    """Return the images that a .txt, .toml or .json file asks for, in its order.
 
-    Text: one picture a line, as `a cat --e photographic --n ugly --w 1024`; blank lines and # comments are skipped.
+    Text: one image per line, as `a cat --e photographic --n ugly --w 1024`; blank lines and # comments are skipped.
     TOML: [[prompt]] tables, or kohya's [prompt] whose [[prompt.subset]] tables inherit from it. JSON: a list of
-    objects, or of lines. Sizes are floored to a multiple of 8. Without an L prompt both encoders read the G prompt.
-    Raise `UserError`, with the place in the file, for the first mistake found.
+    objects or of lines; null is a setting left out. Sizes are rounded down to a multiple of 8. Without an L prompt both
+    encoders read the G prompt. Raise `UserError`, with the place in the file, for the first mistake found.
     """
     readers = {".txt": _read_text, ".toml": _read_toml, ".json": _read_json}
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise UserError(f"'{path}' is no prompt file.", f"Its name must end in {', '.join(readers)}.")
+        raise UserError(f"'{path}' is not a prompt file.", f"Its name must end in {', '.join(readers)}.")
     prompts = list(reader(path, _decoded(path)))
     if not prompts:
-        raise UserError(f"'{path}' holds no prompt.", "Write one picture a line, for example: a cat --n ugly --s 28")
+        raise UserError(f"'{path}' has no prompt.", "Write one image per line, for example: a cat --n ugly --s 28")
     return prompts
 
 
@@ -70,7 +66,7 @@ def read_prompt_file(path: Path) -> list[SamplePrompt]:
 
 @dataclass(frozen=True)
 class _Setting:
-    """One thing that a prompt can say: its option on a line, its keys in a table, the values it can have."""
+    """One setting of a prompt: its option on a line, its keys in a table, its possible values."""
 
     option: str
     keys: tuple[str, ...]
@@ -80,13 +76,13 @@ class _Setting:
     high: float = 0
 
     def value_of(self, raw: object) -> str | int | float | None:
-        """`raw` (the text after an option, or a value of a table) as `kind` and in range, or None where it is not."""
+        """Return `raw` (the text after an option, or a value of a table) as `kind`; None if it is out of range."""
         if self.kind is None:
             return raw.strip() if isinstance(raw, str) else None
         if isinstance(raw, bool) or not isinstance(raw, str | int | self.kind):
             return None
         try:
-            number = self.kind(raw)
+            number = self.kind(_bare(raw) if isinstance(raw, str) else raw)
         except (ValueError, OverflowError):
             return None
         return number if self.low <= number <= self.high else None
@@ -111,36 +107,49 @@ _SETTINGS = {
 _NAME_OF_OPTION = {setting.option: name for name, setting in _SETTINGS.items() if setting.option}
 _NAME_OF_KEY = {key: name for name, setting in _SETTINGS.items() for key in setting.keys}
 
-# One half of a surrogate pair: JSON can say it, and no file can be written with it.
+# One half of a surrogate pair: JSON can hold it, no file can be written with it.
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
-# An option is two dashes that follow a space and touch a letter: "a cat -- a dog" and "3--4" are text.
-_OPTION_WORD = re.compile(r"(?:^|\s)--([a-z]\S*)", re.IGNORECASE)
+# An option is two dashes that follow a space and touch a letter: "a cat -- a dog" and "3--4" are text. Word processors
+# make one long dash of the two; it begins an option only before the name of an option, or before a key and a number.
+_OPTIONS = "|".join(sorted(_NAME_OF_OPTION, key=len, reverse=True))
+_KEYS = "|".join(_NAME_OF_KEY)
+_OPTION_WORD = re.compile(
+    rf"(?:^|\s)(?:--([a-z]\S*)|[—–―−]-?((?:{_OPTIONS})(?:[=\d]\S*)?(?=\s|$)|(?:{_KEYS})(?=\s+\d)))", re.IGNORECASE
+)
+
+_NOTHING = re.compile("""[-—–―−]+|""|''""")
+"""What kohya's users write for an empty text, as in `--n -`."""
+
+
+def _bare(text: str) -> str:
+    """Return a number or a name without the quotes round it and the comma behind it."""
+    return text.strip(" \t,;'\"“”‘’")
 
 
 def _checked(name: str, shown: str, raw: object, where: str) -> Any:
-    """Return the value of the setting `name`, written as `shown`; raise `UserError` with what is expected."""
+    """Return the value of the setting `name`, written as `shown`. Raise `UserError` with what is expected."""
     setting = _SETTINGS[name]
     value = setting.value_of(raw)
     if name == "sampler" and isinstance(value, str):
-        value = value.lower() if value.lower() in SAMPLERS else None
+        value = sampler_of(_bare(value))
     if value is None:
-        guess = nearest(str(raw), SAMPLERS) if name == "sampler" else ""
+        guess = nearest(_bare(str(raw)).lower(), SAMPLERS) if name == "sampler" else ""
         raise UserError(f"{where}: {shown} is '{raw}'.", f"{guess} It must be {setting.expected}.".lstrip())
     return value
 
 
-def _picture(said: dict[str, Any], line: int, where: str) -> SamplePrompt:
-    """Return the picture that the settings `said` describe, with defaults for what they leave open."""
+def _sample_prompt(said: dict[str, Any], line: int, where: str) -> SamplePrompt:
+    """Return the image that the settings describe, with defaults for those left out."""
     if not said.keys() & {"prompt_g", "prompt_l"}:
-        raise UserError(f"{where}: there is no prompt.", "Give the text of the picture, before any option.")
+        raise UserError(f"{where}: there is no prompt.", "Write the text of the image before any option.")
     texts = [text for text in said.values() if isinstance(text, str)]
     half = _HALF_CHARACTER.search("".join(texts))
     if half is not None:
-        raise UserError(f"{where}: {half[0]!a} is half of a character.", "Write the whole of it.")
+        raise UserError(f"{where}: {half[0]!a} is half of a character.", "Write the whole character.")
     longest = max(len(text) for text in texts)
     if longest > MAX_CHARACTERS:
-        raise UserError(f"{where}: a text has {longest} characters.", f"Keep it below {MAX_CHARACTERS}.")
+        raise UserError(f"{where}: a text has {longest} characters.", f"Keep it under {MAX_CHARACTERS}.")
     prompt_g = said.get("prompt_g", "")
     negative = said.get("negative", "")
     sides = {side: said[side] // PIXELS_PER_LATENT * PIXELS_PER_LATENT for side in ("width", "height") if side in said}
@@ -164,31 +173,37 @@ def _read_text(path: Path, text: str) -> Iterator[SamplePrompt]:
     for number, line in enumerate(re.split(r"\r\n|\r|\n", text), start=1):
         if line.strip() and not line.lstrip().startswith("#"):
             where = f"'{path}', line {number}"
-            yield _picture(_settings_of_line(line, where), number, where)
+            yield _sample_prompt(_settings_of_line(line, where), number, where)
 
 
 def _settings_of_line(line: str, where: str) -> dict[str, Any]:
-    """Return what `a cat --e photographic --w 1024` says, by the name of the setting."""
-    prompt, *options = (part.strip() for part in _OPTION_WORD.split(line))
+    """Return the settings of `a cat --e photographic --w 1024`, by name."""
+    options = list(_OPTION_WORD.finditer(line))
+    starts = [*(option.start() for option in options), len(line)]
+    prompt = line[: starts[0]].strip()
     said: dict[str, Any] = {"prompt_g": prompt} if prompt else {}
-    for word, raw in zip(options[::2], options[1::2], strict=True):
+    for option, end in zip(options, starts[1:], strict=True):
+        word, raw = option[1] or option[2], line[option.end() : end].strip()
         name = _NAME_OF_OPTION.get(word.lower())
         if name is None:
             raise _unknown_option(word, where)
         if name in said:
             raise UserError(f"{where}: --{word} is given twice.", "Keep one of the two.")
-        said[name] = _checked(name, f"--{word}", raw, where)
+        is_empty = _SETTINGS[name].kind is None and _NOTHING.fullmatch(raw)
+        said[name] = _checked(name, f"--{word}", "" if is_empty else raw, where)
     return said
 
 
 def _unknown_option(word: str, where: str) -> UserError:
-    # A long name ("--steps", "--width") leads to the short option that means it.
+    # A long name ("--steps", "--width") leads to its short option.
     known = _NAME_OF_OPTION | {key: name for key, name in _NAME_OF_KEY.items() if _SETTINGS[name].option}
     before_equals_sign = word.partition("=")[0].lower()
-    matches = get_close_matches(before_equals_sign, known, n=1, cutoff=0.4)
+    alike = [each for each in known if each[0] == before_equals_sign[0]]
+    matches = get_close_matches(before_equals_sign, alike, n=1, cutoff=0.4)
     guess = f"Did you mean --{_SETTINGS[known[matches[0]]].option}, a space and a value? " if matches else ""
     options = " ".join(f"--{option}" for option in _NAME_OF_OPTION)
-    return UserError(f"{where}: there is no option --{word}.", f"{guess}The options are {options}.")
+    remedy = f"{guess}The options are {options}. Write '-- {word}' or '-{word}' for text."
+    return UserError(f"{where}: there is no option --{word}.", remedy)
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------
@@ -198,42 +213,46 @@ def _read_toml(path: Path, text: str) -> Iterator[SamplePrompt]:
     try:
         document = parse_toml(text)
     except ValueError as error:
-        raise UserError(f"'{path}' is not valid TOML: {error}.", "Mend it there.") from error
+        raise UserError(f"'{path}' is not valid TOML: {error}.", "Correct the file.") from error
     prompt = document.pop("prompt", None)
     if document or not isinstance(prompt, dict | list):
         found = f"has '{next(iter(document))}'" if document else "has no prompt"
-        raise UserError(f"'{path}' {found} at its top.", "Write [[prompt]] above each picture, and nothing else there.")
+        raise UserError(f"'{path}' {found} at its top.", "Write [[prompt]] above each image, and nothing else there.")
     inherited = prompt if isinstance(prompt, dict) else {}
     entries = prompt.pop("subset", [{}]) if isinstance(prompt, dict) else prompt
     if not isinstance(entries, list):
-        raise UserError(f"'{path}': 'subset' is no list of tables.", "Write [[prompt.subset]] above each picture.")
+        raise UserError(f"'{path}': 'subset' is not a list of tables.", "Write [[prompt.subset]] above each image.")
     common = _settings_of_table(inherited, f"'{path}', [prompt]")
     for number, entry in enumerate(entries, start=1):
         where = f"'{path}', prompt {number}"
-        yield _picture(common | _settings_of_table(entry, where), number, where)
+        yield _sample_prompt(common | _settings_of_table(entry, where), number, where)
 
 
 def _read_json(path: Path, text: str) -> Iterator[SamplePrompt]:
     try:
         entries = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"'{path}', line {error.lineno} is not valid JSON: {error.msg}.", "Mend it there.") from error
+        raise UserError(
+            f"'{path}', line {error.lineno} is not valid JSON: {error.msg}.", "Correct that line."
+        ) from error
     except (RecursionError, ValueError) as error:  # thousands of brackets, a number of thousands of digits
-        raise UserError(f"'{path}' is not a list of prompts ({error}).", "Write it again.") from error
+        raise UserError(f"'{path}' is not a list of prompts ({error}).", "Write the file again.") from error
     if not isinstance(entries, list):
-        raise UserError(f"'{path}' is no list.", 'Write the pictures as [{"prompt": "a cat"}, {"prompt": "a dog"}].')
+        raise UserError(f"'{path}' is not a list.", 'Write the images as [{"prompt": "a cat"}, {"prompt": "a dog"}].')
     for number, entry in enumerate(entries, start=1):
         where = f"'{path}', prompt {number}"
         said = _settings_of_line(entry, where) if isinstance(entry, str) else _settings_of_table(entry, where)
-        yield _picture(said, number, where)
+        yield _sample_prompt(said, number, where)
 
 
 def _settings_of_table(table: object, where: str) -> dict[str, Any]:
-    """Return what a table with spelled-out names says, by the name of the setting."""
+    """Return the settings of a table, whose names are spelled out, by name."""
     if not isinstance(table, dict):
-        raise UserError(f"{where} is no table.", 'Write its settings by name, as in prompt = "a cat".')
+        raise UserError(f"{where} is not a table.", 'Write its settings by name, as in prompt = "a cat".')
     said: dict[str, Any] = {}
     for key, raw in table.items():
+        if raw is None and key in _NAME_OF_KEY:  # JSON's null
+            continue
         name = _NAME_OF_KEY.get(key)
         if name is None:
             guess = nearest(key, _NAME_OF_KEY)
@@ -241,7 +260,7 @@ def _settings_of_table(table: object, where: str) -> dict[str, Any]:
             raise UserError(f"{where}: there is no setting '{key}'.", remedy.lstrip())
         if name in said:
             raise UserError(
-                f"{where}: '{key}' says a second time what '{' / '.join(_SETTINGS[name].keys)}' says.", "Keep one."
+                f"{where}: '{key}' repeats a setting ({' / '.join(_SETTINGS[name].keys)}).", "Keep one of the two."
             )
         said[name] = _checked(name, f"'{key}'", raw, where)
     return said

@@ -1,4 +1,4 @@
-"""Every L prompt with every G prompt: a table of pictures that shows what each encoder decides."""
+"""Every L prompt with every G prompt: a table of images that shows what each encoder decides."""
 
 import json
 from collections.abc import Sequence
@@ -12,15 +12,15 @@ from library.samples.prompts import SamplePrompt
 from library.sdxl.tokenizers import num_chunks_needed
 
 MAX_CELLS = 64
-"""More pictures than this are a mistake rather than a wish: each takes as long as any sample picture."""
+"""A larger grid is taken for a mistake: each cell takes as long as a sample image."""
 
 
 @dataclass(frozen=True)
 class SampleGrid:
     """The prompts of a grid: a row for each L prompt, a column for each G prompt.
 
-    Every cell is drawn as `first`, the first prompt of the file, says: its negative prompt, size, seed, guidance scale,
-    number of steps and sampler. So nothing but the two prompts differs between two cells.
+    Every cell has the negative prompt, size, seed, guidance scale, number of steps and sampler of `first`, the first
+    prompt of the file, so that two cells differ in nothing but their two prompts.
     """
 
     rows: tuple[str, ...]
@@ -29,7 +29,7 @@ class SampleGrid:
 
     @property
     def num_chunks(self) -> int:
-        """Chunks of 75 tokens for every cell: a long prompt in one row must not pad the prompts of that row alone."""
+        """Chunks of 75 tokens for every cell: a long prompt must not pad only the prompts of its row."""
         texts = (*self.rows, *self.columns, self.first.negative_l, self.first.negative_g)
         return max(num_chunks_needed(text) for text in texts)
 
@@ -41,14 +41,14 @@ class SampleGrid:
             for prompt_g in self.columns
         ]
 
-    def table(self, pictures: Sequence[Image.Image | None]) -> Image.Image:
-        """Return the labelled table of the pictures of `prompts()`; a cell whose picture is None stays grey."""
+    def table(self, images: Sequence[Image.Image | None]) -> Image.Image:
+        """Return the labelled table of the images of `prompts()`; None leaves a cell grey."""
         width = len(self.columns)
-        cells = [pictures[start : start + width] for start in range(0, len(pictures), width)]
+        cells = [images[start : start + width] for start in range(0, len(images), width)]
         return draw_table([f"L: {text}" for text in self.rows], [f"G: {text}" for text in self.columns], cells)
 
     def texts(self) -> dict[str, str]:
-        """Return what the PNG says of its rows and columns, each a JSON list."""
+        """Return the PNG texts that hold the prompts of rows and columns, each a JSON list."""
         return {
             "rows_prompt_l": json.dumps(self.rows, ensure_ascii=False),
             "columns_prompt_g": json.dumps(self.columns, ensure_ascii=False),
@@ -56,10 +56,10 @@ class SampleGrid:
 
 
 def make_sample_grid(prompts: Sequence[SamplePrompt]) -> SampleGrid:
-    """Return the grid of each distinct L prompt and each distinct G prompt, in the order of the file.
+    """Return the grid of the distinct L prompts and the distinct G prompts, in the order of the file.
 
-    A prompt that both encoders share makes a column, but no row. Raise `UserError` where no prompt has an L text of
-    its own, and for more than `MAX_CELLS` cells.
+    A prompt that both encoders share makes a column, but no row. Raise `UserError` if no prompt has an L text, and for
+    more than `MAX_CELLS` cells.
     """
     rows = tuple(dict.fromkeys(prompt.prompt_l for prompt in prompts if not prompt.shared))
     columns = tuple(dict.fromkeys(prompt.prompt_g for prompt in prompts))
@@ -71,7 +71,7 @@ def make_sample_grid(prompts: Sequence[SamplePrompt]) -> SampleGrid:
     if len(rows) * len(columns) > MAX_CELLS:
         raise UserError(
             f"--sample_grid: {len(rows)} L prompts with {len(columns)} G prompts are {len(rows) * len(columns)}"
-            f" pictures, and {MAX_CELLS} is the most.",
+            f" images; the limit is {MAX_CELLS}.",
             "Use fewer different texts in the prompt file.",
         )
     return SampleGrid(rows, columns, prompts[0])

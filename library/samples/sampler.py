@@ -1,4 +1,4 @@
-"""A prompt for each text encoder to a picture, with diffusers' pipeline and the scheduler of the asked-for name."""
+"""Draw images with a prompt for each text encoder, through diffusers' pipeline and schedulers."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -33,9 +33,9 @@ from library.sdxl.text_encoding import TextConditioning, encode_captions
 from library.sdxl.tokenizers import num_chunks_needed, tokenize_captions
 
 _SCHEDULERS: dict[str, tuple[type, dict[str, Any]]] = {
-    # Latents are not confined to -1..1: clipping them, as kohya's trainers do for ddim, greys the picture.
+    # Latents are not confined to -1..1: clipping them, as kohya's trainers do for ddim, greys the image.
     "ddim": (DDIMScheduler, {"clip_sample": False}),
-    # Without its Runge-Kutta start (as Stable Diffusion's own configuration has it), which needs four steps or fails.
+    # Without the Runge-Kutta start, which fails below four steps (as in Stable Diffusion's own configuration).
     "pndm": (PNDMScheduler, {"skip_prk_steps": True}),
     "lms": (LMSDiscreteScheduler, {}),
     "euler": (EulerDiscreteScheduler, {}),
@@ -55,9 +55,10 @@ def _already_there(*networks: nn.Module) -> AbstractContextManager[None]:
 
 @dataclass(frozen=True)
 class SamplingNetworks:
-    """What a picture is drawn with; the U-Net returns float32.
+    """The networks that draw an image; the U-Net returns float32.
 
-    Within `at_hand(network, ...)` the others are on the U-Net's device: they are called only there.
+    The others may be elsewhere: they are called only within `at_hand(network, ...)`, which holds them on the U-Net's
+    device.
     """
 
     unet: UNet2DConditionModel
@@ -68,7 +69,7 @@ class SamplingNetworks:
 
 
 def make_sampling_scheduler(name: str) -> Any:
-    """diffusers' scheduler for a name of `--sample_sampler`; a leading `k_` makes no difference, as in kohya's."""
+    """Return diffusers' scheduler for a name of `--sample_sampler`."""
     scheduler_class, settings = _SCHEDULERS[name.removeprefix("k_")]
     return scheduler_class(**SDXL_PREDICTION.scheduler_settings(), **settings)
 
@@ -84,14 +85,14 @@ def draw_latents_together(
     seeds: Sequence[int],
     min_chunks: int = 1,
 ) -> torch.Tensor:
-    """Return scaled latents [B, 4, h, w], in float32, of the pictures of B prompts, drawn in one batch.
+    """Return scaled latents [B, 4, h, w], in float32, of the images of B prompts, drawn in one batch.
 
-    The same as `StableDiffusionXLPipeline(prompt=L, prompt_2=G)`, whose denoising loop this is; only the captions are
-    encoded here. The noise of each comes from a generator with its seed, on the CPU. All randomness is theirs: the
-    random state of training is left alone.
+    The same as `StableDiffusionXLPipeline(prompt=L, prompt_2=G)`, whose denoising loop runs here; only the captions are
+    encoded by this module. The noise of each image comes from a CPU generator with its seed, and so does all other
+    randomness: the random state of training is left alone.
 
-    The prompts must agree in their number of sampling steps and in their guidance scale. They are padded to chunks of
-    75 tokens, as many as the longest needs and at least `min_chunks`.
+    The prompts must agree in number of sampling steps and guidance scale. They are padded to chunks of 75 tokens, as
+    many as the longest needs and at least `min_chunks`.
     """
     (num_inference_steps, guidance_scale), *others = {
         (prompt.num_inference_steps, prompt.guidance_scale) for prompt in prompts
@@ -100,7 +101,7 @@ def draw_latents_together(
     with networks.at_hand(networks.text_encoder_l, networks.text_encoder_g):
         wanted, unwanted = _encode_prompts(networks, prompts, min_chunks)
     pipeline = StableDiffusionXLPipeline(
-        vae=None,  # which may be elsewhere, and only decodes
+        vae=None,  # only decodes, and may be elsewhere
         text_encoder=None,
         text_encoder_2=None,
         tokenizer=None,
@@ -134,7 +135,7 @@ def draw_picture(
     seed: int,
     min_chunks: int = 1,
 ) -> Image.Image | None:
-    """Return the picture of a prompt, or None where the networks give NaN or Inf."""
+    """Return the image of a prompt, or None if the networks return NaN or Inf."""
     latents = draw_latents_together(
         networks, [prompt], sampler=sampler, width=width, height=height, seeds=[seed], min_chunks=min_chunks
     )
@@ -142,7 +143,7 @@ def draw_picture(
 
 
 def picture_of_latents(networks: SamplingNetworks, latents: torch.Tensor) -> Image.Image | None:
-    """Return the picture of scaled latents [1, 4, h, w], or None where the decoder returns NaN or Inf."""
+    """Return the image of scaled latents [1, 4, h, w], or None if the decoder returns NaN or Inf."""
     with networks.at_hand(networks.vae):
         pixels = decode_latents(networks.vae, latents / LATENT_SCALE)[0]  # [3, H, W] in -1..1
     if not pixels.isfinite().all():
@@ -154,7 +155,7 @@ def picture_of_latents(networks: SamplingNetworks, latents: torch.Tensor) -> Ima
 def _encode_prompts(
     networks: SamplingNetworks, prompts: Sequence[SamplePrompt], min_chunks: int
 ) -> tuple[TextConditioning, TextConditioning]:
-    """Conditioning of prompts and negative prompts, in float32, padded to the same number of chunks or `min_chunks`."""
+    """Return the conditioning of prompts and negative prompts, in float32, padded to one number of chunks."""
     captions_l = [prompt.prompt_l for prompt in prompts] + [prompt.negative_l for prompt in prompts]
     captions_g = [prompt.prompt_g for prompt in prompts] + [prompt.negative_g for prompt in prompts]
     num_chunks = max(min_chunks, *(num_chunks_needed(caption) for caption in captions_l + captions_g))

@@ -1,4 +1,4 @@
-"""Sample pictures on the disk: the reference's names, and text that WebUIs read."""
+"""Sample images on disk: kohya's file names, and text that WebUIs read."""
 
 import json
 import re
@@ -72,7 +72,8 @@ def test_web_uis_show_prompt_negative_and_settings():
         "ugly",
         {
             "Steps": "28",
-            "Sampler": "euler_a",
+            "Sampler": "Euler a",
+            "Schedule type": "Uniform",
             "CFG scale": "7.0",
             "Seed": "42",
             "Size": "832x1216",
@@ -95,6 +96,32 @@ def test_any_l_prompt_survives_the_line_of_settings(text: str):
     assert settings["Seed"] == "42"
 
 
+@pytest.mark.parametrize(
+    ("sampler", "shown", "schedule"),
+    [
+        ("ddim", "DDIM", "Automatic"),
+        ("pndm", "PLMS", "Automatic"),
+        ("k_lms", "LMS", "Uniform"),
+        ("k_euler_a", "Euler a", "Uniform"),
+        ("heun", "Heun", "Uniform"),
+        ("dpm_2", "DPM2", "Uniform"),
+        ("k_dpm_2_a", "DPM2 a", "Uniform"),
+        ("dpmsolver++", "DPM++ 2M", "SGM Uniform"),
+    ],
+)
+def test_samplers_have_the_names_of_web_uis(sampler: str, shown: str, schedule: str):
+    _, _, settings = as_web_uis_parse(parameters_text(replace(RECORD, sampler=sampler)))
+    assert (settings["Sampler"], settings["Schedule type"]) == (shown, schedule)
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [("m", "m"), ("my model v2", "my model v2"), ("a, b", '"a, b"'), ("a: b", '"a: b"'), ('"m"', '"\\"m\\""')],
+)
+def test_the_model_is_in_quotes_only_where_it_must_be(name: str, written: str):
+    assert f", Model: {written}, Training step: 500" in parameters_text(replace(RECORD, model_name=name))
+
+
 def test_without_a_negative_prompt_none_is_shown():
     record = replace(RECORD, prompt=SamplePrompt("a cat", "a cat"))
     prompt, negative, settings = as_web_uis_parse(parameters_text(record))
@@ -114,7 +141,8 @@ def test_the_png_tells_how_it_was_drawn_in_any_script(tmp_path: Path):
     with Image.open(path) as saved:
         assert saved.format == "PNG"
         assert saved.tobytes() == image.tobytes()
-        assert saved.info == {
+        texts = {name: text for name, text in saved.info.items() if name not in ("prompt", "workflow")}
+        assert texts == {
             "parameters": parameters_text(record),
             "prompt_g": "颐和园 🏯",
             "prompt_l": "фотография",

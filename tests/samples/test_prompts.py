@@ -1,6 +1,7 @@
 """Prompt files: what their lines and tables mean, and how each mistake in them is reported."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,7 @@ def test_dashes_that_are_no_option_stay_in_the_prompt(text: str, tmp_path: Path)
 
 @pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
 def test_blank_lines_and_comments_are_skipped_and_lines_keep_their_number(line_end: str, tmp_path: Path):
-    prompts = read(tmp_path, line_end.join(["# pictures", "", "a cat", "  # more", "a dog ", ""]))
+    prompts = read(tmp_path, line_end.join(["# images", "", "a cat", "  # more", "a dog ", ""]))
     assert [(prompt.prompt_g, prompt.line) for prompt in prompts] == [("a cat", 3), ("a dog", 5)]
 
 
@@ -110,7 +111,7 @@ def test_spaces_around_a_text_say_nothing_in_a_table_either(tmp_path: Path):
     assert (table.prompt_g, table.prompt_l) == (line.prompt_g, line.prompt_l) == ("a cat", "photo")
 
 
-def test_a_toml_list_holds_one_picture_a_table(tmp_path: Path):
+def test_a_toml_list_holds_one_image_per_table(tmp_path: Path):
     table = "[[prompt]]\n" + "\n".join(f"{key} = {json.dumps(value)}" for key, value in SPELLED_OUT.items())
     assert read(tmp_path, table + '\n[[prompt]]\nprompt = "a dog"', "P.TOML") == [
         FULL,
@@ -135,14 +136,79 @@ def test_toml_subsets_inherit_under_either_spelling_of_a_setting(tmp_path: Path)
     assert (dog.prompt_g, dog.guidance_scale, dog.negative_g, dog.negative_l) == ("a dog", 3.0, "ugly", "blurred")
 
 
-def test_a_single_toml_table_is_one_picture(tmp_path: Path):
+def test_a_single_toml_table_is_one_image(tmp_path: Path):
     assert read(tmp_path, '[prompt]\nprompt = "a cat"', "p.toml") == [CAT]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_every_sampler_name_can_be_asked_for(sampler: str, tmp_path: Path):
-    [prompt] = read(tmp_path, f"a cat --ss {sampler}")
+def test_every_sampler_name_can_be_asked_for_in_any_case(sampler: str, tmp_path: Path):
+    for written in (sampler, sampler.upper(), sampler.title()):
+        [prompt] = read(tmp_path, f"a cat --ss {written}")
+        assert prompt.sampler == sampler
+
+
+@pytest.mark.parametrize(
+    ("written", "sampler"),
+    [
+        ("Euler a", "euler_a"),
+        ("euler_ancestral", "euler_a"),
+        ("DPM++ 2M", "dpmsolver++"),
+        ("DPM2 a", "dpm_2_a"),
+        ("PLMS", "pndm"),
+        ("k_euler_a", "k_euler_a"),
+    ],
+)
+def test_a_sampler_can_be_named_as_other_programs_do(written: str, sampler: str, tmp_path: Path):
+    [prompt] = read(tmp_path, f"a cat --ss {written} --s 20")
     assert prompt.sampler == sampler
+
+
+# -- how people write -------------------------------------------------------------------------------------------------
+
+FOX = SamplePrompt("a fox", "a fox", shared=True)
+
+
+@pytest.mark.parametrize("nothing", ["-", "--", "—", '""', "''"])
+def test_a_dash_for_a_text_means_none(nothing: str, tmp_path: Path):
+    assert read(tmp_path, f"a fox --n {nothing} --w 512") == [replace(FOX, width=512)]
+    assert read(tmp_path, f"a fox --e {nothing}") == [replace(FOX, prompt_l="", shared=False)]
+
+
+@pytest.mark.parametrize("dash", ["—", "–", "―", "−", "--", "–-"])
+def test_a_long_dash_before_the_name_of_an_option_is_two_dashes(dash: str, tmp_path: Path):
+    line = f"a fox {dash}n blurry {dash}w 512 {dash}ss euler"
+    assert read(tmp_path, line) == [replace(FOX, negative_g="blurry", negative_l="blurry", width=512, sampler="euler")]
+
+
+@pytest.mark.parametrize("text", ["a fox — red", "a fox —red", "a fox —l'eau", "a fox –seed of doubt", "a — n"])
+def test_a_long_dash_before_anything_else_is_text(text: str, tmp_path: Path):
+    assert read(tmp_path, text) == [SamplePrompt(text, text, shared=True)]
+
+
+@pytest.mark.parametrize("line", ["a fox —width 512", "a fox —w512", "a fox —w=512", "a fox —W=512"])
+def test_a_long_dash_before_a_misspelt_option_is_named(line: str, tmp_path: Path):
+    with pytest.raises(UserError, match=r"there is no option --.* Did you mean --w, a space and a value\?"):
+        read(tmp_path, line)
+
+
+@pytest.mark.parametrize("value", ['"{}"', "'{}'", "“{}”", "{},", '"{}",', "{};"])
+def test_quotes_round_a_value_and_a_comma_behind_it_say_nothing(value: str, tmp_path: Path):
+    [prompt] = read(tmp_path, f"a fox --w {value.format(512)} --l {value.format(5.5)} --ss {value.format('euler_a')}")
+    assert prompt == replace(FOX, width=512, guidance_scale=5.5, sampler="euler_a")
+
+
+def test_words_after_two_dashes_are_named_with_the_way_to_write_them(tmp_path: Path):
+    with pytest.raises(UserError) as caught:
+        read(tmp_path, "a t-shirt --red and blue --w 512")
+    assert "there is no option --red. The options are --e" in str(caught.value)
+    assert "Write '-- red' or '-red' for text." in str(caught.value)
+    assert read(tmp_path, "a t-shirt -- red and blue --w 512")[0].prompt_g == "a t-shirt -- red and blue"
+    assert read(tmp_path, "a t-shirt -red and blue --w 512")[0].prompt_g == "a t-shirt -red and blue"
+
+
+def test_null_in_json_is_a_setting_left_out(tmp_path: Path):
+    nulls = {"prompt": "a fox", "prompt_l": None, "negative_prompt": None, "width": None, "seed": None, "sampler": None}
+    assert read(tmp_path, json.dumps([nulls]), "p.json") == [FOX]
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
@@ -167,12 +233,12 @@ def test_every_sampler_name_can_be_asked_for(sampler: str, tmp_path: Path):
         ("a cat --d 18446744073709551616", "--d is '18446744073709551616'."),
         ("a cat --ss euler_b", "--ss is 'euler_b'. Did you mean euler_a? It must be one of ddim, pndm"),
         ("a cat --w 512 --W 640", "--W is given twice."),
-        ("--n ugly --s 20", "there is no prompt. Give the text of the picture"),
+        ("--n ugly --s 20", "there is no prompt. Write the text of the image"),
     ],
 )
 def test_a_mistake_in_a_line_is_named_with_file_and_line(line: str, expected: str, tmp_path: Path):
     with pytest.raises(UserError) as caught:
-        read(tmp_path, f"# pictures\n\na dog\n{line}\n")
+        read(tmp_path, f"# images\n\na dog\n{line}\n")
     assert str(caught.value).startswith(f"'{tmp_path / 'my prompts.txt'}', line 4: ")
     assert expected in str(caught.value)
 
@@ -180,15 +246,15 @@ def test_a_mistake_in_a_line_is_named_with_file_and_line(line: str, expected: st
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
-        ("p.txt", "", "holds no prompt."),
-        ("p.txt", "# only\n\n", "holds no prompt."),
+        ("p.txt", "", "has no prompt."),
+        ("p.txt", "# only\n\n", "has no prompt."),
         ("p.txt", b"a cat\n\xe9t\xe9\n", "line 2 is not UTF-8 text."),
         ("p.txt", "a cat".encode("utf-16"), "line 1 is not UTF-8 text."),
         ("p.docx", "a cat", "Its name must end in .txt, .toml, .json."),
         ("p.json", '[\n{"prompt": "a cat"},\n]', "line 3 is not valid JSON"),
-        ("p.json", '{"prompt": "a cat"}', "is no list."),
-        ("p.json", "[]", "holds no prompt."),
-        ("p.json", "[5]", "prompt 1 is no table."),
+        ("p.json", '{"prompt": "a cat"}', "is not a list."),
+        ("p.json", "[]", "has no prompt."),
+        ("p.json", "[5]", "prompt 1 is not a table."),
         (
             "p.json",
             '["a cat", {"prompt": "a cat", "wdith": 512}]',
@@ -197,7 +263,7 @@ def test_a_mistake_in_a_line_is_named_with_file_and_line(line: str, expected: st
         (
             "p.json",
             '[{"prompt": "a cat", "scale": 5, "guidance_scale": 6}]',
-            "prompt 1: 'guidance_scale' says a second",
+            "prompt 1: 'guidance_scale' repeats a setting",
         ),
         ("p.json", '[{"prompt": "a cat", "width": true}]', "prompt 1: 'width' is 'True'."),
         ("p.json", '[{"prompt": "a cat", "width": 512.0}]', "prompt 1: 'width' is '512.0'."),
@@ -209,7 +275,7 @@ def test_a_mistake_in_a_line_is_named_with_file_and_line(line: str, expected: st
         ("p.toml", "[prompt", "is not valid TOML"),
         ("p.toml", '[prompts]\nprompt = "a cat"', "has 'prompts' at its top."),
         ("p.toml", "", "has no prompt at its top."),
-        ("p.toml", '[prompt]\nsubset = "a cat"', "'subset' is no list of tables."),
+        ("p.toml", '[prompt]\nsubset = "a cat"', "'subset' is not a list of tables."),
         ("p.toml", "[prompt]\nsteps = 5", "[prompt]: there is no setting 'steps'."),
     ],
 )

@@ -33,7 +33,7 @@ def test_a_long_prompt_pads_every_cell_alike():
     assert make_sample_grid([*PROMPTS, SamplePrompt("a cat", "photo " * 80)]).num_chunks == 2
 
 
-def test_every_picture_lies_in_the_row_of_its_l_prompt_and_the_column_of_its_g_prompt():
+def test_every_image_lies_in_the_row_of_its_l_prompt_and_the_column_of_its_g_prompt():
     def draw_cell(prompt: SamplePrompt) -> Image.Image | None:
         if prompt.prompt_g == "a dog" and prompt.prompt_l == "photo":
             return None  # one that could not be drawn leaves its place empty
@@ -59,7 +59,7 @@ def test_every_picture_lies_in_the_row_of_its_l_prompt_and_the_column_of_its_g_p
 
 def test_too_many_cells_are_refused_with_their_number():
     prompts = [SamplePrompt(f"g {number}", f"l {number}") for number in range(9)]
-    with pytest.raises(UserError, match=f"9 L prompts with 9 G prompts are 81 pictures, and {MAX_CELLS} is the most"):
+    with pytest.raises(UserError, match=f"9 L prompts with 9 G prompts are 81 images; the limit is {MAX_CELLS}"):
         make_sample_grid(prompts)
 
 
