@@ -18,8 +18,8 @@ from demo.pretrain_vae import warm_cosine
 from demo.shallow import without_deep_blocks
 from library.data.buckets import BucketAssignment, BucketRule
 from library.data.crops import true_crop_ltrb
-from library.data.images import resize_and_crop
 from library.data.latent_preparation import pixels_to_tensor
+from library.data.resizing import resize_and_crop
 from library.diffusion.objective import Objective
 from library.diffusion.options import NoiseOptions
 from library.sdxl.architecture import LATENT_SCALE, SdxlModel

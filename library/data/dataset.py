@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from library.config.errors import UserError
 from library.data.caption_tokens import TokenTable
 from library.data.epoch_order import EpochOrder, MicroBatch
-from library.data.images import load_rgb, resize_and_crop
+from library.data.images import load_cropped
 from library.data.latent_preparation import pixels_to_tensor
 from library.data.prefetch import prefetch
 from library.data.subsets import LoaderOptions
@@ -205,7 +205,7 @@ def _sample(image: TrainingImage, flip: bool) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(image.read_latents().in_direction(flipped=flip)))
     assert image.source is not None
     bucket, resized, _ = image.source.assignment
-    pixels = pixels_to_tensor(resize_and_crop(load_rgb(image.source.path), resized, bucket))
+    pixels = pixels_to_tensor(load_cropped(image.source.path, resized, bucket).pixels)
     return pixels.flip(-1) if flip else pixels
 
 

@@ -12,8 +12,9 @@ from library.config.atomic_files import remove_leftovers
 from library.config.errors import UserError
 from library.data.buckets import BucketedImage, BucketRule
 from library.data.crops import LEGACY_CROP_NOTICE
+from library.data.image_files import find_images
 from library.data.image_keys import keys_of_images
-from library.data.images import UnusableImage, find_images, read_size
+from library.data.images import UnusableImage, read_size
 from library.data.latent_cache import CacheDemands, cache_path, read_fitting_cache, require_separate_caches, write_cache
 from library.data.latent_preparation import Encoding, Outcome, encode_images, require_disk_for_latents
 from library.data.metadata import Metadata, read_metadata, with_train_resolution, write_metadata

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from library.config.errors import UserError
-from library.data.images import list_images
+from library.data.image_files import list_files, warn_of_unreadable
 
 
 def image_key(path: Path, *, full_path: bool) -> str:
@@ -33,7 +33,9 @@ def images_by_stem(folder: Path) -> dict[str, list[Path]]:
     """
     at_top: dict[str, list[Path]] = {}
     below: dict[str, list[Path]] = {}
-    for image in list_images(folder, recursive=True):
+    images, unreadable = list_files(folder, recursive=True)
+    warn_of_unreadable(unreadable)
+    for image in images:
         index = at_top if image.parent == folder else below
         index.setdefault(image.stem, []).append(image)
     return below | at_top

@@ -1,195 +1,270 @@
-"""Pictures from the disk: which there are, how large they stand upright, and their pixels as 8-bit RGB of one size."""
+"""An image from the disk: how large it is upright, and its pixels as 8-bit RGB of one size."""
 
+import io
+import logging
+import stat
 import struct
+import threading
+import time
+import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO, NamedTuple, NoReturn, cast
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
-from PIL.PngImagePlugin import PngImageFile
+from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 
 from library.config.errors import UserError
-from library.data.crops import true_crop_ltrb
+from library.data.image_kinds import format_lacking_package, readable_formats, remedy_for
+from library.data.jxl_header import declared_pixels
+from library.data.png_chunks import Png, needed_part
+from library.data.resizing import LARGE_PIXELS, resize_and_crop
 from library.sdxl.sizes import Size
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
-"""Suffixes of the files taken for pictures, in lower case; files may spell them in any case."""
+log = logging.getLogger(__name__)
 
-# What Pillow raises while it decodes a damaged file, beside the two errors that get a separate message.
-_DECODING_ERRORS = (OSError, RuntimeError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
+LARGEST_IMAGE = 400_000_000
+"""Pixels of the largest image that is read: 20,000 x 20,000 take a few GB of memory while they are prepared."""
+
+DECODING_SECONDS = 120.0
+"""How long a processor may work on decoding one image."""
+
+# What decoders raise for a damaged file, beside the errors that get a separate message.
+_DECODING_ERRORS = (
+    OSError,
+    RuntimeError,  # RecursionError too
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    EOFError,
+    struct.error,
+    zlib.error,
+)
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What puts an image upright, by its EXIF orientation."""
 _ORIENTATIONS_ON_THE_SIDE = (5, 6, 7, 8)
 _WIDE_GREY_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
+_GREY_ROWS_AT_ONCE = 256
+
+_one_large_image = threading.Lock()
 
 
 class UnusableImage(UserError):
-    """A file that cannot be used as a picture; the message names the file and says why."""
+    """A file that cannot be used as an image; the message names the file and says why."""
 
 
-def list_images(folder: Path, *, recursive: bool) -> list[Path]:
-    """The pictures in `folder`, by suffix, sorted; with `recursive` those of its subfolders too. May be empty.
+class CroppedImage(NamedTuple):
+    """An image at the size of its bucket: uint8 (H, W, 3), and its opacity (H, W) if it has any."""
 
-    Hidden files and folders (name starts with a dot) are left out. Links to folders are followed, but never round in
-    circles. Raises `UserError` if the folder does not exist or cannot be read.
+    pixels: np.ndarray
+    alpha: np.ndarray | None
+
+
+def load_cropped(path: Path, resized: Size, bucket: Size) -> CroppedImage:
+    """Return the image resized and cropped as by `resize_and_crop`; of large images, one at a time is in memory.
+
+    Whatever goes wrong with it, lack of memory included, raises `UnusableImage`.
     """
-    try:
-        found = list(_walk(folder, recursive, frozenset()))
-    except OSError as error:
-        raise UserError(
-            f"cannot read the picture folder '{folder}': {error.strerror or error}.", "Give the folder of the pictures."
-        ) from error
-    return sorted(found, key=lambda path: path.as_posix())
-
-
-def find_images(folder: Path, *, recursive: bool) -> list[Path]:
-    """As `list_images`, and a `UserError` if there is none."""
-    images = list_images(folder, recursive=recursive)
-    if not images:
-        where = "it and its subfolders hold" if recursive else "it holds"
-        raise UserError(
-            f"no pictures in '{folder}': {where} no file that ends in {', '.join(sorted(IMAGE_SUFFIXES))}.",
-            "Give the folder of the pictures." if recursive else "Give the folder of the pictures, or --recursive.",
+    with _opened(path) as opened, _one_large_image if opened.num_pixels > LARGE_PIXELS else nullcontext():
+        rgb, alpha = _rgb_and_alpha(path, opened)
+        return CroppedImage(
+            resize_and_crop(rgb, resized, bucket), None if alpha is None else resize_and_crop(alpha, resized, bucket)
         )
-    return images
 
 
 def load_rgb(path: Path) -> Image.Image:
-    """The picture as 8-bit RGB, upright; raises as `load_rgb_and_alpha`, which says what is done to it."""
+    """Return the image as 8-bit RGB, upright; raises as `load_rgb_and_alpha`, which says what is done to it."""
     return load_rgb_and_alpha(path)[0]
 
 
 def load_rgb_and_alpha(path: Path) -> tuple[Image.Image, Image.Image | None]:
-    """The picture as 8-bit RGB on white, and its alpha (mode L, 255 is opaque), None if the file has none.
+    """Return the image as 8-bit RGB on white, and its alpha (mode L, 255 is opaque), None if the file has none.
 
-    It is turned as EXIF says. Animated files give their first frame. Every mode becomes RGB; grey of more than 8 bits
-    is scaled so that the full range becomes 0-255. Colour profiles are not applied, as in the reference. Raises
+    It is turned as EXIF says. Animated files count by their first frame. Every mode becomes RGB; grey of more than 8
+    bits is scaled so that the full range becomes 0-255. Colour profiles are not applied, as in the reference. Raises
     `UnusableImage`.
     """
-    with _opened(path) as image:
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode in _WIDE_GREY_MODES:
-            upright = _eight_bit_grey(path, upright)
-        if not upright.has_transparency_data:
-            return upright.convert("RGB"), None
-        # Premultiplied grey has no way to RGBA but by way of plain grey with alpha.
-        rgba = (upright.convert("LA") if upright.mode == "La" else upright).convert("RGBA")
+    with _opened(path) as opened:
+        return _rgb_and_alpha(path, opened)
+
+
+def read_size(path: Path) -> Size:
+    """Return the size of the image that `load_rgb` returns, without decoding its pixels; raises `UnusableImage`."""
+    with _opened(path) as opened:
+        width, height = opened.image.size
+        if isinstance(opened.image, TiffImageFile):  # whether Pillow has turned its size depends on the version
+            width, height = opened.image.tag_v2[IMAGEWIDTH], opened.image.tag_v2[IMAGELENGTH]
+        orientation = _orientation(opened)
+        if orientation is None:
+            log.warning("'%s': its EXIF data are damaged; it is used as it lies in the file", path)
+        return Size(height, width) if orientation in _ORIENTATIONS_ON_THE_SIDE else Size(width, height)
+
+
+class _Opened(NamedTuple):
+    image: Image.Image
+    png: Png | None
+
+    @property
+    def num_pixels(self) -> int:
+        return self.image.width * self.image.height
+
+
+class _Timed(io.RawIOBase):
+    """A file that raises `_TookTooLong` when it is read on after `DECODING_SECONDS` of work of this thread.
+
+    Decoders ask for a file piece by piece: one that would decode the same pixels thousands of times is stopped, as no
+    thread can be stopped from outside.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self._end = time.thread_time() + DECODING_SECONDS
+
+    def read(self, size: int = -1) -> bytes:
+        if time.thread_time() > self._end:
+            raise _TookTooLong
+        return self._file.read(size)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def fileno(self) -> int:
+        return self._file.fileno()  # libtiff reads by itself
+
+
+class _TookTooLong(Exception):
+    pass
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[_Opened]:
+    """The open image; whatever is wrong with the file, here or while the block decodes it, is `UnusableImage`."""
+    try:
+        _require_regular_file(path)
+        with path.open("rb") as file:
+            if declared_pixels(file) > LARGEST_IMAGE:
+                raise Image.DecompressionBombError
+            png = needed_part(file)
+            timed = cast(BinaryIO, _Timed(file if png is None else png.file))
+            with Image.open(timed, formats=_formats()) as image:
+                opened = _Opened(image, png)
+                if opened.num_pixels > LARGEST_IMAGE:
+                    raise Image.DecompressionBombError
+                yield opened
+    except UnidentifiedImageError as error:
+        _refuse_unknown(path, error)
+    except Image.DecompressionBombError as error:
+        _refuse(path, f"it has too many pixels, more than {LARGEST_IMAGE:,}", error)
+    except _TookTooLong as error:
+        _refuse(path, f"it takes longer to decode than {DECODING_SECONDS:g} seconds", error)
+    except MemoryError as error:
+        _refuse(path, "there is not enough memory for it", error)
+    except _DECODING_ERRORS as error:
+        _refuse(path, getattr(error, "strerror", None) or str(error) or type(error).__name__, error)
+
+
+def _require_regular_file(path: Path) -> None:
+    """Refuse what is no plain file: opening a pipe would wait for ever."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        kinds = {"a folder": stat.S_ISDIR, "a named pipe": stat.S_ISFIFO, "a socket": stat.S_ISSOCK}
+        _refuse(path, f"it is {next((kind for kind, is_it in kinds.items() if is_it(mode)), 'a device')}, not a file")
+
+
+def _refuse(path: Path, reason: str, error: Exception | None = None) -> NoReturn:
+    raise UnusableImage(f"'{path}' cannot be used: {reason}.", "Replace the file or remove it.") from error
+
+
+def _refuse_unknown(path: Path, error: Exception) -> NoReturn:
+    with path.open("rb") as file:
+        head = file.read(16)
+    lacking = format_lacking_package(head)
+    if lacking is not None and lacking not in readable_formats():
+        raise UnusableImage(f"'{path}' cannot be used: it is a {lacking} file.", remedy_for(lacking)) from error
+    _refuse(path, "it is not an image of a known format" if head else "the file is empty", error)
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """The formats that Pillow may take a file for (of all that it knows, some start other programs).
+
+    Its own limit of pixels is out of the way after this.
+    """
+    Image.MAX_IMAGE_PIXELS = LARGEST_IMAGE
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what it warns of is refused
+    return readable_formats()
+
+
+def _rgb_and_alpha(path: Path, opened: _Opened) -> tuple[Image.Image, Image.Image | None]:
+    image = opened.image
+    image.load()
+    turn = _TURNS.get(_orientation(opened) or 1)
+    upright = image if turn is None else image.transpose(turn)
+    if upright.mode in _WIDE_GREY_MODES:
+        upright = _eight_bit_grey(path, upright)
+    if not upright.has_transparency_data:
+        return upright if upright.mode == "RGB" else upright.convert("RGB"), None
+    # Premultiplied grey has no way to RGBA but by way of plain grey with alpha.
+    rgba = (upright.convert("LA") if upright.mode == "La" else upright).convert("RGBA")
     alpha = rgba.getchannel("A")
     rgb = Image.new("RGB", rgba.size, "white")
     rgb.paste(rgba, mask=alpha)
     return rgb, alpha
 
 
-def read_size(path: Path) -> Size:
-    """Return the upright size of the image, as of `load_rgb`, without decoding its pixels. Raise `UnusableImage`."""
-    with _opened(path) as image:
-        width, height = image.size
-        if isinstance(image, TiffImageFile):  # whether Pillow has turned its size already depends on the version
-            width, height = image.tag_v2[IMAGEWIDTH], image.tag_v2[IMAGELENGTH]
-        return Size(height, width) if _orientation(image) in _ORIENTATIONS_ON_THE_SIDE else Size(width, height)
-
-
-def resize_and_crop(image: Image.Image, resized: Size, bucket: Size) -> np.ndarray:
-    """The centre of the picture: resized to `resized`, cropped to `bucket`; uint8 (H, W, 3) for RGB, (H, W) for a mask.
-
-    As in the reference, shrinking averages areas (each pixel counts by the part of it that is covered) and enlarging
-    uses Lanczos. The crop is `true_crop_ltrb`.
-    """
-    left, top, right, bottom = true_crop_ltrb(bucket, resized)
-    if resized.width <= image.width and resized.height <= image.height:
-        rows = _average_rows(np.asarray(image), resized.height, range(top, bottom))
-        columns = _average_rows(rows.swapaxes(0, 1), resized.width, range(left, right))
-        return np.ascontiguousarray((columns.swapaxes(0, 1) + 0.5).astype(np.uint8))
-    enlarged = image.resize(resized, Image.Resampling.LANCZOS)
-    return np.array(enlarged.crop((left, top, right, bottom)))
-
-
-def _average_rows(pixels: np.ndarray, num_rows: int, kept: range) -> np.ndarray:
-    """Rows `kept` of the (H, W, ...) picture shrunk to `num_rows`, float32: means of the rows that each one covers.
-
-    Pillow's BOX filter does not serve: it counts a row wholly or not at all, so that a picture a little larger than
-    its bucket would lose whole rows instead of being averaged.
-    """
-    scale = len(pixels) / num_rows
-    averaged = np.empty((len(kept), *pixels.shape[1:]), dtype=np.float32)
-    for row, source_row in enumerate(kept):
-        start, end = source_row * scale, (source_row + 1) * scale
-        covered = np.arange(int(start), min(int(np.ceil(end)), len(pixels)))
-        weights = np.minimum(covered + 1, end) - np.maximum(covered, start)
-        weights = (weights / weights.sum()).astype(np.float32)
-        averaged[row] = np.tensordot(weights, pixels[covered[0] : covered[-1] + 1].astype(np.float32), axes=1)
-    return averaged
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    """The open picture; whatever is wrong with the file, here or while the block decodes it, is `UnusableImage`."""
-    try:
-        with Image.open(path) as image:
-            yield image
-    except UnidentifiedImageError as error:
-        reason = "the file is empty" if path.stat().st_size == 0 else "it is not a picture of a known format"
-        raise _unusable(path, reason) from error
-    except Image.DecompressionBombError as error:
-        raise _unusable(path, f"it has too many pixels ({error})") from error
-    except _DECODING_ERRORS as error:
-        reason = "it is a folder" if path.is_dir() else getattr(error, "strerror", None) or str(error)
-        raise _unusable(path, reason) from error
-
-
-def _unusable(path: Path, reason: str) -> UnusableImage:
-    return UnusableImage(f"'{path}' cannot be used: {reason}.", "Replace the file or remove it.")
-
-
-def _walk(folder: Path, recursive: bool, above: frozenset[Path]) -> Iterator[Path]:
-    here = above | {folder.resolve()}
-    for entry in folder.iterdir():
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            if recursive and entry.resolve() not in here:
-                yield from _walk(entry, recursive, here)
-        elif entry.suffix.lower() in IMAGE_SUFFIXES:
-            yield entry
-
-
 def _eight_bit_grey(path: Path, image: Image.Image) -> Image.Image:
     """Mode L from grey of 16 bits (white is 65535), 32 bits (likewise) or floats (white is 1, 255 or 65535)."""
-    values = np.asarray(image).astype(np.float64)
+    values = np.asarray(image)
+    darkest, lightest = float(values.min()), float(values.max())
     whites = (1, 255, 65535) if image.mode == "F" else (65535,)
-    white = next((white for white in whites if values.max() <= white), None)
-    if white is None or not values.min() >= 0:
-        raise _unusable(
-            path, f"its grey values go from {values.min():g} to {values.max():g}, which leaves open what is white"
-        )
-    grey = Image.fromarray((values * 255 / white + 0.5).astype(np.uint8))
+    white = next((white for white in whites if lightest <= white), None)
+    if white is None or not darkest >= 0:
+        _refuse(path, f"its grey values go from {darkest:g} to {lightest:g}, which leaves open what is white")
+    grey = np.empty(values.shape, dtype=np.uint8)
+    for first in range(0, len(values), _GREY_ROWS_AT_ONCE):  # in float64 the whole would be eight times as large
+        rows = slice(first, first + _GREY_ROWS_AT_ONCE)
+        grey[rows] = values[rows].astype(np.float64) * 255 / white + 0.5
+    made = Image.fromarray(grey)
     transparent = image.info.get("transparency")
     if transparent is not None:
-        grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
-    return grey
+        made.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    return made
 
 
-def _orientation(image: Image.Image) -> int:
-    # Pillow decodes a whole PNG to see whether EXIF data follow the pixels; they seldom do, and a look at the chunk
-    # names tells.
-    if isinstance(image, PngImageFile) and image.fp is not None and not _has_text_after_pixels(image.fp):
-        exif = Image.Image.getexif(image)
-    else:
-        exif = image.getexif()
-    return exif.get(ExifTags.Base.Orientation, 1)
-
-
-def _has_text_after_pixels(png: IO[bytes]) -> bool:
-    """Whether chunks that may hold an orientation (EXIF, or XMP as text) follow the pixels of the open PNG."""
-    position = png.tell()
-    png.seek(len(b"\x89PNG\r\n\x1a\n"))
-    chunk_names = []
-    while len(header := png.read(8)) == 8:
-        length, name = struct.unpack(">I4s", header)
-        chunk_names.append(name)
-        png.seek(length + 4, 1)  # past the content and its checksum
-    png.seek(position)
-    after_pixels = chunk_names[chunk_names.index(b"IDAT") :] if b"IDAT" in chunk_names else []
-    return any(name in after_pixels for name in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"))
+def _orientation(opened: _Opened) -> int | None:
+    """The EXIF orientation, 1 if none is given, None if the data are damaged."""
+    image, png = opened
+    if image.format == "JXL" and not getattr(image, "jpeg", False):
+        return 1  # the format says it by itself, and has EXIF ignored
+    try:
+        # Pillow decodes a whole PNG to see whether EXIF data follow the pixels; they seldom do.
+        exif = Image.Image.getexif(image) if png is not None and not png.turns_late else image.getexif()
+        orientation = exif.get(ExifTags.Base.Orientation, 1)
+    except _DECODING_ERRORS:
+        return None
+    return None if png is not None and png.lost_notes and orientation == 1 else orientation

@@ -20,7 +20,7 @@ from library.config.digests import file_digest
 from library.config.errors import UserError
 from library.data.buckets import BucketedImage
 from library.data.crops import crop_to_record
-from library.data.images import load_rgb_and_alpha, resize_and_crop
+from library.data.images import load_cropped
 from library.data.latent_cache import CachedLatents, cache_bytes, cache_path, write_cache
 from library.data.prefetch import prefetch
 from library.data.subsets import TrainingSetOptions
@@ -155,13 +155,9 @@ def _loaded_ahead(
 
 
 def _load(image: BucketedImage) -> _Loaded:
-    rgb, alpha = load_rgb_and_alpha(image.path)
     bucket, resized, _ = image.assignment
-    return _Loaded(
-        resize_and_crop(rgb, resized, bucket),
-        None if alpha is None else resize_and_crop(alpha, resized, bucket),
-        file_digest(image.path),
-    )
+    cropped = load_cropped(image.path, resized, bucket)
+    return _Loaded(cropped.pixels, cropped.alpha, file_digest(image.path))
 
 
 def _encode_batch(

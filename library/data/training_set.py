@@ -13,7 +13,8 @@ from library.config.errors import UserError, listed
 from library.data.buckets import BucketAssignment, BucketedImage, BucketRule, covering_size
 from library.data.crops import LEGACY_CROP_NOTICE, Crop, crop_to_train
 from library.data.image_keys import images_by_stem, is_file, resolve_image
-from library.data.images import IMAGE_SUFFIXES, read_size
+from library.data.image_kinds import FORMAT_OF_SUFFIX
+from library.data.images import read_size
 from library.data.latent_cache import (
     CacheDemands,
     CachedLatents,
@@ -212,7 +213,7 @@ def _cache_without_image(key: str, folder: Path) -> Path:
     A key that is a path may have been written on another machine, so the file name alone is looked up as well.
     """
     path = Path(key.replace("\\", "/"))
-    name = path.with_suffix(".npz") if path.suffix.lower() in IMAGE_SUFFIXES else Path(f"{path}.npz")
+    name = path.with_suffix(".npz") if path.suffix.lower() in FORMAT_OF_SUFFIX else Path(f"{path}.npz")
     if ".." in name.parts:  # nothing outside the folder may be read
         name = Path(name.name)
     candidates = [folder / name, name, folder / name.name] if len(name.parts) > 1 else [folder / name]

@@ -17,8 +17,9 @@ from library.data.caption_tokens import tokenize_captions_of
 from library.data.crops import Crop
 from library.data.dataset import Batch, CaptionedImages, make_loader
 from library.data.epoch_order import BatchShape, EpochOrder, MicroBatch
-from library.data.images import load_rgb, resize_and_crop
+from library.data.images import load_rgb
 from library.data.latent_cache import CachedLatents, write_cache
+from library.data.resizing import resize_and_crop
 from library.data.subsets import LoaderOptions
 from library.data.training_set import TrainingImage
 from library.sdxl.sizes import Size

@@ -1,38 +1,23 @@
-"""Pictures: which files count, what becomes of each mode and orientation, and how unusable ones are named."""
+"""Images: what becomes of each mode and orientation, what does not matter, and how unusable files are named."""
 
 import io
 import os
 import re
+import socket
 import struct
 import zlib
 
 import numpy as np
 import pytest
 from PIL import ExifTags, Image
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 
-from library.config.errors import UserError
-from library.data.images import (
-    UnusableImage,
-    find_images,
-    list_images,
-    load_rgb,
-    load_rgb_and_alpha,
-    read_size,
-    resize_and_crop,
-)
+from library.data import images
+from library.data.buckets import covering_size
+from library.data.images import UnusableImage, load_cropped, load_rgb, load_rgb_and_alpha, read_size
 from library.sdxl.sizes import Size
 
 ORIENTATIONS = range(1, 9)
-
-
-def touch(folder, *names):
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(b"")
-
-
-def names_of(paths, folder):
-    return [path.relative_to(folder).as_posix() for path in paths]
 
 
 def pixels_of(image):
@@ -61,41 +46,16 @@ def exif_with(orientation):
     return exif
 
 
-# Which files
+def png_chunk(name, content, checksum=None):
+    checksum = zlib.crc32(name + content) if checksum is None else checksum
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", checksum)
 
 
-def test_pictures_are_found_by_suffix_in_any_case_and_sorted(tmp_path):
-    touch(tmp_path, "b.PNG", "a.jpg", "c.JPEG", "d.webp", "e.bmp", "f.gif", "g.tif", "h.TIFF", "i.avif", "ü ö.Jpg")
-    touch(tmp_path, "a.txt", "a.caption", "a.npz", "a.jpg.partial", "noext")
-    expected = ["a.jpg", "b.PNG", "c.JPEG", "d.webp", "e.bmp", "f.gif", "g.tif", "h.TIFF", "i.avif", "ü ö.Jpg"]
-    assert names_of(find_images(tmp_path, recursive=False), tmp_path) == expected
-
-
-def test_subfolders_count_only_when_asked_and_hidden_names_never(tmp_path):
-    touch(tmp_path, "a.png", ".hidden.png", "deep/er/b.png", "deep/._c.png", ".trash/d.png", "folder.png/e.png")
-    assert names_of(find_images(tmp_path, recursive=False), tmp_path) == ["a.png"]
-    assert names_of(find_images(tmp_path, recursive=True), tmp_path) == ["a.png", "deep/er/b.png", "folder.png/e.png"]
-
-
-@pytest.mark.skipif(os.name == "nt", reason="links need a privilege on Windows")
-def test_links_to_folders_are_followed_but_not_round_in_circles(tmp_path):
-    touch(tmp_path, "set/a.png", "elsewhere/b.png")
-    (tmp_path / "set" / "circle").symlink_to(tmp_path / "set", target_is_directory=True)
-    (tmp_path / "set" / "more").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
-    found = find_images(tmp_path / "set", recursive=True)
-    assert names_of(found, tmp_path / "set") == ["a.png", "more/b.png"]
-
-
-def test_a_folder_that_does_not_exist_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"cannot read the picture folder .*my set"):
-        list_images(tmp_path / "my set", recursive=True)
-
-
-def test_a_folder_without_pictures_is_named_and_subfolders_are_suggested(tmp_path):
-    touch(tmp_path, "notes.txt", "deep/a.png")
-    with pytest.raises(UserError, match=f"no pictures in '{re.escape(str(tmp_path))}'.*or --recursive"):
-        find_images(tmp_path, recursive=False)
-    assert list_images(tmp_path, recursive=False) == []
+def png_with(chunk, *, late=False):
+    """A PNG of 30x20 pixels of noise with one more chunk, before or after its pixels."""
+    data = encoded(Image.fromarray(noise(30, 20)), "PNG")
+    start = data.index(b"IEND" if late else b"IDAT") - 4
+    return data[:start] + chunk + data[start:]
 
 
 # What becomes of them
@@ -103,19 +63,29 @@ def test_a_folder_without_pictures_is_named_and_subfolders_are_suggested(tmp_pat
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff", "avif"])
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
-def test_the_picture_and_its_size_are_upright_whatever_exif_says(tmp_path, suffix, orientation):
+def test_the_image_and_its_size_are_upright_whatever_exif_says(tmp_path, suffix, orientation):
     path = tmp_path / f"turned.{suffix}"
     stored = Image.new("RGB", (64, 32), "black")
     stored.paste("white", (0, 0, 32, 16))  # the first stored corner
     stored.save(path, exif=exif_with(orientation))
     upright = load_rgb(path)
-    # EXIF 2.32, tag 0x0112: where row 0 and column 0 of the stored picture are to be shown
+    # EXIF 2.32, tag 0x0112: where row 0 and column 0 of the stored image are to be shown
     shown_right, shown_bottom = orientation in (2, 3, 6, 7), orientation in (3, 4, 7, 8)
     width, height = (64, 32) if orientation <= 4 else (32, 64)
     corner = (width - 4 if shown_right else 4, height - 4 if shown_bottom else 4)
     assert upright.size == read_size(path) == (width, height)
     assert upright.getpixel(corner)[0] > 200  # lossy formats: white is not exactly 255
     assert pixels_of(upright).mean() == pytest.approx(255 / 4, abs=10)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "I;16"])
+@pytest.mark.parametrize("suffix", ["tif", "png"])
+def test_images_of_every_mode_are_upright(tmp_path, suffix, mode):
+    if (suffix, mode) == ("png", "CMYK"):
+        pytest.skip("PNG has no CMYK")
+    path = tmp_path / f"turned.{suffix}"
+    Image.new(mode, (64, 32)).save(path, exif=exif_with(6))
+    assert read_size(path) == load_rgb(path).size == (32, 64)
 
 
 def test_orientation_after_the_pixels_of_a_png_counts_too(tmp_path):
@@ -130,7 +100,7 @@ def test_orientation_after_the_pixels_of_a_png_counts_too(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["png", "jpeg", "gif", "bmp"])
 def test_the_size_is_read_without_decoding_the_pixels(tmp_path, suffix):
-    # Only a reader of the header alone can tell the size of a picture whose pixels are missing.
+    # Only a reader of the header alone can tell the size of an image whose pixels are missing.
     data = encoded(Image.fromarray(noise(300, 200)), suffix)
     path = damaged(tmp_path, f"half.{suffix}", data[: len(data) // 2])
     assert read_size(path) == Size(300, 200)
@@ -156,7 +126,7 @@ def test_the_size_is_read_without_decoding_the_pixels(tmp_path, suffix):
     ],
 )
 def test_every_mode_becomes_eight_bit_rgb_with_alpha_on_white(tmp_path, mode, colour, suffix, expected):
-    path = tmp_path / f"picture.{suffix}"
+    path = tmp_path / f"image.{suffix}"
     Image.new(mode, (5, 4), colour).save(path)
     image = load_rgb(path)
     assert (image.mode, image.size) == ("RGB", (5, 4))
@@ -183,7 +153,7 @@ def test_a_transparent_colour_is_alpha_too(tmp_path, image, transparency):
     assert rgb.getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_alpha_comes_as_a_mask_of_the_upright_picture_and_none_without_alpha(tmp_path):
+def test_alpha_comes_as_a_mask_of_the_upright_image_and_none_without_alpha(tmp_path):
     image = Image.new("RGBA", (30, 20), (0, 0, 0, 255))
     image.paste((0, 0, 0, 0), (0, 0, 30, 1))
     image.save(tmp_path / "alpha.png", exif=exif_with(6))
@@ -207,7 +177,7 @@ def test_animated_files_give_their_first_frame(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "AVIF"])
-def test_a_truncated_picture_is_named(tmp_path, suffix):
+def test_a_truncated_image_is_named(tmp_path, suffix):
     data = encoded(Image.fromarray(noise(64, 64)), suffix)
     path = damaged(tmp_path, f"half ü.{suffix.lower()}", data[: len(data) // 2])
     with pytest.raises(
@@ -219,9 +189,9 @@ def test_a_truncated_picture_is_named(tmp_path, suffix):
 @pytest.mark.parametrize("read", [load_rgb, read_size])
 @pytest.mark.parametrize(
     ("data", "reason"),
-    [(b"", "the file is empty"), (b"<html>not found</html>", "it is not a picture of a known format")],
+    [(b"", "the file is empty"), (b"<html>not found</html>", "it is not an image of a known format")],
 )
-def test_a_file_that_is_no_picture_is_named(tmp_path, read, data, reason):
+def test_a_file_that_is_no_image_is_named(tmp_path, read, data, reason):
     path = damaged(tmp_path, "x.png", data)
     with pytest.raises(UnusableImage, match=f"'{re.escape(str(path))}' cannot be used: {reason}"):
         read(path)
@@ -254,42 +224,227 @@ def test_grey_values_of_an_unknown_scale_are_not_guessed(tmp_path, value):
         load_rgb(path)
 
 
-# Resizing
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
+@pytest.mark.parametrize("read", [load_rgb, read_size])
+def test_what_is_no_plain_file_is_refused_and_not_waited_for(tmp_path, kind, read, monkeypatch):
+    if os.name == "nt":
+        pytest.skip("POSIX files")
+    monkeypatch.chdir(tmp_path)  # the name of a socket must be short
+    path = tmp_path / "x.png"
+    with socket.socket(socket.AF_UNIX) as listening:
+        if kind == "pipe":
+            os.mkfifo(path)
+        elif kind == "socket":
+            listening.bind("x.png")
+        else:
+            path.symlink_to("/dev/zero")
+        with pytest.raises(UnusableImage, match=rf"x.png' cannot be used: it is a (named )?{kind}, not a file"):
+            read(path)
 
 
-@pytest.mark.parametrize("resized", [Size(9, 7), Size(4, 5), Size(8, 7), Size(1, 1), Size(3, 6)])
-def test_shrinking_averages_the_areas_that_the_new_pixels_cover(resized):
-    original = noise(9, 7)
-    # Each new pixel is a whole number of pixels of a picture enlarged by the new size: an exact mean.
-    enlarged = original.repeat(resized.height, axis=0).repeat(resized.width, axis=1).astype(float)
-    means = enlarged.reshape(resized.height, 7, resized.width, 9, 3).mean(axis=(1, 3))
-    shrunk = resize_and_crop(Image.fromarray(original), resized, resized)
-    assert (shrunk.dtype, shrunk.shape) == (np.uint8, (resized.height, resized.width, 3))
-    np.testing.assert_allclose(shrunk, means, atol=0.501)  # rounding to whole numbers; float32 sums
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (MemoryError(), "there is not enough memory for it"),
+        (RecursionError("maximum recursion depth exceeded"), "maximum recursion depth exceeded"),
+        (OverflowError("too large to convert"), "too large to convert"),
+        (ZeroDivisionError("division by zero"), "division by zero"),
+        (KeyError(17), "17"),
+        (IndexError(), "IndexError"),
+        (TypeError("unsupported operand"), "unsupported operand"),
+        (AttributeError("no attribute 'tile'"), "no attribute 'tile'"),
+        (AssertionError(), "AssertionError"),
+        (NotImplementedError("not yet"), "not yet"),
+        (struct.error("unpack requires 4 bytes"), "unpack requires 4 bytes"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_whatever_a_decoder_raises_is_said_of_its_image(tmp_path, error, reason, monkeypatch):
+    def load(image):
+        raise error
+
+    path = damaged(tmp_path, "x.png", encoded(Image.fromarray(noise(30, 20)), "PNG"))
+    monkeypatch.setattr(PngImageFile, "load", load)
+    for read in (load_rgb, lambda path: load_cropped(path, Size(30, 20), Size(24, 16))):
+        with pytest.raises(UnusableImage, match=rf"x.png' cannot be used: {re.escape(reason)}\. Replace"):
+            read(path)
 
 
-def test_enlarging_uses_lanczos():
-    image = Image.fromarray(noise(9, 7))
-    expected = np.asarray(image.resize((18, 14), Image.Resampling.LANCZOS))
-    np.testing.assert_array_equal(resize_and_crop(image, Size(18, 14), Size(18, 14)), expected)
+def test_memory_that_lacks_for_resizing_is_said_of_its_image(tmp_path, monkeypatch):
+    def resize(*arguments):
+        raise MemoryError
+
+    path = damaged(tmp_path, "x.png", encoded(Image.fromarray(noise(30, 20)), "PNG"))
+    monkeypatch.setattr(images, "resize_and_crop", resize)
+    with pytest.raises(UnusableImage, match=r"x.png' cannot be used: there is not enough memory for it"):
+        load_cropped(path, Size(30, 20), Size(24, 16))
 
 
-@pytest.mark.parametrize("resized", [Size(20, 15), Size(60, 45)], ids=["shrunk", "enlarged"])
-def test_the_crop_is_the_centre_of_the_resized_picture(resized):
-    image = Image.fromarray(noise(40, 30))
-    whole = resize_and_crop(image, resized, resized)
-    np.testing.assert_array_equal(resize_and_crop(image, resized, Size(13, 8)), _centre(whole, 13, 8))
+def test_a_jpeg_of_very_many_passes_is_given_up(tmp_path, monkeypatch):
+    data = encoded(Image.fromarray(noise(640, 640)), "JPEG", progressive=True, quality=95)
+    last = data.rindex(b"\xff\xda")
+    path = damaged(tmp_path, "slow.jpg", data[:last] + data[last:-2] * 400 + data[-2:])
+    monkeypatch.setattr(images, "DECODING_SECONDS", 0.2)
+    with pytest.raises(UnusableImage, match=r"slow.jpg' cannot be used: it takes longer to decode than 0\.2 seconds"):
+        load_rgb(path)
 
 
-def _centre(pixels, width, height):
-    top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
-    return pixels[top : top + height, left : left + width]
+# What of a file does not matter
 
 
-def test_a_mask_keeps_to_the_crop_of_its_picture():
-    image = Image.fromarray(noise(40, 30))
-    mask = image.getchannel("R")
-    for resized in (Size(20, 15), Size(60, 45)):
-        cropped = resize_and_crop(mask, resized, Size(16, 8))
-        assert cropped.shape == (8, 16)
-        np.testing.assert_array_equal(cropped, resize_and_crop(image, resized, Size(16, 8))[..., 0])
+_LONG = bytes(3_000_000)
+_NOTES = {
+    "a long profile": png_chunk(b"iCCP", b"p\0\0" + zlib.compress(_LONG)),
+    "a profile that is no profile": png_chunk(b"iCCP", b"p\0\7junk"),
+    "a long compressed text": png_chunk(b"zTXt", b"parameters\0\0" + zlib.compress(_LONG)),
+    "a text of an unknown compression": png_chunk(b"zTXt", b"parameters\0\5abc"),
+    "a long compressed text in UTF-8": png_chunk(b"iTXt", b"workflow\0\1\0\0\0" + zlib.compress(_LONG)),
+    "a text that is no UTF-8": png_chunk(b"iTXt", b"workflow\0\0\0\0\0\xff\xfe"),
+    "a very long text": png_chunk(b"tEXt", b"workflow\0" + b"x" * 70_000_000),
+    **{
+        f"a bad checksum in {name}": png_chunk(name.encode(), content, checksum=1)
+        for name, content in {
+            "tEXt": b"parameters\0a cat",
+            "zTXt": b"parameters\0\0" + zlib.compress(b"a cat"),
+            "iTXt": b"workflow\0\0\0\0\0{}",
+            "iCCP": b"p\0\0" + zlib.compress(b"profile"),
+            "gAMA": bytes(4),
+            "pHYs": bytes(9),
+            "tIME": bytes(7),
+            "prVt": b"?",
+        }.items()
+    },
+    "half a gamma": png_chunk(b"gAMA", b"\0"),
+    "half a chromaticity": png_chunk(b"cHRM", b"\0"),
+    "half a resolution": png_chunk(b"pHYs", b"\0"),
+}
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before the pixels", "after them"])
+@pytest.mark.parametrize("note", _NOTES.values(), ids=_NOTES)
+def test_what_a_png_says_beside_its_pixels_does_not_matter(tmp_path, note, late):
+    path = damaged(tmp_path, "noted.png", png_with(note, late=late))
+    assert read_size(path) == (30, 20)
+    np.testing.assert_array_equal(pixels_of(load_rgb(path)), noise(30, 20))
+
+
+@pytest.mark.parametrize("name", [b"IHDR", b"PLTE", b"tRNS"])
+def test_damage_to_what_a_png_consists_of_is_found(tmp_path, name):
+    palette = Image.fromarray(noise(30, 20)).convert("P")
+    data = bytearray(encoded(palette, "PNG", transparency=3))
+    start = data.index(name)
+    [length] = struct.unpack(">I", data[start - 4 : start])
+    data[start + 4 + length] ^= 1  # its checksum
+    with pytest.raises(UnusableImage, match=r"damaged.png' cannot be used"):
+        load_rgb(damaged(tmp_path, "damaged.png", bytes(data)))
+
+
+_TURNED = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf tiff:Orientation="6"/></x:xmpmeta>'
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before the pixels", "after them"])
+@pytest.mark.parametrize("zipped", [False, True], ids=["plain", "compressed"])
+def test_a_png_is_turned_as_its_xmp_text_says(tmp_path, zipped, late):
+    info = PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", _TURNED, zip=zipped)
+    [(name, content, *_)] = info.chunks
+    data = png_with(_NOTES["a long profile"] + png_chunk(name, content), late=late)
+    path = damaged(tmp_path, "turned.png", data)
+    assert read_size(path) == load_rgb(path).size == (20, 30)
+
+
+_EXIF = exif_with(6).tobytes()
+_DAMAGED_EXIF = {
+    "png, a bad checksum": png_with(png_chunk(b"eXIf", _EXIF, checksum=1)),
+    "png, junk": png_with(png_chunk(b"eXIf", b"junk")),
+    "png, a long text": png_with(png_chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(_LONG))),
+    "png, no hexadecimal numbers": png_with(png_chunk(b"tEXt", b"Raw profile type exif\0\n\n\nxyz")),
+    "webp, junk": encoded(Image.fromarray(noise(30, 20)), "WEBP", exif=b"Exif\0\0junk"),
+}
+
+
+@pytest.mark.parametrize("data", _DAMAGED_EXIF.values(), ids=_DAMAGED_EXIF)
+def test_an_image_with_damaged_exif_is_used_as_it_lies_and_that_is_said(tmp_path, data, caplog):
+    path = damaged(tmp_path, "photograph", data)
+    assert read_size(path) == load_rgb(path).size == (30, 20)
+    assert caplog.messages == [f"'{path}': its EXIF data are damaged; it is used as it lies in the file"]
+
+
+# Large images
+
+
+def test_an_image_of_200_megapixels_is_read(tmp_path):
+    image = Image.new("1", (20_000, 10_000), 1)
+    image.paste(0, (0, 0, 10_000, 10_000))
+    image.save(tmp_path / "large.png")
+    assert read_size(tmp_path / "large.png") == (20_000, 10_000)
+    cropped = load_cropped(tmp_path / "large.png", Size(128, 64), Size(64, 64))
+    assert cropped.pixels.shape == (64, 64, 3)
+    assert np.unique(cropped.pixels[:, :32]).tolist() == [0]
+    assert np.unique(cropped.pixels[:, 32:]).tolist() == [255]
+
+
+def test_a_small_file_of_a_very_long_image_takes_the_memory_of_its_bucket(tmp_path):
+    path = tmp_path / "line.png"
+    Image.new("RGB", (1, 1_000_000), "red").save(path)
+    bucket = Size(512, 512)
+    cropped = load_cropped(path, covering_size(bucket, read_size(path)), bucket)
+    assert cropped.pixels.shape == (512, 512, 3)
+    assert np.unique(cropped.pixels.reshape(-1, 3), axis=0).tolist() == [[255, 0, 0]]
+
+
+# Formats
+
+
+@pytest.mark.parametrize(
+    ("data", "remedy"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "it is a HEIF file. Install pillow-heif"),
+        (b"\xff\x0a\xe8\x30\x13\x01", "it is a JXL file. Install pillow-jxl-plugin"),
+    ],
+)
+def test_a_file_that_an_optional_package_reads_is_named_with_it_whatever_its_suffix(
+    tmp_path, data, remedy, monkeypatch
+):
+    monkeypatch.setattr(images, "readable_formats", lambda: ("PNG", "JPEG"))
+    monkeypatch.setattr(images, "_formats", lambda: ("PNG", "JPEG"))
+    with pytest.raises(UnusableImage, match=re.escape(f"x.jpg' cannot be used: {remedy}")):
+        load_rgb(damaged(tmp_path, "x.jpg", data))
+
+
+def test_a_file_that_would_start_another_program_is_not_opened(tmp_path):
+    path = damaged(tmp_path, "x.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    with pytest.raises(UnusableImage, match="it is not an image of a known format"):
+        load_rgb(path)
+
+
+@pytest.mark.parametrize(("package", "image_format"), [("pillow_heif", "HEIF"), ("pillow_jxl", "JXL")])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_optional_packages_read_their_format(tmp_path, package, image_format, mode):
+    pytest.importorskip(package)
+    images._formats()
+    image = Image.new(mode, (64, 32), "black")
+    image.paste("red", (0, 0, 32, 32))
+    path = damaged(tmp_path, "x", encoded(image, image_format, quality=95))
+    rgb, alpha = load_rgb_and_alpha(path)
+    assert read_size(path) == rgb.size == (64, 32)
+    assert (alpha is None) == (mode == "RGB")
+    assert rgb.getpixel((8, 16))[0] > 230 > 20 > rgb.getpixel((56, 16))[0]
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_phone_photographs_are_upright(tmp_path, orientation):
+    pytest.importorskip("pillow_heif")
+    images._formats()
+    stored = Image.new("RGB", (64, 32), "black")
+    stored.paste("white", (0, 0, 32, 16))
+    path = damaged(tmp_path, "x.heic", encoded(stored, "HEIF", exif=exif_with(orientation), quality=95))
+    assert read_size(path) == load_rgb(path).size
+
+
+def test_a_jpeg_xl_that_asks_for_terabytes_is_refused_before_it_is_decoded(tmp_path):
+    # Its decoder would end the process.
+    size = (0b11 << 1) | ((900_000_000 - 1) << 3) | (511 << 38)
+    path = damaged(tmp_path, "bomb.jxl", b"\xff\x0a" + size.to_bytes(8, "little") + bytes(8))
+    with pytest.raises(UnusableImage, match=r"bomb.jxl' cannot be used: it has too many pixels, more than 400,000,000"):
+        read_size(path)

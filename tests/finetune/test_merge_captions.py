@@ -197,9 +197,9 @@ def test_a_caption_that_is_not_utf_8_is_named_with_the_byte(script, folder, exis
 
 @BOTH
 def test_an_empty_folder_and_a_missing_one_are_named(script, folder, existing, capsys):
-    assert_refused(script, [folder, existing], existing, capsys, f"no pictures in '{folder}'")
+    assert_refused(script, [folder, existing], existing, capsys, f"no images in '{folder}'")
     gone = folder / "gone"
-    assert_refused(script, [gone, existing], existing, capsys, f"cannot read the picture folder '{gone}'")
+    assert_refused(script, [gone, existing], existing, capsys, f"cannot read the image folder '{gone}'")
 
 
 @BOTH
@@ -237,7 +237,7 @@ def test_the_script_runs_from_any_folder_and_reports_a_mistake_by_its_status(scr
     command[2] = "no such folder"
     done = subprocess.run(command, cwd=folder.parent, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: cannot read the picture folder 'no such folder'")
+    assert done.stderr.startswith("error: cannot read the image folder 'no such folder'")
 
 
 def test_merging_never_imports_torch(folder):

@@ -139,7 +139,7 @@ def test_a_model_that_is_missing_damaged_or_no_sdxl_is_named(ready, capsys, tmp_
 
 def test_a_folder_without_pictures_is_named(ready, capsys):
     (ready.images / "a.png").unlink()
-    assert_refused(ready, capsys, f"no pictures in '{ready.images}'")
+    assert_refused(ready, capsys, f"no images in '{ready.images}'")
 
 
 def test_bad_numbers_of_batch_and_threads_are_named():

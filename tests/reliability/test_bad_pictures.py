@@ -39,9 +39,9 @@ WHOLE = _png()
 BAD = {
     "truncated": (WHOLE[: len(WHOLE) // 2], "cannot be used"),
     "zero bytes": (b"", "the file is empty"),
-    "a page of a web site": (b"<html>not found</html>", "it is not a picture of a known format"),
-    "a text named png": (b"a cat", "it is not a picture of a known format"),
-    "a film": (b"\x00\x00\x00\x20ftypisom" + bytes(64), "it is not a picture of a known format"),
+    "a page of a web site": (b"<html>not found</html>", "it is not an image of a known format"),
+    "a text named png": (b"a cat", "it is not an image of a known format"),
+    "a film": (b"\x00\x00\x00\x20ftypisom" + bytes(64), "it is not an image of a known format"),
     "a bomb": (_bomb(), "it has too many pixels"),
     "a header alone": (WHOLE[:33], "cannot be used"),
 }

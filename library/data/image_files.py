@@ -1,0 +1,101 @@
+"""The image files of a folder: those that are used, and those that look like images and cannot be read here."""
+
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from library.config.errors import UserError, listed
+from library.data.image_kinds import FORMAT_OF_SUFFIX, is_image_of_any_kind, is_readable, remedy_for
+
+log = logging.getLogger(__name__)
+
+
+class Listing(NamedTuple):
+    """The image files of a folder, sorted: those that can be read, and those of a kind that cannot be read here.
+
+    A file of the second kind does not count where one that can be read has the same name but for the suffix.
+    """
+
+    images: list[Path]
+    unreadable: list[Path]
+
+
+def list_files(folder: Path, *, recursive: bool) -> Listing:
+    """Return the image files of `folder`, by suffix; with `recursive` those of its subfolders too. May be empty.
+
+    Hidden files and folders (name starts with a dot) are left out. Links to folders are followed, but never round in
+    circles. Raises `UserError` if the folder does not exist or cannot be read.
+    """
+    try:
+        found = list(_walk(folder, recursive))
+    except OSError as error:
+        raise UserError(
+            f"cannot read the image folder '{error.filename or folder}': {error.strerror or error}.",
+            "Give the folder of the images.",
+        ) from error
+    images = [path for path in found if is_readable(path)]
+    used = {path.with_suffix("") for path in images}
+    unreadable = [path for path in found if not is_readable(path) and path.with_suffix("") not in used]
+    return Listing(sorted(images, key=Path.as_posix), sorted(unreadable, key=Path.as_posix))
+
+
+def list_images(folder: Path, *, recursive: bool) -> list[Path]:
+    """Return the images of `list_files` that can be read."""
+    return list_files(folder, recursive=recursive).images
+
+
+def find_images(folder: Path, *, recursive: bool) -> list[Path]:
+    """Return the images as `list_images`, naming those that cannot be read; raise `UserError` if there is none."""
+    images, unreadable = list_files(folder, recursive=recursive)
+    if not images and unreadable:
+        raise UserError(f"no image in '{folder}' can be used:", describe_unreadable(unreadable))
+    if not images:
+        where = "it and its subfolders hold" if recursive else "it holds"
+        suffixes = ", ".join(sorted(suffix for suffix in FORMAT_OF_SUFFIX if is_readable(Path(f"x{suffix}"))))
+        raise UserError(
+            f"no images in '{folder}': {where} no file that ends in {suffixes}.",
+            "Give the folder of the images." if recursive else "Give the folder of the images, or --recursive.",
+        )
+    warn_of_unreadable(unreadable)
+    return images
+
+
+def warn_of_unreadable(paths: Sequence[Path]) -> None:
+    """Name the files that look like images and are left out, if there are any."""
+    if paths:
+        log.warning("%d images are left out: %s", len(paths), describe_unreadable(paths))
+
+
+def describe_unreadable(paths: Iterable[Path]) -> str:
+    """Return what to tell the user of files whose kind cannot be read here: their names, and what would help."""
+    by_remedy: dict[str, list[str]] = {}
+    for path in paths:
+        by_remedy.setdefault(remedy_for(FORMAT_OF_SUFFIX.get(path.suffix.lower())), []).append(f"'{path}'")
+    return " ".join(f"{listed(names)} cannot be read here. {remedy}" for remedy, names in by_remedy.items())
+
+
+def _walk(top: Path, recursive: bool) -> Iterator[Path]:
+    # A list of what is to come, not recursion: folders may lie deeper in one another than Python may call.
+    waiting: list[tuple[Path, frozenset[Path]]] = [(top, frozenset())]
+    while waiting:
+        folder, above = waiting.pop()
+        here = above | {folder.resolve()}
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                path = folder / entry.name
+                if not _is_folder(entry):
+                    if is_image_of_any_kind(path):
+                        yield path
+                elif recursive and path.resolve() not in here:
+                    waiting.append((path, here))
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
