@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             conflicts=lambda *classes: TrainingOptions(*classes).conflicts(),
         )
     )
+    options.console.start()
     with run_lock(options.output_dir, options.save.output_name), listening_for_stop(options.output_dir) as stop:
         return train(options, stop)
 

@@ -177,10 +177,6 @@ _FILES_AND_LOGS: dict[str, str] = {
         "not offered yet. Write it into --metadata_description or --metadata_tags.",
     ),
     "--metadata_thumbnail": "not offered yet. Add the picture to the saved file with a model manager.",
-    **dict.fromkeys(
-        ("--console_log_level", "--console_log_file", "--console_log_simple"),
-        "messages go to the console as they are. To keep them, redirect them: '... > train.log 2>&1'.",
-    ),
     "--wandb_api_key": "a key on the command line ends up in histories and logs. Set the environment variable "
     "WANDB_API_KEY, or run 'wandb login' once.",
     "--wandb_run_name": "not offered yet. Name the run with --log_prefix, or set the environment variable WANDB_NAME.",

@@ -20,7 +20,7 @@ _DECIDE_THE_COURSE = frozenset(
 )
 """Options that change the rest of the run."""
 
-_ABOUT_RESUMING = frozenset({"resume", "resume_anyway"})
+_ABOUT_RESUMING = frozenset({"resume", "resume_anyway", "console_log_level", "console_log_file", "console_log_simple"})
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from library.config.errors import UserError
+from library.config.messages import start_logging
 from library.config.options import ConfigFileOptions, option
 from library.data.buckets import BucketOptions, BucketRule, parse_resolution
 from library.data.subsets import LoaderOptions, TrainingSetOptions
@@ -79,6 +80,33 @@ class CompileOptions:
 
 
 @dataclass(frozen=True)
+class ConsoleOptions:
+    """Messages."""
+
+    _argument_group_name: ClassVar[str] = "Messages"
+
+    console_log_level: str | None = option(
+        None,
+        "Show messages of this level and above. Default: INFO.",
+        choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL", None),
+    )
+    console_log_file: Path | None = option(None, "Write messages to this file instead of the console.")
+    console_log_simple: bool = option(
+        True, "Print messages alone. --console_log_simple=false adds time and level to each line."
+    )
+
+    def start(self) -> None:
+        """Send messages where the options say. Raise `UserError` if the file cannot be written."""
+        try:
+            start_logging(self.console_log_level or "INFO", self.console_log_file, simple=self.console_log_simple)
+        except OSError as error:
+            raise UserError(
+                f"--console_log_file: cannot write '{self.console_log_file}': {error.strerror or error}.",
+                "Name a file in a folder that exists.",
+            ) from error
+
+
+@dataclass(frozen=True)
 class TrainingOptions:
     """All options of sdxl_train.py. Functions receive the classes they read, never the whole."""
 
@@ -97,6 +125,7 @@ class TrainingOptions:
     model_spec: ModelSpecOptions
     sample: SampleOptions
     tracking: TrackingOptions
+    console: ConsoleOptions
     config_file: ConfigFileOptions
 
     @property

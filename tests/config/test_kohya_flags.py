@@ -55,6 +55,7 @@ SCRIPT_NAMES = [name for name, *_ in SCRIPTS]
 OTHER_DEFAULTS: dict[tuple[str, str], str] = {
     ("sdxl_train", "--resolution"): "SDXL's own size, where the reference has none and fails later",
     ("sdxl_train", "--sdpa"): "no other attention is offered, so that it is always on",
+    ("sdxl_train", "--console_log_simple"): "messages stand alone unless time and level are asked for",
 }
 
 

@@ -1,12 +1,14 @@
 """Messages: where they go, who speaks, and what a name in them cannot do to the terminal."""
 
 import logging
+import re
 from pathlib import Path
 
 import pytest
 
 from library.config.errors import UserError, exits_on_user_error, listed
 from library.config.messages import printable, start_logging
+from library.training.run_options import ConsoleOptions
 
 log = logging.getLogger("library.test")
 
@@ -74,3 +76,16 @@ def test_a_level_and_a_file_can_be_chosen(console, capsys, tmp_path: Path):
 def test_a_long_list_is_cut_and_counted():
     assert listed(["a", "b"]) == "a, b"
     assert listed([str(number) for number in range(12)]) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more"
+
+
+def test_a_run_writes_its_messages_to_the_file_that_is_named(train, tmp_path: Path, capsys, console):
+    file = tmp_path / "train.log"
+    run = train(f"--console_log_file={file}", "--console_log_simple=false", "--max_train_steps=1")
+    written = file.read_text(encoding="utf-8")
+    assert re.search(r"^\d{4}-\d\d-\d\d .* INFO saved '.*m\.safetensors'$", written, re.MULTILINE)
+    assert str(run.output) not in capsys.readouterr().out
+
+
+def test_a_log_file_that_cannot_be_written_is_named_before_training(tmp_path: Path, console):
+    with pytest.raises(UserError, match="--console_log_file: cannot write"):
+        ConsoleOptions(console_log_file=tmp_path / "no folder" / "train.log").start()
