@@ -31,7 +31,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run_slow", action="store_true", help="run the tests that take minutes")
 
 
+TRAINING_FIXTURES = {"train", "train_in", "trainer", "_server", "workflow"}
+"""Fixtures that run the trainer: a test that uses one is marked `trains`."""
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if not TRAINING_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.trains)
     if config.getoption("--run_slow"):
         return
     for item in items:
@@ -89,6 +97,16 @@ class PreparedSet:
         """A copy in `folder` that only the merge scripts have seen."""
         shutil.copytree(self.folder, folder, ignore=shutil.ignore_patterns("*.npz", "meta_lat.json"))
         return PreparedSet(folder)
+
+
+def base_flags(model: Path | str, in_json: Path | str, images: Path | str, output: Path | str) -> list[str]:
+    """Return the flags that every run of sdxl_train.py needs."""
+    return [
+        f"--pretrained_model_name_or_path={model}",
+        f"--in_json={in_json}",
+        f"--train_data_dir={images}",
+        f"--output_dir={output}",
+    ]
 
 
 BUCKET_FLAGS = ("--min_bucket_reso=64", "--max_bucket_reso=256", "--bucket_reso_steps=64")
@@ -153,10 +171,7 @@ def train(tiny_sdxl: Path, prepared_set: PreparedSet, tmp_path_factory: pytest.T
     def run(*flags: str) -> Run:
         folder = tmp_path_factory.mktemp("run")
         argv = [
-            f"--pretrained_model_name_or_path={tiny_sdxl}",
-            f"--in_json={prepared_set.latents_json}",
-            f"--train_data_dir={prepared_set.images}",
-            f"--output_dir={folder / 'my output'}",
+            *base_flags(tiny_sdxl, prepared_set.latents_json, prepared_set.images, folder / "my output"),
             f"--logging_dir={folder / 'logs'}",
             *("--output_name=m", "--resolution=128,128", "--max_data_loader_n_workers=0", "--seed=7"),
             *("--max_train_steps=3", "--optimizer_type=torch.optim.SGD", f"--learning_rate={RATE}"),
@@ -182,20 +197,20 @@ def one_picture(prepared_set: PreparedSet, tmp_path_factory: pytest.TempPathFact
 
 
 def forget_accelerator() -> None:
-    """Let the next `Accelerator` of this process choose its precision anew: accelerate keeps the first one's."""
+    """Let the next `Accelerator` of this process choose its precision: accelerate would keep the first one's."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
 
 @pytest.fixture
 def fresh_accelerate() -> None:
-    """A test that makes an `Accelerator` of its own."""
+    """For tests that make their own `Accelerator`."""
     forget_accelerator()
 
 
 @pytest.fixture
 def unet_inputs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
-    """What the U-Net is given, call by call: sample, timestep, hidden, pooled, time_ids. It computes as ever."""
+    """Record the inputs of each call of the U-Net: sample, timestep, hidden, pooled, time_ids."""
     calls: list[dict[str, torch.Tensor]] = []
     forward = UNet2DConditionModel.forward
 

@@ -1,4 +1,4 @@
-"""quickstart.py: the installation that is done once, the demo, and what is said where a step fails."""
+"""quickstart.py: the installation that is done once, the demo, and the message where a step fails."""
 
 import ast
 import os
@@ -183,6 +183,7 @@ def test_a_demo_removes_what_an_earlier_one_made_and_nothing_else(tmp_path):
     quickstart.clear_demo(tmp_path / "a folder that does not exist")
 
 
+@pytest.mark.trains
 def test_the_demo_runs_the_workflow_and_says_where_its_pictures_and_figures_are(tmp_path, capfd):
     folder = tmp_path / "my set"
     (folder / "images").mkdir(parents=True)

@@ -13,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import PreparedSet
+from tests.conftest import PreparedSet, base_flags
 from tests.correctness import keyed_noise
 from tests.correctness.keyed_noise import gradient_of_one_step
+
+pytestmark = pytest.mark.trains
 
 ROOT = Path(__file__).parents[2]
 Gradient = dict[str, torch.Tensor]
@@ -54,10 +56,7 @@ def flags_of(tiny_sdxl: Path, two_buckets: PreparedSet, tmp_path_factory) -> Cal
         subset = {key: entries[key] for key in SETS[split.pictures]}
         (folder / "meta.json").write_text(json.dumps(subset), encoding="utf-8")
         return [
-            f"--pretrained_model_name_or_path={tiny_sdxl}",
-            f"--in_json={folder / 'meta.json'}",
-            f"--train_data_dir={two_buckets.images}",
-            f"--output_dir={folder / 'output'}",
+            *base_flags(tiny_sdxl, folder / "meta.json", two_buckets.images, folder / "output"),
             *("--seed=7", "--max_data_loader_n_workers=0", "--max_train_epochs=1", "--optimizer_type=torch.optim.SGD"),
             f"--train_batch_size={split.batch_size}",
             f"--gradient_accumulation_steps={split.accumulation_steps}",

@@ -15,8 +15,10 @@ from safetensors.torch import load_file
 
 from library.data.epoch_order import BatchShape
 from library.training.accelerator import step_seed
-from tests.conftest import RATE, PreparedSet
+from tests.conftest import RATE, PreparedSet, base_flags
 from tests.correctness.plain_training import PlainNoise, PlainTraining, batches_of_steps
+
+pytestmark = pytest.mark.trains
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,10 +51,7 @@ def test_two_processes_train_on_the_mean_of_their_gradients(
         [
             *launch,
             str(ROOT / "sdxl_train.py"),
-            f"--pretrained_model_name_or_path={tiny_sdxl}",
-            f"--in_json={three_pictures.latents_json}",
-            f"--train_data_dir={three_pictures.images}",
-            f"--output_dir={tmp_path / 'output'}",
+            *base_flags(tiny_sdxl, three_pictures.latents_json, three_pictures.images, tmp_path / "output"),
             f"--sample_prompts={prompts}",
             *("--output_name=m", "--max_data_loader_n_workers=0", "--max_train_epochs=1"),
             *("--optimizer_type=torch.optim.SGD", f"--learning_rate={RATE}", "--max_grad_norm=0"),
@@ -64,7 +63,7 @@ def test_two_processes_train_on_the_mean_of_their_gradients(
         encoding="utf-8",
     )
     assert finished.returncode == 0, finished.stderr
-    # Without --seed each process would draw its own, and with it an order of its own: the main one's holds for both.
+    # Without --seed each process would draw its own, and with it another order: the main one's holds for both.
     [seed] = (int(digits) for digits in re.findall(r"3 images in 3 batches, 2 steps .*, seed (\d+)", finished.stdout))
     assert len(list((tmp_path / "output" / "sample").iterdir())) == 3  # drawn once, not by each process
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.forked_runs import Command, ForkedRun, RunServer
+from tests.forked_runs import Command, ForkedRun, RunServer
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import sdxl_train
 from finetune import prepare_buckets_latents
+from tests.conftest import base_flags
 from tests.reliability.refusal import said_on_refusal
 
 CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
@@ -40,8 +41,7 @@ def refused(in_folder, capsys):
     """`refused(model)` is what the trainer says of it."""
 
     def run(model: str) -> str:
-        argv = [f"--pretrained_model_name_or_path={model}", "--in_json=meta.json", "--train_data_dir=images"]
-        return said_on_refusal(sdxl_train, [*argv, "--output_dir=output"], capsys)
+        return said_on_refusal(sdxl_train, base_flags(model, "meta.json", "images", "output"), capsys)
 
     return run
 

@@ -12,6 +12,7 @@ from library.config.errors import UserError
 from library.data.caption_files import MergeOptionsG, merge_captions
 from library.data.metadata import COLUMN_G, read_metadata
 from library.sdxl.tokenizers import tokenize_captions
+from tests.conftest import base_flags
 from tests.reliability.refusal import said_on_refusal
 
 MERGE_SCRIPTS = [sdxl_merge_captions_g_to_metadata, sdxl_merge_captions_l_to_metadata]
@@ -55,10 +56,7 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-TRAIN = [
-    *("--pretrained_model_name_or_path=model.safetensors", "--in_json=meta.json", "--train_data_dir=images"),
-    "--output_dir=output",
-]
+TRAIN = base_flags("model.safetensors", "meta.json", "images", "output")
 
 
 @pytest.mark.parametrize(("content", "problem"), UNREADABLE.values(), ids=UNREADABLE)

@@ -6,13 +6,11 @@ import pytest
 
 import sdxl_train
 from finetune import prepare_buckets_latents, sdxl_merge_captions_g_to_metadata, sdxl_merge_captions_l_to_metadata
+from tests.conftest import base_flags
 from tests.reliability.refusal import said_on_refusal
 
 COMMANDS = {
-    sdxl_train: [
-        *("--pretrained_model_name_or_path=model.safetensors", "--in_json=meta.json", "--train_data_dir=images"),
-        "--output_dir=output",
-    ],
+    sdxl_train: base_flags("model.safetensors", "meta.json", "images", "output"),
     prepare_buckets_latents: ["images", "meta.json", "out.json", "model.safetensors"],
     sdxl_merge_captions_g_to_metadata: ["images", "out.json"],
     sdxl_merge_captions_l_to_metadata: ["images", "out.json"],

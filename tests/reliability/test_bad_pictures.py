@@ -16,7 +16,7 @@ from library.training.learner import StepReport
 from library.training.plan import Occasion
 from library.training.progress import read_progress
 from library.training.tracking import Tracker
-from tests.conftest import BUCKET_FLAGS, forget_accelerator
+from tests.conftest import BUCKET_FLAGS, base_flags, forget_accelerator
 from tests.reliability.refusal import said_on_refusal
 
 
@@ -65,8 +65,8 @@ def prepare(model: Path) -> int:
 
 def train(model: Path, capsys) -> str:
     argv = [
-        *(f"--pretrained_model_name_or_path={model}", "--in_json=meta.json", "--train_data_dir=images"),
-        *("--output_dir=output", "--resolution=64,64", "--cache_latents", "--max_data_loader_n_workers=0"),
+        *base_flags(model, "meta.json", "images", "output"),
+        *("--resolution=64,64", "--cache_latents", "--max_data_loader_n_workers=0"),
     ]
     return said_on_refusal(sdxl_train, argv, capsys)
 
@@ -101,6 +101,7 @@ def test_the_trainer_names_a_bad_picture(kind: str, in_folder, tiny_sdxl: Path, 
     assert "Replace the file or remove it." in said
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize(("seed", "step_before"), [(0, 2), (1, 3)], ids=["begins an epoch", "ends an epoch"])
 def test_what_was_learnt_before_a_bad_picture_is_saved(
     seed: int, step_before: int, in_folder, tiny_sdxl: Path, capsys, monkeypatch
@@ -115,8 +116,8 @@ def test_what_was_learnt_before_a_bad_picture_is_saved(
 
     monkeypatch.setattr(Tracker, "after_step", log_and_damage)
     argv = [
-        *(f"--pretrained_model_name_or_path={tiny_sdxl}", "--in_json=meta.json", "--train_data_dir=images"),
-        *("--output_dir=output", "--output_name=m", "--resolution=64,64", "--max_data_loader_n_workers=0"),
+        *base_flags(tiny_sdxl, "meta.json", "images", "output"),
+        *("--output_name=m", "--resolution=64,64", "--max_data_loader_n_workers=0"),
     ]
     forget_accelerator()
     assert sdxl_train.main([*argv, "--max_train_steps=6", f"--seed={seed}"]) == 2

@@ -8,25 +8,24 @@ from pathlib import Path
 import pytest
 
 import sdxl_train
-from benchmarks.outcome import Outcome, differences, outcome_of
 from library.training.learner import StepReport
 from library.training.plan import Occasion
 from library.training.stopping import STOP_FILE
 from library.training.tracking import Tracker
-from tests.conftest import BUCKET_FLAGS, PreparedSet, forget_accelerator
+from tests.conftest import BUCKET_FLAGS, PreparedSet, base_flags, forget_accelerator
+from tests.outcome import Outcome, differences, outcome_of
 
 
 @dataclass(frozen=True)
 class Trainer:
-    """Runs sdxl_train.py on the tiny SDXL, three pictures, output and logs in a folder of its own."""
+    """Runs sdxl_train.py on the tiny SDXL, three images, output and logs in its own folder."""
 
     argv: list[str]
     folder: Path
 
     def run(self, *flags: str) -> int:
         forget_accelerator()
-        folders = [f"--output_dir={self.output}", f"--logging_dir={self.folder / 'logs'}"]
-        return sdxl_train.main([*self.argv, *folders, *flags])
+        return sdxl_train.main([*self.argv, f"--logging_dir={self.folder / 'logs'}", *flags])
 
     @property
     def output(self) -> Path:
@@ -50,9 +49,7 @@ def trainer(tiny_sdxl: Path, prepared_set: PreparedSet, tmp_path: Path):
 
     def make(name: str, *flags: str) -> Trainer:
         argv = [
-            f"--pretrained_model_name_or_path={tiny_sdxl}",
-            f"--in_json={prepared_set.latents_json}",
-            f"--train_data_dir={prepared_set.images}",
+            *base_flags(tiny_sdxl, prepared_set.latents_json, prepared_set.images, tmp_path / name / "output"),
             f"--sample_prompts={prompts}",
             *("--output_name=m", "--resolution=128,128", "--seed=7", "--enable_bucket", *BUCKET_FLAGS, *flags),
         ]
@@ -122,10 +119,10 @@ def test_a_run_that_goes_on_in_two_processes_changes_nothing(trainer, run_server
 
     def run(made: Trainer, *more: str, stop: bool = False) -> int:
         made.folder.mkdir(exist_ok=True)
-        folders = (f"--output_dir={made.output}", f"--logging_dir={made.folder / 'logs'}")
+        logs = f"--logging_dir={made.folder / 'logs'}"
         port = str(free_port())
         runs = [
-            run_server("train", [*made.argv, *folders, *more], WORLD_SIZE="2", RANK=rank, LOCAL_RANK=rank, PORT=port)
+            run_server("train", [*made.argv, logs, *more], WORLD_SIZE="2", RANK=rank, LOCAL_RANK=rank, PORT=port)
             for rank in ("0", "1")
         ]
         if stop:

@@ -19,7 +19,7 @@ from library.training.plan import Occasion
 from library.training.progress import Progress
 from library.training.saves import SaveOptions
 from library.training.tracking import Tracker
-from tests.conftest import BUCKET_FLAGS, PreparedSet, forget_accelerator
+from tests.conftest import BUCKET_FLAGS, PreparedSet, base_flags, forget_accelerator
 
 
 class Disk:
@@ -50,6 +50,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.trains
 def test_training_goes_on_and_saves_again_when_there_is_room(
     disk: Disk, tiny_sdxl: Path, prepared_set: PreparedSet, monkeypatch, capsys
 ):
@@ -65,10 +66,7 @@ def test_training_goes_on_and_saves_again_when_there_is_room(
     monkeypatch.setattr(Tracker, "after_step", log_and_fill)
     forget_accelerator()
     argv = [
-        f"--pretrained_model_name_or_path={tiny_sdxl}",
-        f"--in_json={prepared_set.latents_json}",
-        f"--train_data_dir={prepared_set.images}",
-        f"--output_dir={disk.folder / 'output'}",
+        *base_flags(tiny_sdxl, prepared_set.latents_json, prepared_set.images, disk.folder / "output"),
         *("--output_name=m", "--seed=7", "--max_train_steps=3", "--max_data_loader_n_workers=0"),
         *("--save_every_n_steps=1", "--save_state", "--learning_rate=1e-3"),
     ]

@@ -1,4 +1,4 @@
-"""Signals and the stop file: what is saved, what is said, how the process ends."""
+"""Signals and the stop file: what is saved, what is reported, how the process ends."""
 
 import re
 import signal
@@ -8,25 +8,28 @@ from pathlib import Path
 import pytest
 
 import sdxl_train
-from benchmarks.forked_runs import FOLDER, KILL_AT, KILL_BY
-from benchmarks.outcome import outcome_of
 from library.training.progress import read_progress
 from library.training.run_lock import run_lock
-from tests.conftest import PreparedSet
+from library.training.stopping import SAME_SIGNAL_SECONDS
+from tests.conftest import PreparedSet, base_flags
+from tests.forked_runs import FOLDER, KILL_AT, KILL_BY, REPORT_CALL
+from tests.outcome import outcome_of
 from tests.reliability.refusal import said_on_refusal
 
-STEP_OF_SECONDS = ("--dataset_repeats=20", "--gradient_accumulation_steps=60", "--max_train_steps=2")
-SETTING_OUT = 3  # seconds, from the first sight of the progress bar until a step of many more seconds is under way
+STEP_OF_SECONDS = (
+    *("--dataset_repeats=20", "--gradient_accumulation_steps=60", "--max_train_steps=2"),
+    "--max_data_loader_n_workers=0",
+)
+STEP_OF_MINUTES = (*STEP_OF_SECONDS, "--dataset_repeats=2000", "--gradient_accumulation_steps=6000")
+BACKWARD = "library.training.learner:Learner.backward"
+LOAD_MODEL = "library.training.setup:load_model"
 
 
 @pytest.fixture
 def argv(tiny_sdxl: Path, prepared_set: PreparedSet, tmp_path: Path) -> list[str]:
     """A run of a few steps that saves nothing before its end."""
     return [
-        f"--pretrained_model_name_or_path={tiny_sdxl}",
-        f"--in_json={prepared_set.latents_json}",
-        f"--train_data_dir={prepared_set.images}",
-        f"--output_dir={tmp_path / 'my output'}",
+        *base_flags(tiny_sdxl, prepared_set.latents_json, prepared_set.images, tmp_path / "my output"),
         *("--output_name=m", "--seed=7", "--max_train_steps=50"),
     ]
 
@@ -50,23 +53,20 @@ def test_the_first_signal_ends_the_run_after_the_step(number, to_group, status, 
 
 
 def test_a_second_signal_ends_it_at_once_unless_it_is_the_terminal_that_closes(argv, run_server, tmp_path: Path):
-    run = run_server("train", [*argv, *STEP_OF_SECONDS, "--max_data_loader_n_workers=0"])
-    run.wait_until_said("0/2")
-    time.sleep(SETTING_OUT)
+    run = run_server("train", [*argv, *STEP_OF_MINUTES], **{REPORT_CALL: BACKWARD})
+    run.wait_until_called(BACKWARD)
     run.send(signal.SIGINT)
     run.wait_until_said("Press Ctrl-C again to quit")
-    time.sleep(1.2)  # sooner it would be taken for the same Ctrl-C, handed on by a launcher
+    time.sleep(1.2 * SAME_SIGNAL_SECONDS)  # sooner it would be taken for the same Ctrl-C, handed on by a launcher
     if hasattr(signal, "SIGHUP"):
-        run.send(signal.SIGHUP)
-        time.sleep(0.5)
-        assert not run.is_over()
+        run.send(signal.SIGHUP)  # handled before the next one, and would end the run with 129
     run.send(signal.SIGINT)
-    assert run.wait(timeout=20) == 130
+    assert run.wait() == 130
     assert not list((tmp_path / "my output").glob("*"))
 
 
 def test_a_second_run_of_the_same_model_is_refused_until_the_first_has_ended(argv, run_server, tmp_path: Path, capsys):
-    run = run_server("train", [*argv, *STEP_OF_SECONDS, "--max_data_loader_n_workers=0"])
+    run = run_server("train", [*argv, *STEP_OF_MINUTES])
     run.wait_until_said("0/2")
     assert "is still training 'm' into" in said_on_refusal(sdxl_train, [*argv, "--resume=latest"], capsys)
     with run_lock(tmp_path / "my output", "another model"):
@@ -81,8 +81,7 @@ def test_a_stop_while_samples_are_drawn_leaves_the_others_out(argv, run_server, 
     prompts, samples = tmp_path / "prompts.txt", tmp_path / "my output" / "sample"
     prompts.write_text("a cat --e photo --w 64 --h 64 --s 20\n" * 60, encoding="utf-8")
     run = run_server("train", [*argv, f"--sample_prompts={prompts}", "--sample_at_first"])
-    while not list(samples.glob("*.png")):
-        time.sleep(0.05)
+    run.wait_until(lambda: list(samples.glob("*.png")), "saved a sample")
     run.send(signal.SIGTERM)
     assert run.wait() == 143
     assert re.search(r"step 0: the run stops, \d+ images are not drawn", run.said)
@@ -92,9 +91,8 @@ def test_a_stop_while_samples_are_drawn_leaves_the_others_out(argv, run_server, 
 def test_a_second_signal_in_the_middle_of_a_save_leaves_no_half_written_file(argv, run_server, tmp_path: Path):
     output = tmp_path / "my output"
     in_the_state = {KILL_AT: "4", KILL_BY: str(int(signal.SIGINT)), FOLDER: str(output / "m-")}  # 3 for the model
-    run = run_server("train", [*argv, *STEP_OF_SECONDS, "--max_data_loader_n_workers=0"], **in_the_state)
-    run.wait_until_said("0/2")
-    time.sleep(SETTING_OUT)
+    run = run_server("train", [*argv, *STEP_OF_SECONDS], **in_the_state, **{REPORT_CALL: BACKWARD})
+    run.wait_until_called(BACKWARD)
     run.send(signal.SIGINT)
     assert run.wait() == 130
     assert "Training stopped after" not in run.said
@@ -102,8 +100,8 @@ def test_a_second_signal_in_the_middle_of_a_save_leaves_no_half_written_file(arg
 
 
 def test_what_comes_before_the_first_step_saves_nothing(argv, run_server, tmp_path: Path):
-    run = run_server("train", argv)
-    time.sleep(0.3)  # the model is being loaded
+    run = run_server("train", argv, **{REPORT_CALL: LOAD_MODEL})
+    run.wait_until_called(LOAD_MODEL)
     run.send(signal.SIGTERM)
     assert run.wait() == 143
     assert not list((tmp_path / "my output").glob("*.safetensors"))

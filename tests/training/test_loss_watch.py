@@ -1,4 +1,4 @@
-"""Losses that are no numbers, spikes, full GPUs, broken weights: what is said, and what survives."""
+"""Losses that are no numbers, spikes, full GPUs, broken weights: what is reported, and what survives."""
 
 import math
 import shutil
@@ -15,23 +15,20 @@ from safetensors.torch import load_file, save_file
 import sdxl_train
 from library.config.errors import UserError
 from library.training.loss_watch import LossWatch, StepLoss, require_finite
-from tests.conftest import BUCKET_FLAGS, PreparedSet, forget_accelerator
+from tests.conftest import BUCKET_FLAGS, PreparedSet, base_flags, forget_accelerator
 
 OVERFLOWING = ("--learning_rate=1e38", "--max_grad_norm=0", "--optimizer_args", "weight_decay=1e38")
 
 
 @pytest.fixture
 def train_in(tiny_sdxl: Path, prepared_set: PreparedSet, tmp_path: Path):
-    """`train_in(images, *flags)` gives the exit status of a run into tmp_path/output."""
+    """`train_in(images, *flags)` returns the exit status of a run into tmp_path/output."""
 
     def run(images: Path, *flags: str, model: Path = tiny_sdxl) -> int:
         forget_accelerator()
         return sdxl_train.main(
             [
-                f"--pretrained_model_name_or_path={model}",
-                f"--in_json={prepared_set.latents_json}",
-                f"--train_data_dir={images}",
-                f"--output_dir={tmp_path / 'output'}",
+                *base_flags(model, prepared_set.latents_json, images, tmp_path / "output"),
                 *("--output_name=m", "--seed=7", "--max_train_steps=3", "--max_data_loader_n_workers=0"),
                 *("--optimizer_type=torch.optim.SGD", "--learning_rate=1e-3", *BUCKET_FLAGS, *flags),
             ]

@@ -6,6 +6,7 @@ import pytest
 
 import sdxl_train
 from library.training.run_options import OPTION_CLASSES, RunOptions
+from tests.conftest import base_flags
 
 
 @pytest.fixture
@@ -21,13 +22,8 @@ def refused(tmp_path: Path, capsys, monkeypatch):
     Path("meta.json").write_text('{"01": {"captionL": "", "captionG": ""}}', encoding="utf-8")
 
     def run(*flags: str, leave_out: str = "") -> str:
-        right = {
-            "--pretrained_model_name_or_path": "model.safetensors",
-            "--in_json": "meta.json",
-            "--train_data_dir": "images",
-            "--output_dir": "output",
-        }
-        argv = [f"{flag}={value}" for flag, value in right.items() if flag != leave_out]
+        right = base_flags("model.safetensors", "meta.json", "images", "output")
+        argv = [flag for flag in right if flag.partition("=")[0] != leave_out]
         assert sdxl_train.main([*argv, *flags]) == 2
         assert not Path("output").exists()
         said = capsys.readouterr()

@@ -1,9 +1,10 @@
-"""Run the project's scripts in processes of their own that start at once (POSIX).
+"""Run the project's scripts in separate processes that start at once (POSIX).
 
 Importing torch and diffusers takes seconds. A server process does it once, computes nothing, and forks a child for each
 run; the child is an ordinary process that can be signalled and killed.
 """
 
+import functools
 import importlib
 import json
 import os
@@ -11,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +26,8 @@ KILL_AT = "KILL_AT_FILE_OPERATION"
 FOLDER = "KILL_IN_FOLDER"
 KILL_BY = "KILL_BY_SIGNAL"
 """Environment variable: the number of the signal, SIGKILL where it is not given."""
+REPORT_CALL = "REPORT_FIRST_CALL"
+"""Environment variable: the run prints `called NAME` at the first call of this function, "module:Class.method"."""
 _FILE_OPERATIONS = frozenset({"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"})
 _POLL_SECONDS = 0.01
 
@@ -40,7 +43,7 @@ class Command:
 
 
 class ForkedRun:
-    """A process of the server that runs a script; it leads a process group of its own."""
+    """A process of the server that runs a script; it leads its own process group."""
 
     def __init__(self, pid: int, output: Path, status_file: Path):
         self.pid = pid
@@ -62,19 +65,24 @@ class ForkedRun:
 
     def wait_until_said(self, text: str, timeout: float = 60) -> None:
         """Wait for the process to print `text`."""
-        self._wait(lambda: text in self.said, timeout, f"said '{text}'")
+        self.wait_until(lambda: text in self.said, f"said '{text}'", timeout)
 
-    def wait(self, timeout: float = 120) -> int:
-        """Its exit status once it has ended; that of a killed process is minus the signal's number."""
-        self._wait(self.is_over, timeout, "ended")
-        return int(self._status_file.read_text(encoding="ascii"))
+    def wait_until_called(self, function: str) -> None:
+        """Wait for the first call of the function that `REPORT_CALL` names."""
+        self.wait_until_said(_report_of(function))
 
-    def _wait(self, condition: Any, timeout: float, what: str) -> None:
+    def wait_until(self, condition: Callable[[], Any], what: str, timeout: float = 60) -> None:
+        """Wait for a condition; `what` completes "the run has not ..."."""
         deadline = time.monotonic() + timeout
         while not condition():
             if time.monotonic() > deadline or (self.is_over() and not condition()):
                 raise TimeoutError(f"the run has not {what}: {self.said}")
             time.sleep(_POLL_SECONDS)
+
+    def wait(self, timeout: float = 120) -> int:
+        """Its exit status once it has ended; that of a killed process is minus the signal's number."""
+        self.wait_until(self.is_over, "ended", timeout)
+        return int(self._status_file.read_text(encoding="ascii"))
 
 
 class RunServer:
@@ -124,7 +132,8 @@ def serve() -> None:
     import sdxl_train
     from finetune import prepare_buckets_latents
 
-    importlib.import_module("torch.utils.tensorboard")  # which the first log would import
+    for module in ("torch.utils.tensorboard", "library.training.setup"):  # which each run would import
+        importlib.import_module(module)
     scripts = {"train": sdxl_train.main, "prepare": prepare_buckets_latents.main}
     print("ready", flush=True)
     for line in sys.stdin:
@@ -146,6 +155,8 @@ def _prepare_process(content: dict[str, Any]) -> None:
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     os.environ.update(content["environment"])
+    if REPORT_CALL in os.environ:
+        _report_first_call(os.environ[REPORT_CALL])
     if KILL_AT in os.environ:
         _kill_at(int(os.environ[KILL_AT]), os.environ[FOLDER])
 
@@ -155,6 +166,25 @@ def _note_status(pid: int, file: Path) -> None:
     part = file.with_suffix(".new")
     part.write_text(str(os.waitstatus_to_exitcode(status)), encoding="ascii")
     part.rename(file)
+
+
+def _report_of(function: str) -> str:
+    return f"called {function}\n"
+
+
+def _report_first_call(function: str) -> None:
+    module, _, path = function.partition(":")
+    *owners, name = path.split(".")
+    owner = functools.reduce(getattr, owners, importlib.import_module(module))
+    called = getattr(owner, name)
+
+    @functools.wraps(called)
+    def reporting(*arguments: Any, **named: Any) -> Any:
+        print(_report_of(function), end="", flush=True)
+        setattr(owner, name, called)
+        return called(*arguments, **named)
+
+    setattr(owner, name, reporting)
 
 
 def _kill_at(number: int, folder: str) -> None:
