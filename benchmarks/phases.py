@@ -82,7 +82,7 @@ def main() -> int:
         from library.training.sampling import Sampling
     setup.load_model = recorder.wrapped(setup.load_model, "load")
     setup.prepare_set = recorder.wrapped(setup.prepare_set, "read training set")
-    setup.settle = recorder.wrapped(setup.settle, "place networks")
+    setup.place_networks = recorder.wrapped(setup.place_networks, "place networks")
     setup.make_learner = recorder.wrapped(setup.make_learner, "build optimizer")
     text_encoding.encode_captions = recorder.wrapped(text_encoding.encode_captions, "step begins: encode captions")
     Learner.step = recorder.wrapped(Learner.step, "optimizer step")  # type: ignore[method-assign]

@@ -22,7 +22,7 @@ from library.data.training_set import FoundImage, TrainingImage, fingerprints, r
 from library.sdxl.architecture import SdxlModel
 from library.sdxl.latents import encode_pixels_finite
 from library.training.failures import explained_out_of_memory
-from library.training.offload import visiting
+from library.training.offload import on_device
 from library.training.plan import Plan
 from library.training.progress import Progress
 from library.training.resume import check_images
@@ -83,7 +83,7 @@ def _images(
     images = read_training_set(found, options.training_set, options.bucket_rule, digest)
     if not options.training_set.caches_latents or all(image.has_latents for image in images):
         return images
-    with explained_out_of_memory("while pictures are encoded"), visiting(device, vae):
+    with explained_out_of_memory("while pictures are encoded"), on_device(device, vae):
         return encode_missing(images, vae, options.training_set, digest=digest)
 
 
@@ -102,7 +102,7 @@ def _texts(
     frozen_l = None if options.trains_l else model.text_encoder_l
     frozen_g = None if options.trains_g else model.text_encoder_g
     frozen = [encoder for encoder in (frozen_l, frozen_g) if encoder is not None]
-    with explained_out_of_memory("while captions are encoded"), visiting(device, *frozen):
+    with explained_out_of_memory("while captions are encoded"), on_device(device, *frozen):
         return encode_texts(
             images,
             tokens,

@@ -32,7 +32,7 @@ from library.training.distribution import any_process, one_writer
 from library.training.failures import saved_before_errors
 from library.training.learner import Learner, StepReport, enable_gradient_checkpointing, make_learner
 from library.training.loss_watch import require_finite
-from library.training.offload import settle, visiting
+from library.training.offload import on_device, place_networks
 from library.training.plan import Occasion, Plan
 from library.training.precision import PrecisionOptions
 from library.training.preparation import latents_of, make_plan, prepare_set
@@ -109,7 +109,7 @@ def set_up(options: TrainingOptions, stop: StopRequest) -> Run:
     model, digest = _load_model(options.model, options.precision, options.run, options.trains_l, options.trains_g)
     prepared = prepare_set(options, found, model, digest, accelerator, progress)
     needed = prepared.networks_of_steps(model)
-    settle(model.networks, of_steps=needed, device=accelerator.device, folder=options.output_dir)
+    place_networks(model.networks, needed_each_step=needed, device=accelerator.device)
     plan = make_plan(*prepared, options.loader, options.training_set, options.run, accelerator, progress.seed)
     learner = make_learner(
         model,
@@ -259,7 +259,7 @@ def _make_sampling(
         model.vae,
         model.text_encoder_l,
         model.text_encoder_g,
-        at_hand=partial(visiting, model.unet.device),
+        at_hand=partial(on_device, model.unet.device),
     )
     run = SampledRun(
         options.output_dir,
