@@ -94,7 +94,7 @@ PROMPTS = {
     "TOML nested too deeply": ("p.toml", "prompt = " + "[" * 5000, "'p.toml' is not valid TOML: it is nested"),
     "TOML of endless digits": ("p.toml", "[prompt]\nseed = 0x" + "F" * 5000, "a whole number of more than 64 bits"),
     "a size of endless digits": ("p.txt", "a cat\na dog --w " + "9" * 5000, "'p.txt', line 2: --w is '999"),
-    "a folder": (".", "", "'.' is no prompt file."),
+    "a folder": (".", "", "'.' is not a prompt file."),
 }
 
 
