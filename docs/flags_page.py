@@ -5,14 +5,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from library.config.option_fields import Option, options_of
+from library.config.options import Option, options_of
 
 INTRODUCTION = """\
 # Flags
 
 Written by `python docs/write_flags.py` from the option classes beside the code that reads them; a test keeps it true.
 
-A switch is given bare (`--full_bf16`) or as `--full_bf16=false`. `None` as a value means "not set". A flag may not be
+Write a switch bare (`--full_bf16`) or as `--full_bf16=false`. `None` as a value means "not set". A flag may not be
 abbreviated. Where a script has `--config_file`, every flag can stand in that TOML file, under its name without the
 dashes; the command line overrides the file, and the file overrides the defaults below.
 """
@@ -31,7 +31,7 @@ class ScriptFlags:
 
 
 def render_flags_page(scripts: Sequence[ScriptFlags]) -> str:
-    """The page as Markdown: for each script a table for each group of flags, then old spellings and refused flags."""
+    """Return the page as Markdown: for each script a table for each group of flags, then old and refused spellings."""
     return "\n".join([INTRODUCTION, *(_script(script) for script in scripts)])
 
 
@@ -62,7 +62,7 @@ def _row(option: Option) -> tuple[str, str, str, str]:
 
 
 def _values(option: Option) -> str:
-    """What may be given, in words."""
+    """Return the possible values in words."""
     if option.is_switch:
         return "switch"
     kind = option.expected

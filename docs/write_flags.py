@@ -29,7 +29,7 @@ SCRIPTS: list[tuple[ModuleType, Mapping[str, str], Mapping[str, str]]] = [
 
 
 def flags_page() -> str:
-    """The text of docs/flags.md."""
+    """Return the text of docs/flags.md."""
     return render_flags_page(
         [
             ScriptFlags(

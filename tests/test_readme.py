@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import sdxl_train
-from library.config.option_fields import options_of
+from library.config.options import options_of
 from library.samples.prompts import read_prompt_file
 from library.training.run_options import OPTION_CLASSES
 

@@ -1,17 +1,27 @@
 """Options in a TOML file: keys are flag names, sections are only headings."""
 
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import tomli_w
+from typing import TYPE_CHECKING, Any
 
 from library.config.atomic_files import write_text
-from library.config.errors import UserError
-from library.config.option_fields import NONE_TEXT, Option, Spellings, error_of_problems, nearest, options_of
+from library.config.errors import UserError, error_of_problems, nearest
+from library.config.spellings import Spellings
 
+if TYPE_CHECKING:
+    from library.config.options import Option
+
+NONE_TEXT = "None"
 SUFFIX = ".toml"
+# The types that a TOML value may have, by the type of the option.
+_TOML_TYPES: dict[type, tuple[type, ...]] = {
+    str: (str,),
+    int: (int,),
+    float: (float, int),
+    bool: (bool,),
+    Path: (str,),
+}
 _NO_INTEGER = 2**64
 """TOML promises 64 bits; Python reads thousands of digits and then refuses to print them."""
 
@@ -21,7 +31,7 @@ def config_file_path(path: Path) -> Path:
     return path if path.name.endswith(SUFFIX) else path.with_name(path.name + SUFFIX)
 
 
-def read_config_file(path: Path, options: Sequence[Option], spellings: Spellings) -> dict[str, Any]:
+def read_config_file(path: Path, options: Sequence["Option"], spellings: Spellings) -> dict[str, Any]:
     """Return the values of a TOML file by option name.
 
     A replaced switch that is false, and a refused flag that is switched off (false, 0, empty), ask for nothing and
@@ -42,18 +52,25 @@ def read_config_file(path: Path, options: Sequence[Option], spellings: Spellings
     return values
 
 
-def write_config_file(path: Path, instances: Sequence[Any]) -> None:
+def write_config_file(path: Path, instances: Sequence[Any], options: Sequence["Option"]) -> None:
     """Write the values of option-class instances, a section for each; reading the file returns the same values.
 
-    Raise `UserError` if the file exists already.
+    `options` are those that the classes declare. Raise `UserError` if the file exists already.
     """
+    import tomli_w  # only now: few commands write
+
     if path.exists():
         raise UserError(
             f"'{path}' exists already and is not overwritten.", "Name another --config_file, or remove the file first."
         )
+    flags = {option.name: option for option in options if not option.is_positional}
     sections: dict[str, dict[str, Any]] = {}
     for instance in instances:
-        sections.setdefault(instance._argument_group_name, {}).update(_toml_values(instance))
+        section = sections.setdefault(instance._argument_group_name, {})
+        for name, value in vars(instance).items():
+            # Leaving a key out brings the default back, so that None is written only where the default is another.
+            if name in flags and (value is not None or flags[name].default is not None):
+                section[name] = _toml_value(value)
     write_text(path, tomli_w.dumps({name: values for name, values in sections.items() if values}))
 
 
@@ -87,7 +104,7 @@ def _entries(document: dict[str, Any], path: Path) -> Iterator[tuple[str, Any]]:
             yield inner_key, inner_value
 
 
-def _take(key: str, value: Any, known: dict[str, Option], spellings: Spellings, values: dict[str, Any]) -> None:
+def _take(key: str, value: Any, known: Mapping[str, "Option"], spellings: Spellings, values: dict[str, Any]) -> None:
     """Put the value of one key into `values`, under the option's name."""
     flag = f"--{key.replace('-', '_')}"
     if flag in spellings.refused:
@@ -96,11 +113,11 @@ def _take(key: str, value: Any, known: dict[str, Option], spellings: Spellings, 
         return
     if flag in spellings.replaced and value is False:
         return
-    flag, stands_for = spellings.current(flag)
+    flag, implied = spellings.current(flag)
     option = known.get(flag.lstrip("-"))
     if option is None:
         raise UserError(f"unknown key '{key}'.", nearest(key, known))
-    new = option.from_toml(value) if stands_for is None else option.from_text(stands_for)
+    new = _from_toml(option, value) if implied is None else option.from_text(implied)
     if option.is_switch:
         # kohya's files hold "sdpa = false" beside "xformers = true", which means sdpa here: what is on stays on.
         new = new or values.get(option.name, False)
@@ -109,18 +126,25 @@ def _take(key: str, value: Any, known: dict[str, Option], spellings: Spellings, 
     values[option.name] = new
 
 
-def _toml_values(instance: Any) -> dict[str, Any]:
-    values = [(option, getattr(instance, option.name)) for option in options_of(type(instance))]
-    return {
-        option.name: _toml_value(value)
-        for option, value in values
-        if not option.is_positional and (value is not None or option.default is not None)
-    }
+def _from_toml(option: "Option", value: Any) -> Any:
+    if option.is_optional and value == NONE_TEXT:
+        return None
+    if not option.is_list:
+        return _element_from_toml(option, value)
+    if not isinstance(value, list):
+        raise UserError(f"{option.name} expects a list in square brackets, not {value!r}.")
+    return [_element_from_toml(option, element) for element in value]
+
+
+def _element_from_toml(option: "Option", value: Any) -> Any:
+    # An exact match: True is an int for isinstance.
+    if type(value) not in _TOML_TYPES[option.value_type]:
+        raise option.refusal(value)
+    return option.from_text(value) if option.value_type is Path else option.among_choices(option.value_type(value))
 
 
 def _toml_value(value: Any) -> Any:
-    # TOML has no null: the word is needed only where leaving the key out would bring a default back.
-    if value is None:
+    if value is None:  # which TOML does not have
         return NONE_TEXT
     if isinstance(value, list):
         return [_toml_value(element) for element in value]

@@ -1,10 +1,11 @@
 """The one exception for a mistake that the user can fix, and how a script ends on it."""
 
+import difflib
 import functools
 import io
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from library.config.messages import start_logging
@@ -47,6 +48,20 @@ def exits_on_user_error(main: Main) -> Main:
             return EXIT_INTERRUPTED
 
     return guarded
+
+
+def error_of_problems(problems: Sequence[str]) -> UserError:
+    """Return one error that lists every problem, one on each line."""
+    if len(problems) == 1:
+        return UserError(problems[0])
+    return UserError("\n  ".join([f"{len(problems)} problems with the options:", *problems]))
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Return the sentence "Did you mean ...?" with the closest of `names`, or "" if none is close."""
+    names = list(names)
+    matches = [each for each in names if each.startswith(name)] or difflib.get_close_matches(name, names, n=1)
+    return f"Did you mean {matches[0]}?" if matches else ""
 
 
 def listed(names: Sequence[str], limit: int = 10) -> str:

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from library.config.config_file import parse_toml
-from library.config.errors import UserError
-from library.config.option_fields import nearest
+from library.config.errors import UserError, nearest
 from library.samples.sampler_names import SAMPLERS, sampler_of
 from library.sdxl.sizes import PIXELS_PER_LATENT
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from library.config.kohya_flags import PREPARE_REFUSED, PREPARE_REPLACED, TRAINER_REFUSED, TRAINER_REPLACED
-from library.config.option_fields import options_of
+from library.config.options import options_of
 
 REFERENCE = json.loads((Path(__file__).parents[1] / "golden" / "cli_flags.json").read_text(encoding="utf-8"))
 

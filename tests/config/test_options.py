@@ -195,6 +195,23 @@ def test_problems_of_the_classes_and_conflicts_between_them_are_reported_togethe
     ]
 
 
+def test_what_needs_torch_is_checked_only_if_nothing_else_is_wrong():
+    @dataclass(frozen=True)
+    class Heavy:
+        steps: int = option(1, "Steps.")
+
+        def problems(self):
+            if self.steps < 0:
+                yield "--steps is negative."
+
+        def heavy_problems(self):
+            yield "no device can do that."
+
+    assert message("--steps=-1", classes=[Heavy]) == "--steps is negative."
+    assert message("--steps=1", classes=[Heavy], conflicts=lambda heavy: ["a conflict."]) == "a conflict."
+    assert message("--steps=1", classes=[Heavy]) == "no device can do that."
+
+
 # -- the TOML file ----------------------------------------------------------------------------------------------------
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from library.config.config_file import read_config_file
 from library.config.errors import UserError
-from library.config.option_fields import Spellings, options_of
-from library.config.options import parse_options
+from library.config.options import options_of, parse_options
+from library.config.spellings import Spellings
 from library.data.caption_options import (
     CaptionOptions,
     caption_extension,
