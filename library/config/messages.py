@@ -1,55 +1,74 @@
-"""What a script tells its user: the standard `logging`, shown above the progress bar, on the main process only."""
+"""What a script tells its user: the standard `logging`, shown above the progress bar, by the main process.
+
+The main process is the first of all machines (`RANK` 0). The others report errors alone, which may be theirs only.
+"""
 
 import logging
 import os
 import sys
 import unicodedata
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm import tqdm
 
-PROJECT_LOGGERS = ("library", "finetune", "demo", "sdxl_train")
+PROJECT_LOGGERS = ("library", "finetune", "demo", "sdxl_train", "__main__")
+
+
+def start_logging(level: str = "INFO", file: Path | None = None, *, simple: bool = True) -> None:
+    """Send the messages of this project's modules to the console; a second call replaces the settings of the first.
+
+    With `file` messages are appended to it, and the console shows errors only. `level` is the lowest that is reported.
+    Without `simple` each line begins with time and level. Raise `OSError` if the file cannot be written.
+    """
+    handlers: list[logging.Handler] = [_Console()]
+    if file is not None and _rank() == "0":
+        handlers.append(logging.FileHandler(file, encoding="utf-8"))
+        handlers[0].setLevel(logging.ERROR)
+    for handler in handlers:
+        handler.setFormatter(_Printable(None if simple else "%(asctime)s %(levelname)s %(message)s"))
+    for name in PROJECT_LOGGERS:
+        logger = logging.getLogger(name)
+        for old in list(logger.handlers):
+            logger.removeHandler(old)
+            old.close()
+        for handler in handlers:
+            logger.addHandler(handler)
+        logger.setLevel(level)
 
 
 class _Console(logging.Handler):
     """Prints to stdout, from WARNING on to stderr, above the progress bar if one is shown.
 
-    The streams are looked up for each message: whoever redirects them is obeyed.
+    The streams are looked up for each message, so that redirecting them takes effect.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
-        if os.environ.get("RANK", "0") != "0":  # torchrun's and accelerate's number of the process
+        if _rank() != "0" and record.levelno < logging.ERROR:
             return
-        tqdm.write(self.format(record), file=sys.stderr if record.levelno >= logging.WARNING else sys.stdout)
+        stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
+        with suppress(OSError):  # a closed terminal, a pipe that nobody reads: no reason to end a run
+            tqdm.write(self.format(record), file=stream)
+            stream.flush()
 
 
 class _Printable(logging.Formatter):
     """Formats a message so that names in it cannot control the terminal or forge lines."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
+        text = printable(super().format(record))
+        return text if _rank() == "0" else f"process {_rank()}: {text}"
 
 
-def start_logging(level: str = "INFO", file: Path | None = None, *, simple: bool = True) -> None:
-    """Send the messages of this project's modules to the console, or to `file`; a second call changes the first.
-
-    `level` is the lowest that is shown. Without `simple` each line begins with time and level.
-    """
-    handler: logging.Handler = _Console() if file is None else logging.FileHandler(file, encoding="utf-8")
-    handler.setFormatter(_Printable(None if simple else "%(asctime)s %(levelname)s %(message)s"))
-    for name in PROJECT_LOGGERS:
-        logger = logging.getLogger(name)
-        for old in list(logger.handlers):
-            logger.removeHandler(old)
-        logger.addHandler(handler)
-        logger.setLevel(level)
+def _rank() -> str:
+    return os.environ.get("RANK", "0")  # set by torchrun and by accelerate launch
 
 
 def printable(text: str) -> str:
-    """Return `text` with its control characters escaped, lists in our own messages excepted.
+    """Return `text` with its control characters escaped, except the line ends of lists in our own messages.
 
-    Those are lines that begin with two spaces. Anything else that follows a line end is escaped with it, so that a file
-    name cannot forge a message; escape sequences and bidirectional overrides are shown instead of obeyed.
+    A line of such a list begins with two spaces. Any other line end is escaped, so that a file name cannot forge a
+    message; escape sequences and bidirectional overrides are shown as text instead of taking effect.
     """
     first, *lines = text.split("\n")
     shown = [_escaped(first)]

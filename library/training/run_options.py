@@ -88,9 +88,9 @@ class ConsoleOptions:
     console_log_level: str | None = option(
         None,
         "Show messages of this level and above. Default: INFO.",
-        choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL", None),
+        choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
     )
-    console_log_file: Path | None = option(None, "Write messages to this file instead of the console.")
+    console_log_file: Path | None = option(None, "Append messages to this file; the console then shows errors only.")
     console_log_simple: bool = option(
         True, "Print messages alone. --console_log_simple=false adds time and level to each line."
     )

@@ -2,15 +2,19 @@
 
 import logging
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 from library.config.errors import UserError, exits_on_user_error, listed
 from library.config.messages import printable, start_logging
 from library.training.run_options import ConsoleOptions
 
 log = logging.getLogger("library.test")
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -26,10 +30,48 @@ def test_information_goes_to_stdout_and_warnings_to_stderr(console, capsys):
     assert capsys.readouterr() == ("saved 'm'\n", "disk full\n")
 
 
-def test_other_processes_keep_silent(console, capsys, monkeypatch):
+def test_a_message_begins_on_its_own_line_while_a_progress_bar_is_shown(console, capsys):
+    with tqdm(total=2, mininterval=0) as bar:
+        bar.update()
+        log.warning("disk full")
+        bar.update()
+    assert re.search(r"\r +\rdisk full\n", capsys.readouterr().err)  # the bar is wiped out, then drawn again below
+
+
+def test_other_processes_report_errors_only(console, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
+    log.info("saved")
     log.warning("disk full")
-    assert capsys.readouterr() == ("", "")
+    log.error("error: no memory")
+    assert capsys.readouterr() == ("", "process 1: error: no memory\n")
+
+
+def test_other_processes_leave_the_log_file_to_the_main_process(console, capsys, monkeypatch, tmp_path: Path):
+    monkeypatch.setenv("RANK", "1")
+    start_logging(file=tmp_path / "log.txt")
+    log.error("error: no memory")
+    assert capsys.readouterr().err == "process 1: error: no memory\n"
+    assert not (tmp_path / "log.txt").exists()
+
+
+SPEAK_WHEN_ASKED = """
+import logging, sys
+from library.config.messages import start_logging
+start_logging()
+sys.stdin.readline()
+logging.getLogger("library").info("saved")
+logging.getLogger("library").warning("still here")
+"""
+
+
+def test_an_output_that_nobody_reads_any_more_ends_no_run():
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", SPEAK_WHEN_ASKED], cwd=REPOSITORY, text=True, **pipes) as process:
+        process.stdout.close()
+        process.stdin.write("\n")
+        process.stdin.close()
+        said = process.stderr.read()
+    assert said.startswith("still here\n")
 
 
 @pytest.mark.parametrize(
@@ -70,7 +112,11 @@ def test_a_level_and_a_file_can_be_chosen(console, capsys, tmp_path: Path):
     log.info("saved")
     log.warning("disk full")
     assert capsys.readouterr() == ("", "")
-    assert (tmp_path / "log.txt").read_text(encoding="utf-8").rstrip().endswith("WARNING disk full")
+    log.error("error: no memory")
+    assert capsys.readouterr().err.endswith("ERROR error: no memory\n")  # the console still tells why a run ends
+    saved, ended = (tmp_path / "log.txt").read_text(encoding="utf-8").splitlines()
+    assert saved.endswith("WARNING disk full")
+    assert ended.endswith("ERROR error: no memory")
 
 
 def test_a_long_list_is_cut_and_counted():
