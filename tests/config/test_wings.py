@@ -1,6 +1,7 @@
 """The house stands as drawn: each wing imports from those of its row alone, and the light rooms stay light."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -19,16 +20,19 @@ ALLOWED = {
     "training": {"config", "sdxl", "data", "diffusion", "samples", "optim"},
 }
 MODULES = sorted((REPOSITORY / "library").rglob("*.py"))
+SCRIPTS = [
+    "sdxl_train",
+    "finetune.prepare_buckets_latents",
+    "finetune.sdxl_merge_captions_l_to_metadata",
+    "finetune.sdxl_merge_captions_g_to_metadata",
+]
 WITHOUT_TORCH = [
     *(f"library.config.{path.stem}" for path in sorted((REPOSITORY / "library" / "config").glob("[!_]*.py"))),
     "library.data.metadata",
     "library.data.captions",
     "library.data.caption_options",
     "library.data.caption_notices",
-    "sdxl_train",
-    "finetune.prepare_buckets_latents",
-    "finetune.sdxl_merge_captions_l_to_metadata",
-    "finetune.sdxl_merge_captions_g_to_metadata",
+    *SCRIPTS,
     "library.data.image_keys",
     "library.data.caption_files",
     "library.data.subsets",
@@ -81,10 +85,46 @@ def test_no_module_has_a_name_that_says_nothing(word):
     assert not [path for path in MODULES if word in path.with_suffix("").parts[-1].split("_")]
 
 
-def test_a_command_line_is_answered_without_importing_torch():
+def test_the_rooms_of_the_options_are_light():
     command = [sys.executable, "-c", IMPORT_EACH, *WITHOUT_TORCH]
     ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, encoding="utf-8", check=False)
     assert ended.returncode == 0, ended.stderr
+
+
+# Runs one command and prints its exit status and the heavy libraries that it has imported.
+RUN_AND_TELL = """
+import importlib, sys
+script, *argv = sys.argv[1:]
+try:
+    status = importlib.import_module(script).main(argv)
+except SystemExit as ending:
+    status = ending.code
+heavy = {"torch", "diffusers", "transformers", "accelerate", "numpy"} & sys.modules.keys()
+print(status, *sorted(heavy), file=sys.stderr)
+"""
+ANSWERED_AT_ONCE = [
+    *([script, "--help"] for script in SCRIPTS),
+    *([script, "--no_such_flag", "3"] for script in SCRIPTS),
+    ["sdxl_train", "--learning_rate=abc"],
+    ["sdxl_train", "--learning_rate=-1"],  # found by the checks, while those that need torch are left for later
+    ["finetune.prepare_buckets_latents", "--batch_size=abc"],
+    ["finetune.sdxl_merge_captions_g_to_metadata", "no such folder", "meta_cap.json"],
+    ["finetune.sdxl_merge_captions_l_to_metadata", "no such folder", "meta_cap.json"],
+]
+
+
+@pytest.mark.parametrize("arguments", ANSWERED_AT_ONCE, ids=" ".join)
+def test_a_command_line_is_answered_without_importing_torch(arguments, tmp_path):
+    ended = subprocess.run(
+        [sys.executable, "-c", RUN_AND_TELL, *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
+    )
+    assert ended.stderr.splitlines()[-1] == ("0" if "--help" in arguments else "2")
 
 
 # -- limits -----------------------------------------------------------------------------------------------------------
