@@ -1,4 +1,4 @@
-"""Set up this checkout and try it, with no more than Python itself.
+"""Set up this checkout and try it, with nothing but Python.
 
 python quickstart.py demo                     install, then run the whole workflow on a tiny model
 python quickstart.py test [pytest arguments]  install, then run the tests
@@ -31,11 +31,11 @@ MADE_BY_DEMO = (
     *("images", "meta_cap.json", "meta_lat.json", "tiny_sdxl.safetensors", "output", "logs"),
     *("contact_sheet.png", "figures.txt"),
 )
-"""What a demo leaves in its folder, and the next one removes before it starts."""
+"""Files that a demo leaves in its folder, and the next one removes before it starts."""
 
 
 class QuickstartError(Exception):
-    """Why it cannot go on, in words for the user, and the exit status that says so."""
+    """An error to report to the user, with the exit status."""
 
     def __init__(self, message: str, exit_status: int = 2):
         super().__init__(message)
@@ -53,44 +53,44 @@ class Environment:
 
     @property
     def programs(self) -> Path:
-        """Where its programs lie."""
+        """The folder of its programs."""
         return self.folder / ("Scripts" if os.name == "nt" else "bin")
 
     def program(self, name: str) -> Path:
-        """The file of one of its programs."""
+        """Return the file of one of its programs."""
         return self.programs / (f"{name}.exe" if os.name == "nt" else name)
 
     @property
     def is_whole(self) -> bool:
-        """Whether it has a Python that has pip; one that was cut short while it was made has not."""
+        """Whether it has a Python with pip, which an interrupted creation leaves out."""
         command = [str(self.program("python")), "-c", "import pip"]
         return self.program("python").exists() and subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
 
     def stamp(self, requirements: Path) -> Path:
-        """The file that says, by `fingerprint`, which state of a requirements file is installed."""
+        """Return the file that records, by `fingerprint`, which state of a requirements file is installed."""
         return self.folder / f"{requirements.stem}.installed"
 
     def variables(self) -> dict[str, str]:
-        """The environment variables of a shell in which it is activated."""
+        """Return the environment variables of a shell in which it is activated."""
         variables = {**os.environ, "VIRTUAL_ENV": str(self.folder)}
         variables["PATH"] = os.pathsep.join([str(self.programs), os.environ.get("PATH", "")])
         variables.pop("PYTHONHOME", None)
-        # The tiny model of demo and tests gains nothing from threads, and where something else keeps the cores busy
-        # it loses by a factor of ten: its thousand small operations would each wait for the slowest thread.
+        # The tiny model of demo and tests gains nothing from threads. On busy cores it runs ten times slower with them:
+        # each of its thousand small operations waits for the slowest thread.
         variables.setdefault("OMP_NUM_THREADS", "1")
         return variables
 
 
 def fingerprint(requirements: Path) -> str:
-    """What identifies the content of a requirements file and of all that lie beside it (they include one another)."""
+    """Return a digest of a requirements file and of those beside it (they include one another)."""
     texts = [path.read_bytes() for path in sorted(requirements.parent.glob("requirements*.txt"))]
     return hashlib.sha256(b"\0".join([requirements.name.encode(), *texts])).hexdigest()
 
 
 def install(environment: Environment, requirements: Path) -> None:
-    """Bring the environment to what the requirements say; returns at once if it is there already.
+    """Install the requirements into the environment, unless they are installed already.
 
-    The stamp is written last: an installation that was cut short is taken up again the next time.
+    The stamp is written last: an interrupted installation continues the next time.
     """
     stamp = environment.stamp(requirements)
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == fingerprint(requirements):
@@ -104,15 +104,15 @@ def install(environment: Environment, requirements: Path) -> None:
 
 
 def require_own_folder(folder: Path) -> None:
-    """Raise `QuickstartError` if the folder holds something else than a virtual environment."""
+    """Raise `QuickstartError` if the folder is neither a virtual environment nor empty."""
     if folder.exists() and not (folder / "pyvenv.cfg").is_file() and any(folder.iterdir()):
-        raise QuickstartError(f"'{folder}' is not a virtual environment. Give --venv a new or an empty folder.")
+        raise QuickstartError(f"'{folder}' is not a virtual environment. Choose a new or an empty folder with --venv.")
 
 
 def run(command: list[str], environment: Environment | None = None) -> None:
     """Print a command and run it in the checkout, as if the environment were activated.
 
-    Raises `QuickstartError`, with the command and its exit status, where that is not 0.
+    Raise `QuickstartError`, with the command and its exit status, if that is not 0.
     """
     print(f"\n> {shown(command)}", flush=True)
     if environment is None:
@@ -127,7 +127,7 @@ def run(command: list[str], environment: Environment | None = None) -> None:
 
 
 def shown(command: list[str]) -> str:
-    """The command as one would type it, in the shells of Windows and of other systems alike."""
+    """Return the command as typed in a shell, of Windows or of another system."""
     return " ".join(re.sub(r"^(--\w+=)?(.* .*)$", r'\1"\2"', word) for word in command)
 
 
@@ -136,7 +136,7 @@ def shown(command: list[str]) -> str:
 
 @dataclass(frozen=True)
 class DemoSize:
-    """How much a demo draws, trains and measures."""
+    """The amount of drawing, training and measuring in a demo."""
 
     num_steps: int = 320
     num_pictures: int = 96
@@ -145,7 +145,7 @@ class DemoSize:
 
 
 def demo_commands(folder: Path, size: DemoSize) -> list[list[str]]:
-    """Pictures, the four commands of the workflow as a user would type them, and what shows their result."""
+    """Return the commands that draw the images, the four of the workflow, and those that show its result."""
     my_set = folder.as_posix()
     sampling = [f"--sample_prompts={size.prompts}", f"--sample_every_n_steps={max(1, size.num_steps // 4)}"]
     return [
@@ -162,7 +162,7 @@ def demo_commands(folder: Path, size: DemoSize) -> list[list[str]]:
 
 
 def workflow_commands(folder: Path, num_steps: int, more_flags: list[str]) -> list[list[str]]:
-    """The four commands of the workflow, for pictures and captions in `folder`/images; the last one trains."""
+    """Return the four commands of the workflow, for images and captions in `folder`/images; the last one trains."""
     my_set = folder.as_posix()
     images, meta_cap, meta_lat = f"{my_set}/images", f"{my_set}/meta_cap.json", f"{my_set}/meta_lat.json"
     buckets = ["--min_bucket_reso=64", "--max_bucket_reso=128", "--bucket_reso_steps=32"]
@@ -191,7 +191,7 @@ def workflow_commands(folder: Path, num_steps: int, more_flags: list[str]) -> li
 
 
 def run_demo(environment: Environment, folder: Path, size: DemoSize) -> None:
-    """The whole workflow in `folder`, from drawing the pictures to the finished checkpoint."""
+    """Run the whole workflow in `folder`, from drawing the images to the finished checkpoint."""
     started = time.monotonic()
     clear_demo(ROOT / folder)
     for command in demo_commands(folder, size):
@@ -200,7 +200,7 @@ def run_demo(environment: Environment, folder: Path, size: DemoSize) -> None:
 
 
 def clear_demo(folder: Path) -> None:
-    """Remove what an earlier demo made, finished or not, and nothing else."""
+    """Remove the files of an earlier demo, finished or not, and nothing else."""
     try:
         for path in [folder / name for name in MADE_BY_DEMO]:
             if path.is_dir() and not path.is_symlink():
@@ -214,13 +214,13 @@ def clear_demo(folder: Path) -> None:
 
 
 def demo_report(environment: Environment, folder: Path, seconds: float) -> str:
-    """Where everything lies, and what to look at."""
+    """Return the text that tells where all files are, and which to look at."""
     my_set = folder.as_posix()
     grids = sorted(path.name for path in (ROOT / folder / "output" / "sample").glob("*_grid.png"))
     before_and_after = f"\n{' ' * 25}".join(f"{my_set}/output/sample/{name}" for name in grids)
     tensorboard = shown([str(environment.program("tensorboard")), "--logdir", f"{my_set}/logs"])
     return f"""
-The demo is through, in {seconds:.0f} seconds. Look at these first:
+The demo finished in {seconds:.0f} seconds. Look at these first:
 
   contact sheet          {my_set}/contact_sheet.png
                          each sample prompt, from before the first step to the last
@@ -228,17 +228,17 @@ The demo is through, in {seconds:.0f} seconds. Look at these first:
                          each L prompt with each G prompt
   figures                {my_set}/figures.txt
 
-What else it made:
+Other files:
 
-  pictures and captions  {my_set}/images
+  images and captions    {my_set}/images
   metadata               {my_set}/meta_cap.json, {my_set}/meta_lat.json
   samples                {my_set}/output/sample
   checkpoint             {my_set}/output/finetuned_model.safetensors
   logs                   {my_set}/logs
-                         to look at them: {tensorboard}
+                         show them with: {tensorboard}
 
-The tiny model has SDXL's structure, and was trained on drawn shapes only. docs/separate-captions.md tells how to
-read the grids. With a real SDXL checkpoint the same commands train a real model: see README.md."""
+The tiny model has SDXL's structure, and was trained on drawn shapes only. docs/separate-captions.md explains how
+to read the grids. With a real SDXL checkpoint the same commands train a real model: see README.md."""
 
 
 # -- the commands -----------------------------------------------------------------------------------------------------
@@ -256,18 +256,18 @@ def require_python(version: tuple[int, ...]) -> None:
 
 
 def run_tests(environment: Environment, arguments: list[str]) -> int:
-    """pytest's exit status. Two to four processes, since importing torch is a good part of the work."""
+    """Run pytest and return its exit status. At most four processes, since each of them imports torch."""
     num_processes = min(4, os.cpu_count() or 1)
     command = ["python", "-m", "pytest", f"--numprocesses={num_processes}", "--dist=worksteal", *arguments]
     try:
         run(command, environment)
     except QuickstartError as error:
-        return error.exit_status  # pytest has said it all
+        return error.exit_status  # pytest has reported it
     return 0
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """What to do, and what pytest is to be given."""
+    """Return the parsed arguments, and those for pytest."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

@@ -207,7 +207,7 @@ def test_the_demo_runs_the_workflow_and_says_where_its_pictures_and_figures_are(
     assert "content right" in (folder / "figures.txt").read_text(encoding="utf-8")
 
     printed = capfd.readouterr().out
-    report = printed[printed.index("The demo is through") :]
+    report = printed[printed.index("The demo finished") :]
     shown = ("contact_sheet.png", "figures.txt", *(f"output/sample/{name}" for name in samples if "grid" in name))
     for path in (*shown, "images", "meta_lat.json", "output/sample", "output/finetuned_model.safetensors", "logs"):
         assert (folder / path).exists()

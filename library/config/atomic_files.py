@@ -1,4 +1,4 @@
-"""Write a file whole or not at all: what the user had before survives a crash, a kill and a full disk."""
+"""Write a file completely or not at all: the previous file survives a crash, a kill and a full disk."""
 
 import logging
 import os
@@ -19,16 +19,16 @@ REPLACED_SUFFIX = ".replaced"
 
 
 class CannotWrite(UserError):
-    """The system refuses to write: rights, a full disk, something else in the way. Later it may not."""
+    """The system refuses to write: permissions, a full disk, something in the way. A later attempt may succeed."""
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that takes the place of `path` when the block ends well; after any error `path` is as it was.
+    """Yield a binary file that replaces `path` if the block succeeds; after any error `path` is unchanged.
 
     The bytes go to a temporary name in the same folder, are flushed to the disk and renamed over `path`. Missing
-    parent folders are made. Raises `CannotWrite` where the system refuses to write (rights, full disk, folder in the
-    way).
+    parent folders are created. Raise `CannotWrite` if the system refuses to write (permissions, full disk, a folder in
+    the way).
     """
     partial = _temporary(path, PARTIAL_SUFFIX)
     try:
@@ -51,14 +51,14 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def replacing_folder(folder: Path, *, marker: str) -> Iterator[Path]:
-    """An empty folder that takes the place of `folder` when the block ends well; after any error that is as it was.
+    """Yield an empty folder that replaces `folder` if the block succeeds; after any error `folder` is unchanged.
 
-    `marker` is the name of a file that such folders hold: an existing folder without it is somebody else's and is not
-    replaced. Raises `CannotWrite` for that, and where the system refuses to write.
+    `marker` is the name of a file in every such folder: an existing folder without it has another purpose and is not
+    replaced. Raise `CannotWrite` for that, and if the system refuses to write.
     """
     if folder.exists() and not (folder / marker).is_file():
         raise CannotWrite(
-            f"'{folder}' exists and is something else than what is to be written there.",
+            f"'{folder}' exists and is not a folder of the kind to be written there.",
             "Choose another output name, or move it.",
         )
     unfinished = _temporary(folder, PARTIAL_SUFFIX)
@@ -84,11 +84,10 @@ def replacing_folder(folder: Path, *, marker: str) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path, *, recursive: bool = False) -> list[Path]:
-    """Remove what writers that were killed have left in `folder`, and report it; return what was removed.
+    """Remove what killed writers left in `folder`, and report it; return what was removed.
 
-    To be called before this process writes there. Names carry the number of the process that was writing: those of
-    processes that still write are left alone. A folder that was moved aside when its successor was complete but not
-    yet in place is put back.
+    Call it before this process writes there. Names contain the id of the process that was writing: files of processes
+    that still run are kept. A folder that was moved aside, whose complete successor was not yet in place, is put back.
     """
     pattern = "**/*" if recursive else "*"
     found = [path for suffix in (PARTIAL_SUFFIX, REPLACED_SUFFIX) for path in folder.glob(pattern + suffix)]
@@ -125,7 +124,7 @@ def require_disk_space(folder: Path, needed: int, what: str) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8 (line ends as given), whole or not at all; raises as `replacing`."""
+    """Write `text` as UTF-8 with its line ends unchanged, completely or not at all. Raise as `replacing` does."""
     with replacing(path) as file:
         file.write(text.encode("utf-8"))
 
@@ -135,19 +134,19 @@ def _temporary(path: Path, suffix: str) -> Path:
 
 
 def _is_being_written(path: Path, process: int) -> bool:
-    """Whether the process that left `path` is still at it, and not another one that was given its number since."""
+    """Return whether the process that wrote `path` still runs; its id may belong to another process by now."""
     if process == os.getpid():
         return False
     try:
         return psutil.Process(process).create_time() <= path.stat().st_mtime
     except psutil.NoSuchProcess:
         return False
-    except psutil.AccessDenied:  # somebody else's, of which nothing more can be known
+    except psutil.AccessDenied:  # a process of another user, about which nothing more is known
         return True
 
 
 def _flush_names(folder: Path) -> None:
-    """Have the names of a folder on the disk too: without that a rename may not survive a power cut."""
+    """Flush the names of a folder to the disk: without that a rename may not survive a power failure."""
     if os.name == "nt":
         return  # a folder cannot be opened there, and the file system's journal holds the rename
     descriptor = os.open(folder, os.O_RDONLY)

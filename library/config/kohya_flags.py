@@ -1,8 +1,8 @@
 """The flags of kohya's trainer that are spelled differently here, and those that are refused, with the reason.
 
 Every flag of the 2026 reference is either a field of an option class or stands in one of these tables, so that a
-command brought from there either does the same here or stops and says why. `Spellings` in `option_fields` says how the
-tables are read.
+command brought from there either does the same here or stops and says why. `Spellings` says how the tables
+are read.
 """
 
 TRAINER_REPLACED: dict[str, str] = {
@@ -23,28 +23,28 @@ _OTHER_MODEL: dict[str, str] = {
     "--metadata_preprocessor": "describes ControlNet models. For a fine-tuned SDXL leave it off.",
     "--metadata_is_negative_embedding": "describes textual inversion embeddings. For a fine-tuned SDXL leave it off.",
     "--fp8_base": "keeps frozen base weights in 8 bits, which helps only where a LoRA is trained beside them; here the "
-    "weights themselves learn. Use --full_bf16 to save memory.",
+    "weights themselves are trained. Use --full_bf16 to save memory.",
 }
 
 _OTHER_TRAINING: dict[str, str] = {
-    "--reg_data_dir": "regularisation pictures belong to DreamBooth training. Merge such pictures, with their "
+    "--reg_data_dir": "regularization images belong to DreamBooth training. Merge such images, with their "
     "captions, into --in_json like all others.",
-    "--cache_info": "speeds up the search through DreamBooth folders. Here --in_json already lists the pictures; leave "
+    "--cache_info": "speeds up the search through DreamBooth folders. Here --in_json already lists the images; leave "
     "it off.",
-    "--conditioning_data_dir": "conditioning pictures belong to ControlNet and masked training, which are not offered. "
+    "--conditioning_data_dir": "conditioning images belong to ControlNet and masked training, which are not offered. "
     "Leave it off.",
     "--dataset_config": "files of data subsets are not read. Merge the captions of all folders into one metadata file "
-    "and give it as --in_json; --config_file takes a TOML file of options.",
-    "--dataset_class": "would run a class of your own in place of the dataset. Write a metadata file and give it as "
+    "and pass it as --in_json; --config_file takes a TOML file of options.",
+    "--dataset_class": "would run a custom class in place of the dataset. Write a metadata file and pass it as "
     "--in_json.",
     "--debug_dataset": "shows batches instead of training. finetune/prepare_buckets_latents.py prints the bucket "
-    "table and every picture that could not be used.",
+    "table and every image that could not be used.",
 }
 
 _CAPTION_FILES: dict[str, str] = {
     **dict.fromkeys(
         ("--caption_extension", "--caption_extention"),
-        "the trainer reads captions from --in_json, not from files beside the pictures. Give --caption_extension to "
+        "the trainer reads captions from --in_json, not from files beside the images. Pass --caption_extension to "
         "the two merge scripts in finetune/.",
     ),
     **dict.fromkeys(
@@ -72,25 +72,25 @@ _CAPTION_FILES: dict[str, str] = {
     "weights.",
 }
 
-_PICTURES: dict[str, str] = {
+_IMAGES: dict[str, str] = {
     **dict.fromkeys(
         ("--color_aug", "--random_crop", "--face_crop_aug_range"),
-        "changes each picture at every step, so its latents could not be cached. Add changed copies of the pictures "
+        "changes each image at every step, so its latents could not be cached. Add changed copies of the images "
         "to the set, or use --flip_aug.",
     ),
     **dict.fromkeys(
         ("--alpha_mask", "--masked_loss"),
-        "the loss cannot be masked yet: transparent parts are trained as white. Crop the pictures to what matters.",
+        "the loss cannot be masked yet: transparent parts are trained as white. Crop the images to what matters.",
     ),
     "--resize_interpolation": "the resampling filter is fixed, so that latents from every machine agree. Resize the "
-    "pictures beforehand to use another one.",
+    "images beforehand to use another one.",
 }
 
 _LOSS: dict[str, str] = {
     "--v_parameterization": "not offered yet: the loss is on the noise, as SDXL base was trained. A model that "
     "predicts velocity cannot be trained here; start from one that predicts noise.",
     "--zero_terminal_snr": "not offered yet: the noise schedule is that of SDXL base. Use --noise_offset for very dark "
-    "and very bright pictures.",
+    "and very bright images.",
     **dict.fromkeys(
         ("--scale_v_pred_loss_like_noise_pred", "--v_pred_like_loss"),
         "belongs to models that predict velocity, which cannot be trained here yet. Leave it off.",
@@ -105,19 +105,19 @@ _LOSS: dict[str, str] = {
         ("--huber_schedule", "--huber_c", "--huber_scale"),
         "belongs to --loss_type huber and smooth_l1, which are not offered yet. Leave it off.",
     ),
-    "--noise_offset_random_strength": "not offered yet: --noise_offset adds its full strength in every step. Give the "
-    "strength that you want on average.",
+    "--noise_offset_random_strength": "not offered yet: --noise_offset adds its full strength in every step. Pass the "
+    "average strength that you want.",
     **dict.fromkeys(
         ("--ip_noise_gamma", "--ip_noise_gamma_random_strength"),
-        "not offered yet: latents are given to the model without input perturbation. Leave it off.",
+        "not offered yet: latents reach the model without input perturbation. Leave it off.",
     ),
 }
 
 _OPTIMIZER: dict[str, str] = {
-    "--fused_optimizer_groups": "--fused_backward_pass frees each gradient by itself, with every optimizer. Use that.",
+    "--fused_optimizer_groups": "--fused_backward_pass frees each gradient once used, with every optimizer. Use that.",
     **dict.fromkeys(
         ("--lr_scheduler_type", "--lr_scheduler_args"),
-        "schedules from a class of your own are not offered yet. Choose one of --lr_scheduler.",
+        "custom schedules are not offered yet. Choose one of --lr_scheduler.",
     ),
     **dict.fromkeys(
         ("--lr_decay_steps", "--lr_scheduler_timescale", "--lr_scheduler_min_lr_ratio"),
@@ -129,7 +129,7 @@ _OPTIMIZER: dict[str, str] = {
 _PRECISION_AND_MEMORY: dict[str, str] = {
     "--full_fp16": "in pure fp16 small gradients become zero and large activations overflow. Use --full_bf16, or "
     "--mixed_precision=fp16 on a card without bf16.",
-    "--lowram": "there is nothing to switch: the checkpoint is mapped from the disk, never held twice. Leave it off.",
+    "--lowram": "the checkpoint is always mapped from the disk and never held twice. Leave it off.",
     "--highvram": "there is no low-memory mode to switch off. Leave it off.",
     "--disable_mmap_load_safetensors": "mapping the file is what keeps loading small. If it is slow from a network "
     "drive, copy the checkpoint to a local disk first.",
@@ -168,7 +168,7 @@ _FILES_AND_LOGS: dict[str, str] = {
         ),
         "nothing is uploaded while training. Upload the saved files afterwards with 'hf upload'.",
     ),
-    "--resume_from_huggingface": "nothing is fetched while training. Download the model with 'hf download' and give "
+    "--resume_from_huggingface": "nothing is fetched while training. Download the model with 'hf download' and pass "
     "the file as --pretrained_model_name_or_path.",
     "--tokenizer_cache_dir": "no tokenizer is downloaded: its vocabulary comes with the installed packages. Leave it "
     "off.",
@@ -176,11 +176,11 @@ _FILES_AND_LOGS: dict[str, str] = {
         ("--metadata_usage_hint", "--metadata_trigger_phrase", "--metadata_merged_from"),
         "not offered yet. Write it into --metadata_description or --metadata_tags.",
     ),
-    "--metadata_thumbnail": "not offered yet. Add the picture to the saved file with a model manager.",
+    "--metadata_thumbnail": "not offered yet. Add the image to the saved file with a model manager.",
     "--wandb_api_key": "a key on the command line ends up in histories and logs. Set the environment variable "
     "WANDB_API_KEY, or run 'wandb login' once.",
     "--wandb_run_name": "not offered yet. Name the run with --log_prefix, or set the environment variable WANDB_NAME.",
-    "--log_tracker_config": "not offered yet. Configure the tracker by its own environment variables.",
+    "--log_tracker_config": "not offered yet. Configure the tracker with its environment variables.",
     "--log_config": "not offered yet. Keep the options of a run beside it with --output_config and --config_file.",
 }
 
@@ -188,7 +188,7 @@ TRAINER_REFUSED: dict[str, str] = {
     **_OTHER_MODEL,
     **_OTHER_TRAINING,
     **_CAPTION_FILES,
-    **_PICTURES,
+    **_IMAGES,
     **_LOSS,
     **_OPTIMIZER,
     **_PRECISION_AND_MEMORY,

@@ -15,7 +15,7 @@ _IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
 class ModelSpecOptions:
     """What the user says of the model in the file's header."""
 
-    _argument_group_name: ClassVar[str] = "header of the checkpoint"
+    _argument_group_name: ClassVar[str] = "Header of the checkpoint"
 
     metadata_title: str | None = option(None, "Title of the model. Default: the output name.")
     metadata_author: str | None = option(None, "Who made it.")
