@@ -114,7 +114,7 @@ def test_latents_and_metadata_that_do_not_fit_leave_everything_as_it_was(
     disk.fill()
     argv = [images, meta, disk.folder / "meta_lat.json", tiny_sdxl, "--max_resolution=128,128", *BUCKET_FLAGS]
     assert prepare_buckets_latents.main([str(argument) for argument in argv]) == 2
-    assert "latents of 3 pictures takes" in capsys.readouterr().err
+    assert "latents of 3 images takes" in capsys.readouterr().err
     assert sdxl_merge_captions_g_to_metadata.main([str(images), str(meta)]) == 2
     assert f"cannot write '{meta}': No space left on device" in capsys.readouterr().err
     disk.make_room()
