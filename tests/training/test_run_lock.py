@@ -19,11 +19,10 @@ import os, sys, time
 from pathlib import Path
 from library.training.run_lock import run_lock
 with run_lock(Path(sys.argv[1]), "m"):
-    child = os.fork()
-    if child == 0:
+    if os.fork() == 0:
+        print(os.getpid(), flush=True)  # it is scheduled, and has let go of what it inherited
         time.sleep(60)
         os._exit(0)
-    print(child, flush=True)
     time.sleep(60)
 """
 
