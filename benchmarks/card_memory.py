@@ -1,10 +1,10 @@
-"""What a training step holds of a GPU, by arithmetic: weights, gradients, optimizer state, activations.
+"""The GPU memory of a training step, by arithmetic: weights, gradients, optimizer state, activations.
 
     python benchmarks/card_memory.py [--batch_sizes 1 2 4 8] [--resolution 1024]
 
-Nothing is measured and no GPU is needed: shapes are followed through the U-Net without computing it. Activations are
-those of bfloat16; what autocast holds in float32 beside them (the norms) lies within a block, whose share is doubled
-for it. Not counted: the CUDA context (about 0.5 GiB) and what the allocator loses between its blocks.
+Nothing is measured and no GPU is needed: shapes pass through the U-Net without any computation. Activations are counted
+in bfloat16; autocast keeps the norms in float32, all of them within a block, whose share is doubled for that. Not
+counted: the CUDA context (about 0.5 GiB) and the fragmentation of the allocator.
 """
 
 import argparse
@@ -29,14 +29,14 @@ _FLOAT32_WITHIN_BLOCKS = 2
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes: what a forward pass keeps for the backward pass, and what the largest checkpointed block keeps within."""
+    """Bytes that a forward pass keeps for the backward pass, and bytes within the largest checkpointed block."""
 
     kept: int
     largest_block: int
 
 
 class _Kept:
-    """Tensors that autograd keeps, each storage once; not the weights, which are there anyway."""
+    """Tensors that autograd keeps, each storage once, without the weights."""
 
     def __init__(self) -> None:
         self._storages: dict[int, torch.UntypedStorage] = {}
@@ -58,7 +58,7 @@ class _Kept:
 
 
 class _FlashAttention(torch.autograd.Function):
-    """What attention on a GPU keeps: not the matrix of all pairs, which it has on the meta device."""
+    """Attention as a GPU computes it, which does not keep the matrix of all pairs; on the meta device it would."""
 
     @staticmethod
     def forward(context: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -72,7 +72,7 @@ def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **se
 
 
 def activations(resolution: int, batch_size: int, *, checkpointing: bool) -> Activations:
-    """Of SDXL's U-Net in bfloat16, for square pictures."""
+    """Return the activations of SDXL's U-Net in bfloat16, for square images."""
     unet = nn.Module.to(empty_unet(SDXL_BASE), torch.bfloat16).train()  # diffusers' own `to` warns
     kept, blocks = _Kept(), []
 
@@ -95,7 +95,7 @@ def activations(resolution: int, batch_size: int, *, checkpointing: bool) -> Act
 
 
 def adafactor_bytes(parameters: Sequence[nn.Parameter], *, flatten_convolutions: bool) -> int:
-    """Adafactor's state in float32: mean squares of rows and columns, of vectors each square."""
+    """Return the size of Adafactor's state in float32: mean squares of rows and columns, of vectors each square."""
     total = 0
     for parameter in parameters:
         shape = parameter.shape
@@ -107,7 +107,7 @@ def adafactor_bytes(parameters: Sequence[nn.Parameter], *, flatten_convolutions:
 
 
 def parts(resolution: int, batch_sizes: Sequence[int]) -> Iterator[tuple[str, int]]:
-    """Name to bytes."""
+    """Yield the name and the bytes of each part."""
     model = empty_model(SDXL_BASE)
     parameters = list(model.unet.parameters())
     count = sum(parameter.numel() for parameter in parameters)

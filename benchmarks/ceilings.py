@@ -1,4 +1,4 @@
-"""What a device can do at best, and what the machine is: every benchmark sets its figures beside these.
+"""The ceilings of a device and the facts of the machine: every benchmark compares its figures with these.
 
 python benchmarks/ceilings.py [--device cuda]
 """
@@ -30,14 +30,14 @@ _REPEATS = 10
 
 @dataclass(frozen=True)
 class Ceilings:
-    """FLOP/s of a large square matrix product, and bytes/s of a copy, those read and those written counted."""
+    """FLOP/s of a large square matrix product, and bytes/s of a copy, counting reads and writes."""
 
     matmul_flops: float
     copy_bytes_per_second: float
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """The ceilings of `device` for numbers of `dtype`: random ones, since zeros draw less power and run faster."""
+    """Return the ceilings of `device` for `dtype`, with random numbers: zeros draw less power and run faster."""
     side = _MATMUL_SIDE[device.type]
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     product = torch.empty_like(left)
@@ -50,7 +50,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> Ceilings:
 
 
 def machine() -> dict[str, str]:
-    """What the figures are taken on: date, devices, memory, versions."""
+    """Return what the figures depend on: date, devices, memory, versions."""
     found = {
         "date": date.today().isoformat(),
         "processor": platform.processor() or platform.machine(),
@@ -78,7 +78,7 @@ def _version(package: str) -> str:
 
 
 def _seconds(operation: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one `operation`, the mean of several after a warm-up."""
+    """Return the mean seconds of `operation` after a warm-up."""
     for _ in range(_WARM_UPS):
         operation()
     wait(device)
@@ -90,13 +90,13 @@ def _seconds(operation: Callable[[], object], device: torch.device) -> float:
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done all that it was told to do."""
+    """Wait until the device has finished all work in its queue."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print machine and ceilings."""
+    """Print the machine and its ceilings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(parser.parse_args(argv).device)

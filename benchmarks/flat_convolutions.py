@@ -1,9 +1,9 @@
-"""What Adafactor's `flatten_convolutions` does to learning: the same U-Net trained with and without it.
+"""The effect of Adafactor's `flatten_convolutions` on learning: the same U-Net trained with and without it.
 
     python benchmarks/flat_convolutions.py [--num_steps 300] [--seeds 0 1 2]
 
-The U-Net of the tiny SDXL learns from nothing to denoise thumbnails of the demo's pictures, 16x16 cells, with SDXL's
-noise schedule and float32 weights. Its loss is measured on noise and pictures that it was not trained on.
+The U-Net of the tiny SDXL learns from random weights to denoise thumbnails of the demo's images, 16x16 cells, with
+SDXL's noise schedule and float32 weights. Its loss is measured on held-out images and noise.
 """
 
 import argparse
@@ -30,20 +30,20 @@ from library.optim.adafactor import Adafactor
 _CELLS = 16
 _BATCH_SIZE = 8
 _LEARNING_RATE = 1e-3
-_NUM_PICTURES, _NUM_HELD_OUT = 160, 32
+_NUM_IMAGES, _NUM_HELD_OUT = 160, 32
 
 
-def thumbnails(num_pictures: int) -> torch.Tensor:
-    """[N, 4, 16, 16] of mean 0 and deviation 1: red, green, blue and grey of drawn pictures."""
+def thumbnails(num_images: int) -> torch.Tensor:
+    """Return drawn images as [N, 4, 16, 16]: red, green, blue and grey, of mean 0 and standard deviation 1."""
     generator = random.Random(0)
-    small = [draw(random_scene(generator)).resize((_CELLS, _CELLS)) for _ in range(num_pictures)]
-    colours = torch.from_numpy(np.stack([np.asarray(picture, dtype=np.float32) for picture in small])).movedim(-1, 1)
+    small = [draw(random_scene(generator)).resize((_CELLS, _CELLS)) for _ in range(num_images)]
+    colours = torch.from_numpy(np.stack([np.asarray(image, dtype=np.float32) for image in small])).movedim(-1, 1)
     cells = torch.cat([colours, colours.mean(dim=1, keepdim=True)], dim=1)
     return (cells - cells.mean()) / cells.std()
 
 
 def loss_of(unet: UNet2DConditionModel, cells: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """The mean loss [] of `cells` [B, 4, 16, 16] with noise and timesteps out of `generator`."""
+    """Return the mean loss [] of `cells` [B, 4, 16, 16] with noise and timesteps from `generator`."""
     batch_size = len(cells)
     objective = Objective(NoiseOptions())
     noisy = objective.draw(cells, generator)
@@ -59,8 +59,8 @@ def loss_of(unet: UNet2DConditionModel, cells: torch.Tensor, generator: torch.Ge
     return objective.losses(predicted, cells, noisy).mean()
 
 
-def trained_loss(pictures: torch.Tensor, *, flatten: bool, num_steps: int, seed: int) -> float:
-    """The loss on held-out pictures after training on the others."""
+def trained_loss(images: torch.Tensor, *, flatten: bool, num_steps: int, seed: int) -> float:
+    """Return the loss on held-out images after training on the others."""
     torch.manual_seed(seed)
     unet = UNet2DConditionModel.from_config(TINY.unet)
     optimizer = Adafactor(
@@ -70,7 +70,7 @@ def trained_loss(pictures: torch.Tensor, *, flatten: bool, num_steps: int, seed:
         relative_step=False,
         flatten_convolutions=flatten,
     )
-    learnt, held_out = pictures[:-_NUM_HELD_OUT], pictures[-_NUM_HELD_OUT:]
+    learnt, held_out = images[:-_NUM_HELD_OUT], images[-_NUM_HELD_OUT:]
     generator, order = torch.Generator().manual_seed(seed), random.Random(seed)
     for _ in tqdm(range(num_steps), desc=f"flatten_convolutions={flatten}, seed {seed}", leave=False):
         batch = learnt[order.sample(range(len(learnt)), _BATCH_SIZE)]
@@ -83,22 +83,21 @@ def trained_loss(pictures: torch.Tensor, *, flatten: bool, num_steps: int, seed:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the losses and write them beside a JSON file."""
+    """Measure, print and write the losses."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num_steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args(argv)
-    pictures = thumbnails(_NUM_PICTURES)
+    images = thumbnails(_NUM_IMAGES)
     lines = [
         machine_line(machine()),
-        f"loss on held-out pictures after {arguments.num_steps} steps of Adafactor at {_LEARNING_RATE}",
+        f"loss on held-out images after {arguments.num_steps} steps of Adafactor at {_LEARNING_RATE}",
         f"{'seed':<8}{'kernel by kernel':>18}{'flattened':>12}",
     ]
     rows = []
     for seed in arguments.seeds:
         usual, flat = (
-            trained_loss(pictures, flatten=flatten, num_steps=arguments.num_steps, seed=seed)
-            for flatten in (False, True)
+            trained_loss(images, flatten=flatten, num_steps=arguments.num_steps, seed=seed) for flatten in (False, True)
         )
         rows.append({"seed": seed, "kernel_by_kernel": usual, "flattened": flat})
         lines.append(f"{seed:<8}{usual:18.4f}{flat:12.4f}")

@@ -1,9 +1,9 @@
-"""Run the whole workflow on photographs and a full-size SDXL of random weights, and write what each phase took.
+"""Run the whole workflow on photographs and a full-size SDXL of random weights; measure time and memory.
 
     python benchmarks/full_size_workflow.py WORK_FOLDER [--num_steps 3]
 
-WORK_FOLDER needs 25 GB. The result goes to benchmarks/results/full_size_workflow.{json,txt}. Needs scikit-image and
-scikit-learn for their photographs, and Linux for the figures of memory.
+WORK_FOLDER takes 25 GB. The result goes to benchmarks/results/full_size_workflow.{json,txt}. Needs scikit-image and
+scikit-learn for their photographs, and Linux to measure memory.
 """
 
 import argparse
@@ -78,7 +78,7 @@ print(f"diffusers_latents_finite={bool(picture.images.isfinite().all())} shape={
 
 
 def measured(name: str, command: list[str], environment: dict[str, str] | None = None) -> dict[str, Any]:
-    """Run a command; its seconds, peak resident memory and what it printed."""
+    """Run a command; return its seconds, its peak resident memory and its output."""
     print(f"-- {name}", flush=True)
     started = time.perf_counter()
     process = subprocess.Popen(
@@ -99,7 +99,7 @@ def measured(name: str, command: list[str], environment: dict[str, str] | None =
 
 
 def prepare_folder(folder: Path) -> None:
-    """Photographs with both captions, the prompt file and the checkpoint of random weights, if it is not there yet."""
+    """Write photographs with both captions and the prompt file; remove what an earlier run left."""
     images = folder / "images"
     shutil.rmtree(images, ignore_errors=True)
     images.mkdir(parents=True)
@@ -116,7 +116,7 @@ def prepare_folder(folder: Path) -> None:
 
 
 def run(folder: Path, num_steps: int) -> dict[str, Any]:
-    """All phases; the rows of the training process come from benchmarks/phases.py."""
+    """Return the rows of all phases; those of the training process come from benchmarks/phases.py."""
     model, output = folder / "sd_xl_random.safetensors", folder / "output"
     prepare_folder(folder)
     python = sys.executable
@@ -153,7 +153,7 @@ def run(folder: Path, num_steps: int) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result to read."""
+    """Return the result as text."""
     lines = [machine_line(result["machine"]), ""]
     for row in result["rows"]:
         lines.append(f"{row['phase']:32} {row['seconds']:8.2f} s   peak resident {row['max_rss_gib']:6.2f} GiB")
@@ -168,7 +168,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Measure and write the result."""
+    """Measure, print and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--num_steps", type=int, default=3)
@@ -176,7 +176,7 @@ def main() -> int:
     result = run(arguments.folder.resolve(), arguments.num_steps)
     text = table(result)
     for row in result["rows"]:
-        row.pop("out")  # holds the paths of this machine
+        row.pop("out")  # contains paths of this machine
     write_result(RESULTS / "full_size_workflow", result, text)
     print(text)
     return 0

@@ -1,9 +1,9 @@
-"""Kill runs at random moments, let them go on until they are done, and compare with runs that nobody disturbed.
+"""Kill runs at random moments, restart them until they are done, and compare the outcome with undisturbed runs.
 
     python benchmarks/kill_runs.py [--num_kills 120] [--seed 0]
 
 Each round prepares latents and then trains the tiny SDXL, saving model and state after every step. Every process is
-killed by SIGKILL, some after a random time, some just before a random operation on a file, and then started again with
+killed by SIGKILL, after a random time or just before a random file operation, and then started again with
 --skip_existing or --resume latest. The result goes to benchmarks/results/kill_runs.{json,txt}. Needs POSIX.
 """
 
@@ -34,15 +34,15 @@ from library.config.atomic_files import PARTIAL_SUFFIX, REPLACED_SUFFIX
 from tests.forked_runs import FOLDER, KILL_AT, Command, ForkedRun, RunServer
 from tests.outcome import Outcome, differences, outcome_of
 
-NUM_PICTURES = 5
+NUM_IMAGES = 5
 MOST_ATTEMPTS = 100
 _BUCKETS = ("--min_bucket_reso=64", "--max_bucket_reso=128", "--bucket_reso_steps=64")
-_PHASE_OF_SUFFIX = {".npz": "latents", ".safetensors": "model", ".png": "picture", ".json": "metadata"}
+_PHASE_OF_SUFFIX = {".npz": "latents", ".safetensors": "model", ".png": "image", ".json": "metadata"}
 
 
 @dataclass(frozen=True)
 class Kill:
-    """One kill: how it was aimed, and where it hit as far as can be told from what was left over."""
+    """One kill: how it was aimed, and which phase it hit, as far as the files it left tell."""
 
     script: str
     aim: str
@@ -50,7 +50,7 @@ class Kill:
 
 
 class KillExperiment:
-    """A set of pictures to prepare and train on, in `folder`, and what comes of both undisturbed."""
+    """A set of images to prepare and train on, in `folder`, and the outcome of both undisturbed."""
 
     def __init__(self, server: RunServer, folder: Path, *, num_steps: int):
         self._server = server
@@ -58,14 +58,14 @@ class KillExperiment:
         self._num_steps = num_steps
         self._model = folder / "tiny.safetensors"
         write_random_sdxl(self._model, TINY, torch.float16, seed=0)
-        _make_pictures(folder / "set")
+        _make_images(folder / "set")
         (folder / "prompt.txt").write_text("a cat --e photo --w 64 --h 64 --s 1 --d 3", encoding="utf-8")
         started = time.monotonic()
         self.expected, _ = self._round(folder / "undisturbed", None)
         self.seconds = time.monotonic() - started
 
     def killed_round(self, name: str, chance: random.Random) -> tuple[list[Kill], list[str]]:
-        """Prepare and train with kills in between; gives the kills, and what differs from the undisturbed round."""
+        """Prepare and train with kills in between; return the kills, and what differs from the undisturbed round."""
         found, kills = self._round(self._folder / name, chance)
         shutil.rmtree(self._folder / name)
         return kills, differences(self.expected, found)
@@ -106,7 +106,7 @@ class KillExperiment:
         for attempt in range(MOST_ATTEMPTS):
             is_resumable = script == "train" and any((folder / "output").glob("*-state/progress.json"))
             command = [*argv, "--resume=latest"] if is_resumable else list(argv)
-            if script == "train" and not is_resumable:  # another run, to which the first one's pictures do not belong
+            if script == "train" and not is_resumable:  # another run, to which the images of the first do not belong
                 shutil.rmtree(folder / "logs", ignore_errors=True)
                 shutil.rmtree(folder / "output" / "sample", ignore_errors=True)
             if chance is not None and script == "train":
@@ -123,7 +123,7 @@ class KillExperiment:
     def _start(
         self, script: str, argv: Sequence[str], folder: Path, said: Path, chance: random.Random | None
     ) -> tuple[str, ForkedRun]:
-        """A run that is going to be killed, if `chance` is there."""
+        """Start a run; if there is a `chance`, aim a kill at it."""
         if chance is None:
             return "", self._server.start(Command(script, argv, said))
         if chance.random() < 0.5:
@@ -140,12 +140,12 @@ class KillExperiment:
         return f"after {seconds:.2f} s", run
 
 
-def _make_pictures(folder: Path) -> None:
-    """Pictures of noise with their captions, and the metadata of the merge scripts."""
+def _make_images(folder: Path) -> None:
+    """Write images of noise with their captions, and the metadata of the merge scripts."""
     images = folder / "images"
     images.mkdir(parents=True)
     random_pixels = np.random.default_rng(0)
-    for number in range(NUM_PICTURES):
+    for number in range(NUM_IMAGES):
         width, height = [(64, 64), (70, 60), (130, 40)][number % 3]
         pixels = random_pixels.integers(0, 256, (height, width, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(images / f"{number:02d}.png")
@@ -157,10 +157,10 @@ def _make_pictures(folder: Path) -> None:
 
 
 def _phase(folder: Path, said: str) -> str:
-    """What a killed process was doing, as far as its leftovers tell."""
+    """Return what a killed process was doing, as far as the files it left tell."""
     for path in folder.rglob("*"):
         if path.suffix == REPLACED_SUFFIX:
-            return "putting a folder in its place"
+            return "renaming a folder"
         if path.suffix == PARTIAL_SUFFIX and path.is_dir():
             return f"state, {len(list(path.iterdir()))} of 3 files begun"
     for path in folder.rglob(f"*{PARTIAL_SUFFIX}"):
@@ -169,7 +169,7 @@ def _phase(folder: Path, said: str) -> str:
 
 
 def run_kills(num_kills: int, seed: int, num_steps: int) -> dict[str, Any]:
-    """Rounds of kills until there are `num_kills`; every figure of them."""
+    """Run rounds of kills until there are `num_kills`; return all figures."""
     from benchmarks.ceilings import machine
 
     chance = random.Random(seed)
@@ -196,14 +196,14 @@ def run_kills(num_kills: int, seed: int, num_steps: int) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result to read."""
+    """Return the result as text."""
     lines = [
         machine_line(result["machine"]),
         "",
         f"{result['num_kills']} kills in {len(result['rounds'])} rounds of preparing and training "
         f"({result['num_steps']} steps), seed {result['seed']}",
         f"{result['num_rounds_that_differ']} rounds differ from the undisturbed one "
-        f"in any of {result['things_compared']} things: models, states, pictures, curves, latents, metadata",
+        f"in any of {result['things_compared']} things: models, states, images, curves, latents, metadata",
         "",
         *(f"{count:5} kills hit   {phase}" for phase, count in result["kills_by_phase"].items()),
         "",
@@ -216,7 +216,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Kill, compare, write the figures; 1 where anything differs."""
+    """Kill, compare and write the figures; return 1 if anything differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num_kills", type=int, default=120)
     parser.add_argument("--num_steps", type=int, default=6)

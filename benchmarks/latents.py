@@ -1,9 +1,9 @@
-"""Measure finetune/prepare_buckets_latents.py: pictures per second, and the share of the time that the VAE is busy.
+"""Measure finetune/prepare_buckets_latents.py: images per second, and the share of the time that the VAE is busy.
 
     python benchmarks/latents.py [--num_pictures 32] [--side 1024] [--size full]
 
-Photographs are made in a temporary folder, larger than their bucket, and encoded by a VAE of random weights with each
-number of threads and each batch size. The script itself is not changed: this process wraps the functions it calls. The
+Photographs larger than their bucket are written to a temporary folder and encoded by a VAE of random weights, with
+several numbers of threads and batch sizes. The script is not changed: this process wraps the functions it calls. The
 result goes to benchmarks/results/latents_<device>.{json,txt}. Needs scikit-image for its photographs.
 """
 
@@ -39,12 +39,12 @@ from library.sdxl.weight_names import vae_table
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
 ENLARGED = 1.5
-"""How much larger the pictures are than their bucket: they are decoded and shrunk, as most are."""
+"""How much larger the images are than their bucket: as with most data, they are decoded and shrunk."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """One run: seconds from the first picture to the last, and those in the VAE and in writing, which overlap."""
+    """One run: seconds from the first image to the last, in the VAE and in writing; the latter two overlap."""
 
     variant: str
     num_pictures: int
@@ -54,7 +54,7 @@ class Figures:
 
     @property
     def pictures_per_second(self) -> float:
-        """Of the whole run but its start."""
+        """Images per second of the whole run, without its start."""
         return self.num_pictures / self.seconds
 
 
@@ -66,7 +66,7 @@ class Stopwatch:
         self._device = device
 
     def wrapped(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        """`function`, whose seconds are added to those of `name`."""
+        """Return `function` with its seconds added to those of `name`."""
 
         def timed(*arguments: Any, **named: Any) -> Any:
             started = self._now()
@@ -78,7 +78,7 @@ class Stopwatch:
         return timed
 
     def wrapped_iterator(self, function: Callable[..., Iterator[Any]], name: str) -> Callable[..., Iterator[Any]]:
-        """`function`, with the seconds from the first item asked for to the end as those of `name`."""
+        """Return `function` with the seconds from its first item to its end as those of `name`."""
 
         def timed(*arguments: Any) -> Iterator[Any]:
             started = self._now()
@@ -93,7 +93,7 @@ class Stopwatch:
 
 
 def make_set(folder: Path, num_pictures: int, side: int) -> None:
-    """Photographs as JPEG, each a little different, and metadata without captions."""
+    """Write photographs as JPEG, each a little different, and metadata without captions."""
     size = round(side * ENLARGED)
     for number in range(num_pictures):
         pixels = getattr(skimage.data, PHOTOGRAPHS[number % len(PHOTOGRAPHS)])()
@@ -104,7 +104,7 @@ def make_set(folder: Path, num_pictures: int, side: int) -> None:
 
 
 def write_random_vae(path: Path, architecture: Architecture) -> None:
-    """A VAE file of random weights, float16."""
+    """Write a VAE of random weights in float16."""
     torch.manual_seed(0)
     vae = AutoencoderKL.from_config(architecture.vae)
     weights = vae.state_dict()
@@ -115,15 +115,15 @@ def write_random_vae(path: Path, architecture: Architecture) -> None:
     write_safetensors(path, tensors, {ARCHITECTURE_KEY: architecture.to_json()})
 
 
-def flops_of_a_picture(architecture: Architecture, side: int) -> int:
-    """Floating-point operations of encoding one picture of `side` x `side` pixels."""
+def flops_of_an_image(architecture: Architecture, side: int) -> int:
+    """Return the floating-point operations of encoding one image of `side` x `side` pixels."""
     with FlopCounterMode(display=False) as counter:
         encode_pixels(empty_vae(architecture), torch.empty(1, 3, side, side, device="meta"))
     return counter.get_total_flops()
 
 
 def measured(folder: Path, vae: Path, side: int, variant: dict[str, object], device: torch.device) -> Figures:
-    """Prepare all pictures of `folder`, as the flags of `variant` say."""
+    """Prepare all images of `folder` with the flags of `variant`."""
     for old in folder.glob("*.npz"):
         old.unlink()
     watch = Stopwatch(device)
@@ -146,7 +146,7 @@ def measured(folder: Path, vae: Path, side: int, variant: dict[str, object], dev
 
 
 def variants(precision: str) -> list[dict[str, object]]:
-    """The runs: no reading ahead but one picture, more threads, larger batches, float32."""
+    """Return the flags of the runs: four threads, one thread, larger batches, float32."""
     base: dict[str, object] = {"mixed_precision": precision, "batch_size": 1, "max_data_loader_n_workers": 4}
     return [
         base,
@@ -157,12 +157,12 @@ def variants(precision: str) -> list[dict[str, object]]:
 
 
 def run(num_pictures: int, side: int, size: str, precision: str) -> dict[str, Any]:
-    """The ceilings and all variants."""
+    """Return the ceilings and the figures of all variants."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     architecture = SDXL_BASE if size == "full" else TINY
     found = ceilings.measure(device, dtype)
-    flops = flops_of_a_picture(architecture, side)
+    flops = flops_of_an_image(architecture, side)
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -185,15 +185,15 @@ def run(num_pictures: int, side: int, size: str, precision: str) -> dict[str, An
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result to read."""
+    """Return the result as text."""
     lines = [
         machine_line(result["machine"]),
-        f"{result['num_pictures']} pictures at about {result['side']}x{result['side']}, {result['size']} size, "
-        f"{result['flops_of_a_picture'] / 1e12:.3f} TFLOP a picture, on {result['device']}",
+        f"{result['num_pictures']} images at about {result['side']}x{result['side']}, {result['size']} size, "
+        f"{result['flops_of_a_picture'] / 1e12:.3f} TFLOP per image, on {result['device']}",
         f"ceilings: {result['matmul_flops'] / 1e12:.2f} TFLOP/s in matrix products, "
         f"{result['copy_bytes_per_second'] / 1e9:.1f} GB/s in copies",
         "",
-        f"{'flags':70} pictures/s  of matmul rate  VAE busy  writing",
+        f"{'flags':70}   images/s  of matmul rate  VAE busy  writing",
     ]
     for row in result["rows"]:
         lines.append(
@@ -204,7 +204,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, write the result."""
+    """Measure, print and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num_pictures", type=int, default=32)
     parser.add_argument("--side", type=int, default=1024, help="pixels along the side of a square bucket")

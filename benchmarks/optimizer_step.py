@@ -1,9 +1,9 @@
-"""Time the optimizer alone, over weights of the shapes of SDXL's U-Net in bfloat16, and count what it keeps.
+"""Time the optimizer alone on weights with the shapes of SDXL's U-Net in bfloat16, and measure its state.
 
     python benchmarks/optimizer_step.py [--device cuda] [--variants ours flat ...]
 
-Every variant steps the same weights by the same gradients a few times; the best step counts. What is to be read and
-written at least is each weight, and its gradient once: 6 bytes.
+Every variant steps the same weights with the same gradients a few times; the best step counts. Each weight must at
+least be read and written, and its gradient read: 6 bytes.
 """
 
 import argparse
@@ -42,7 +42,7 @@ VARIANTS: dict[str, tuple[str, list[str], str]] = {
     "flat": ("Adafactor", FLAT, STOCHASTIC),
     "AdamW": ("AdamW", [], STOCHASTIC),
 }
-"""Name to optimizer, its arguments, and the rounding."""
+"""Name to optimizer, its arguments and the rounding."""
 
 BYTES_AT_LEAST = 6
 _STEPS = 3
@@ -50,7 +50,7 @@ _POOL_SIZE = 2**25
 
 
 def timed(weights: list[Parameter], gradients: torch.Tensor, variant: str) -> dict[str, Any]:
-    """Seconds of the best step, nanoseconds a weight, and bytes of the state."""
+    """Return the seconds of the best step, the nanoseconds per weight and the size of the state."""
     name, arguments, rounding = VARIANTS[variant]
     options = OptimizerOptions(optimizer_type=name, optimizer_args=arguments, learning_rate=1e-5)
     device = weights[0].device
@@ -80,7 +80,7 @@ def timed(weights: list[Parameter], gradients: torch.Tensor, variant: str) -> di
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table and write it beside a JSON file."""
+    """Measure, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS)[:-1])

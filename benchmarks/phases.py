@@ -1,9 +1,9 @@
-"""Run sdxl_train.py and write how long each of its phases took and how much memory it held at its peak.
+"""Run sdxl_train.py and write the duration and the peak memory of each of its phases.
 
     python benchmarks/phases.py figures.json [flags of sdxl_train.py]
 
-The trainer itself is not changed: this process wraps the functions that begin and end a phase, and a thread reads the
-process's anonymous memory (what cannot be dropped and read again from a file) every 20 ms.
+The trainer is not changed: this process wraps the functions of the phases, and a thread reads the anonymous memory of
+the process (that which the system cannot drop and read again from a file) every 20 ms.
 """
 
 import json
@@ -19,11 +19,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere, find library/
 
 STARTED_VARIABLE = "PHASES_STARTED"
-"""Environment variable with the `time.time()` at which the caller started this process."""
+"""Environment variable: the `time.time()` at which the caller started this process."""
 
 
 def anonymous_bytes() -> int:
-    """Anonymous memory of this process in bytes (Linux)."""
+    """Return the anonymous memory of this process in bytes (Linux)."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
@@ -31,7 +31,7 @@ def anonymous_bytes() -> int:
 
 
 class PhaseRecorder:
-    """Seconds and peak anonymous memory of named stretches of a run; a name that comes again adds a row."""
+    """Seconds and peak anonymous memory of named phases of a run; each time a phase runs is a row."""
 
     def __init__(self) -> None:
         self.started = float(os.environ.get(STARTED_VARIABLE, time.time()))
@@ -55,7 +55,7 @@ class PhaseRecorder:
             row["peak_gib"] = round(self._peaks.pop(token) / 2**30, 2)
 
     def wrapped(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        """`function`, recorded as phase `name` each time it is called."""
+        """Return `function`, recorded as phase `name` at each call."""
 
         def recorded(*arguments: Any, **named: Any) -> Any:
             with self.phase(name):
@@ -71,7 +71,7 @@ class PhaseRecorder:
 
 
 def main() -> int:
-    """Train with the flags given, then write the rows."""
+    """Train with the flags of the command line, then write the rows."""
     recorder = PhaseRecorder()
     with recorder.phase("import"):
         import sdxl_train
@@ -86,7 +86,7 @@ def main() -> int:
     setup.make_learner = recorder.wrapped(setup.make_learner, "build optimizer")
     text_encoding.encode_captions = recorder.wrapped(text_encoding.encode_captions, "step begins: encode captions")
     Learner.step = recorder.wrapped(Learner.step, "optimizer step")  # type: ignore[method-assign]
-    Sampling._draw_one = recorder.wrapped(Sampling._draw_one, "sample picture")  # type: ignore[method-assign]
+    Sampling._draw_one = recorder.wrapped(Sampling._draw_one, "sample image")  # type: ignore[method-assign]
     Checkpoints._save = recorder.wrapped(Checkpoints._save, "save")  # type: ignore[method-assign]
     with recorder.phase("whole run"):
         status = sdxl_train.main(sys.argv[2:])

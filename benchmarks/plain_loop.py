@@ -1,7 +1,7 @@
-"""The training loop as the examples of diffusers have it: what ours is measured against.
+"""The training loop of the examples of diffusers, against which the trainer is measured.
 
 Weights in bfloat16, gradient checkpointing, transformers' Adafactor with the arguments of the recipe in README, latents
-from the cache; both captions are encoded in every step, as ours does without a text cache.
+from the cache. Both captions are encoded in every step, as the trainer does without a text cache.
 """
 
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ _NOISE_OFFSET = 0.0357
 
 
 def train_plainly(model: SdxlModel, batches: Iterable[Batch], device: torch.device, clock: StepClock) -> None:
-    """As many steps as the clock wants, which times the forward passes by itself."""
+    """Train for the steps that `clock` counts; it times the forward passes by hooks."""
     for network in (model.text_encoder_l, model.text_encoder_g, model.vae):
         network.requires_grad_(False)
     model.unet.train()
@@ -45,7 +45,7 @@ def train_plainly(model: SdxlModel, batches: Iterable[Batch], device: torch.devi
         with clock.stretch("optimizer"):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        loss.detach().item()  # which such a loop logs in every step
+        loss.detach().item()  # such a loop logs it in every step
         clock.end_step()
 
 

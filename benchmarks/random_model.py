@@ -1,4 +1,4 @@
-"""SDXL of random weights, made where it is needed: no file is read, and the device draws the numbers itself."""
+"""SDXL with random weights drawn on the device; no file is read."""
 
 import math
 import sys
@@ -20,7 +20,7 @@ _NUM_SIZES = 6
 
 
 def random_model(architecture: Architecture, dtypes: ModelDtypes, device: torch.device) -> SdxlModel:
-    """A model on `device` in evaluation mode; parts whose precision is left open are held in bfloat16."""
+    """Return a model on `device` in evaluation mode; parts without a precision in `dtypes` are bfloat16."""
     model = empty_model(architecture)
     generator = torch.Generator(device).manual_seed(0)
     pool = torch.randn(_POOL_SIZE, generator=generator, device=device, dtype=torch.bfloat16)
@@ -40,7 +40,7 @@ def random_model(architecture: Architecture, dtypes: ModelDtypes, device: torch.
 
 
 def _drawn(name: str, shape: tuple[int, ...], pool: torch.Tensor) -> torch.Tensor:
-    """Weights that keep the size of what passes through them: matrices out of the pool, norms the identity."""
+    """Return weights that preserve the scale of activations: matrices from the pool, norms the identity."""
     if len(shape) == 1:
         return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, device=pool.device, dtype=pool.dtype)
     deviation = 0.02 if "embedding" in name else 1 / math.sqrt(math.prod(shape[1:]))
@@ -51,7 +51,7 @@ def _drawn(name: str, shape: tuple[int, ...], pool: torch.Tensor) -> torch.Tenso
 
 
 def forward_flops(architecture: Architecture, width: int, height: int) -> int:
-    """Floating point operations of the U-Net's forward pass for one picture, counted without computing it."""
+    """Return the floating-point operations of the U-Net's forward pass for one image, counted without computing it."""
     unet = empty_unet(architecture)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         unet(**unet_inputs(architecture, width, height, batch_size=1, dtype=torch.float32))
@@ -61,7 +61,7 @@ def forward_flops(architecture: Architecture, width: int, height: int) -> int:
 def unet_inputs(
     architecture: Architecture, width: int, height: int, batch_size: int, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Arguments of a U-Net without weights: meta tensors, of pictures of width x height pixels."""
+    """Return the arguments of a U-Net without weights: meta tensors, for images of width x height pixels."""
     meta = torch.device("meta")
     height_cells, width_cells = height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT
     text_width, pooled_width = architecture.unet["cross_attention_dim"], architecture.text_encoder_g["projection_dim"]

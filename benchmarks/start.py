@@ -1,10 +1,10 @@
-"""Measure how long sdxl_train.py takes from the start of its process to the end of its first step, phase by phase.
+"""Measure sdxl_train.py from the start of its process to the end of its first step, phase by phase.
 
     python benchmarks/start.py [--model sd_xl_base_1.0.safetensors] [--side 128] [--num_variants 2]
 
-Without --model it is the tiny SDXL. Pictures are drawn and prepared in a temporary folder; each variant of the flags is
-a process of its own (benchmarks/phases.py). The result goes to benchmarks/results/start_<model>.{json,txt}. Needs Linux
-for the figures of memory.
+Without --model it trains the tiny SDXL. Images are drawn and prepared in a temporary folder; each variant of the flags
+runs in a separate process (benchmarks/phases.py). The result goes to benchmarks/results/start_<model>.{json,txt}. Needs
+Linux to measure memory.
 """
 
 import argparse
@@ -48,7 +48,7 @@ VARIANTS: dict[str, list[str]] = {
 
 
 def prepare(folder: Path, model: Path, side: int, num_pictures: int) -> None:
-    """Pictures with captions, metadata and latents."""
+    """Write images with captions, metadata and latents."""
     images = folder / "images"
     assert pictures.main([str(images), f"--num_pictures={num_pictures}"]) == 0
     captions, latents = folder / "meta_cap.json", folder / "meta_lat.json"
@@ -60,7 +60,7 @@ def prepare(folder: Path, model: Path, side: int, num_pictures: int) -> None:
 
 
 def bytes_read_per_second(path: Path) -> float:
-    """How fast the file can be read at all, as it is: in the system's memory or on the disk."""
+    """Return how fast the file can be read as it is, in the page cache or on the disk."""
     started = time.perf_counter()
     with path.open("rb", buffering=0) as file:
         block = bytearray(_BLOCK)
@@ -70,7 +70,7 @@ def bytes_read_per_second(path: Path) -> float:
 
 
 def started_run(folder: Path, model: Path, side: int, flags: Sequence[str]) -> list[dict[str, Any]]:
-    """The phases of one process, in the order in which they began."""
+    """Return the phases of one process, in the order in which they began."""
     figures = folder / "phases.json"
     command = [
         *(sys.executable, str(ROOT / "benchmarks/phases.py"), str(figures)),
@@ -88,7 +88,7 @@ def started_run(folder: Path, model: Path, side: int, flags: Sequence[str]) -> l
 
 
 def run(model: Path | None, side: int, num_pictures: int, num_variants: int) -> dict[str, Any]:
-    """The ceilings, and the phases of the first `num_variants` variants."""
+    """Return the ceilings, and the phases of the first `num_variants` variants."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = ceilings.measure(device, torch.bfloat16)
     with tempfile.TemporaryDirectory() as name:
@@ -107,10 +107,10 @@ def run(model: Path | None, side: int, num_pictures: int, num_variants: int) -> 
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result to read."""
+    """Return the result as text."""
     lines = [
         machine_line(result["machine"]),
-        f"a model of {result['model_bytes'] / 1e9:.2f} GB, {result['num_pictures']} pictures at about "
+        f"a model of {result['model_bytes'] / 1e9:.2f} GB, {result['num_pictures']} images at about "
         f"{result['side']}x{result['side']}, batch 1, on {result['device']}",
         f"ceilings: {result['matmul_flops'] / 1e12:.2f} TFLOP/s in matrix products, "
         f"{result['copy_bytes_per_second'] / 1e9:.1f} GB/s in copies; reading the model's file at "
@@ -129,9 +129,9 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, write the result."""
+    """Measure, print and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="an SDXL checkpoint; the tiny SDXL where not given")
+    parser.add_argument("--model", type=Path, help="an SDXL checkpoint. Default: the tiny SDXL.")
     parser.add_argument("--side", type=int, default=128, help="pixels along the side of a square bucket")
     parser.add_argument("--num_pictures", type=int, default=12)
     parser.add_argument("--num_variants", type=int, default=len(VARIANTS))

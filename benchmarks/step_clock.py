@@ -1,4 +1,4 @@
-"""How long the parts of a training step take on the device, what the GPU idles, and how much memory a run holds."""
+"""The duration of each part of a training step on the device, the idle time of the GPU, and the memory of a run."""
 
 import threading
 import time
@@ -15,14 +15,14 @@ from benchmarks.ceilings import wait
 from benchmarks.phases import anonymous_bytes
 
 Moment = torch.cuda.Event | float
-"""A place in the GPU's queue, or a time in seconds."""
+"""An event in the GPU's queue, or a time in seconds."""
 
 _POLL_SECONDS = 0.02
 
 
 @dataclass
 class Step:
-    """The stretches of one step as (name, beginning, end); open ones have no end yet."""
+    """The finished stretches of one step as (name, beginning, end)."""
 
     begun: Moment
     stretches: list[tuple[str, Moment, Moment]] = field(default_factory=list)
@@ -31,9 +31,9 @@ class Step:
 
 
 class StepClock:
-    """Times named stretches of steps: on a GPU by events in its queue, which do not disturb it, else by the clock.
+    """Times named stretches of steps: on a GPU by events in its queue, which do not disturb it, otherwise by the clock.
 
-    After `num_warm_up` steps `num_measured` are kept. On a GPU as many as `NUM_TRACED` more are traced.
+    After `num_warm_up` steps `num_measured` are timed. On a GPU another `NUM_TRACED` are traced.
     """
 
     NUM_TRACED = 2
@@ -52,7 +52,7 @@ class StepClock:
 
     @property
     def num_steps(self) -> int:
-        """How many steps the run must have."""
+        """The number of steps that the run must have."""
         return self._num_warm_up + self._num_measured + (0 if self.trace is None else self.NUM_TRACED)
 
     @property
@@ -68,7 +68,7 @@ class StepClock:
         self.end(name)
 
     def begin(self, name: str) -> None:
-        """The beginning of a stretch; the first of all begins the first step."""
+        """Begin a stretch; the first one also begins the first step."""
         self._open[name] = self._now()
         if not self._steps:
             self._begun = time.perf_counter()
@@ -76,16 +76,16 @@ class StepClock:
             self._steps.append(Step(self._open[name]))
 
     def end(self, name: str) -> None:
-        """The end of a stretch; a part may have several of them in a step."""
+        """End a stretch; a part may have several of them in a step."""
         self._steps[-1].stretches.append((name, self._open.pop(name), self._now()))
 
     def count(self, num_flops: int, num_pictures: int) -> None:
-        """What the step computes."""
+        """Add to the operations and the images of the step."""
         self._steps[-1].num_flops += num_flops
         self._steps[-1].num_pictures += num_pictures
 
     def end_step(self) -> None:
-        """The step is over, the next one begins."""
+        """End the step and begin the next one."""
         now = self._now()
         if len(self._steps) == 1:
             wait(self._device)
@@ -99,7 +99,7 @@ class StepClock:
         self._steps.append(Step(now))
 
     def figures(self) -> dict[str, float]:
-        """The mean step in milliseconds, whole and by parts, its FLOP and pictures."""
+        """Return the mean step in milliseconds, whole and by parts, its FLOP and images."""
         assert self._end is not None
         wait(self._device)
         measured = self._steps[self._num_warm_up : self._num_warm_up + self._num_measured]
@@ -127,7 +127,7 @@ class StepClock:
 
 
 def _between(begin: Moment, end: Moment) -> float:
-    """Milliseconds."""
+    """Return the milliseconds from one moment to another."""
     if isinstance(begin, float) or isinstance(end, float):
         assert isinstance(begin, float) and isinstance(end, float)
         return (end - begin) * 1e3
@@ -135,21 +135,23 @@ def _between(begin: Moment, end: Moment) -> float:
 
 
 class MemoryWatch:
-    """The most memory since `begin`: what torch gave out and reserved of a GPU, or the anonymous memory (Linux)."""
+    """Peak memory since `begin`: allocated and reserved by torch on a GPU, otherwise anonymous memory (Linux)."""
 
     def __init__(self, device: torch.device):
         self._device = device
         self._peak_anonymous = 0
+        self._is_over = threading.Event()
 
     def begin(self) -> None:
-        """Forget what was before."""
+        """Start measuring."""
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         else:
             threading.Thread(target=self._watch, daemon=True).start()
 
     def peaks(self) -> dict[str, float]:
-        """In GiB."""
+        """Stop measuring and return the peaks in GiB."""
+        self._is_over.set()
         if self._device.type != "cuda":
             return {"peak_gib": self._peak_anonymous / 2**30}
         return {
@@ -158,13 +160,12 @@ class MemoryWatch:
         }
 
     def _watch(self) -> None:
-        while True:
+        while not self._is_over.wait(_POLL_SECONDS):
             self._peak_anonymous = max(self._peak_anonymous, anonymous_bytes())
-            time.sleep(_POLL_SECONDS)
 
 
 class GpuTrace:
-    """What the GPU does in a few steps: for how long it computes, and how often the host waits for it."""
+    """A trace of a few steps: how long the GPU computes, and how often the host waits for it."""
 
     def __init__(self) -> None:
         self.busy_ms = 0.0
@@ -174,14 +175,14 @@ class GpuTrace:
         self._seen: list[warnings.WarningMessage] = []
 
     def begin(self) -> None:
-        """Trace from here on."""
+        """Start the trace."""
         self._seen = self._warnings.__enter__()
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         self._profile.start()
 
     def end(self, num_steps: int) -> None:
-        """End the trace, which spans `num_steps`."""
+        """End the trace of `num_steps` steps."""
         torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
         self._profile.stop()
@@ -196,7 +197,7 @@ class GpuTrace:
 
 
 def covered(stretches: list[tuple[float, float]]) -> float:
-    """How much of the line the stretches cover together; where they overlap it counts once."""
+    """Return the length that the stretches cover together, counting overlaps once."""
     total, reached = 0.0, float("-inf")
     for begin, end in sorted(stretches):
         total += max(0.0, end - max(begin, reached))

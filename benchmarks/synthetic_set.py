@@ -1,4 +1,4 @@
-"""A training set of random latents, as prepare_buckets_latents.py would leave it, without pictures."""
+"""A training set of random latents as prepare_buckets_latents.py would write it, without images."""
 
 import json
 from collections.abc import Iterator
@@ -16,12 +16,12 @@ from library.data.latent_cache import CachedLatents, cache_path, write_cache
 from library.data.training_set import TrainingImage
 from library.sdxl.sizes import LATENT_CHANNELS, PIXELS_PER_LATENT, Size
 
-PICTURES_PER_BUCKET = 8
+IMAGES_PER_BUCKET = 8
 
 
 @dataclass(frozen=True)
 class SyntheticSet:
-    """Eight pictures in each of the buckets."""
+    """Eight images in each bucket."""
 
     folder: Path
     buckets: tuple[Size, ...]
@@ -43,7 +43,7 @@ class SyntheticSet:
         for image in self._training_images():
             assert isinstance(image.latents, Path)
             height, width = image.bucket.height // PIXELS_PER_LATENT, image.bucket.width // PIXELS_PER_LATENT
-            # Of the size that SDXL's VAE gives, whose scale makes it about 1.
+            # The standard deviation of the output of SDXL's VAE, which its scale brings to about 1.
             latents = random.normal(scale=8, size=(LATENT_CHANNELS, height, width)).astype(np.float32)
             whole = (0.0, 0.0, float(image.bucket.width), float(image.bucket.height))
             write_cache(image.latents, CachedLatents(latents, image.bucket, whole, resized_size=image.bucket))
@@ -58,20 +58,20 @@ class SyntheticSet:
         self.metadata.write_text(json.dumps(entries), encoding="utf-8")
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        """Batches without end, bucket after bucket, read when they are asked for."""
+        """Yield batches without end, bucket after bucket, each read when it is needed."""
         images = list(self._training_images())
-        pictures = CaptionedImages(images, tokenize_captions_of(images, num_chunks=1))
-        for first in cycle(range(0, len(self.buckets) * PICTURES_PER_BUCKET, PICTURES_PER_BUCKET)):
-            indices = tuple(first + index % PICTURES_PER_BUCKET for index in range(batch_size))
-            yield pictures[MicroBatch(indices, (False,) * batch_size, 1 / batch_size, completes_step=True)]
+        dataset = CaptionedImages(images, tokenize_captions_of(images, num_chunks=1))
+        for first in cycle(range(0, len(self.buckets) * IMAGES_PER_BUCKET, IMAGES_PER_BUCKET)):
+            indices = tuple(first + index % IMAGES_PER_BUCKET for index in range(batch_size))
+            yield dataset[MicroBatch(indices, (False,) * batch_size, 1 / batch_size, completes_step=True)]
 
     def _training_images(self) -> Iterator[TrainingImage]:
         for bucket in self.buckets:
-            for index in range(PICTURES_PER_BUCKET):
+            for index in range(IMAGES_PER_BUCKET):
                 key = f"{bucket}_{index}"
                 yield TrainingImage(
                     key=key,
-                    caption_l=f"photographic, soft light, picture {index}",
+                    caption_l=f"photographic, soft light, image {index}",
                     caption_g=f"a woman in nature looks to the left, trees behind her, {key}",
                     size=bucket,
                     bucket=bucket,

@@ -1,7 +1,7 @@
-"""One row of a table of training steps: a run of the real trainer, or of the plain loop, with a clock in it.
+"""One row of a table of training steps: a timed run of the real trainer, or of the plain loop.
 
-The trainer is not changed: its model is random instead of read, its finished model is not saved, and hooks tell the
-clock where a part of a step begins and ends. What is stepped within the backward pass counts as backward pass.
+The trainer is not changed: hooks tell the clock where the parts of a step begin and end. Its model is random instead of
+loaded and is not saved. An optimizer step within the backward pass counts as backward pass.
 """
 
 import contextlib
@@ -46,14 +46,14 @@ RECIPE = (
     *("--learning_rate=1e-5", "--max_grad_norm=0.0", "--noise_offset=0.0357", "--adaptive_noise_scale=0.00357"),
     *("--seed=1", "--optimizer_type=Adafactor", *ADAFACTOR_RECIPE.split(), "weight_decay=0.01"),
 )
-"""The training command of README, but for its paths, its samples and gradient checkpointing."""
+"""The training command of README without paths, samples and gradient checkpointing."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One run; `flags` go to the trainer beside `RECIPE`, None is the plain loop. Sizes are in pixels.
+    """One run. `flags` are passed to the trainer after `RECIPE`; None is the plain loop. Sizes are in pixels.
 
-    `forward_flops` are those of the U-Net for one picture, bucket by bucket.
+    `forward_flops` are those of the U-Net for one image, bucket by bucket.
     """
 
     variant: str
@@ -68,11 +68,11 @@ class Plan:
     forward_flops: tuple[int, ...] = ()
 
 
-# -- each of these in a process of its own ----------------------------------------------------------------------------
+# -- each of these runs in a separate process --------------------------------------------------------------------------
 
 
 def write_ceilings(device_name: str, model_size: str, buckets: Sequence[Size], path: Path) -> None:
-    """Write the machine, its ceilings and the FLOP of a forward pass in each of the buckets to `path`."""
+    """Write the machine, its ceilings and the FLOP of a forward pass in each bucket to `path`."""
     ceilings = measure(torch.device(device_name), torch.bfloat16)
     found = {
         "machine": machine(),
@@ -84,7 +84,7 @@ def write_ceilings(device_name: str, model_size: str, buckets: Sequence[Size], p
 
 
 def write_figures(plan: Plan, folder: Path, path: Path) -> None:
-    """Do the run in `folder`, write its figures to `path`, or as "note" what kept it from having any."""
+    """Run in `folder` and write the figures to `path`, or a "note" that says why there are none."""
     os.environ["ACCELERATE_USE_CPU"] = str(plan.device == "cpu").lower()
     clock = StepClock(torch.device(plan.device), num_warm_up=plan.num_warm_up, num_measured=plan.num_measured)
     with (
@@ -125,7 +125,7 @@ def _train(plan: Plan, training_set: SyntheticSet, clock: StepClock) -> None:
         return
     setup.load_model = lambda options, dtypes: make_model(dtypes)
     _watch_loop(clock)
-    # Without what makes an exit status of a UserError.
+    # Without the wrapper that turns a UserError into an exit status.
     sdxl_train.main.__wrapped__(  # type: ignore[attr-defined]
         [
             *("--pretrained_model_name_or_path=random/sdxl", f"--in_json={training_set.metadata}"),
@@ -136,11 +136,11 @@ def _train(plan: Plan, training_set: SyntheticSet, clock: StepClock) -> None:
     )
 
 
-# -- the hooks --------------------------------------------------------------------------------------------------------
+# -- the hooks -------------------------------------------------------------------------------------------------------
 
 
 def _watch_networks(model: SdxlModel, clock: StepClock, plan: Plan) -> None:
-    """Time the forward passes; text that is encoded before the first step belongs to no step."""
+    """Time the forward passes; text encoded before the first step belongs to no step."""
     flops = {
         (bucket.height // PIXELS_PER_LATENT, bucket.width // PIXELS_PER_LATENT): count
         for bucket, count in zip(plan.buckets, plan.forward_flops, strict=True)
@@ -159,7 +159,7 @@ def _watch_networks(model: SdxlModel, clock: StepClock, plan: Plan) -> None:
 
 
 def _watch_loop(clock: StepClock) -> None:
-    """Time the rest of the trainer's loop, and leave out what it saves."""
+    """Time the rest of the trainer's loop, and save nothing."""
     Accelerator.backward = _timed(clock, Accelerator.backward, "backward")
     Learner.step = _timed(clock, Learner.step, "optimizer")  # type: ignore[method-assign]
     log_step = Tracker.after_step

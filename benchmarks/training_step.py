@@ -1,16 +1,16 @@
-"""Time training steps of a full-size SDXL of random weights: a plain loop, then ours, one lever added after another.
+"""Time training steps of a full-size SDXL with random weights: a plain loop, then the trainer with more and more flags.
 
     python benchmarks/training_step.py                                     every variant, batch size 1, 1024x1024
     python benchmarks/training_step.py --device cpu --resolution 256       the same on the CPU
-    python benchmarks/training_step.py --nine_minutes --output FOLDER      what fits a GPU that is lent for ten minutes
+    python benchmarks/training_step.py --nine_minutes --output FOLDER      what fits into ten minutes of a GPU
 
-No file is needed: the weights are drawn on the device, the latents at random. What is timed is sdxl_train.py itself,
-with the flags of a variant. Every row runs in a process of its own; one that fails is a row that says why. Table and
-JSON are written after each row, so that a run cut short keeps what it has. Batches of mixed buckets are timed last.
+No file is needed: weights and latents are random. sdxl_train.py itself is timed, with the flags of a variant. Every row
+runs in a separate process; one that fails becomes a row that says why. Table and JSON are written after each row, so
+that an interrupted run keeps its results. Batches of mixed buckets are timed last.
 
 `--nine_minutes` needs no network. Where torch, transformers, accelerate, numpy, pillow, psutil, safetensors, tqdm and
 tensorboard are installed, it needs these wheels beside them, 9 MB: diffusers, open_clip_torch, ftfy, wcwidth,
-tomli_w. open_clip is only looked at for its vocabulary, and never imported, so that what it needs is not needed.
+tomli_w. open_clip is never imported, only its vocabulary is read; its requirements are not needed.
 
     pip install --no-index --no-deps --target site wheels/*.whl
     PYTHONPATH=site python benchmarks/training_step.py --nine_minutes --output FOLDER
@@ -54,9 +54,9 @@ VARIANTS: dict[str, tuple[str, ...] | None] = {
     "flat": (*_CACHED, *_FLAT),
     "flat_nearest": (*_CACHED, *_FLAT, "--bf16_rounding=nearest"),
 }
-"""Name to the flags beside the recipe; None is the plain loop of diffusers' examples.
+"""Name to the flags after the recipe; None is the plain loop of diffusers' examples.
 
-"channels_last" is an experiment, not a flag: the U-Net's weights lie in that order.
+"channels_last" is an experiment, not a flag: the memory format of the U-Net's weights.
 """
 
 _COLUMNS = {
@@ -79,20 +79,20 @@ _COLUMNS = {
     "first_step_s": "first s",
 }
 LEGEND = """
-Milliseconds are of one step. TFLOP/s and share count three forward passes of the U-Net: what is computed again under
-gradient checkpointing gives no credit. rest: data, noise, logging, waiting. idle: the GPU computes nothing. waits: how
-often in a step the host waits for the GPU. peak: what torch has given out of the GPU, or anonymous memory.
+Milliseconds are per step. TFLOP/s and share count three forward passes of the U-Net; recomputation by gradient
+checkpointing does not count. rest: data, noise, logging, waiting. idle: the GPU computes nothing. waits: how often the
+host waits for the GPU in a step. peak: GPU memory allocated by torch, or anonymous memory on the CPU.
 """
 
 
 def mixed_buckets(resolution: int) -> tuple[Size, ...]:
-    """Four buckets of about the area of `resolution` squared."""
+    """Return four buckets of about the area of `resolution` squared."""
     cell = resolution // 16
     return tuple(Size(cell * width, cell * height) for width, height in ((16, 16), (13, 19), (19, 13), (14, 18)))
 
 
 def plans(arguments: argparse.Namespace) -> list[Plan]:
-    """The rows in the order in which they are run: last those that compile, which takes longest."""
+    """Return the rows in the order of their runs: those that compile, and take longest, last."""
     square = (Size(arguments.resolution, arguments.resolution),)
     mix = mixed_buckets(arguments.resolution)
 
@@ -122,7 +122,7 @@ def plans(arguments: argparse.Namespace) -> list[Plan]:
 
 
 class Rows:
-    """The result so far; every row that is added is on the disk at once."""
+    """The result so far; every added row is written to the disk at once."""
 
     def __init__(self, path: Path, about: dict[str, Any]):
         self._path = path
@@ -131,7 +131,7 @@ class Rows:
         print(_heading(about), flush=True)
 
     def add(self, plan: Plan, figures: dict[str, Any]) -> None:
-        """One more row, with what follows from its figures."""
+        """Add a row, with the values that follow from its figures."""
         row = {
             "variant": plan.variant,
             "flags": None if plan.flags is None else " ".join(plan.flags),
@@ -154,7 +154,7 @@ class Rows:
 
 
 def run_apart(function: Callable[..., None], *arguments: Any, seconds: float | None, method: str) -> dict[str, Any]:
-    """What `function(*arguments, folder, path)` writes to `path`, called in a process of its own."""
+    """Return what `function(*arguments, folder, path)` writes to `path` in a separate process."""
     with tempfile.TemporaryDirectory(prefix="training_step_") as folder:
         path = Path(folder) / "figures.json"
         place = (Path(folder), path) if function is write_figures else (path,)
@@ -164,7 +164,7 @@ def run_apart(function: Callable[..., None], *arguments: Any, seconds: float | N
         if process.is_alive():
             process.kill()
             process.join()
-            return {"note": "not finished: the time was up"}
+            return {"note": "not finished: out of time"}
         if path.exists():
             return json.loads(path.read_text(encoding="utf-8"))
         log = Path(folder) / "log.txt"
@@ -178,7 +178,7 @@ def _context(method: str) -> Any:
 
 
 def measure_all(arguments: argparse.Namespace) -> Path:
-    """Run every plan while there is time; gives the path of the results, less their suffix."""
+    """Run every plan while there is time; return the path of the results without suffix."""
     deadline = time.monotonic() + arguments.time_limit_s
     buckets = tuple(dict.fromkeys(bucket for plan in plans(arguments) for bucket in plan.buckets))
     method, about = _start(arguments, buckets)
@@ -189,7 +189,7 @@ def measure_all(arguments: argparse.Namespace) -> Path:
         plan = replace(plan, forward_flops=tuple(about["forward_flops"][str(bucket)] for bucket in plan.buckets))
         left = deadline - time.monotonic()
         if left < longest:
-            rows.add(plan, {"note": "not run: the time was up"})
+            rows.add(plan, {"note": "not run: out of time"})
             continue
         begun = time.monotonic()
         seconds = None if left == float("inf") else left
@@ -199,7 +199,7 @@ def measure_all(arguments: argparse.Namespace) -> Path:
 
 
 def _start(arguments: argparse.Namespace, buckets: Sequence[Size]) -> tuple[str, dict[str, Any]]:
-    """How processes are started, and machine and ceilings: forked where that works, for imports take seconds."""
+    """Return how processes are started, and machine and ceilings. Forked if that works, since imports take seconds."""
     methods = [name for name in ("forkserver", "spawn") if name in multiprocessing.get_all_start_methods()]
     for method in methods:
         if method == "forkserver":
@@ -217,7 +217,7 @@ def _start(arguments: argparse.Namespace, buckets: Sequence[Size]) -> tuple[str,
 def _heading(about: dict[str, Any]) -> str:
     ceilings = (
         f"matrix product {about['matmul_flops'] / 1e12:.3f} TFLOP/s, copy {about['copy_bytes_per_second'] / 1e9:.1f} "
-        f"GB/s (read and written); U-Net forward, one picture, TFLOP: "
+        f"GB/s (read and written); U-Net forward, one image, TFLOP: "
         + ", ".join(f"{bucket} {flops / 1e12:.3f}" for bucket, flops in about["forward_flops"].items())
     )
     return "\n".join([machine_line(about["machine"]), ceilings, "", _cells(_COLUMNS)])
@@ -238,30 +238,30 @@ def _cells(row: Mapping[str, Any]) -> str:
 
 
 def _rounded(value: Any) -> Any:
-    """A figure with four digits, as many as mean something."""
+    """Return a figure with four significant digits."""
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; `words` are what was given."""
+    """Return the parsed command line; `words` is the command line as typed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--model_size", choices=["full", "tiny"], default="full")
-    parser.add_argument("--resolution", type=int, default=1024, help="pixels of a side, a multiple of 128")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1], help="the first is run in every variant")
+    parser.add_argument("--resolution", type=int, default=1024, help="pixels along a side, a multiple of 128")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1], help="every variant runs with the first")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument(
         "--compared",
         nargs="+",
         choices=VARIANTS,
         default=["plain", "text_cache", "compile"],
-        help="for other batch sizes and buckets",
+        help="variants for other batch sizes and buckets",
     )
     parser.add_argument("--mix", action="store_true", help="also batches of mixed buckets")
-    parser.add_argument("--num_warm_up", type=int, default=3, help="steps that are not timed, for each bucket")
-    parser.add_argument("--num_steps", type=int, default=10, help="steps that are, for each bucket")
+    parser.add_argument("--num_warm_up", type=int, default=3, help="untimed steps per bucket")
+    parser.add_argument("--num_steps", type=int, default=10, help="timed steps per bucket")
     parser.add_argument("--time_limit_s", type=float, default=float("inf"))
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of table and JSON")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for table and JSON")
     parser.add_argument("--nine_minutes", action="store_true", help="batch sizes 1 2 4 8, mixed buckets, a time limit")
     arguments = parser.parse_args(argv)
     arguments.words = list(sys.argv[1:] if argv is None else argv)

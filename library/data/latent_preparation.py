@@ -72,7 +72,7 @@ def require_disk_for_latents(folder: Path, images: Iterable[BucketedImage], enco
     sizes = [
         cache_bytes(image.assignment.bucket, flip=encoding.flip, alpha_mask=encoding.alpha_mask) for image in images
     ]
-    require_disk_space(folder, sum(sizes), f"latents of {len(sizes)} images")
+    require_disk_space(folder, sum(sizes), f"to write latents of {len(sizes)} images")
 
 
 def encode_missing(

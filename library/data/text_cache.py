@@ -227,7 +227,8 @@ def _onto_disk(encoder: _Encoder, texts: dict[str, _Text], cache: OutputsOnDisk)
     if missing:
         num_chunks = len(texts[missing[0]].ids)
         needed = len(missing) * encoder.bytes_of_a_caption(num_chunks)
-        require_disk_space(cache.folder, needed, f"what text encoder {encoder.name} makes of {len(missing)} captions")
+        what = f"to write outputs of text encoder {encoder.name} for {len(missing)} captions"
+        require_disk_space(cache.folder, needed, what)
     for key in _shown(missing, encoder):
         cache.write(key, encoder.outputs(texts[key]))
     again = f" ({unusable} of them again)" if unusable else ""

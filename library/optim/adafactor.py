@@ -1,7 +1,7 @@
 """Adafactor near the speed of memory, rounding included (Shazeer and Stern 2018, https://arxiv.org/abs/1804.04235).
 
-The numbers are those of transformers' class of the same name. There every operation passes over the whole tensor, some
-twenty times; here three kernels do: mean squares, the size of the update, the update with its rounding.
+The numbers are those of transformers' class of the same name, which passes over each tensor about twenty times, once
+per operation. Here three kernels do: mean squares, norm of the update, update with rounding.
 """
 
 import math
@@ -20,14 +20,14 @@ from library.optim.rounding import RESIDUAL, Rounder, stochastically_rounded, wi
 
 
 class Adafactor(Optimizer):
-    """Adafactor at a given learning rate; arguments and state are those of transformers.
+    """Adafactor at a fixed learning rate; arguments and state are those of transformers.
 
-    The squares of gradients are kept as mean squares of rows and columns: of matrices, and of each kernel (kH x kW) of
-    a convolution, which is 2/3 of a 3x3 convolution's size in float32. `flatten_convolutions` takes a convolution as
-    one matrix [out, in * kH * kW] instead, which is next to nothing.
+    The squares of gradients are kept as mean squares of rows and columns: of each matrix, and of each kernel (kH x kW)
+    of a convolution, where they take 2/3 of the size of a 3x3 convolution in float32. With `flatten_convolutions` a
+    convolution counts as one matrix [out, in * kH * kW], whose mean squares are negligible in size.
 
     `rounder`, if set, rounds updated bfloat16 weights; without one they are rounded to nearest.
-    Raises `ValueError` for `relative_step` and `warmup_init`, which set the learning rate by themselves.
+    Raise `ValueError` for `relative_step` and `warmup_init`, which set the learning rate by themselves.
     """
 
     rounds_itself = True
@@ -64,7 +64,7 @@ class Adafactor(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Move every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -72,10 +72,10 @@ class Adafactor(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._move(parameter, parameter.grad, group)
+                    self._update(parameter, parameter.grad, group)
         return loss
 
-    def _move(self, parameter: Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
+    def _update(self, parameter: Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         state["step"] = state.get("step", 0) + 1
         shape = _rows_first(parameter.shape)
@@ -100,7 +100,7 @@ class Adafactor(Optimizer):
         )
 
     def _rounding_of(self, parameter: Parameter, state: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
-        """Return where the weights are bfloat16: the seed of their rounding, or what earlier roundings have cut off."""
+        """Return the seed of stochastic rounding and the residual of compensated rounding, None if not used."""
         kind = self.rounder.kind if self.rounder is not None and parameter.dtype == torch.bfloat16 else None
         seed = residual = None
         if self.rounder is not None and kind == STOCHASTIC:
@@ -113,7 +113,7 @@ class Adafactor(Optimizer):
 
 
 def _rows_first(shape: torch.Size) -> tuple[int, ...]:
-    """Return a vector as it is, all else as a matrix: the kernels then meet two kinds of tensors only."""
+    """Return the shape as a vector or a matrix: the kernels are then compiled for two ranks only."""
     return tuple(shape) if len(shape) < 2 else (shape[0], math.prod(shape[1:]))
 
 
@@ -126,7 +126,7 @@ def _first_moment(state: dict[str, Any], weights: Tensor, beta1: float | None) -
 
 
 def _update_mean_squares(state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> list[Tensor]:
-    """Let this step's squares into their running means; return the factors that the gradient is multiplied by."""
+    """Update the running means of squares; return the factors by which the gradient is multiplied."""
     eps = group["eps"][0]
     beta2 = 1.0 - math.pow(state["step"], group["decay_rate"])  # the paper, section 7.2
     if gradient.ndim < 2:
@@ -142,14 +142,14 @@ def _update_mean_squares(state: dict[str, Any], gradient: Tensor, group: dict[st
 
 
 def _running(state: dict[str, Any], beta2: float, **values: Tensor) -> list[Tensor]:
-    """Return the running means in `state` of these names, after `values` have come in."""
+    """Update the running means of these names in `state` with `values`, and return them."""
     for name, value in values.items():
         if name not in state:
             state[name] = torch.zeros_like(value)
         elif state[name].shape != value.shape:
             raise UserError(
-                "the state that is resumed was made with another flatten_convolutions of Adafactor.",
-                "Give the same --optimizer_args as then.",
+                "the state to resume was saved with another flatten_convolutions of Adafactor.",
+                "Pass the same --optimizer_args as then.",
             )
         state[name].mul_(beta2).add_(value, alpha=1.0 - beta2)
     return [state[name] for name in values]
@@ -212,7 +212,7 @@ def _apply(
     seed: int | None,
     residual: Tensor | None,
 ) -> None:
-    """Move `weights`, in place (and `first_moment` and `residual`, where they are kept)."""
+    """Update `weights` in place, and `first_moment` and `residual` if there are any."""
     step_size = rate if scale is None else rate * scale
     update = _product(gradient, factors) / clip * step_size
     if first_moment is not None:
@@ -220,7 +220,7 @@ def _apply(
         update = first_moment
     values = weights.float() if residual is None else weights.float() + residual.float()
     if scale is None:
-        # A number takes another path through torch than a tensor, with one rounding less: that of transformers.
+        # torch rounds once less with a number than with a tensor; transformers uses a number here.
         values = torch.add(values, values, alpha=-weight_decay * rate)
     else:
         values = values - values * (weight_decay * step_size)

@@ -1,4 +1,4 @@
-"""Element-wise functions as one compiled kernel, where a compiler is installed and the tensor is worth it."""
+"""Functions of tensors as one compiled kernel, where a compiler is installed and the tensor is large enough."""
 
 import logging
 from collections.abc import Callable
@@ -11,21 +11,21 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 _WORTH_COMPILING = 2**17
-"""Elements of a tensor on the CPU. Compiling takes seconds, and so much work is done in a millisecond without."""
+"""Elements of a tensor on the CPU. Compiling takes seconds; smaller tensors take less than a millisecond without."""
 
 MAX_KERNELS = 48
-"""How often one function may be compiled, for tensors of other ranks, precisions or sizes; torch would stop at 8."""
+"""How often one function may be compiled, for other ranks, precisions or sizes; the default of torch is 8."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def compiled(function: Callable[P, R]) -> Callable[P, R]:
-    """`function` of tensors as one kernel for every size, compiled when a first large tensor comes.
+    """Return `function` as one kernel for tensors of every size, compiled at the first call with a large tensor.
 
-    Its first argument decides: small tensors on the CPU, and all where no compiler works (said once, on stderr), take
-    the plain function. (On a GPU the plain one would be dozens of launches.) Both give the same numbers but for the
-    order in which sums are added up. Numbers that change from call to call do not compile it again.
+    The first argument decides. Small tensors on the CPU, and all tensors where no compiler works (a warning says so
+    once), take the plain function, which on a GPU would be dozens of launches. Both return the same numbers except for
+    the order in which sums are added up. Numbers that change from call to call do not compile it again.
     """
 
     @cache
@@ -51,7 +51,7 @@ def allow_kernels() -> None:
 
 @cache
 def why_not_compiled(device_type: str, backend: str = "inductor") -> str | None:
-    """Why `torch.compile` does not work on this kind of device, in its own words, or None where it does; tried once."""
+    """Return the reason, from torch, why `torch.compile` does not work on this kind of device, or None; tried once."""
     try:
         torch.compile(torch.neg, backend=backend)(torch.ones(64, device=device_type))
     except (torch._dynamo.exc.BackendCompilerFailed, RuntimeError) as error:
@@ -66,5 +66,6 @@ def _can_compile(device_type: str) -> bool:
         log.warning(
             "torch.compile does not work here (%s). Optimizer and rounding run as separate operations, which is "
             "slower, with the same result. Install a C++ compiler (for the CPU) or Triton (for a GPU).",
+            reason,
         )
     return reason is None

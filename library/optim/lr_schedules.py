@@ -13,8 +13,8 @@ POLYNOMIAL_END = 1e-7  # the learning rate at which transformers' polynomial sch
 def make_lr_schedule(optimizer: Optimizer, options: ScheduleOptions, num_steps: int) -> LambdaLR:
     """Return the schedule for a run of `num_steps` optimizer steps, to be stepped once after each of them.
 
-    It scales the rate of every parameter group alike. Raise `UserError` where the warm-up is longer than the run, or
-    where the polynomial schedule would rise to its end of 1e-7 instead of falling to it.
+    It scales the rate of every parameter group alike. Raise `UserError` if the warm-up is longer than the run, or if
+    the polynomial schedule would rise to its end of 1e-7 instead of falling to it.
     """
     num_warmup_steps = _num_warmup_steps(options.lr_warmup_steps, num_steps)
     specific: dict[str, float] = {}
@@ -26,7 +26,7 @@ def make_lr_schedule(optimizer: Optimizer, options: ScheduleOptions, num_steps: 
         if rate <= POLYNOMIAL_END:
             raise UserError(
                 f"--lr_scheduler=polynomial falls to {POLYNOMIAL_END}, but --learning_rate is {rate}.",
-                "Give a larger learning rate, or another schedule.",
+                "Raise the learning rate, or choose another schedule.",
             )
     return get_scheduler(
         options.lr_scheduler,
@@ -42,6 +42,6 @@ def _num_warmup_steps(warmup: float, num_steps: int) -> int:
     if num_warmup_steps > num_steps:
         raise UserError(
             f"--lr_warmup_steps is {num_warmup_steps}, but the run has {num_steps} steps.",
-            "Give fewer, or a share of the steps, such as 0.1.",
+            "Set fewer, or a fraction of the steps, such as 0.1.",
         )
     return num_warmup_steps

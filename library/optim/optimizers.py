@@ -24,7 +24,7 @@ def make_parameter_groups(
     text_encoder_l: Iterable[Parameter] = (),
     text_encoder_g: Iterable[Parameter] = (),
 ) -> list[dict[str, Any]]:
-    """Parameter groups `{"name", "params", "lr"}` for a torch optimizer: "unet", "text_encoder_l", "text_encoder_g".
+    """Return parameter groups `{"name", "params", "lr"}`: "unet", "text_encoder_l", "text_encoder_g".
 
     `unet` yields single-file names without `model.diffusion_model.` (read only for `block_lr`, where the groups are
     "unet block 0" to "unet block 22"). Pass a text encoder's parameters only where it is to be trained. What has a
@@ -49,7 +49,7 @@ def make_parameter_groups(
 def _unet_parts(
     unet: Iterable[tuple[str, Parameter]], options: OptimizerOptions
 ) -> dict[str, tuple[list[Parameter], float]]:
-    """Name to parameters and rate: the U-Net as one part, or a part for each block."""
+    """Return names to parameters and rate: the U-Net as one part, or one part for each block."""
     if options.block_lr is None:
         return {"unet": ([parameter for _, parameter in unet], options.learning_rate)}
     rates = parse_block_rates(options.block_lr)
@@ -83,14 +83,16 @@ def make_optimizer(groups: Sequence[dict[str, Any]], options: OptimizerOptions) 
     try:
         optimizer = optimizer_class(list(groups), lr=options.learning_rate, **arguments)  # type: ignore[call-arg]
     except (TypeError, ValueError) as error:
-        raise UserError(f"--optimizer_type {kind.name} refuses its arguments: {error}.", "Mend them.") from error
+        raise UserError(
+            f"--optimizer_type {kind.name} refuses its arguments: {error}.", "Correct --optimizer_args."
+        ) from error
     if options.is_schedule_free:
         optimizer.train()  # type: ignore[attr-defined]
     return optimizer
 
 
 def parse_optimizer_args(words: Sequence[str]) -> dict[str, Any]:
-    """`["weight_decay=0.01", "betas=0.9,0.99"]` as arguments of a call; values are Python's numbers, tuples, booleans.
+    """Return `["weight_decay=0.01", "betas=0.9,0.99"]` as keyword arguments: numbers, tuples, booleans, None, text.
 
     Raise `UserError` for a word without "=", a value that is not of this kind, and a name given twice.
     """
@@ -100,7 +102,7 @@ def parse_optimizer_args(words: Sequence[str]) -> dict[str, Any]:
         if not equals or not name.isidentifier():
             raise UserError(f"--optimizer_args: '{word}' is not understood.", "Write name=value, without spaces.")
         if name in arguments:
-            raise UserError(f"--optimizer_args: '{name}' is given twice.", "Keep one of the two.")
+            raise UserError(f"--optimizer_args: '{name}' is set twice.", "Keep one of the two.")
         try:
             arguments[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -124,5 +126,5 @@ def _check_arguments(kind: OptimizerKind, optimizer_class: type[Optimizer], argu
     if kind.name == "Adafactor" and arguments.get("relative_step", True):
         raise UserError(
             "Adafactor with relative_step=True sets the learning rate by itself, against --learning_rate.",
-            f"Give {ADAFACTOR_RECIPE}",
+            f"Pass {ADAFACTOR_RECIPE}",
         )

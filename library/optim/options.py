@@ -24,14 +24,14 @@ ROUNDINGS = (STOCHASTIC, KAHAN, NEAREST)
 
 @dataclass(frozen=True)
 class OptimizerKind:
-    """The source of an optimizer: module, class, package to install, and the arguments that kohya's name implies."""
+    """Where an optimizer comes from: module, class, package to install, and the arguments that kohya's name implies."""
 
     name: str
     module: str
     class_name: str
     package: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    one_rate: bool = False  # finds the step size by itself, and so for all parameter groups together
+    one_rate: bool = False  # finds one learning rate by itself, for all parameter groups together
 
     def load(self) -> "type[Optimizer]":
         """Return the class. Raise `UserError`, with the command to run, if its package is not installed."""
@@ -45,11 +45,13 @@ class OptimizerKind:
         except AttributeError as error:
             raise UserError(f"--optimizer_type {self.name}: {error}.", "Check the spelling of the class.") from error
         if not (inspect.isclass(found) and issubclass(found, Optimizer)):
-            raise UserError(f"--optimizer_type {self.name} is no optimizer.", "Name a subclass of torch's Optimizer.")
+            raise UserError(
+                f"--optimizer_type {self.name} is not an optimizer.", "Name a subclass of torch.optim.Optimizer."
+            )
         closure = inspect.signature(found.step).parameters.get("closure")
         if closure is not None and closure.default is closure.empty:
-            message = f"--optimizer_type {self.name} computes the loss several times in a step, which is not offered."
-            raise UserError(message, "Name an optimizer whose step() can be called without a closure.")
+            message = f"--optimizer_type {self.name} computes the loss several times in a step, which is not supported."
+            raise UserError(message, "Choose an optimizer whose step() needs no closure.")
         return found
 
 
@@ -58,7 +60,7 @@ SCHEDULE_FREE = ("AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree")
 BITSANDBYTES = ("AdamW8bit", "PagedAdamW", "PagedAdamW8bit", "PagedAdamW32bit", "Lion8bit", "PagedLion8bit")
 DADAPTATION = ("DAdaptAdaGrad", "DAdaptAdam", "DAdaptAdan", "DAdaptLion", "DAdaptSGD")
 
-# kohya's names; those of one package in one line where they need nothing but their name.
+# kohya's names; one line for those of a package that need nothing but their name.
 OPTIMIZERS = (
     OptimizerKind("AdamW", "torch.optim", "AdamW", "torch"),
     OptimizerKind("SGDNesterov", "torch.optim", "SGD", "torch", NESTEROV),
@@ -76,7 +78,7 @@ OPTIMIZERS = (
 
 
 def kind_of(optimizer_type: str) -> OptimizerKind:
-    """Return the optimizer of a name in any case, or of a class path. Raise `UserError` for any other name."""
+    """Return the optimizer of a name, in any case, or of a class path. Raise `UserError` for any other name."""
     by_name = {kind.name.lower(): kind for kind in OPTIMIZERS} | {"": OPTIMIZERS[0]}
     known = by_name.get(optimizer_type.lower())
     if known is not None:
@@ -143,7 +145,7 @@ class OptimizerOptions:
                 yield "--learning_rate is 0, which freezes the U-Net; --block_lr has no effect then."
 
     def heavy_problems(self) -> Iterator[str]:
-        """Yield what the optimizer says of its arguments: it is made once, for a single number."""
+        """Yield what the optimizer refuses; it is constructed once, for a single weight."""
         import torch
 
         from library.optim.optimizers import make_optimizer
@@ -199,9 +201,9 @@ def parse_block_rates(text: str) -> list[float]:
     try:
         rates = [float(word) for word in text.split(",")]
     except ValueError as error:
-        raise UserError(f"--block_lr: {error}.", "Give numbers with commas between them.") from None
+        raise UserError(f"--block_lr: {error}.", "Separate numbers by commas.") from None
     if len(rates) != NUM_UNET_BLOCKS:
-        raise UserError(f"--block_lr has {len(rates)} rates.", f"Give {NUM_UNET_BLOCKS}, one for each U-Net block.")
+        raise UserError(f"--block_lr has {len(rates)} rates.", f"Pass {NUM_UNET_BLOCKS}, one for each U-Net block.")
     if not all(0 <= rate < math.inf for rate in rates):
         raise UserError(f"--block_lr is {text}.", "Every rate must be a number of 0 or more.")
     return rates

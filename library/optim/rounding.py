@@ -15,18 +15,18 @@ from torch.nn import Parameter
 from library.optim.kernels import compiled
 
 RESIDUAL = "rounding_residual"
-"""Key of an optimizer's state: what rounding has cut off the weights so far, bfloat16."""
+"""Key of an optimizer's state: what rounding has cut off the weights so far, in bfloat16."""
 
 _LOW_HALF = 0xFFFF
 """The 16 bits of a float32 that bfloat16 does not have."""
 
 
 def stochastically_rounded(values: Tensor, seed: int) -> Tensor:
-    """float32 `values` as bfloat16, up or down at random with the value as the mean; Inf and NaN stay.
+    """Return float32 `values` in bfloat16, rounded up or down at random with the value as the mean; Inf and NaN stay.
 
-    The random numbers are a function of `seed` (32 bits, signed) and of the position in the tensor: no generator has a
-    state to keep. In the sign-and-magnitude bits of a float32, adding 16 random bits below the mantissa of bfloat16
-    carries into it with exactly the probability wanted.
+    The random numbers are a function of `seed` (32 bits, signed) and of the position in the tensor: there is no
+    generator whose state would have to be saved. In the sign-and-magnitude bits of a float32, adding 16 random bits
+    below the mantissa of bfloat16 carries into it with exactly the right probability.
     """
     position = torch.arange(values.numel(), dtype=torch.int32, device=values.device).view(values.shape)
     bits = (values.view(torch.int32) + (_hashed(position, seed) & _LOW_HALF)) & ~_LOW_HALF
@@ -34,7 +34,7 @@ def stochastically_rounded(values: Tensor, seed: int) -> Tensor:
 
 
 def _hashed(counter: Tensor, seed: int) -> Tensor:
-    """32 random bits for each number: multiply and shift as in `lowbias32` of C. Wellons' hash-prospector (2018).
+    """Return 32 random bits for each number, as `lowbias32` of C. Wellons' hash-prospector (2018) does.
 
     int32 wraps around; its shifts copy the sign, so that the upper bits have to be masked off.
     """
@@ -48,9 +48,9 @@ round_stochastically = compiled(stochastically_rounded)
 
 
 def with_residual(values: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 `values` as the nearest bfloat16 and what is missing from them, in bfloat16 too: 16 bits in all.
+    """Return the nearest bfloat16 of float32 `values`, and the difference in bfloat16: 16 bits of mantissa in all.
 
-    Rounded in the bits, half to even: a compiler takes a cast to bfloat16 and back for nothing, and leaves it out.
+    Rounding works on the bits, half to even: a compiler would optimize a cast to bfloat16 and back away.
     """
     bits = values.view(torch.int32)
     nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & ~_LOW_HALF).view(torch.float32)
@@ -60,10 +60,10 @@ def with_residual(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Rounder:
-    """The rounding of a run: which kind, and a separate seed for each parameter at each step.
+    """The rounding of a run: its kind, and a seed for each parameter at each step.
 
-    A seed is made from the run's seed, the step and the parameter's place among `parameters`, so that a resumed run
-    rounds as the one that was not stopped, and every process rounds alike.
+    A seed depends on the seed of the run, the step and the position among `parameters` alone, so that a resumed run
+    rounds like one that was never stopped, and every process rounds alike.
     """
 
     def __init__(self, kind: str, parameters: Iterable[Parameter], seed: int):

@@ -58,9 +58,9 @@ class ChunkSteps:
 
 
 class Stepper:
-    """Steps `optimizer` chunk by chunk, rounding the weights that are bfloat16 as `rounder` says.
+    """Steps `optimizer` chunk by chunk and rounds bfloat16 weights with `rounder`.
 
-    `narrow_keys` are the parts of the optimizer's state to be held in bfloat16 where the weights are, as
+    `narrow_keys` are the keys of the optimizer's state to be kept in bfloat16 beside bfloat16 weights, as
     `keys_in_bfloat16` returns them. Chunks are of about `elements_per_chunk`; with `math.inf` all is stepped at once.
     """
 

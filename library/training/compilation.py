@@ -1,4 +1,4 @@
-"""`--torch_compile`: the blocks that the U-Net repeats run as compiled kernels while it is trained."""
+"""`--torch_compile`: the repeated blocks of the U-Net run as compiled kernels in training."""
 
 import logging
 from types import MethodType
@@ -16,18 +16,18 @@ from library.training.run_options import CompileOptions
 log = logging.getLogger(__name__)
 
 REGIONS: tuple[type[nn.Module], ...] = (BasicTransformerBlock, ResnetBlock2D)
-"""What is compiled: 70 transformer blocks of 2 widths and 17 residual blocks of 12 of SDXL's U-Net hold nearly all of
-its time. The whole of it at once would compile for many minutes, and again for each size of image."""
+"""What is compiled: SDXL's U-Net spends nearly all of its time in 70 transformer blocks of 2 widths and 17 residual
+blocks of 12. To compile the whole U-Net takes many minutes, and again for each size of image."""
 
 _NOTEWORTHY_SECONDS = 1.0
 
 
 def compile_regions(network: nn.Module, options: CompileOptions, device: torch.device) -> None:
-    """Let the blocks of `network` that are repeated run compiled, if the options ask for it.
+    """Compile the repeated blocks of `network`, if the options ask for it.
 
     Blocks of one kind and width share their kernels. A second size of image compiles them once more, for any size.
-    Without gradients (in sampling) the blocks run uncompiled, and so they do for sizes beyond `MAX_KERNELS`. Names,
-    weights and files of the network stay as they are. Raise `UserError` where no compiler works.
+    Without gradients (in sampling), and for sizes beyond `MAX_KERNELS`, the blocks run uncompiled. Names, weights and
+    files of the network do not change. Raise `UserError` if no compiler works.
     """
     if not options.torch_compile:
         return
@@ -43,16 +43,16 @@ def compile_regions(network: nn.Module, options: CompileOptions, device: torch.d
 
 
 class _Region:
-    """A kind of block, as it is and compiled."""
+    """A kind of block, compiled and uncompiled."""
 
     def __init__(self, kind: type[nn.Module], backend: str):
         self._kind = kind
-        # A whole graph: without, torch would give up in silence where it cannot go on.
+        # A whole graph: otherwise torch would leave out, in silence, what it cannot compile.
         self._compiled = torch.compile(kind.forward, backend=backend, fullgraph=True)
         self._left_alone: set[tuple[int, torch.Size]] = set()
 
     def forward(self, module: nn.Module, hidden: torch.Tensor, *arguments: Any, **named: Any) -> Any:
-        """Return what `module` makes of `hidden`."""
+        """Return the output of `module`, compiled unless there is a reason against it."""
         key = (id(module), hidden.shape)
         if not torch.is_grad_enabled() or key in self._left_alone:
             return self._kind.forward(module, hidden, *arguments, **named)
@@ -62,21 +62,21 @@ class _Region:
             if not self._left_alone:
                 log.warning(
                     f"torch.compile: {self._kind.__name__} has been compiled {MAX_KERNELS} times, which is the limit. "
-                    f"Sizes that come now, the first of them {list(hidden.shape)}, run uncompiled."
+                    f"Further sizes, the first of them {list(hidden.shape)}, run uncompiled."
                 )
             self._left_alone.add(key)
             return self._kind.forward(module, hidden, *arguments, **named)
 
 
 class _WarmUp:
-    """Says how long compiling has taken, before the forward pass that comes after it."""
+    """Logs how long compiling took, at the next forward pass."""
 
     def __init__(self) -> None:
         self._said_seconds = compiling_seconds()
         self._is_first = True
 
     def look(self, network: nn.Module, arguments: tuple[Any, ...]) -> None:
-        """A hook before a forward pass."""
+        """Log the seconds since the last time; a hook before a forward pass."""
         seconds = compiling_seconds()
         if seconds - self._said_seconds > _NOTEWORTHY_SECONDS:
             again = "" if self._is_first else " for another size of image"
@@ -85,7 +85,7 @@ class _WarmUp:
 
 
 def compiling_seconds() -> float:
-    """Return how long this process has been compiling so far."""
+    """Return how long this process has spent compiling."""
     return float(torch._dynamo.utils.calculate_time_spent().get("total_wall_time", 0.0))
 
 
@@ -95,5 +95,5 @@ def _require_compiler(backend: str, device: torch.device) -> None:
     if reason is not None:
         compiler = "Triton (on Windows: triton-windows)" if device.type == "cuda" else "a C++ compiler (g++, MSVC)"
         raise UserError(
-            f"--torch_compile does not work here ({reason}).", f"Install {compiler}, or leave --torch_compile out."
+            f"--torch_compile does not work here ({reason}).", f"Install {compiler}, or remove --torch_compile."
         )

@@ -59,7 +59,7 @@ def require_disk_for_saves(
         models = max(1, models - _num_present(options, is_state=False))
         states = max(int(options.saves_state), states - _num_present(options, is_state=True))
     needed = models * model_bytes + states * state_bytes
-    require_disk_space(options.output_dir, needed, "what this run is going to save")
+    require_disk_space(options.output_dir, needed, "to save what this run keeps")
 
 
 def _kept(options: SaveOptions, steps: range, steps_per_epoch: int, *, states: bool) -> Iterator[int]:

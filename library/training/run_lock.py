@@ -20,11 +20,12 @@ log = logging.getLogger(__name__)
 def run_lock(output_dir: Path, output_name: str | None) -> Iterator[None]:
     """Within the block this process is the only one that trains `output_name` into `output_dir`.
 
-    `accelerate launch` ends at once on Ctrl-C while the run it launched is still saving; whoever resumes then would
-    continue from an older state. Raise `UserError` if such a run is under way on this machine. Of several processes
-    only the first one takes part.
+    `accelerate launch` returns at once on Ctrl-C while the run is still saving: to resume then would continue from an
+    older state. Raise `UserError`, with the number of the process, if another run of this machine holds the lock. Of
+    several processes of a run only the first takes it.
 
-    The system releases the lock with the process, however it ends: forked data-loader workers do not hold it.
+    The system releases the lock when the process ends, however it ends: filelock closes it in forked children, such as
+    data-loader workers that outlive a killed run.
     """
     if os.environ.get("RANK", "0") != "0":
         yield
@@ -37,17 +38,19 @@ def run_lock(output_dir: Path, output_name: str | None) -> Iterator[None]:
         what = f"into '{output_dir}'" if output_name is None else f"'{output_name}' into '{output_dir}'"
         raise UserError(
             f"process {_holder(path)} is still training {what}, or saving it after it was stopped.",
-            "Wait until it has ended, or give another --output_name or --output_dir.",
+            "Wait until it has ended, or set another --output_name or --output_dir.",
         ) from error
     except OSError as error:
         log.warning("a second run into '%s' would not be noticed: cannot write '%s' (%s).", output_dir, path, error)
         yield
         return
     try:
-        with suppress(OSError):  # without it the other run is told of no number
+        with suppress(OSError):  # without it the other run is not told the number
             path.with_suffix(".pid").write_text(str(os.getpid()), encoding="utf-8")
         yield
     finally:
+        with suppress(OSError):
+            path.with_suffix(".pid").unlink()  # while the lock is held: afterwards it may be another run's
         lock.release()
 
 

@@ -15,23 +15,23 @@ log = logging.getLogger(__name__)
 
 STOP_FILE = "stop"
 EXIT_AFTER_SIGNAL = 128
-"""A run that a signal has stopped exits with this plus the signal's number: 130 after Ctrl-C, 143 after SIGTERM."""
+"""The exit status after a signal is this plus the number of the signal: 130 after Ctrl-C, 143 after SIGTERM."""
 SAME_SIGNAL_SECONDS = 1.0
-"""Launchers hand a Ctrl-C on that the terminal has already sent: what comes so soon is not a second one."""
+"""Launchers forward a Ctrl-C that the terminal has sent to the process too: so soon it is not a second one."""
 
 _HANG_UP: int | None = getattr(signal, "SIGHUP", None)  # not on Windows
 
 
 @dataclass
 class StopRequest:
-    """Whether the run is to end after the current step, and the exit status it then has."""
+    """Whether the run is to end after the current step, and with which exit status."""
 
     output_dir: Path
     signal_number: int | None = None
     _file_seen: bool = field(default=False, init=False)
 
     def is_made(self) -> bool:
-        """Look whether a stop has been asked for; the file is removed as it is obeyed."""
+        """Return whether a stop was requested; remove the stop file once it has been seen."""
         file = self.output_dir / STOP_FILE
         if file.is_file():
             self._file_seen = True
@@ -41,18 +41,18 @@ class StopRequest:
 
     @property
     def exit_status(self) -> int:
-        """0 for the file, as for a finished run; a signal leaves its own."""
+        """The exit status of the run: 0 after a stop file, as if finished; otherwise that of the signal."""
         return 0 if self.signal_number is None else EXIT_AFTER_SIGNAL + self.signal_number
 
 
 @contextmanager
 def listening_for_stop(output_dir: Path) -> Iterator[StopRequest]:
-    """Within the block, the first SIGINT or SIGTERM makes the request; a second one ends the process at once.
+    """Within the block, the first SIGINT, SIGTERM or SIGHUP requests a stop; a second one ends the process at once.
 
-    So does SIGHUP, unless it is ignored (nohup), but it is never the second one: a terminal that closes must not end a
-    run that is saving. Ending at once is an exception too, so that a file being written is taken back. A stop file
-    that is there already was meant for an earlier run and is removed. Outside the main thread, where no signal arrives,
-    only the file is heeded.
+    SIGHUP is ignored under nohup, and never counts as the second one: a terminal that closes must not end a run that
+    is saving. The process ends by an exception, so that a half-written file is removed. A stop file that exists
+    already was meant for an earlier run and is removed. Outside the main thread, which receives no signals, only the
+    file works.
     """
     request = StopRequest(output_dir)
     if (output_dir / STOP_FILE).is_file():
@@ -64,7 +64,7 @@ def listening_for_stop(output_dir: Path) -> Iterator[StopRequest]:
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         nonlocal first_time
-        if os.getpid() != process:  # a reader of batches that was forked a moment ago
+        if os.getpid() != process:  # a data-loader worker forked a moment ago
             return
         if number == _HANG_UP:
             _leave_terminal()
@@ -91,7 +91,7 @@ def _is_nohup(number: int) -> bool:
 
 
 def _leave_terminal() -> None:
-    """Let what is printed from now on vanish, unless it goes to a file: writing to a closed terminal is an error."""
+    """Discard further output, unless it goes to a file: writing to a closed terminal is an error."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for output in (1, 2):
         if not stat.S_ISREG(os.fstat(output).st_mode):

@@ -244,6 +244,6 @@ def test_the_legacy_projection_has_outputs_of_its_own(tiny_sdxl: Path, tmp_path)
 
 def test_a_full_disk_is_said_before_anything_is_encoded(model, calls, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
-    with pytest.raises(UserError, match="what text encoder L makes of 2 captions takes"):
+    with pytest.raises(UserError, match="to write outputs of text encoder L for 2 captions takes"):
         encode(model, tmp_path)
     assert calls == {"L": 0, "G": 0}

@@ -1,4 +1,4 @@
-"""Stepping in the backward pass gives the weights that stepping after it gives, to the last bit."""
+"""Stepping in the backward pass leads to the same weights as stepping after it, to the last bit."""
 
 from functools import partial
 

@@ -33,7 +33,7 @@ def one_group(learning_rate: float = 1e-3) -> list[dict]:
 # -- parameter groups -------------------------------------------------------------------------------------------------
 
 
-def test_each_part_is_a_group_with_its_own_rate():
+def test_each_part_is_a_group_with_a_separate_rate():
     options = OptimizerOptions(learning_rate=1e-5, learning_rate_te1=3e-6)
     groups = make_parameter_groups(options, unet(), parameters(2), parameters(4))
     assert [(group["name"], len(group["params"]), group["lr"]) for group in groups] == [
@@ -53,7 +53,7 @@ def test_a_part_with_rate_0_is_frozen_and_has_no_group():
     assert [parameter.requires_grad for parameter in (*frozen, *trained)] == [False, True]
 
 
-def test_block_rates_give_a_group_a_block_and_freeze_those_at_0():
+def test_block_rates_make_a_group_for_each_block_and_freeze_those_at_0():
     named = unet()
     rates = ["1e-5", "1e-5", "0", *["1e-5"] * 19, "2e-6"]
     groups = make_parameter_groups(OptimizerOptions(block_lr=",".join(rates)), named)
@@ -66,7 +66,7 @@ def test_nothing_left_to_train_is_an_error():
         make_parameter_groups(OptimizerOptions(learning_rate=0), unet())
 
 
-def test_the_optimizer_steps_each_group_at_its_own_rate():
+def test_the_optimizer_steps_each_group_at_its_rate():
     options = OptimizerOptions(optimizer_type="torch.optim.SGD", learning_rate=0.5, learning_rate_te2=0.25)
     named, encoder_g = unet(), parameters()
     optimizer = make_optimizer(make_parameter_groups(options, named, (), encoder_g), options)
@@ -108,8 +108,8 @@ def test_an_argument_that_is_not_understood_is_named(word: str):
     assert f"'{word}'" in str(caught.value)
 
 
-def test_an_argument_given_twice_is_an_error():
-    with pytest.raises(UserError, match="'eps' is given twice"):
+def test_an_argument_set_twice_is_an_error():
+    with pytest.raises(UserError, match="'eps' is set twice"):
         parse_optimizer_args(["eps=1", "eps=2"])
 
 
@@ -151,7 +151,7 @@ def test_every_optimizer_is_made_or_its_package_asked_for(kind: OptimizerKind):
         (OptimizerOptions(learning_rate=-1), "--learning_rate is -1; it must be a number of 0 or more"),
         (OptimizerOptions(learning_rate_te2=float("inf")), "--learning_rate_te2 is inf"),
         (OptimizerOptions(max_grad_norm=-1), "--max_grad_norm is -1"),
-        (OptimizerOptions(block_lr="1e-5,1e-5"), "--block_lr has 2 rates. Give 23"),
+        (OptimizerOptions(block_lr="1e-5,1e-5"), "--block_lr has 2 rates. Pass 23"),
         (OptimizerOptions(block_lr="1e-5,fast"), "--block_lr: could not convert string to float: 'fast'"),
         (OptimizerOptions(block_lr=",".join(["-1"] * 23)), "Every rate must be a number of 0 or more"),
         (OptimizerOptions(block_lr=",".join(["1"] * 23), learning_rate=0), "--block_lr has no effect"),
@@ -159,7 +159,7 @@ def test_every_optimizer_is_made_or_its_package_asked_for(kind: OptimizerKind):
         (OptimizerOptions(optimizer_type="prodigee"), "It must be one of Prodigy, AdamW, "),
         (OptimizerOptions(optimizer_type="nowhere.to.Be"), "Run: python -m pip install nowhere"),
         (OptimizerOptions(optimizer_type="torch.optim.AdamX"), "has no attribute 'AdamX'"),
-        (OptimizerOptions(optimizer_type="torch.nn.Linear"), "torch.nn.Linear is no optimizer"),
+        (OptimizerOptions(optimizer_type="torch.nn.Linear"), "torch.nn.Linear is not an optimizer"),
         (OptimizerOptions(optimizer_type="torch.optim.LBFGS"), "LBFGS computes the loss several times in a step"),
         (OptimizerOptions(optimizer_args=["weight_decay"]), "'weight_decay' is not understood"),
         (OptimizerOptions(optimizer_args=["decay=1", "rho=2"]), "AdamW does not take decay, rho. It takes betas, eps"),

@@ -45,7 +45,7 @@ def test_the_compiled_kernel_rounds_to_the_same_bits():
     assert torch.equal(round_stochastically(values, -9), stochastically_rounded(values, -9))
 
 
-def test_each_parameter_step_and_run_has_a_seed_of_its_own_and_a_resumed_run_the_same():
+def test_each_parameter_step_and_run_has_a_separate_seed_and_a_resumed_run_the_same():
     parameters = [Parameter(torch.zeros(2)) for _ in range(3)]
 
     def seeds(run_seed: int, steps: range, of: list[Parameter]) -> list[int]:

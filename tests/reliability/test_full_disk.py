@@ -5,6 +5,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -81,7 +82,8 @@ def test_training_goes_on_and_saves_again_when_there_is_room(
 
 def test_the_finished_model_is_saved_as_soon_as_there_is_room(disk: Disk, monkeypatch, caplog):
     monkeypatch.setattr(checkpoints, "RETRY_SECONDS", 0.0)
-    monkeypatch.setattr(checkpoints.time, "sleep", lambda seconds: disk.make_room())
+    # In this room alone: threads of other tests may sleep too.
+    monkeypatch.setattr(checkpoints, "time", SimpleNamespace(sleep=lambda seconds: disk.make_room()))
 
     def write(path: Path) -> None:
         with replacing(path) as file:
@@ -114,7 +116,7 @@ def test_latents_and_metadata_that_do_not_fit_leave_everything_as_it_was(
     disk.fill()
     argv = [images, meta, disk.folder / "meta_lat.json", tiny_sdxl, "--max_resolution=128,128", *BUCKET_FLAGS]
     assert prepare_buckets_latents.main([str(argument) for argument in argv]) == 2
-    assert "latents of 3 images takes" in capsys.readouterr().err
+    assert "to write latents of 3 images takes" in capsys.readouterr().err
     assert sdxl_merge_captions_g_to_metadata.main([str(images), str(meta)]) == 2
     assert f"cannot write '{meta}': No space left on device" in capsys.readouterr().err
     disk.make_room()
