@@ -31,15 +31,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run_slow", action="store_true", help="run the tests that take minutes")
 
 
-TRAINING_FIXTURES = {"train", "train_in", "trainer", "_server", "workflow"}
-"""Fixtures that run the trainer: a test that uses one is marked `trains`."""
+MARKS_OF_FIXTURES = {
+    "trains": {"train", "train_in", "trainer", "_server", "workflow"},
+    "heavy": {"tiny_sdxl", "classifier", "empty_environment"},
+}
+"""A test that uses one of these fixtures, directly or through another, has the mark. A quick run skips both marks."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if not TRAINING_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.trains)
+        for mark, fixtures in MARKS_OF_FIXTURES.items():
+            if not fixtures.isdisjoint(getattr(item, "fixturenames", ())):
+                item.add_marker(mark)
     if config.getoption("--run_slow"):
         return
     for item in items:

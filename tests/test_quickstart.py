@@ -93,6 +93,7 @@ def test_an_installation_that_fails_leaves_no_stamp(tmp_path, empty_environment)
     assert not environment.stamp(requirements).exists()
 
 
+@pytest.mark.heavy
 def test_an_environment_that_was_cut_short_is_made_whole(tmp_path):
     environment = Environment(tmp_path / "environment")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment.folder], check=True)
@@ -162,6 +163,7 @@ def test_only_the_tests_take_further_arguments(capsys):
     assert "--steps=5" in capsys.readouterr().err
 
 
+@pytest.mark.heavy
 def test_the_exit_status_of_the_tests_is_that_of_pytest(tmp_path):
     passing, failing = tmp_path / "test_passing.py", tmp_path / "test_failing.py"
     passing.write_text("def test_it():\n    assert True\n", encoding="utf-8")

@@ -12,6 +12,8 @@ from demo.random_sdxl import TINY
 from library.sdxl.architecture import SDXL_BASE
 from library.sdxl.checkpoint_file import ModelDtypes
 
+pytestmark = pytest.mark.heavy
+
 CPU = torch.device("cpu")
 NAP = 0.02  # seconds
 

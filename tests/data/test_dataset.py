@@ -169,6 +169,7 @@ def test_the_loader_gives_the_batches_of_the_order_epoch_after_epoch(tmp_path):
     assert all(same(rest, batch) for rest, batch in zip(loader, batches[2:], strict=True))
 
 
+@pytest.mark.heavy
 def test_spawned_workers_give_the_same_batches_in_each_epoch_that_they_live_through(tmp_path, monkeypatch):
     dataset = mixed_set(tmp_path, swapped=True)  # to tell tokens of the table from those of another tokenization
     monkeypatch.setattr(os, "cpu_count", lambda: 3)  # so many are needed for two workers
@@ -228,6 +229,7 @@ raise RuntimeError("this run has crashed")
 """
 
 
+@pytest.mark.heavy
 def test_a_crash_ends_the_process_though_workers_ignore_what_ends_them():
     command = [sys.executable, "-c", CRASH]
     ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False)

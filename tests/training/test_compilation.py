@@ -15,6 +15,8 @@ from library.training import compilation
 from library.training.compilation import compile_regions
 from library.training.run_options import CompileOptions
 
+pytestmark = pytest.mark.heavy
+
 CPU = torch.device("cpu")
 TRACED = CompileOptions(torch_compile=True, dynamo_backend="aot_eager")  # the whole way but the C++ compiler
 CHANNELS = 16
