@@ -15,7 +15,7 @@ from collections.abc import Sequence
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 from library.config.errors import exits_on_user_error
-from library.config.kohya_flags import TRAINER_REFUSED, TRAINER_REPLACED
+from library.config.kohya_spellings import TRAINER_SPELLINGS
 from library.config.options import parse_options
 from library.training.run_lock import run_lock
 from library.training.run_options import OPTION_CLASSES, TrainingOptions
@@ -32,8 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             OPTION_CLASSES,
             argv,
             description=DESCRIPTION,
-            replaced=TRAINER_REPLACED,
-            refused=TRAINER_REFUSED,
+            spellings=TRAINER_SPELLINGS,
             conflicts=lambda *classes: TrainingOptions(*classes).conflicts(),
         )
     )

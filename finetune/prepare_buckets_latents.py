@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywher
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 from library.config.errors import exits_on_user_error
-from library.config.kohya_flags import PREPARE_REFUSED, PREPARE_REPLACED
+from library.config.kohya_spellings import PREPARE_SPELLINGS
 from library.config.options import option, parse_options, positional
 from library.data.buckets import BucketOptions, parse_resolution
 
@@ -66,7 +66,7 @@ OPTION_CLASSES = [PrepareOptions, LatentOptions, BucketOptions]
 def main(argv: Sequence[str] | None = None) -> int:
     """Prepare the images that the command line names; return 1 if some could not be used."""
     options, latents, bucket_options = parse_options(
-        OPTION_CLASSES, argv, description=DESCRIPTION, replaced=PREPARE_REPLACED, refused=PREPARE_REFUSED
+        OPTION_CLASSES, argv, description=DESCRIPTION, spellings=PREPARE_SPELLINGS
     )
     rule = bucket_options.rule(parse_resolution(options.max_resolution))
     # Only now: a mistake on the command line is answered without the seconds that importing torch takes.

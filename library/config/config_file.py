@@ -1,54 +1,51 @@
-"""Options in a TOML file: keys are flag names, sections are only headings."""
+"""Options in a TOML file: keys are flag names, sections are only headings. JSON is what kohya's GUI saves."""
 
+import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.config.atomic_files import write_text
-from library.config.errors import UserError, error_of_problems, nearest
-from library.config.spellings import Spellings
+from library.config.errors import UserError, error_of_problems
+from library.config.kohya_gui import flags_of_gui
+from library.config.spellings import Refusals, Refused, Spellings, is_one_of
 
 if TYPE_CHECKING:
     from library.config.options import Option
 
 NONE_TEXT = "None"
 SUFFIX = ".toml"
-# The types that a TOML value may have, by the type of the option.
-_TOML_TYPES: dict[type, tuple[type, ...]] = {
-    str: (str,),
-    int: (int,),
-    float: (float, int),
-    bool: (bool,),
-    Path: (str,),
-}
+GUI_SUFFIX = ".json"
 _NO_INTEGER = 2**64
 """TOML promises 64 bits; Python reads thousands of digits and then refuses to print them."""
 
 
 def config_file_path(path: Path) -> Path:
     """Return `path` with the `.toml` that users of kohya's trainer leave off."""
-    return path if path.name.endswith(SUFFIX) else path.with_name(path.name + SUFFIX)
+    return path if path.name.endswith((SUFFIX, GUI_SUFFIX)) else path.with_name(path.name + SUFFIX)
 
 
 def read_config_file(path: Path, options: Sequence["Option"], spellings: Spellings) -> dict[str, Any]:
-    """Return the values of a TOML file by option name.
+    """Return the values of a file by option name.
 
-    A replaced switch that is false, and a refused flag that is switched off (false, 0, empty), ask for nothing and
-    are skipped: a file that kohya's `--output_config` wrote lists dozens of them. Raise one `UserError` that names
-    every key that cannot be used.
+    Keys that ask for nothing are skipped: a file that kohya's `--output_config` or a settings window wrote lists
+    dozens of them. Raise one `UserError` that names every key that cannot be used.
     """
     flags = [option for option in options if not option.is_positional]
-    known = {name.lstrip("-"): option for option in flags for name in (option.flag, *option.aliases)}
+    known = {name: option for option in flags for name in (option.flag, *option.aliases)}
     values: dict[str, Any] = {}
-    problems = []
-    for key, value in _entries(_read_toml(path), path):
+    problems: list[str] = []
+    refused = Refusals()
+    for key, value in _entries(path):
         try:
             _take(key, value, known, spellings, values)
+        except Refused as refusal:
+            refused.add(refusal)
         except UserError as error:
-            problems.append(f"in '{path}': {error}")
-    if problems:
-        raise error_of_problems(problems)
+            problems.append(str(error))
+    if problems or refused:
+        raise error_of_problems([f"in '{path}': {each}" for each in (*refused.problems(), *problems)])
     return values
 
 
@@ -59,6 +56,8 @@ def write_config_file(path: Path, instances: Sequence[Any], options: Sequence["O
     """
     import tomli_w  # only now: few commands write
 
+    if path.suffix == GUI_SUFFIX:
+        raise UserError(f"--output_config writes TOML, and '{path}' is a name of JSON.", f"Name it .{SUFFIX[1:]}.")
     if path.exists():
         raise UserError(
             f"'{path}' exists already and is not overwritten.", "Name another --config_file, or remove the file first."
@@ -74,24 +73,13 @@ def write_config_file(path: Path, instances: Sequence[Any], options: Sequence["O
     write_text(path, tomli_w.dumps({name: values for name, values in sections.items() if values}))
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        # utf-8-sig: Windows' Notepad puts a byte-order mark in front.
-        return parse_toml(path.read_bytes().decode("utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"cannot read '{path}': {error.strerror or error}.", "Check --config_file.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"'{path}' is not UTF-8 text.", "Save it again with the encoding UTF-8.") from error
-    except ValueError as error:
-        raise UserError(
-            f"'{path}' is not valid TOML: {error}.",
-            r"Write text in quotes, and Windows paths in single quotes: 'C:\my set\images'.",
-        ) from error
-
-
-def _entries(document: dict[str, Any], path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield the keys and values of the file, those of its sections included."""
-    for key, value in document.items():
+def _entries(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield keys and values of the file as flags without dashes, those of its sections included."""
+    text = _read_text(path)
+    if path.suffix == GUI_SUFFIX:
+        yield from flags_of_gui(_read_json(text, path)).items()
+        return
+    for key, value in _read_toml(text, path).items():
         if not isinstance(value, dict):
             yield key, value
             continue
@@ -104,20 +92,55 @@ def _entries(document: dict[str, Any], path: Path) -> Iterator[tuple[str, Any]]:
             yield inner_key, inner_value
 
 
+def _read_text(path: Path) -> str:
+    try:
+        # utf-8-sig: Windows' Notepad puts a byte-order mark in front.
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read '{path}': {error.strerror or error}.", "Check --config_file.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"'{path}' is not UTF-8 text.", "Save it again with the encoding UTF-8.") from error
+
+
+def _read_toml(text: str, path: Path) -> dict[str, Any]:
+    try:
+        return parse_toml(text)
+    except ValueError as error:
+        raise UserError(
+            f"'{path}' is not valid TOML: {error}.",
+            r"Write text in quotes, and Windows paths in single quotes: 'C:\my set\images'.",
+        ) from error
+
+
+def _read_json(text: str, path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"'{path}' is not valid JSON: {error}.", "Save it again, or write the options as TOML."
+        ) from error
+    if not isinstance(document, dict):
+        raise UserError(f"'{path}' is not a JSON object of settings.", 'It must look like {"learning_rate": 1e-5}.')
+    return document
+
+
 def _take(key: str, value: Any, known: Mapping[str, "Option"], spellings: Spellings, values: dict[str, Any]) -> None:
-    """Put the value of one key into `values`, under the option's name."""
-    flag = f"--{key.replace('-', '_')}"
-    if flag in spellings.refused:
-        if value:
-            raise UserError(f"{key}: {spellings.refused[flag]}")
+    """Put the value of one key into `values`, under the option's name, unless it asks for nothing."""
+    old_flag = f"--{key.replace('-', '_')}"
+    if value is None or key in spellings.file_only:
         return
-    if flag in spellings.replaced and value is False:
+    is_old = old_flag in spellings.refused or old_flag in spellings.replaced
+    if is_old and spellings.asks_for_nothing(old_flag, value):
         return
-    flag, implied = spellings.current(flag)
-    option = known.get(flag.lstrip("-"))
+    if old_flag in spellings.refused:
+        raise Refused(key, spellings.refused[old_flag])
+    flag, implied = spellings.current(old_flag)
+    option = known.get(flag)
     if option is None:
-        raise UserError(f"unknown key '{key}'.", nearest(key, known))
-    new = _from_toml(option, value) if implied is None else option.from_text(implied)
+        raise UserError(f"unknown key '{key}'.", spellings.advice(old_flag, known).replace("mean --", "mean "))
+    if _is_left_alone(option, value):
+        return
+    new = _from_file(option, value) if implied is None else option.from_text(implied)
     if option.is_switch:
         # kohya's files hold "sdpa = false" beside "xformers = true", which means sdpa here: what is on stays on.
         new = new or values.get(option.name, False)
@@ -126,21 +149,36 @@ def _take(key: str, value: Any, known: Mapping[str, "Option"], spellings: Spelli
     values[option.name] = new
 
 
-def _from_toml(option: "Option", value: Any) -> Any:
+def _is_left_alone(option: "Option", value: Any) -> bool:
+    """Return whether the value is that of a field that nobody filled in."""
+    is_text = option.value_type is str and not option.is_list and not option.is_optional
+    return (value == "" and not is_text) or is_one_of(value, option.neutral)
+
+
+def _from_file(option: "Option", value: Any) -> Any:
     if option.is_optional and value == NONE_TEXT:
         return None
     if not option.is_list:
-        return _element_from_toml(option, value)
+        return _element_from_file(option, value)
     if not isinstance(value, list):
         raise UserError(f"{option.name} expects a list in square brackets, not {value!r}.")
-    return [_element_from_toml(option, element) for element in value]
+    return [_element_from_file(option, element) for element in value]
 
 
-def _element_from_toml(option: "Option", value: Any) -> Any:
-    # An exact match: True is an int for isinstance.
-    if type(value) not in _TOML_TYPES[option.value_type]:
+def _element_from_file(option: "Option", value: Any) -> Any:
+    """Return one value of an option: numbers also in quotes, 0 and 1 for a switch, a whole number for a text."""
+    if isinstance(value, bool):  # an int for isinstance
+        is_possible = option.value_type is bool
+    elif isinstance(value, int):
+        is_possible = option.value_type is not Path and not (option.value_type is str and option.is_list)
+    else:
+        is_possible = isinstance(value, str) or (isinstance(value, float) and option.value_type in (int, float))
+    if not is_possible:
         raise option.refusal(value)
-    return option.from_text(value) if option.value_type is Path else option.among_choices(option.value_type(value))
+    try:
+        return option.from_text(str(value))
+    except UserError:
+        raise option.refusal(value) from None
 
 
 def _toml_value(value: Any) -> Any:

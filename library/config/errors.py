@@ -13,6 +13,9 @@ from library.config.messages import start_logging
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
+_LEAST_LIKENESS = 0.75
+"""Of a misspelt name to the one that is meant: one or two letters, not a name that merely shares some."""
+
 log = logging.getLogger(__name__)
 
 
@@ -59,9 +62,11 @@ def error_of_problems(problems: Sequence[str]) -> UserError:
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """Return the sentence "Did you mean ...?" with the closest of `names`, or "" if none is close."""
-    names = list(names)
-    matches = [each for each in names if each.startswith(name)] or difflib.get_close_matches(name, names, n=1)
-    return f"Did you mean {matches[0]}?" if matches else ""
+    by_word = {each.lstrip("-"): each for each in names}
+    word = name.lstrip("-")
+    matches = [each for each in by_word if word and each.startswith(word)]
+    matches = matches or difflib.get_close_matches(word, by_word, n=1, cutoff=_LEAST_LIKENESS)
+    return f"Did you mean {by_word[matches[0]]}?" if matches else ""
 
 
 def listed(names: Sequence[str], limit: int = 10) -> str:

@@ -12,6 +12,7 @@ TRAINER_REPLACED: dict[str, str] = {
     "--use_8bit_adam": "--optimizer_type=AdamW8bit",
     "--use_lion_optimizer": "--optimizer_type=Lion",
     "--use_safetensors": "--save_model_as=safetensors",
+    "--fused_optimizer_groups": "--fused_backward_pass=true",
 }
 
 PREPARE_REPLACED: dict[str, str] = {}
@@ -114,7 +115,6 @@ _LOSS: dict[str, str] = {
 }
 
 _OPTIMIZER: dict[str, str] = {
-    "--fused_optimizer_groups": "--fused_backward_pass frees each gradient once used, with every optimizer. Use that.",
     **dict.fromkeys(
         ("--lr_scheduler_type", "--lr_scheduler_args"),
         "custom schedules are not offered yet. Choose one of --lr_scheduler.",
@@ -179,9 +179,45 @@ _FILES_AND_LOGS: dict[str, str] = {
     "--metadata_thumbnail": "not offered yet. Add the image to the saved file with a model manager.",
     "--wandb_api_key": "a key on the command line ends up in histories and logs. Set the environment variable "
     "WANDB_API_KEY, or run 'wandb login' once.",
-    "--wandb_run_name": "not offered yet. Name the run with --log_prefix, or set the environment variable WANDB_NAME.",
     "--log_tracker_config": "not offered yet. Configure the tracker with its environment variables.",
     "--log_config": "not offered yet. Keep the options of a run beside it with --output_config and --config_file.",
+}
+
+_LORA_ADVICE = (
+    "belongs to LoRA training, and this trainer trains the whole model. Leave it off; a LoRA can be extracted from the "
+    "saved model afterwards."
+)
+_DREAMBOOTH_ADVICE = "belongs to DreamBooth training. Leave it off; captions of all images stand in --in_json."
+
+# Flags of the reference's other trainers, and of the files that its settings window writes for them.
+OTHER_TRAINERS: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            *("--network_module", "--network_dim", "--network_alpha", "--network_args", "--network_weights"),
+            *("--network_dropout", "--network_train_unet_only", "--network_train_text_encoder_only", "--LoRA_type"),
+            *("--LyCORIS_preset", "--unet_lr", "--text_encoder_lr", "--dim_from_weights", "--scale_weight_norms"),
+            *("--base_weights", "--base_weights_multiplier", "--no_metadata", "--fp8_base_unet"),
+            *("--skip_until_initial_step", "--initial_epoch", "--initial_step", "--lora_network_weights", "--conv_dim"),
+            *("--conv_alpha", "--conv_block_dims", "--conv_block_alphas", "--block_dims", "--block_alphas"),
+            *("--down_lr_weight", "--mid_lr_weight", "--up_lr_weight", "--block_lr_zero_threshold", "--rank_dropout"),
+            *("--rank_dropout_scale", "--module_dropout", "--decompose_both", "--train_on_input", "--train_norm"),
+            *("--use_cp", "--use_tucker", "--use_scalar", "--constrain", "--rescaled", "--bypass_mode", "--dora_wd"),
+            *("--factor", "--loraplus_lr_ratio", "--loraplus_unet_lr_ratio", "--loraplus_text_encoder_lr_ratio"),
+            *("--ggpo_beta", "--ggpo_sigma"),
+        ),
+        _LORA_ADVICE,
+    ),
+    **dict.fromkeys(
+        (
+            *("--prior_loss_weight", "--stop_text_encoder_training", "--stop_text_encoder_training_pct"),
+            *("--no_token_padding", "--class_tokens", "--instance_prompt", "--class_prompt"),
+        ),
+        _DREAMBOOTH_ADVICE,
+    ),
+    **dict.fromkeys(
+        ("--lowvram", "--network_merge_n_models"),
+        "belongs to other trainers. Leave it off; --gradient_checkpointing and --full_bf16 save memory.",
+    ),
 }
 
 TRAINER_REFUSED: dict[str, str] = {
@@ -193,6 +229,7 @@ TRAINER_REFUSED: dict[str, str] = {
     **_OPTIMIZER,
     **_PRECISION_AND_MEMORY,
     **_FILES_AND_LOGS,
+    **OTHER_TRAINERS,
 }
 
 PREPARE_REFUSED: dict[str, str] = {"--v2": _OTHER_MODEL["--v2"]}

@@ -1,22 +1,23 @@
 """Dataclass fields to flags, and flags to dataclasses: default, then `--config_file`, then the command line."""
 
-import argparse
 import dataclasses
 import logging
 import os
 import sys
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 from library.config.config_file import NONE_TEXT, config_file_path, read_config_file, write_config_file
 from library.config.errors import UserError, error_of_problems
-from library.config.spellings import Spellings
+from library.config.option_parser import OptionParser
+from library.config.spellings import Spellings, is_one_of
 
 log = logging.getLogger(__name__)
 
 _WORDS = {**dict.fromkeys(("true", "yes", "on", "1"), True), **dict.fromkeys(("false", "no", "off", "0"), False)}
+_EXACT_IN_FLOAT = 2**53
 _LONGEST_NAME = 255  # of a file or folder, in bytes; asking the system about a longer one is an error
 
 
@@ -54,6 +55,16 @@ def _truth(text: str) -> bool:
     return _WORDS[text.lower()]
 
 
+def _whole_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        number = float(text)  # 6.0, as forms write whole numbers, and 1e4
+        if not number.is_integer() or abs(number) > _EXACT_IN_FLOAT:
+            raise
+        return int(number)
+
+
 def _path(text: str) -> Path:
     # Path("") is the current folder, which an empty shell variable was never meant to be.
     if not text or "\0" in text or max(len(os.fsencode(part)) for part in text.split("/")) > _LONGEST_NAME:
@@ -64,7 +75,7 @@ def _path(text: str) -> Path:
 # For each type of value: what to call it in messages, and how to read it.
 _KINDS: dict[type, tuple[str, Callable[[str], Any]]] = {
     str: ("text", str),
-    int: ("a whole number", int),
+    int: ("a whole number", _whole_number),
     float: ("a number", float),
     bool: ("true or false", _truth),
     Path: ("a path", _path),
@@ -85,6 +96,7 @@ class Option:
     choices: tuple[Any, ...] = ()
     aliases: tuple[str, ...] = ()
     nargs: str | int | None = None
+    neutral: tuple[str, ...] = ()  # values that mean the same as leaving the flag out
 
     @property
     def flag(self) -> str:
@@ -106,8 +118,10 @@ class Option:
 
         Raise `UserError` with the flag, the text and what is expected.
         """
-        if self.is_optional and not self.is_list and text == NONE_TEXT:
+        if self.is_optional and not self.is_list and text in (NONE_TEXT, ""):
             return None
+        if is_one_of(text, self.neutral):
+            return self.default
         try:
             value = _KINDS[self.value_type][1](text)
         except ValueError:
@@ -167,7 +181,8 @@ class ConfigFileOptions:
 
     config_file: Path | None = option(
         None,
-        "Read options from this TOML file, flag names as keys; '.toml' may be left off. The command line overrides it.",
+        "Read options from this TOML file, flag names as keys; '.toml' may be left off. The command line overrides it. "
+        "A .json file is read as what the settings window of kohya's family saves.",
     )
     output_config: bool = option(
         False, "Write the current options to --config_file, which must not exist yet, and exit without training."
@@ -185,19 +200,21 @@ _NOT_IN_A_FILE = dict.fromkeys(
 )
 
 
+_NO_SPELLINGS = Spellings()
+
+
 def parse_options(
     option_classes: Sequence[type],
     argv: Sequence[str] | None,
     *,
     description: str,
-    replaced: Mapping[str, str] = types.MappingProxyType({}),
-    refused: Mapping[str, str] = types.MappingProxyType({}),
+    spellings: Spellings = _NO_SPELLINGS,
     conflicts: Callable[..., Iterable[str]] = lambda *instances: (),
 ) -> tuple[Any, ...]:
     """Return one instance of each option class, in order, from `argv` (None: the arguments of this process).
 
     A value comes from the command line, else from the TOML file of `--config_file` (if `ConfigFileOptions` is among the
-    classes), else from the field's default. `replaced` and `refused` are described at `Spellings`.
+    classes), else from the field's default. `spellings` are those of other programs.
 
     What cannot work is reported together, in one `UserError`: what each class yields in `problems()`, and the sentences
     of `conflicts(*instances)` about combinations across classes. Only if there is nothing to report is each class asked
@@ -206,9 +223,8 @@ def parse_options(
     Raise `UserError` for whatever the user can fix. With `--output_config` the file is written, unchecked so that an
     unfinished command can be kept as a template, and `SystemExit(0)` is raised, as by `--help`.
     """
-    spellings = Spellings(replaced, refused)
     argv = sys.argv[1:] if argv is None else argv
-    parser = _OptionParser(option_classes, description)
+    parser = OptionParser(_options_of_each(option_classes, spellings), description)
     arguments = spellings.current_arguments(argv, parser.options)
     instances = parser.instances(arguments)
     source = next((each for each in instances if isinstance(each, ConfigFileOptions)), ConfigFileOptions())
@@ -218,8 +234,12 @@ def parse_options(
             write_config_file(path, [each for each in instances if each is not source], parser.options)
             log.info("wrote the options to '%s'", path)
             raise SystemExit(0)
-        in_file = Spellings(replaced, {**refused, **_NOT_IN_A_FILE})
-        parser.set_defaults(**read_config_file(path, parser.options, in_file))
+        in_file = dataclasses.replace(spellings, refused={**spellings.refused, **_NOT_IN_A_FILE})
+        values = read_config_file(path, parser.options, in_file)
+        parser.set_defaults(**values)
+        instances = parser.instances(arguments)
+        idle = {name for name in values if not _is_on(spellings.idle.get(name), instances)}
+        parser.set_defaults(**{each.name: each.default for each in parser.options if each.name in idle})
         instances = parser.instances(arguments)
 
     problems = [*_said("problems", instances), *conflicts(*instances), *spellings.overruled(argv, instances)]
@@ -229,59 +249,20 @@ def parse_options(
     return instances
 
 
+def _options_of_each(option_classes: Sequence[type], spellings: Spellings) -> dict[type, list[Option]]:
+    neutral = spellings.neutral
+    return {
+        option_class: [
+            dataclasses.replace(each, neutral=tuple(neutral.get(each.flag, ()))) for each in options_of(option_class)
+        ]
+        for option_class in option_classes
+    }
+
+
+def _is_on(switch: str | None, instances: Sequence[Any]) -> bool:
+    """Return whether a switch is on, among the options of `instances`; no switch is."""
+    return switch is None or any(getattr(each, switch, False) for each in instances)
+
+
 def _said(method: str, instances: Sequence[Any]) -> list[str]:
     return [problem for each in instances if hasattr(each, method) for problem in getattr(each, method)()]
-
-
-class _OptionParser(argparse.ArgumentParser):
-    """A parser whose flags are `Option`s, a group for each class, and whose errors are `UserError`s."""
-
-    def __init__(self, option_classes: Sequence[type], description: str):
-        self.of_class = {option_class: options_of(option_class) for option_class in option_classes}
-        self.options = [each for options in self.of_class.values() for each in options]
-        words = ["%(prog)s", *(each.name for each in self.options if each.is_positional), "[--flag value ...]"]
-        super().__init__(
-            usage=" ".join(words), description=description, formatter_class=_HelpFormatter, allow_abbrev=False
-        )
-        for option_class, options in self.of_class.items():
-            group = self.add_argument_group(getattr(option_class, "_argument_group_name", None))
-            for each in options:
-                group.add_argument(each.flag, *each.aliases, **_settings(each))
-
-    def instances(self, arguments: Sequence[str]) -> tuple[Any, ...]:
-        """Return one instance of each class. Raise `UserError` for arguments that belong to no option."""
-        values, unexpected = self.parse_known_args(list(arguments))
-        if unexpected:
-            raise UserError(
-                f"unexpected argument {unexpected[0]!r}.",
-                "Put a value that holds spaces in quotes, and write the value of a switch as --switch=false.",
-            )
-        return tuple(
-            option_class(**{each.name: getattr(values, each.name) for each in options})
-            for option_class, options in self.of_class.items()
-        )
-
-    def error(self, message: str) -> NoReturn:
-        """Raise what argparse would print with the whole usage."""
-        lacks_value = message.endswith("expected one argument")
-        remedy = "Write a value that begins with '-' as --flag=value." if lacks_value else "See --help."
-        raise UserError(f"{message.removeprefix('argument ')}.", remedy)
-
-
-def _settings(each: Option) -> dict[str, Any]:
-    """Return the settings of `add_argument`."""
-    settings: dict[str, Any] = {"type": each.from_text, "help": each.help.replace("%", "%%"), "nargs": each.nargs}
-    if each.choices:
-        settings["metavar"] = f"{{{','.join(map(str, each.choices))}}}"
-    if each.is_switch:
-        settings |= {"nargs": "?", "const": True}
-    if not each.is_positional:
-        settings |= {"default": each.default, "dest": each.name}
-    return settings
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, and switches as the bare flags that users write."""
-
-    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
-        return "" if action.const is True else super()._format_args(action, default_metavar)

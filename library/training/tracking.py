@@ -43,6 +43,7 @@ class TrackingOptions:
     )
     log_prefix: str | None = option(None, "Prefix of the name of the run's log folder.")
     log_tracker_name: str | None = option(None, "Name of the tracker. Default: finetuning.")
+    wandb_run_name: str | None = option(None, "Name of the run in wandb. Other trackers have none.")
 
     @property
     def trackers(self) -> list[str]:
@@ -161,8 +162,9 @@ class Tracker:
     def _open_log(self) -> None:
         # Steps that a killed run logged after its last state are logged again: the curves must not have two branches.
         tensorboard = {"purge_step": self._steps_done + 1} if self._steps_done else {}
+        wandb = {"name": self._options.wandb_run_name} if self._options.wandb_run_name else {}
         name = self._options.log_tracker_name or "finetuning"
-        self._accelerator.init_trackers(name, init_kwargs={"tensorboard": tensorboard})
+        self._accelerator.init_trackers(name, init_kwargs={"tensorboard": tensorboard, "wandb": wandb})
 
     def _log(self, write: Callable[[], None]) -> None:
         """Call `write`. TensorBoard's writer is unusable after its first failure: open another one a minute later."""

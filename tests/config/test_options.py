@@ -10,6 +10,7 @@ import pytest
 
 from library.config.errors import UserError
 from library.config.options import ConfigFileOptions, option, parse_options, positional
+from library.config.spellings import Spellings
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ REFUSED = {"--v2": "belongs to another model. Leave it off.", "--lowram": "does 
 
 
 def parse(*argv, classes=CLASSES, **more):
-    return parse_options(classes, argv, description="Test.", replaced=REPLACED, refused=REFUSED, **more)
+    return parse_options(classes, argv, description="Test.", spellings=Spellings(REPLACED, REFUSED), **more)
 
 
 def message(*argv, **more):
@@ -89,6 +90,10 @@ def test_without_arguments_every_option_has_its_default():
         ([r"--vae=C:\my set\new vae"], "vae", Path(r"C:\my set\new vae")),
         (["--vae_path", "x"], "vae", Path("x")),
         (["--vae=x", "--vae=None"], "vae", None),
+        (["--vae=x", "--vae="], "vae", None),
+        (["--max_train_epochs=6.0"], "max_train_epochs", 6),
+        (["--use_8bit_adam=1"], "optimizer_type", "AdamW8bit"),
+        (["--use_8bit_adam=false"], "optimizer_type", "AdamW"),
         (["--max_token_length", "225"], "max_token_length", 225),
         (["--max-token-length=None"], "max_token_length", None),
         (["--mixed_precision=bf16"], "mixed_precision", "bf16"),
@@ -157,13 +162,13 @@ def test_help_ends_with_status_0_and_shows_groups_defaults_and_underscores_only(
         (["--max_train_epochs=1.5"], "--max_train_epochs expects a whole number or None, not '1.5'."),
         (["--mixed_precision=bf61"], "--mixed_precision expects one of no, fp16, bf16, not 'bf61'."),
         (["--max_token_length=75"], "--max_token_length expects one of 150, 225 or None, not 75."),
-        (["--vae="], "--vae expects a path or None, not ''."),
+        (["--learning_rate="], "--learning_rate expects a number, not ''."),
         (["--sdpa=maybe"], "--sdpa expects true or false, not 'maybe'."),
         (["--sdpa", "false"], "unexpected argument 'false'."),
         (["--model"], "--model: expected one argument."),
         (["my", "set"], "unexpected argument 'my'."),
         (["--v2"], "--v2: belongs to another model. Leave it off."),
-        (["--use_8bit_adam=1"], "--use_8bit_adam takes no value: it means --optimizer_type=AdamW8bit."),
+        (["--use_8bit_adam=x"], "--use_8bit_adam takes no value: it means --optimizer_type=AdamW8bit."),
         (["--use_8bit_adam", "--optimizer_type=Lion"], "but --optimizer_type is Lion as well."),
         (["--output_config"], "--output_config needs --config_file"),
     ],
@@ -256,15 +261,17 @@ def test_the_suffix_of_the_file_may_be_left_off(write_toml):
     ("text", "expected"),
     [
         ("learning_rte = 1", "unknown key 'learning_rte'. Did you mean learning_rate?"),
-        ("learning_rate = '1'", "learning_rate expects a number, not '1'."),
+        ("learning_rate = 'fast'", "learning_rate expects a number, not 'fast'."),
         ("learning_rate = true", "learning_rate expects a number, not True."),
-        ("max_train_epochs = 1.0", "max_train_epochs expects a whole number or None, not 1.0."),
-        ("model = 1", "model expects text, not 1."),
-        ("sdpa = 'yes'", "sdpa expects true or false, not 'yes'."),
+        ("max_train_epochs = 1.5", "max_train_epochs expects a whole number or None, not 1.5."),
+        ("model = 1.5", "model expects text, not 1.5."),
+        ("model = true", "model expects text, not True."),
+        ("sdpa = 'maybe'", "sdpa expects true or false, not 'maybe'."),
+        ("sdpa = 2", "sdpa expects true or false, not 2."),
         ("mixed_precision = 'bf61'", "expects one of no, fp16, bf16, not 'bf61'."),
         ("optimizer_args = 'a=1'", "optimizer_args expects a list in square brackets, not 'a=1'."),
         ("optimizer_args = [1]", "optimizer_args expects text, not 1."),
-        ("vae = ''", "vae expects a path or None, not ''."),
+        ("vae = 1", "vae expects a path or None, not 1."),
         ("v2 = true", "v2: belongs to another model."),
         ("config_file = 'x'", "config_file: is read from the command line only"),
         ("use_8bit_adam = true\noptimizer_type = 'Lion'", "'optimizer_type' says 'Lion' where another key says"),
@@ -280,7 +287,7 @@ def test_a_mistake_in_the_file_is_named_with_key_and_file(write_toml, text, expe
 
 
 def test_every_mistake_in_the_file_is_named_at_once(write_toml):
-    assert len(message(write_toml("v2 = true\nqqq = 1\nmodel = 1")).splitlines()) == 4
+    assert len(message(write_toml("v2 = true\nqqq = 1\nmodel = 1.5")).splitlines()) == 4
 
 
 def test_a_missing_file_and_one_that_is_not_utf8_are_named(tmp_path):

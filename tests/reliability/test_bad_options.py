@@ -51,10 +51,16 @@ def test_a_misspelt_flag_is_answered_with_the_nearest(script, flag: str, nearest
 
 
 @pytest.mark.parametrize("flag", ["in_json", "train_data_dir", "output_dir", "sample_prompts", "logging_dir"])
-@pytest.mark.parametrize("value", ["a\0b", "a" * 300, "", "images/" + "ü" * 200], ids=["NUL", "300", "none", "bytes"])
+@pytest.mark.parametrize("value", ["a\0b", "a" * 300, "images/" + "ü" * 200], ids=["NUL", "300", "bytes"])
 def test_a_path_that_no_system_takes_is_named(flag: str, value: str, capsys):
     said = said_on_refusal(sdxl_train, [*COMMANDS[sdxl_train], f"--{flag}={value}"], capsys)
     assert f"--{flag} expects a path" in said
+
+
+@pytest.mark.parametrize("flag", ["in_json", "train_data_dir", "output_dir"])
+def test_an_empty_path_is_none_and_what_every_run_needs_is_missing_then(flag: str, capsys):
+    said = said_on_refusal(sdxl_train, [*COMMANDS[sdxl_train], f"--{flag}="], capsys)
+    assert f"--{flag} is missing" in said
 
 
 @pytest.mark.parametrize("flag", ["pretrained_model_name_or_path", "vae"])
@@ -76,7 +82,7 @@ TOML = {
     "an unknown key": ("learning_rat = 1e-5", "unknown key 'learning_rat'. Did you mean learning_rate?"),
     "a refused key": ("clip_skip = 2", "clip_skip: SDXL was trained on the last block but one"),
     "no number": ("learning_rate = nan", "--learning_rate is nan; it must be a number of 0 or more"),
-    "text for a number": ("max_train_steps = '5'", "--max_train_steps expects a whole number"),
+    "text for a number": ("max_train_steps = 'five'", "--max_train_steps expects a whole number"),
     "a path with NUL": ('in_json = "a\\u0000b"', "--in_json expects a path"),
 }
 

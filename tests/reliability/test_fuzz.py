@@ -17,6 +17,7 @@ from safetensors.torch import save
 
 from library.config.errors import UserError
 from library.config.kohya_flags import TRAINER_REFUSED, TRAINER_REPLACED
+from library.config.kohya_spellings import TRAINER_SPELLINGS
 from library.config.options import options_of, parse_options
 from library.data.image_keys import images_by_stem, resolve_image
 from library.data.images import load_rgb_and_alpha, read_size
@@ -147,8 +148,7 @@ def _parse(argv: list[str]) -> None:
         OPTION_CLASSES,
         argv,
         description="",
-        replaced=TRAINER_REPLACED,
-        refused=TRAINER_REFUSED,
+        spellings=TRAINER_SPELLINGS,
         conflicts=lambda *classes: TrainingOptions(*classes).conflicts(),
     )
 

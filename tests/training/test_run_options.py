@@ -67,7 +67,7 @@ def test_what_is_missing_is_named(flag: str, problem: str, refused):
         (["--gradient_accumulation_steps=0"], "--gradient_accumulation_steps is 0; it must be 1 or more."),
         (["--train_batch_size=0"], "--train_batch_size is 0; it must be 1 or more."),
         (["--seed=-1"], "--seed is -1; it must be a whole number from 0 to 4294967295."),
-        (["--sdpa=false"], "--sdpa expects one of True"),
+        (["--sdpa=maybe"], "--sdpa expects one of True"),
         (["--learning_rate_te1=1e-5"], "--learning_rate_te1 has no effect without --train_text_encoder"),
         (["--learning_rate_te2=0"], "--learning_rate_te2 has no effect without --train_text_encoder"),
         (["--learning_rate=0"], "every learning rate is 0: there is nothing to train."),

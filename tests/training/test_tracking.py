@@ -1,5 +1,6 @@
 """What a run shows and logs: read back out of TensorBoard's own files."""
 
+import sys
 from datetime import datetime
 from pathlib import Path
 
@@ -118,3 +119,37 @@ def test_each_run_has_its_own_log_folder_named_by_time():
 )
 def test_what_would_be_ignored_is_a_problem(options: TrackingOptions, problem: str):
     assert list(options.problems()) == [problem]
+
+
+WANDB = """
+class Config:
+    def update(self, *arguments, **settings): pass
+class Run:
+    config = Config()
+    def __init__(self, **settings): self.settings = settings
+    def log(self, values, **settings): pass
+    def finish(self): pass
+def init(**settings):
+    global run
+    run = Run(**settings)
+    return run
+config = Config()
+__version__ = "0.99.0"
+"""
+
+
+def test_a_run_has_its_name_in_wandb(tmp_path: Path, fresh_accelerate, monkeypatch: pytest.MonkeyPatch):
+    package = tmp_path / "packages" / "wandb"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(WANDB, encoding="utf-8")  # in place of a service that needs an account
+    monkeypatch.syspath_prepend(package.parent)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "wandb"]:
+        monkeypatch.delitem(sys.modules, name)
+    options = TrackingOptions(log_with="wandb", wandb_run_name="cats")
+    assert list(options.problems()) == []
+    tracker = Tracker(Accelerator(log_with="wandb", cpu=True), options, num_steps=1, steps_per_epoch=1)
+    import wandb
+
+    assert (wandb.run.settings["project"], wandb.run.settings["name"]) == ("finetuning", "cats")
+    tracker.close()
+    monkeypatch.delitem(sys.modules, "wandb")

@@ -1,0 +1,55 @@
+"""The spellings of kohya's trainers for each script: the tables of flags, and the values that ask for nothing."""
+
+from library.config.kohya_flags import PREPARE_REFUSED, PREPARE_REPLACED, TRAINER_REFUSED, TRAINER_REPLACED
+from library.config.kohya_gui import GUI_ONLY
+from library.config.spellings import Spellings
+from library.config.wishes import TRAINER_WISHES
+
+# Of refused flags, beside false, 0, none and empty, which ask for nothing in every one: the reference's defaults, and
+# what its settings window writes for a field that its user left alone.
+NEUTRAL_REFUSED: dict[str, tuple[str, ...]] = {
+    "--clip_skip": ("1",),
+    "--caption_separator": (",",),
+    "--caption_extension": (".caption", ".txt", "caption", "txt"),  # of files that are read before training
+    "--caption_extention": (".caption", ".txt", "caption", "txt"),
+    "--token_warmup_min": ("1",),
+    "--loss_type": ("l2",),
+    "--huber_schedule": ("snr",),
+    "--huber_c": ("0.1",),
+    "--huber_scale": ("1",),
+    "--zero_stage": ("2",),
+    "--prior_loss_weight": ("1",),
+    "--factor": ("-1",),
+    "--LoRA_type": ("Standard",),
+}
+_LISTS = frozenset({"--lr_scheduler_args", "--network_args", "--base_weights", "--base_weights_multiplier"})
+
+# Of options: written by others for what leaving the flag out means here.
+NEUTRAL: dict[str, tuple[str, ...]] = {
+    "--sdpa": ("false", "no", "off", "0"),  # the reference's default; here it is always on
+    "--resolution": ("None", ""),
+    "--max_token_length": ("75",),
+    "--dynamo_backend": ("no",),
+    "--adaptive_noise_scale": ("0",),
+    **dict.fromkeys(
+        (
+            *("--max_train_epochs", "--sample_every_n_steps", "--sample_every_n_epochs", "--save_every_n_steps"),
+            *("--save_every_n_epochs", "--save_last_n_steps", "--save_last_n_epochs", "--save_last_n_steps_state"),
+            "--save_last_n_epochs_state",
+        ),
+        ("0",),
+    ),
+}
+
+TRAINER_SPELLINGS = Spellings(
+    replaced=TRAINER_REPLACED,
+    refused=TRAINER_REFUSED,
+    neutral=NEUTRAL,
+    neutral_refused=NEUTRAL_REFUSED,
+    lists=_LISTS,
+    file_only=GUI_ONLY,
+    # A settings window writes both rates whatever is trained.
+    idle=dict.fromkeys(("learning_rate_te1", "learning_rate_te2"), "train_text_encoder"),
+    wishes=TRAINER_WISHES,
+)
+PREPARE_SPELLINGS = Spellings(replaced=PREPARE_REPLACED, refused=PREPARE_REFUSED)
