@@ -2,14 +2,18 @@
 
 import ast
 import inspect
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
 from typing import Any
 
+import torch
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from library.config.errors import UserError
-from library.optim.options import OptimizerKind, OptimizerOptions, kind_of, parse_block_rates
+from library.optim.options import OPTIMIZERS, OptimizerKind, OptimizerOptions, kind_of, parse_block_rates
 from library.sdxl.unet_blocks import unet_block_index
 
 ADAFACTOR_RECIPE = "--optimizer_args scale_parameter=False relative_step=False warmup_init=False"
@@ -81,7 +85,8 @@ def make_optimizer(groups: Sequence[dict[str, Any]], options: OptimizerOptions) 
             "Leave out --block_lr, --learning_rate_te1 and --learning_rate_te2.",
         )
     try:
-        optimizer = optimizer_class(list(groups), lr=options.learning_rate, **arguments)  # type: ignore[call-arg]
+        with redirect_stdout(StringIO()):  # prodigyopt prints which of its arguments are on
+            optimizer = optimizer_class(list(groups), lr=options.learning_rate, **arguments)  # type: ignore[call-arg]
     except (TypeError, ValueError) as error:
         raise UserError(
             f"--optimizer_type {kind.name} refuses its arguments: {error}.", "Correct --optimizer_args."
@@ -91,13 +96,36 @@ def make_optimizer(groups: Sequence[dict[str, Any]], options: OptimizerOptions) 
     return optimizer
 
 
+def require_every_shape(options: OptimizerOptions) -> None:
+    """Raise `UserError` unless the optimizer steps weights of 1, 2 and 4 dimensions, as SDXL has.
+
+    One by a class path is tried with a step on a few numbers; those that have a name are known to.
+    """
+    kind = kind_of(options.optimizer_type)
+    if kind in OPTIMIZERS:
+        return
+    parameters = [Parameter(torch.zeros(shape)) for shape in ((2,), (2, 2), (2, 2, 3, 3))]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    try:
+        make_optimizer([{"params": parameters, "lr": options.learning_rate}], options).step()
+    except (UserError, RuntimeError, TypeError, ValueError) as error:
+        reason = error.__cause__ or error
+        raise UserError(
+            f"--optimizer_type {kind.name} cannot train SDXL, whose weights have 1, 2 and 4 dimensions and dense "
+            f"gradients: {reason}.",
+            "Choose another optimizer.",
+        ) from error
+
+
 def parse_optimizer_args(words: Sequence[str]) -> dict[str, Any]:
     """Return `["weight_decay=0.01", "betas=0.9,0.99"]` as keyword arguments: numbers, tuples, booleans, None, text.
 
-    Raise `UserError` for a word without "=", a value that is not of this kind, and a name given twice.
+    Arguments may also stand in one word, separated by spaces or commas, and a comma behind the last one is no part of
+    its value. Raise `UserError` for a word without "=", a value that is not of this kind, and a name given twice.
     """
     arguments: dict[str, Any] = {}
-    for word in words:
+    for word in (each for joined in words for each in _arguments_of(joined)):
         name, equals, value = (part.strip() for part in word.partition("="))
         if not equals or not name.isidentifier():
             raise UserError(f"--optimizer_args: '{word}' is not understood.", "Write name=value, without spaces.")
@@ -105,10 +133,20 @@ def parse_optimizer_args(words: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"--optimizer_args: '{name}' is set twice.", "Keep one of the two.")
         try:
             arguments[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
             expected = "It must be a number, numbers with commas, True, False, None or a text in quotes."
             raise UserError(f"--optimizer_args: the value of '{word}' is not understood.", expected) from None
     return arguments
+
+
+def _arguments_of(word: str) -> list[str]:
+    """Return the arguments of one word of the command line: "a=1, b=2" holds two; "a b=2" is left as it is."""
+    separate = [each for each in _BETWEEN_ARGUMENTS.split(word.strip(_AROUND_ARGUMENTS)) if each]
+    return separate if all("=" in each for each in separate) else [word]
+
+
+_AROUND_ARGUMENTS = " \t,;"
+_BETWEEN_ARGUMENTS = re.compile(r"[\s,;]+(?=[^\W\d]\w*\s*=)")
 
 
 def _check_arguments(kind: OptimizerKind, optimizer_class: type[Optimizer], arguments: Mapping[str, Any]) -> None:

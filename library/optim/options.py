@@ -145,13 +145,14 @@ class OptimizerOptions:
                 yield "--learning_rate is 0, which freezes the U-Net; --block_lr has no effect then."
 
     def heavy_problems(self) -> Iterator[str]:
-        """Yield what the optimizer refuses; it is constructed once, for a single weight."""
+        """Yield what the optimizer refuses; it is tried on a few numbers."""
         import torch
 
-        from library.optim.optimizers import make_optimizer
+        from library.optim.optimizers import make_optimizer, require_every_shape
 
-        group = {"params": [torch.nn.Parameter(torch.zeros(1))], "lr": self.learning_rate}
-        yield from _complaints(make_optimizer, [group], self)
+        group = {"params": [torch.nn.Parameter(torch.zeros(2, 2))], "lr": self.learning_rate}
+        refused = list(_complaints(make_optimizer, [group], self))
+        yield from refused or _complaints(require_every_shape, self)
 
 
 def _complaints(function: Callable[..., object], *arguments: object) -> Iterator[str]:

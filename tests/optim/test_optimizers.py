@@ -100,6 +100,43 @@ def test_optimizer_arguments_are_python_values():
 
 
 @pytest.mark.parametrize(
+    ("words", "arguments"),
+    [
+        (["amsgrad=False,"], {"amsgrad": False}),
+        (["amsgrad=True,"], {"amsgrad": True}),
+        (["weight_decay=0.01;"], {"weight_decay": 0.01}),
+        (["scale_parameter=False,", "relative_step=False"], {"scale_parameter": False, "relative_step": False}),
+        (["safeguard_warmup=False,", "decouple=True,"], {"safeguard_warmup": False, "decouple": True}),
+        (["scale_parameter=False,relative_step=False"], {"scale_parameter": False, "relative_step": False}),
+        (["weight_decay=0.01 betas=0.9,0.99"], {"weight_decay": 0.01, "betas": (0.9, 0.99)}),
+        (["betas=(0.9, 0.99),eps=1e-8"], {"betas": (0.9, 0.99), "eps": 1e-8}),
+        ([","], {}),
+        ([""], {}),
+    ],
+    ids=str,
+)
+def test_commas_and_spaces_between_arguments_are_no_part_of_them(words: list[str], arguments: dict):
+    assert parse_optimizer_args(words) == arguments
+
+
+@pytest.mark.parametrize(
+    ("optimizer_type", "reason"),
+    [("torch.optim.Muon", "Muon only supports 2D parameters"), ("torch.optim.SparseAdam", "dense gradients")],
+)
+def test_an_optimizer_that_cannot_train_sdxl_is_named_as_such(optimizer_type: str, reason: str):
+    [said] = OptimizerOptions(optimizer_type=optimizer_type).heavy_problems()
+    assert f"--optimizer_type {optimizer_type} cannot train SDXL" in said
+    assert reason in said
+    assert "--optimizer_args" not in said
+
+
+def test_what_an_optimizer_prints_does_not_reach_the_console(capsys):
+    options = OptimizerOptions(optimizer_type="Prodigy", optimizer_args=["decouple=True"], learning_rate=1.0)
+    assert list(options.heavy_problems()) == []
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
     "word", ["weight_decay", "weight_decay=", "relative_step=false", "=3", "a b=3", "eps=__import__('os')"]
 )
 def test_an_argument_that_is_not_understood_is_named(word: str):
