@@ -151,8 +151,8 @@ def _take(key: str, value: Any, known: Mapping[str, "Option"], spellings: Spelli
 
 def _is_left_alone(option: "Option", value: Any) -> bool:
     """Return whether the value is that of a field that nobody filled in."""
-    is_text = option.value_type is str and not option.is_list and not option.is_optional
-    return (value == "" and not is_text) or is_one_of(value, option.neutral)
+    is_empty = value == "" and (option.is_list or not option.takes_empty_text)
+    return is_empty or is_one_of(value, option.neutral)
 
 
 def _from_file(option: "Option", value: Any) -> Any:

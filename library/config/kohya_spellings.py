@@ -33,6 +33,14 @@ NEUTRAL: dict[str, tuple[str, ...]] = {
     "--adaptive_noise_scale": ("0",),
     **dict.fromkeys(
         (
+            *("--pretrained_model_name_or_path", "--vae", "--resume", "--output_name", "--block_lr", "--log_prefix"),
+            *("--log_tracker_name", "--wandb_run_name", "--metadata_title", "--metadata_author", "--metadata_license"),
+            *("--metadata_description", "--metadata_tags"),
+        ),
+        ("",),
+    ),
+    **dict.fromkeys(
+        (
             *("--max_train_epochs", "--sample_every_n_steps", "--sample_every_n_epochs", "--save_every_n_steps"),
             *("--save_every_n_epochs", "--save_last_n_steps", "--save_last_n_epochs", "--save_last_n_steps_state"),
             "--save_last_n_epochs_state",

@@ -113,12 +113,17 @@ class Option:
         """What one value is, in words: "a whole number"."""
         return _KINDS[self.value_type][0]
 
+    @property
+    def takes_empty_text(self) -> bool:
+        """Whether an empty text is a value like any other."""
+        return self.value_type is str and not self.choices
+
     def from_text(self, text: str) -> Any:
         """Return the value of `text` (of one element, for a list).
 
         Raise `UserError` with the flag, the text and what is expected.
         """
-        if self.is_optional and not self.is_list and text in (NONE_TEXT, ""):
+        if self.is_optional and not self.is_list and (text == NONE_TEXT or (not text and not self.takes_empty_text)):
             return None
         if is_one_of(text, self.neutral):
             return self.default

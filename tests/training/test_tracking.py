@@ -1,5 +1,7 @@
 """What a run shows and logs: read back out of TensorBoard's own files."""
 
+import os
+import subprocess
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -124,32 +126,30 @@ def test_what_would_be_ignored_is_a_problem(options: TrackingOptions, problem: s
 WANDB = """
 class Config:
     def update(self, *arguments, **settings): pass
+
 class Run:
     config = Config()
-    def __init__(self, **settings): self.settings = settings
-    def log(self, values, **settings): pass
+    def __init__(self, **settings): print("project", settings["project"], "name", settings.get("name"))
     def finish(self): pass
-def init(**settings):
-    global run
-    run = Run(**settings)
-    return run
+
 config = Config()
-__version__ = "0.99.0"
+init = Run
+"""
+START_A_RUN = """
+from accelerate import Accelerator
+from library.training.tracking import Tracker, TrackingOptions
+options = TrackingOptions(log_with="wandb", wandb_run_name="cats")
+assert list(options.problems()) == []
+Tracker(Accelerator(log_with="wandb", cpu=True), options, num_steps=1, steps_per_epoch=1).close()
 """
 
 
-def test_a_run_has_its_name_in_wandb(tmp_path: Path, fresh_accelerate, monkeypatch: pytest.MonkeyPatch):
-    package = tmp_path / "packages" / "wandb"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text(WANDB, encoding="utf-8")  # in place of a service that needs an account
-    monkeypatch.syspath_prepend(package.parent)
-    for name in [name for name in sys.modules if name.partition(".")[0] == "wandb"]:
-        monkeypatch.delitem(sys.modules, name)
-    options = TrackingOptions(log_with="wandb", wandb_run_name="cats")
-    assert list(options.problems()) == []
-    tracker = Tracker(Accelerator(log_with="wandb", cpu=True), options, num_steps=1, steps_per_epoch=1)
-    import wandb
-
-    assert (wandb.run.settings["project"], wandb.run.settings["name"]) == ("finetuning", "cats")
-    tracker.close()
-    monkeypatch.delitem(sys.modules, "wandb")
+def test_a_run_has_its_name_in_wandb(tmp_path: Path):
+    """In place of the package, whose service needs an account, stands one that prints what it is handed."""
+    for name, text in (("wandb/__init__.py", WANDB), ("wandb-1.0.dist-info/METADATA", "Name: wandb\nVersion: 1.0\n")):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    command = [sys.executable, "-c", START_A_RUN]
+    ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True)
+    assert ended.stdout == "project finetuning name cats\n"
