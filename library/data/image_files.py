@@ -41,13 +41,8 @@ def list_files(folder: Path, *, recursive: bool) -> Listing:
     return Listing(sorted(images, key=Path.as_posix), sorted(unreadable, key=Path.as_posix))
 
 
-def list_images(folder: Path, *, recursive: bool) -> list[Path]:
-    """Return the images of `list_files` that can be read."""
-    return list_files(folder, recursive=recursive).images
-
-
 def find_images(folder: Path, *, recursive: bool) -> list[Path]:
-    """Return the images as `list_images`, naming those that cannot be read; raise `UserError` if there is none."""
+    """Return the images of `list_files`, naming those that cannot be read; raise `UserError` if there is none."""
     images, unreadable = list_files(folder, recursive=recursive)
     if not images and unreadable:
         raise UserError(f"no image in '{folder}' can be used:", describe_unreadable(unreadable))

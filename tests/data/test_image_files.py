@@ -9,7 +9,7 @@ from PIL import Image
 
 from library.config.errors import UserError
 from library.data import image_kinds
-from library.data.image_files import find_images, list_files, list_images
+from library.data.image_files import find_images, list_files
 
 
 def touch(folder, *names):
@@ -59,14 +59,14 @@ def test_links_to_folders_are_followed_but_not_round_in_circles(tmp_path):
 
 def test_a_folder_that_does_not_exist_is_named(tmp_path):
     with pytest.raises(UserError, match=r"cannot read the image folder .*my set"):
-        list_images(tmp_path / "my set", recursive=True)
+        list_files(tmp_path / "my set", recursive=True)
 
 
 def test_a_folder_without_images_is_named_and_subfolders_are_suggested(tmp_path):
     touch(tmp_path, "notes.txt", "deep/a.png")
     with pytest.raises(UserError, match=f"no images in '{re.escape(str(tmp_path))}'.*or --recursive"):
         find_images(tmp_path, recursive=False)
-    assert list_images(tmp_path, recursive=False) == []
+    assert list_files(tmp_path, recursive=False) == ([], [])
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need a privilege on Windows")
