@@ -30,7 +30,7 @@ from PIL import Image
 from benchmarks.result_files import RESULTS, machine_line, write_result
 from demo.random_sdxl import TINY, write_random_sdxl
 from finetune import sdxl_merge_captions_g_to_metadata, sdxl_merge_captions_l_to_metadata
-from library.config.atomic_files import PARTIAL_SUFFIX, REPLACED_SUFFIX
+from library.config.leftovers import PARTIAL_SUFFIX, REPLACED_SUFFIX
 from tests.forked_runs import FOLDER, KILL_AT, Command, ForkedRun, RunServer
 from tests.outcome import Outcome, differences, outcome_of
 

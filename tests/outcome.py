@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from library.config.atomic_files import PARTIAL_SUFFIX, REPLACED_SUFFIX
+from library.config.leftovers import PARTIAL_SUFFIX, REPLACED_SUFFIX
 from library.training.progress import STATE_SUFFIX
 
 Outcome = dict[str, Any]

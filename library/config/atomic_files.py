@@ -1,6 +1,6 @@
 """Write a file completely or not at all: the previous file survives a crash, a kill and a full disk."""
 
-import logging
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -8,18 +8,45 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-import psutil
-
 from library.config.errors import UserError
+from library.config.leftovers import PARTIAL_SUFFIX, REPLACED_SUFFIX, discard_replaced, temporary_path
 
-log = logging.getLogger(__name__)
+_PASSING_ERRORS = frozenset(
+    getattr(errno, name)
+    for name in (
+        *("ENOSPC", "EDQUOT", "ENOMEM", "ENOBUFS", "EMFILE", "ENFILE", "ENOLCK"),
+        *("EAGAIN", "EINTR", "EBUSY", "ETXTBSY", "EDEADLK", "ENOTEMPTY"),
+        *("EIO", "EREMOTEIO", "ESTALE", "ENOENT", "ENODEV", "ENOTCONN", "ECONNRESET", "ETIMEDOUT"),
+        *("EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH"),
+    )
+    if hasattr(errno, name)
+)
+"""What may be over by the next attempt: lack of space or memory, another program, a network or a disk that is away."""
 
-PARTIAL_SUFFIX = ".partial"
-REPLACED_SUFFIX = ".replaced"
+_REMEDIES = {
+    errno.ENOSPC: "Free some space on the disk.",
+    errno.ENAMETOOLONG: "Choose a shorter name.",
+    errno.EINVAL: "Choose another name: this disk cannot hold it.",
+    errno.EILSEQ: "Choose another name: this disk cannot hold it.",
+    errno.EFBIG: "Choose a folder on a disk that holds files of this size (FAT32 ends at 4 GB).",
+    errno.EACCES: "Choose a folder where you may write; on Windows, close programs that have the file open.",
+    errno.EPERM: "Choose a folder where you may write.",
+    errno.EROFS: "Choose a folder where you may write.",
+    errno.EISDIR: "Choose another name, or move the folder that has it.",
+    errno.ENOTDIR: "Choose another folder: a file stands in its place.",
+    errno.EEXIST: "Choose another folder: a file stands in its place.",
+}
 
 
 class CannotWrite(UserError):
-    """The system refuses to write: permissions, a full disk, something in the way. A later attempt may succeed."""
+    """The system refuses to write.
+
+    `is_temporary` says whether a later attempt may succeed: it may on a full disk, never where a name is too long.
+    """
+
+    def __init__(self, problem: str, remedy: str, *, is_temporary: bool):
+        super().__init__(problem, remedy)
+        self.is_temporary = is_temporary
 
 
 @contextmanager
@@ -28,24 +55,20 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
     The bytes go to a temporary name in the same folder, are flushed to the disk and renamed over `path`. Missing
     parent folders are created. Raise `CannotWrite` if the system refuses to write (permissions, full disk, a folder in
-    the way).
+    the way, a name that it cannot hold).
     """
-    partial = _temporary(path, PARTIAL_SUFFIX)
+    partial = temporary_path(path, PARTIAL_SUFFIX)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        with _opened_for_writing(path, partial) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
         _flush_names(path.parent)
     except OSError as error:
-        raise CannotWrite(
-            f"cannot write '{path}': {error.strerror or error}.",
-            "Check that the folder exists, that you may write there and that the disk is not full.",
-        ) from error
+        raise _refusal(f"'{path}'", error) from error
     finally:
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             partial.unlink()
 
 
@@ -54,61 +77,36 @@ def replacing_folder(folder: Path, *, marker: str) -> Iterator[Path]:
     """Yield an empty folder that replaces `folder` if the block succeeds; after any error `folder` is unchanged.
 
     `marker` is the name of a file in every such folder: an existing folder without it has another purpose and is not
-    replaced. Raise `CannotWrite` for that, and if the system refuses to write.
+    replaced, and files in it that the new folder does not hold are kept beside it. Raise `CannotWrite` for the first,
+    and if the system refuses to write.
     """
     if folder.exists() and not (folder / marker).is_file():
         raise CannotWrite(
             f"'{folder}' exists and is not a folder of the kind to be written there.",
             "Choose another output name, or move it.",
+            is_temporary=False,
         )
-    unfinished = _temporary(folder, PARTIAL_SUFFIX)
-    replaced = _temporary(folder, REPLACED_SUFFIX)
+    unfinished = temporary_path(folder, PARTIAL_SUFFIX)
+    replaced = temporary_path(folder, REPLACED_SUFFIX)
     try:
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a process that had our number before us
         unfinished.mkdir(parents=True)
         yield unfinished
         if folder.exists():
             folder.rename(replaced)
         unfinished.rename(folder)
         _flush_names(folder.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except (OSError, CannotWrite) as error:
-        reason = error if isinstance(error, OSError) else error.__cause__  # a file in it could not be written
-        raise CannotWrite(
-            f"cannot write the folder '{folder}': {getattr(reason, 'strerror', None) or reason}.",
-            "Check that you may write there, that the disk is not full and that no program has its files open.",
-        ) from error
+        if replaced.exists():
+            with suppress(OSError):  # in use by another program: the next start removes it
+                discard_replaced(replaced, folder)
+    except CannotWrite as error:  # a file in it
+        raise _refusal(f"the folder '{folder}'", error.__cause__ or error, error) from error
+    except OSError as error:
+        raise _refusal(f"the folder '{folder}'", error) from error
     finally:
         if replaced.exists() and not folder.exists():
             replaced.rename(folder)
         shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def remove_leftovers(folder: Path, *, recursive: bool = False) -> list[Path]:
-    """Remove what killed writers left in `folder`, and report it; return what was removed.
-
-    Call it before this process writes there. Names contain the id of the process that was writing: files of processes
-    that still run are kept. A folder that was moved aside, whose complete successor was not yet in place, is put back.
-    """
-    pattern = "**/*" if recursive else "*"
-    found = [path for suffix in (PARTIAL_SUFFIX, REPLACED_SUFFIX) for path in folder.glob(pattern + suffix)]
-    removed = []
-    for path in sorted(found):
-        name, _, process = path.stem.rpartition(".")
-        if not process.isdecimal() or _is_being_written(path, int(process)):
-            continue
-        original = path.with_name(name)
-        try:
-            if path.suffix == REPLACED_SUFFIX and not original.exists():
-                path.rename(original)
-                continue
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        except OSError as error:
-            log.warning("'%s' is left over and cannot be removed: %s", path, error.strerror or error)
-            continue
-        removed.append(path)
-    if removed:
-        log.warning("removed %d unfinished files that a killed run left in '%s'", len(removed), folder)
-    return removed
 
 
 def require_disk_space(folder: Path, needed: int, what: str) -> None:
@@ -125,24 +123,35 @@ def require_disk_space(folder: Path, needed: int, what: str) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8 with its line ends unchanged, completely or not at all. Raise as `replacing` does."""
-    with replacing(path) as file:
-        file.write(text.encode("utf-8"))
-
-
-def _temporary(path: Path, suffix: str) -> Path:
-    return path.with_name(f"{path.name}.{os.getpid()}{suffix}")
-
-
-def _is_being_written(path: Path, process: int) -> bool:
-    """Return whether the process that wrote `path` still runs; its id may belong to another process by now."""
-    if process == os.getpid():
-        return False
     try:
-        return psutil.Process(process).create_time() <= path.stat().st_mtime
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.AccessDenied:  # a process of another user, about which nothing more is known
-        return True
+        data = text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise CannotWrite(
+            f"cannot write '{path}': character {error.start + 1} of its text is half of one, which UTF-8 cannot hold.",
+            "Correct the text.",
+            is_temporary=False,
+        ) from error
+    with replacing(path) as file:
+        file.write(data)
+
+
+def _opened_for_writing(path: Path, partial: Path) -> BinaryIO:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return partial.open("wb")
+    except ValueError as error:  # a NUL or half of a character in the name
+        raise CannotWrite(f"cannot write '{path}': {error}.", "Choose another name.", is_temporary=False) from error
+
+
+def _refusal(what: str, error: BaseException, of_file: CannotWrite | None = None) -> CannotWrite:
+    """The error that says why `what` cannot be written; `of_file` is what was said of a file in it."""
+    if not isinstance(error, OSError):
+        assert of_file is not None
+        return CannotWrite(f"cannot write {what}: {error}.", of_file.remedy, is_temporary=of_file.is_temporary)
+    # On Windows "access denied" is said of files that another program has open, too.
+    is_temporary = error.errno in _PASSING_ERRORS or (os.name == "nt" and error.errno == errno.EACCES)
+    remedy = _REMEDIES.get(error.errno or 0, "Check that the folder is there, and its disk.")
+    return CannotWrite(f"cannot write {what}: {error.strerror or error}.", remedy, is_temporary=is_temporary)
 
 
 def _flush_names(folder: Path) -> None:

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from tqdm import tqdm
 
-from library.config.atomic_files import remove_leftovers
 from library.config.errors import UserError, listed
+from library.config.leftovers import remove_leftovers
 from library.config.options import option, positional
 from library.data.image_files import find_images
 from library.data.image_keys import keys_of_images

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from library.config.atomic_files import remove_leftovers
 from library.config.errors import UserError
+from library.config.leftovers import remove_leftovers
 from library.data.buckets import BucketedImage, BucketRule
 from library.data.crops import LEGACY_CROP_NOTICE
 from library.data.image_files import find_images
@@ -41,10 +41,9 @@ def prepare_folder(
 
     `vae_dtype` is the name of torch's dtype. Raise `UserError` if nothing can be prepared at all.
     """
-    remove_leftovers(folder, recursive=True)
-    remove_leftovers(out_json.parent)
     metadata = read_metadata(in_json)
     path_of = _images_with_metadata(folder, in_json, metadata, full_path=full_path, recursive=recursive)
+    remove_leftovers(out_json.parent, *(path.parent for path in path_of.values()))
     if encoding.legacy_crop:
         log.warning(LEGACY_CROP_NOTICE)
     vae = load_vae(model, None)

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -10,8 +11,8 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch import nn
 
-from library.config.atomic_files import remove_leftovers
 from library.config.errors import UserError
+from library.config.leftovers import remove_leftovers
 from library.data.caption_tokens import TokenTable, cut_captions, tokenize_captions_of
 from library.data.dataset import Batch, CaptionedImages, make_loader
 from library.data.epoch_order import BatchShape, EpochOrder
@@ -62,8 +63,8 @@ def prepare_set(
     `digest` is the VAE's. Raise `UserError` where the state that is resumed was made with other images.
     """
     with accelerator.main_process_first():
-        if accelerator.is_main_process and options.training_set.train_data_dir is not None:
-            remove_leftovers(options.training_set.train_data_dir, recursive=True)
+        if accelerator.is_main_process:
+            remove_leftovers(*_folders_written(options.training_set, found))
         images = _images(options, found, model.vae, digest, accelerator.device)
         tokens = tokenize_captions_of(images, options.loader.num_chunks)
         texts, notes = _texts(options, model, images, tokens, accelerator.device)
@@ -75,6 +76,14 @@ def prepare_set(
         log.info(note)
     progress.setting = replace(progress.setting, images=now)
     return PreparedSet(images, tokens, texts)
+
+
+def _folders_written(options: TrainingSetOptions, found: list[FoundImage]) -> set[Path]:
+    """The folders among the images that this run writes into."""
+    folders = {image.cache.parent for image in found} if options.cache_latents_to_disk else set()
+    if options.cache_text_encoder_outputs_to_disk and options.train_data_dir is not None:
+        folders.add(options.train_data_dir / FOLDER_NAME)
+    return folders
 
 
 def _images(

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from library.config.atomic_files import remove_leftovers
+from library.config.leftovers import remove_leftovers
 from library.data.dataset import Batch
 from library.data.training_set import find_training_images
 from library.diffusion.objective import Objective
@@ -152,8 +152,7 @@ def _starting_point(options: TrainingOptions, accelerator: Accelerator) -> tuple
     setting = Setting(flat_options(options, num_processes=accelerator.num_processes), versions=library_versions())
     with accelerator.main_process_first():
         if accelerator.is_main_process:
-            remove_leftovers(options.output_dir)
-            remove_leftovers(options.output_dir / SAMPLE_FOLDER)
+            remove_leftovers(options.output_dir, options.output_dir / SAMPLE_FOLDER)
         wanted = options.resume.resume
         state = None if wanted is None else find_state(wanted, options.output_dir, options.save.output_name)
     if state is None:

@@ -1,0 +1,71 @@
+"""Names and texts that go into files: whether every system can hold them, tried before hours of work rest on it."""
+
+import os
+import re
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from library.config.errors import UserError
+from library.config.leftovers import REPLACED_SUFFIX, temporary_path
+
+_DEVICES = frozenset({"con", "prn", "aux", "nul", "conin$", "conout$"}) | {
+    f"{port}{number}" for port in ("com", "lpt") for number in "0123456789¹²³"
+}
+_SEPARATORS = re.compile(r"[/\\]")
+_NOT_ON_WINDOWS = re.compile(r'[<>:"|?*]')
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f]")
+_HALVES = re.compile("[\ud800-\udfff]")
+
+
+def text_problem(text: str) -> str | None:
+    """Return why `text` cannot be written into a file as UTF-8 that all programs read; None if it can."""
+    if "\0" in text:
+        return f"character {text.index(chr(0)) + 1} is NUL"
+    if half := _HALVES.search(text):
+        return f"character {half.start() + 1} is no UTF-8"
+    return None
+
+
+def name_problem(name: str) -> str | None:
+    """Return why `name` cannot be the name of a file on Linux, macOS and Windows alike; None if it can."""
+    if not name.strip():
+        return "it is empty"
+    if name in (".", ".."):
+        return "it means a folder"
+    if separator := _SEPARATORS.search(name):
+        return f"'{separator[0]}' separates folders"
+    if control := _CONTROLS.search(name):
+        return f"character {control.start() + 1} is a control character"
+    if half := _HALVES.search(name):
+        return f"character {half.start() + 1} is no UTF-8"
+    if sign := _NOT_ON_WINDOWS.search(name):
+        return f"Windows allows no {sign[0]} in a name"
+    if name[-1] in ". ":
+        return "Windows allows no dot or space at the end of a name"
+    if name.partition(".")[0].rstrip().lower() in _DEVICES:
+        return f"Windows takes {name.partition('.')[0].rstrip()} for a device"
+    return None
+
+
+def require_writable_name(folder: Path, name: str, what: str, suffixes: Iterable[str] = ("",)) -> None:
+    """Raise `UserError` unless files named `name` with each of `suffixes` can be written in `folder`.
+
+    Tries them, in a temporary folder beside where `folder` is or will be, under the longest name that they have while
+    they are written. `what` says where the name comes from, such as "--output_name".
+    """
+    if problem := name_problem(name):
+        raise UserError(f"{what} is '{name}': {problem}.", "Choose another name.")
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    try:
+        with tempfile.TemporaryDirectory(prefix=".sdxl-names-", dir=existing) as made:
+            for suffix in suffixes:
+                trial = Path(made) / f"{name}{suffix}"
+                trial.write_bytes(os.urandom(1))
+                trial.rename(temporary_path(trial, REPLACED_SUFFIX))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{what} is '{name}': such files cannot be written in '{existing}' ({reason}).",
+            "Choose another name, or another folder.",
+        ) from error
