@@ -1,4 +1,4 @@
-"""Which size each picture is trained at: sizes of about one area, so that a batch is full and nothing is squashed."""
+"""The size each image is trained at: buckets of about equal area, so that batches are full and nothing is distorted."""
 
 import math
 from collections.abc import Callable
@@ -15,9 +15,9 @@ _MOST_DIGITS = 5  # of a side of the resolution
 
 
 class BucketAssignment(NamedTuple):
-    """What becomes of a picture: it is resized to `resized`, which covers `bucket`, and cropped to `bucket`.
+    """How an image is fitted: resized to `resized`, which covers `bucket`, and cropped to `bucket`.
 
-    `aspect_error` is the aspect of the bucket less that of the picture: above 0 the crop takes from the height.
+    `aspect_error` is the aspect of the bucket minus that of the image: above 0, the crop removes rows.
     """
 
     bucket: Size
@@ -35,20 +35,20 @@ class BucketedImage(NamedTuple):
 
 @dataclass(frozen=True)
 class BucketRule:
-    """The rule that assigns each image its bucket; the same as the reference's, golden row by golden row.
+    """The rule that assigns each image a bucket; it matches the 2023 trainer in every recorded case.
 
     A side is counted in steps of `bucket_reso_steps` pixels, and a bucket has as many steps of area as the resolution
     allows. 1024x1024 in steps of 64 is 16 x 16 = 256 steps of area. A bucket 1216 wide is 19 steps wide, and
     256 // 19 = 13 steps high: this is where 1216x832 comes from. Each width from `min_bucket_reso` to
-    `max_bucket_reso` makes one such bucket and its upright twin; the square is always among them.
+    `max_bucket_reso` makes one such bucket and its portrait counterpart; the square is always among them.
 
     The minimum holds for the side that is counted up, not for the side that follows from it (1024..2048 makes 512x2048
-    too), whereas the maximum holds for both. A picture goes to the bucket of nearest aspect, the narrower of two
-    equally near ones.
+    too), whereas the maximum holds for both. An image goes to the bucket of nearest aspect, to the narrower one of two
+    that are equally near.
 
-    With `no_upscale` there is no list, and the two limits have no effect: each picture keeps its size, or is shrunk to
-    the area of the resolution, and loses what does not fill a step. With `enabled` false there is one bucket, the
-    resolution itself. Raises `UserError` for limits that contradict each other.
+    With `no_upscale` there is no list, and the two limits have no effect: each image keeps its size, or is shrunk to
+    the area of the resolution, and is cropped to whole steps. If not `enabled`, the resolution is the only bucket.
+    Raise `UserError` for limits that contradict each other.
     """
 
     max_resolution: Size
@@ -67,7 +67,7 @@ class BucketRule:
             self._check_limits()
 
     def sizes(self) -> list[Size]:
-        """Return all buckets, narrowest first; empty with `no_upscale`, where each image has a separate size."""
+        """Return all buckets, narrowest first; none with `no_upscale`, where each image determines its bucket."""
         if not self.enabled:
             return [self.max_resolution]
         if self.no_upscale:
@@ -75,7 +75,7 @@ class BucketRule:
         return list(_sizes_of_equal_area(self))
 
     def assign(self, image_size: Size) -> BucketAssignment:
-        """Return the bucket of a picture of `image_size` and the size it is resized to before the crop.
+        """Return the bucket of an image of `image_size` and the size it is resized to before the crop.
 
         Raise `UserError` if `no_upscale` leaves less than one step of a side.
         """
@@ -90,16 +90,16 @@ class BucketRule:
         usable = [(bucket, resized) for bucket, resized in candidates if bucket.area > 0]
         if not usable:
             raise UserError(
-                f"a picture of {image_size} is too small or too narrow for a bucket:"
+                f"an image of {image_size} is too small or too narrow for a bucket:"
                 f" one side would be under {self.bucket_reso_steps} pixels.",
-                "Remove the picture, or go without --bucket_no_upscale, or give smaller --bucket_reso_steps.",
+                "Remove the image, omit --bucket_no_upscale, or lower --bucket_reso_steps.",
             )
         distance = _aspect_distance(image_size)
         bucket, resized = min(usable, key=lambda candidate: distance(candidate[0]))
         return BucketAssignment(bucket, resized, bucket.aspect - image_size.aspect)
 
     def _not_larger(self, image_size: Size) -> list[Size]:
-        """Return the picture as it is, or both ways to shrink it to the area: height in whole steps, or width."""
+        """Return the size itself, or both ways to shrink it to the area: height in whole steps, or width."""
         if image_size.area <= self.max_resolution.area:
             return [image_size]
         aspect = image_size.aspect
@@ -116,7 +116,7 @@ class BucketRule:
         if self.bucket_reso_steps > min(self.max_resolution):
             raise UserError(
                 f"bucket_reso_steps ({self.bucket_reso_steps}) exceeds a side of the resolution {self.max_resolution}.",
-                "Give smaller steps, such as --bucket_reso_steps=64.",
+                "Lower it, for example to --bucket_reso_steps=64.",
             )
 
     def _check_limits(self) -> None:
@@ -145,10 +145,10 @@ class BucketOptions:
 
     _argument_group_name: ClassVar[str] = "Buckets"
 
-    min_bucket_reso: int = option(256, "Smallest side of a bucket that is counted up, in pixels.")
+    min_bucket_reso: int = option(256, "Smallest side from which buckets are counted up, in pixels.")
     max_bucket_reso: int = option(1024, "Largest side of a bucket, in pixels.")
-    bucket_reso_steps: int = option(64, "Steps in which the sides of buckets grow, in pixels; a multiple of 8.")
-    bucket_no_upscale: bool = option(False, "Never enlarge an image: each gets the bucket of its size.")
+    bucket_reso_steps: int = option(64, "Step between the sides of buckets, in pixels. A multiple of 8.")
+    bucket_no_upscale: bool = option(False, "Never enlarge an image: derive its bucket from its own size.")
 
     def rule(self, max_resolution: Size, *, enabled: bool = True) -> BucketRule:
         """Return the rule within these limits; raise `UserError` where they contradict each other."""
@@ -163,7 +163,7 @@ class BucketOptions:
 
 
 def parse_resolution(text: str) -> Size:
-    """The size that "1024" (a square), "1216,832" or "1216x832" (width, height) means; else raises `UserError`."""
+    """Return the size of "1024" (a square), "1216,832" or "1216x832" (width, height); raise `UserError` for others."""
     sides = text.lower().replace("x", ",").split(",")
     numbers = [int(side) for side in sides if side.strip().isdecimal() and len(side.strip()) <= _MOST_DIGITS]
     if len(sides) > 2 or len(numbers) != len(sides) or min(numbers) == 0:
@@ -187,7 +187,7 @@ def _sizes_of_equal_area(rule: BucketRule) -> tuple[Size, ...]:
 
 
 def covering_size(bucket: Size, image_size: Size) -> Size:
-    """Return the smallest size of the picture's shape that covers the bucket."""
+    """Return the smallest size of the image's aspect that covers the bucket."""
     scale = max(bucket.width / image_size.width, bucket.height / image_size.height)
     return Size(_rounded(image_size.width * scale), _rounded(image_size.height * scale))
 
@@ -197,7 +197,7 @@ def _aspect_distance(image_size: Size) -> Callable[[Size], float]:
 
 
 def _rounded(pixels: float) -> int:
-    """Half a pixel rounds up, as in the reference; `round` would take it to the even neighbour."""
+    """Round half a pixel up, as the 2023 trainer does; `round` would choose the even neighbour."""
     return int(pixels + 0.5)
 
 

@@ -1,4 +1,4 @@
-"""Caption files beside the images to metadata."""
+"""Caption files beside the images to a metadata file."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -28,23 +28,23 @@ log = logging.getLogger(__name__)
 
 
 def _caption_extension(default: str) -> Any:
-    return option(default, "How the names of caption files end.", aliases=["--caption_extention"])
+    return option(default, "Suffix of the caption files.", aliases=["--caption_extention"])
 
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """What both merge scripts read and write; the caption extension is that of the encoder."""
+    """What both merge scripts read and write; each has the caption extension of its encoder."""
 
     _argument_group_name: ClassVar[str] = "Captions to metadata"
 
-    train_data_dir: Path = positional("Folder of the images; each caption lies beside its image.")
-    out_json: Path = positional("Metadata file to write. If it exists it is extended.")
-    in_json: Path | None = option(None, "Metadata file to extend, in place of an existing out_json.")
-    full_path: bool = option(False, "Use the path of each image as its key, not the file name without suffix.")
-    recursive: bool = option(False, "Take the images of subfolders too.")
+    train_data_dir: Path = positional("Folder of the images, with a caption file beside each.")
+    out_json: Path = positional("Metadata file to write. An existing file is extended.")
+    in_json: Path | None = option(None, "Metadata file to extend instead of an existing out_json.")
+    full_path: bool = option(False, "Use the path of each image as its key instead of the file name without suffix.")
+    recursive: bool = option(False, "Include the images of subfolders.")
     caption_extension: str = _caption_extension("")
-    allow_missing: bool = option(False, "Leave out images that have no caption file, instead of stopping.")
-    debug: bool = option(False, "Print each image with its caption, in place of the progress bar.")
+    allow_missing: bool = option(False, "Skip images without a caption file instead of stopping.")
+    debug: bool = option(False, "Print each image with its caption instead of a progress bar.")
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,11 @@ class MergeOptionsG(MergeOptions):
     caption_extension: str = _caption_extension(COLUMN_G.caption_extension)
 
 
-def merge_captions(options: MergeOptions, encoder: CaptionColumn) -> None:
-    """Write the caption files of a folder of images into a metadata file, under the key of `encoder`.
+def merge_captions(options: MergeOptions, column: CaptionColumn) -> None:
+    """Write the caption files of a folder of images into a metadata file, under the key of `column`.
 
-    Entries and keys that are there already are kept; what is written, and what is left out, is printed. Raises
-    `UserError`, with nothing written, for images without caption file (unless `allow_missing`), two images of one key,
-    and files that cannot be read or written.
+    Existing entries and keys are kept. Raise `UserError`, with nothing written, for images without a caption file
+    (unless `allow_missing`), two images with one key, and files that cannot be read or written.
     """
     remove_leftovers(options.out_json.parent)
     images = find_images(options.train_data_dir, recursive=options.recursive)
@@ -77,11 +76,11 @@ def merge_captions(options: MergeOptions, encoder: CaptionColumn) -> None:
         raise UserError(
             f"{len(without_caption)} of {len(images)} images have no {options.caption_extension} file:"
             f" {_quoted(without_caption)}.",
-            "Write one beside each (it may be empty), give the right --caption_extension, or leave these images out"
+            "Write one beside each (it may be empty), set the right --caption_extension, or skip these images"
             " with --allow_missing.",
         )
     for key, caption in captions.items():
-        metadata.setdefault(key, {})[encoder.metadata_key] = caption
+        metadata.setdefault(key, {})[column.metadata_key] = caption
     write_metadata(options.out_json, metadata)
     if without_caption:
         log.info(
@@ -95,7 +94,7 @@ def merge_captions(options: MergeOptions, encoder: CaptionColumn) -> None:
         "Wrote %d entries to '%s': %s of %d images, %d of them empty",
         len(metadata),
         options.out_json,
-        encoder.metadata_key,
+        column.metadata_key,
         len(captions),
         num_empty,
     )

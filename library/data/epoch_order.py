@@ -1,7 +1,8 @@
-"""In which order an epoch sees its pictures: each exactly once, in batches of one kind, step by step."""
+"""The order of images in an epoch: each exactly once, in batches of one kind, step by step."""
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -9,11 +10,11 @@ from torch.utils.data import Sampler
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one process runs through the network at once.
+    """The images of one forward pass in one process.
 
-    `indices` are positions in the training set, `flips` says which of them are mirrored. `loss_scale` is what the sum
-    of its samples' losses is multiplied by, so that the gradients of a step, averaged over processes, are the mean
-    over all pictures of that step however they are split. `completes_step` marks the last one before the optimizer.
+    `indices` are positions in the training set, `flips` marks those to flip. The sum of the samples' losses is
+    multiplied by `loss_scale`, so that the gradients of a step, averaged over processes, are the mean over all images
+    of that step, however they are split. `completes_step` marks the last one before the optimizer steps.
     """
 
     indices: tuple[int, ...]
@@ -24,7 +25,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class BatchShape:
-    """How the pictures of an optimizer step are split over micro-batches and processes."""
+    """How the images of an optimizer step are split over micro-batches and processes."""
 
     batch_size: int = 1
     accumulation_steps: int = 1
@@ -33,10 +34,10 @@ class BatchShape:
 
 
 class EpochOrder(Sampler[MicroBatch]):
-    """The micro-batches of one process for one epoch at a time; a function of seed and epoch alone.
+    """The micro-batches of one process, one epoch per iteration; a function of seed and epoch alone.
 
-    `kinds` has the kind of each picture (its bucket): only pictures of one kind share a batch. Every epoch is shuffled
-    again; the last, smaller batch of a kind is kept. Every process computes the same order and takes its own part.
+    `kinds` holds the kind of each image (its bucket): only images of one kind share a batch. Every epoch is shuffled;
+    the last, smaller batch of a kind is kept. Every process computes the same order and takes its part of it.
     """
 
     def __init__(
@@ -50,9 +51,9 @@ class EpochOrder(Sampler[MicroBatch]):
         self._epoch = 0
         self._first_step = 0
 
-    @property
+    @cached_property  # asked for in every step
     def num_batches(self) -> int:
-        """Batches in an epoch, over all processes."""
+        """Number of batches in an epoch, over all processes."""
         counts: dict[Hashable, int] = {}
         for kind in self._kinds:
             counts[kind] = counts.get(kind, 0) + self._num_repeats
@@ -60,7 +61,7 @@ class EpochOrder(Sampler[MicroBatch]):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in an epoch; the last one may hold fewer batches."""
+        """Number of optimizer steps in an epoch; the last one may have fewer batches."""
         return -(-self.num_batches // self._batches_per_step)
 
     @property
@@ -68,7 +69,7 @@ class EpochOrder(Sampler[MicroBatch]):
         return self._shape.accumulation_steps * self._shape.num_processes
 
     def start_at(self, epoch: int, first_step: int = 0) -> None:
-        """Let the next iteration give epoch number `epoch` (from 0), from its optimizer step `first_step` on."""
+        """Let the next iteration yield epoch number `epoch` (from 0), starting with its optimizer step `first_step`."""
         self._epoch = epoch
         self._first_step = first_step
 
@@ -83,7 +84,7 @@ class EpochOrder(Sampler[MicroBatch]):
             yield from self._part_of_step(batches[first : first + self._batches_per_step])
 
     def _shuffled_batches(self, random: np.random.Generator) -> list[tuple[tuple[int, bool], ...]]:
-        """Batches of (index, flipped), in the order of the epoch."""
+        """Return batches of (index, flipped) in the order of the epoch."""
         by_kind: dict[Hashable, list[int]] = {}
         for index, kind in enumerate(self._kinds):
             by_kind.setdefault(kind, []).extend([index] * self._num_repeats)
@@ -93,16 +94,16 @@ class EpochOrder(Sampler[MicroBatch]):
             flips = (
                 [bool(flip) for flip in random.random(len(shuffled)) < 0.5] if self._flip else [False] * len(shuffled)
             )
-            pictures = list(zip(shuffled, flips, strict=True))
+            images = list(zip(shuffled, flips, strict=True))
             size = self._shape.batch_size
-            batches += [tuple(pictures[first : first + size]) for first in range(0, len(pictures), size)]
+            batches += [tuple(images[first : first + size]) for first in range(0, len(images), size)]
         return [batches[position] for position in random.permutation(len(batches))]
 
     def _part_of_step(self, batches: list[tuple[tuple[int, bool], ...]]) -> Iterator[MicroBatch]:
-        """This process's micro-batches of the step that consists of `batches`.
+        """Yield the micro-batches of this process in the step that consists of `batches`.
 
-        Where the batches do not go round, the processes left over repeat one at scale zero: they must take part in
-        the exchange of gradients, and must not change it.
+        If there are too few for all processes, those left over repeat one at scale zero: they must take part in the
+        exchange of gradients without changing it.
         """
         scale = self._shape.num_processes / sum(len(batch) for batch in batches)
         num_rounds = -(-len(batches) // self._shape.num_processes)

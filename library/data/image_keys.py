@@ -42,7 +42,7 @@ def images_by_stem(folder: Path) -> dict[str, list[Path]]:
 
 
 def resolve_image(key: str, folder: Path, by_stem: Mapping[str, Sequence[Path]]) -> Path | None:
-    """Return the image that a metadata key means, None if there is no such file.
+    """Return the image that a metadata key refers to, None if there is no such file.
 
     A key is a file name without suffix (looked up in `by_stem`, of `images_by_stem`), or a path: absolute, or relative
     to the current folder or to `folder`, with slashes or backslashes. Raise `UserError` if two images share the name,
@@ -51,7 +51,7 @@ def resolve_image(key: str, folder: Path, by_stem: Mapping[str, Sequence[Path]])
     named = by_stem.get(key, ())
     if len(named) > 1:
         raise UserError(
-            f"the key '{key}' could mean '{named[0]}' or '{named[1]}'.", "Rename one, or make keys with --full_path."
+            f"the key '{key}' could refer to '{named[0]}' or '{named[1]}'.", "Rename one, or use paths as keys with --full_path."
         )
     if named:
         return named[0]
@@ -62,13 +62,13 @@ def resolve_image(key: str, folder: Path, by_stem: Mapping[str, Sequence[Path]])
     if found and not inside:
         raise UserError(
             f"the key '{key}' leads to '{found[0]}', outside the image folder '{folder}'.",
-            "Correct the key, or give the folder that holds the image.",
+            "Correct the key, or name the folder that holds the image.",
         )
     return inside[0] if inside else None
 
 
 def is_file(path: Path) -> bool:
-    """Return whether there is such a file; what no file system would take for a name leads to none."""
+    """Return whether the file exists; a name that no file system accepts does not."""
     try:
         return path.is_file()
     except OSError:  # too long

@@ -1,4 +1,4 @@
-"""The `.npz` of latents beside each picture: the seed's format, and what it was made from."""
+"""The `.npz` of latents beside each image: the format of the 2023 trainer, and what it was made from."""
 
 import zipfile
 import zlib
@@ -15,9 +15,9 @@ from library.data.buckets import covering_size
 from library.data.crops import Crop, crop_to_train
 from library.sdxl.sizes import LATENT_CHANNELS, PIXELS_PER_LATENT, Size
 
-_BYTES_AROUND = 3000  # names, sizes, fingerprints
+_BYTES_AROUND = 3000  # names, sizes, digests
 
-# What NumPy and zipfile raise for damaged files, whichever byte the damage hits.
+# What NumPy and zipfile raise for damaged files, depending on the byte that is damaged.
 _READING_ERRORS = (
     OSError,
     ValueError,
@@ -35,10 +35,10 @@ _READING_ERRORS = (
 
 @dataclass(frozen=True)
 class CacheDemands:
-    """What a cache file must agree with to be used, beside its picture and its bucket.
+    """What a cache file must agree with to be used, besides its image and its bucket.
 
-    `legacy_crop` None takes either crop. `only_ours` refuses other programs' files, which do not say what they were
-    made from. Without `check_image` the picture is not read.
+    `legacy_crop` None accepts either kind of crop. `only_ours` refuses the files of other programs, which do not say
+    what they were made from. Without `check_image` the image is not read.
     """
 
     vae_digest: str
@@ -51,11 +51,11 @@ class CacheDemands:
 
 @dataclass(frozen=True)
 class CachedLatents:
-    """What one cache file holds; arrays float32.
+    """The content of a cache file; arrays are float32.
 
-    `latents` and `latents_flipped` are (4, h, w), not yet scaled, `alpha_mask` (H, W) from 0 to 1. `crop_ltrb` is in
-    pixels of the resized picture. The last three are this project's own: `resized_size`, absent where the crop is the
-    legacy one, and the fingerprints of the picture's file and of the VAE.
+    `latents` and `latents_flipped` are (4, h, w), not yet scaled, `alpha_mask` is (H, W) from 0 to 1. `crop_ltrb` is in
+    pixels of the resized image. Only this project writes the last three: `resized_size`, absent if the crop is the
+    legacy one, and the digests of the image file and of the VAE.
     """
 
     latents: np.ndarray
@@ -69,13 +69,13 @@ class CachedLatents:
 
     @property
     def bucket(self) -> Size:
-        """The size in pixels at which the picture was encoded."""
+        """The size in pixels at which the image was encoded."""
         _, height, width = self.latents.shape
         return Size(width * PIXELS_PER_LATENT, height * PIXELS_PER_LATENT)
 
     @property
     def is_ours(self) -> bool:
-        """Whether this project wrote the file, as against one of kohya's family."""
+        """Whether this project wrote the file, not one of kohya's trainers."""
         return self.image_digest is not None
 
     @property
@@ -91,9 +91,9 @@ class CachedLatents:
         return self.latents_flipped
 
     def crop(self, *, legacy: bool) -> Crop:
-        """The crop to train with: the true one, or the legacy one if `legacy`, or if we recorded that on request.
+        """Return the crop to condition on: the legacy one if `legacy` or if it was recorded on request, else the true one.
 
-        The trainers of kohya's family record the offset of a letterbox on the axis that is not cropped.
+        Kohya's trainers record a letterbox offset on the axis that is not cropped.
         """
         if self.resized_size is None and (legacy or self.is_ours):
             left, top, right, _ = self.crop_ltrb
@@ -102,17 +102,17 @@ class CachedLatents:
         return crop_to_train(self.bucket, resized, self.original_size, legacy=legacy)
 
     def reasons_stale(self, demands: CacheDemands, *, image_digest: str | None, bucket: Size) -> list[str]:
-        """Why the file does not fit what it would be made from today; empty if it does.
+        """Return why the file does not fit what it would be made from today; empty if it fits.
 
-        What another program's file does not say, and a picture that is not looked at (`image_digest` None), count as
-        fit.
+        What the file of another program does not say, and an image that is not checked (`image_digest` None), count
+        as fitting.
         """
         found = {
             "it does not say what it was made from": demands.only_ours and not self.is_ours,
-            "the picture has changed": self.is_ours and image_digest not in (None, self.image_digest),
+            "the image has changed": self.is_ours and image_digest not in (None, self.image_digest),
             "it was made with another VAE": self.vae_digest not in (None, demands.vae_digest),
             f"it is for {self.bucket}, not {bucket}": self.bucket != bucket,
-            "it lacks the mirrored latents (--flip_aug)": demands.flip and self.latents_flipped is None,
+            "it lacks the flipped latents (--flip_aug)": demands.flip and self.latents_flipped is None,
             "it lacks the alpha mask (--alpha_mask)": demands.alpha_mask and self.alpha_mask is None,
             "it has the other kind of crop (--legacy_crop_coords)": demands.legacy_crop
             not in (None, self.resized_size is None),
@@ -121,14 +121,14 @@ class CachedLatents:
 
 
 def cache_bytes(bucket: Size, *, flip: bool = False, alpha_mask: bool = False) -> int:
-    """Return the size of the cache file of a picture in `bucket`, within a few thousand bytes."""
+    """Return the size in bytes of the cache file of an image in `bucket`, within a few thousand bytes."""
     num_pixels = bucket.width * bucket.height
     num_numbers = LATENT_CHANNELS * num_pixels // PIXELS_PER_LATENT**2 * (1 + flip) + num_pixels * alpha_mask
     return num_numbers * np.dtype(np.float32).itemsize + _BYTES_AROUND
 
 
 def cache_path(image: Path) -> Path:
-    """Return the cache file of a picture: beside it, same stem."""
+    """Return the cache file of an image: beside it, with the same stem."""
     return image.with_suffix(".npz")
 
 
@@ -167,7 +167,7 @@ def write_cache(path: Path, cached: CachedLatents) -> None:
 
 
 def read_cache(path: Path) -> CachedLatents:
-    """Return what a cache file holds, ours or the seed's.
+    """Return the content of a cache file, ours or that of another program.
 
     Raise `UserError` naming the file for damage, missing keys, wrong shapes, and latents that are NaN or Inf.
     """
@@ -181,7 +181,7 @@ def read_cache(path: Path) -> CachedLatents:
 
 
 def read_fitting_cache(path: Path, image: Path | None, bucket: Size | None, demands: CacheDemands) -> CachedLatents:
-    """Return what the cache file of `image` holds, if it fits; None for `image` and `bucket` leaves these uncompared.
+    """Return the content of the cache file of `image` if it fits; an `image` or `bucket` of None is not compared.
 
     Raise `UserError` naming the file for damage, as `read_cache`, and with every reason why it does not fit.
     """
@@ -193,7 +193,7 @@ def read_fitting_cache(path: Path, image: Path | None, bucket: Size | None, dema
     if reasons:
         raise UserError(
             f"'{path}' does not fit: {' and '.join(reasons)}.",
-            "Run prepare_buckets_latents.py again where the pictures are.",
+            "Run prepare_buckets_latents.py again where the images are.",
         )
     return cached
 

@@ -1,4 +1,4 @@
-"""The metadata file: one JSON object that leads from the key of an image to its captions and its training size."""
+"""The metadata file: one JSON object that maps the key of each image to its captions and its training size."""
 
 import json
 import re
@@ -19,7 +19,7 @@ TRAIN_RESOLUTION = "train_resolution"
 
 @dataclass(frozen=True)
 class CaptionColumn:
-    """One of the two text encoders, and where its captions are kept: metadata key and suffix of the caption files."""
+    """Where the captions of one text encoder are: the metadata key, and the suffix of caption files."""
 
     letter: str
     metadata_key: str
@@ -31,10 +31,10 @@ COLUMN_G = CaptionColumn("G", "captionG", ".caption")
 
 
 def read_metadata(path: Path) -> Metadata:
-    """Return the entries of a metadata file, checked, unknown keys of entries included.
+    """Return the checked entries of a metadata file, including their unknown keys.
 
     Raise `UserError` naming file, image key and what was expected: for a file that cannot be read or is not UTF-8 (a
-    byte-order mark is fine), broken JSON, a key that stands twice in one object, and values of the wrong kind.
+    byte-order mark is fine), broken JSON, a key that occurs twice in one object, and values of the wrong kind.
     """
     try:
         content = json.loads(
@@ -44,25 +44,25 @@ def read_metadata(path: Path) -> Metadata:
     except json.JSONDecodeError as error:
         raise UserError(
             f"'{path}' is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}.",
-            "Mend the line, or remove the file and make it again.",
+            "Correct the line, or remove the file and run the merge scripts again.",
         ) from error
     except (RecursionError, ValueError) as error:  # thousands of brackets, a number of thousands of digits
-        raise UserError(f"'{path}' is not metadata ({error}).", "Make it again by the merge scripts.") from error
+        raise UserError(f"'{path}' is not metadata ({error}).", "Run the merge scripts again.") from error
     except _RepeatedKey as error:
         raise UserError(
-            f"'{path}': the key {error} stands twice in one object.", "Remove or rename one of the two."
+            f"'{path}': the key {error} occurs twice in one object.", "Remove or rename one of the two."
         ) from error
     if not isinstance(content, dict):
-        raise UserError(f"'{path}': expected an object of image keys, got {_shown(content)}.", "Give a metadata file.")
+        raise UserError(f"'{path}': expected an object of image keys, got {_shown(content)}.", "Pass a metadata file.")
     for key, entry in content.items():
         _check_entry(entry, where=f"'{path}', image '{key}'")
     return content
 
 
 def write_metadata(path: Path, metadata: Mapping[str, Entry]) -> None:
-    """Write `metadata` as JSON, whole or not at all: indent 2, characters of all scripts as they are.
+    """Write `metadata` as JSON, whole or not at all: indent 2, non-ASCII characters unescaped.
 
-    Halves of a surrogate pair, which UTF-8 cannot hold, stay escapes. Raise `UserError` if `path` cannot be written.
+    Lone surrogates, which UTF-8 cannot encode, stay escaped. Raise `UserError` if `path` cannot be written.
     """
     text = json.dumps(metadata, indent=2, ensure_ascii=False)
     write_text(path, re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text) + "\n")
@@ -80,9 +80,9 @@ def caption_g(entry: Entry) -> str:
     return caption
 
 
-def keys_without_caption(metadata: Mapping[str, Entry], encoder: CaptionColumn) -> list[str]:
-    """Return the keys of the entries that have no caption for `encoder`; an empty one is a caption."""
-    return [key for key, entry in metadata.items() if encoder.metadata_key not in entry]
+def keys_without_caption(metadata: Mapping[str, Entry], column: CaptionColumn) -> list[str]:
+    """Return the keys of the entries that have no caption in `column`; an empty one is a caption."""
+    return [key for key, entry in metadata.items() if column.metadata_key not in entry]
 
 
 def train_resolution(entry: Entry) -> Size | None:

@@ -43,7 +43,7 @@ def test_a_stem_that_could_mean_two_images_is_an_error_only_where_it_is_used(tmp
     touch(tmp_path, *images, "b.jpg")
     index = images_by_stem(tmp_path)
     assert resolve_image("b", tmp_path, index) == tmp_path / "b.jpg"
-    with pytest.raises(UserError, match="the key 'a' could mean") as error:
+    with pytest.raises(UserError, match="the key 'a' could refer to") as error:
         resolve_image("a", tmp_path, index)
     assert all(str(tmp_path / image) in str(error.value) for image in images)
 

@@ -180,10 +180,10 @@ def test_a_file_that_agrees_in_everything_is_not_stale():
 @pytest.mark.parametrize(
     ("changes", "demands", "reason"),
     [
-        ({"image_digest": "other"}, {}, "the picture has changed"),
+        ({"image_digest": "other"}, {}, "the image has changed"),
         ({"vae_digest": "other"}, {}, "it was made with another VAE"),
         ({"latents": noise(4, 24, 40)}, {}, "it is for 320x192, not 256x192"),
-        ({}, {"flip": True}, "it lacks the mirrored latents (--flip_aug)"),
+        ({}, {"flip": True}, "it lacks the flipped latents (--flip_aug)"),
         ({}, {"alpha_mask": True}, "it lacks the alpha mask (--alpha_mask)"),
         ({}, {"legacy_crop": True}, "it has the other kind of crop (--legacy_crop_coords)"),
         ({"resized_size": None}, {"legacy_crop": False}, "it has the other kind of crop (--legacy_crop_coords)"),
@@ -225,7 +225,7 @@ def test_a_cache_that_does_not_fit_is_named_with_every_reason(cache_of_picture):
     image.write_bytes(b"another picture")
     with pytest.raises(UserError) as caught:
         read_fitting_cache(path, image, Size(64, 64), DEMANDS)
-    assert caught.value.problem == (f"'{path}' does not fit: the picture has changed and it is for 256x192, not 64x64.")
+    assert caught.value.problem == (f"'{path}' does not fit: the image has changed and it is for 256x192, not 64x64.")
     unchecked = replace(DEMANDS, check_image=False)
     assert read_fitting_cache(path, image, BUCKET, unchecked).original_size == SIZE
 

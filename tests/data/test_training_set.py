@@ -151,9 +151,9 @@ def test_a_cache_of_ours_gives_the_legacy_crop_too(folder):
 @pytest.mark.parametrize(
     ("changes", "flags", "reason"),
     [
-        ({"image_digest": "other"}, {}, "the picture has changed"),
+        ({"image_digest": "other"}, {}, "the image has changed"),
         ({"vae_digest": "other"}, {}, "it was made with another VAE"),
-        ({}, {"flip_aug": True}, "it lacks the mirrored latents"),
+        ({}, {"flip_aug": True}, "it lacks the flipped latents"),
         ({"bucket": Size(64, 64)}, {}, "it is for 64x64, not 80x48"),
     ],
 )

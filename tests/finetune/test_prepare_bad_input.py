@@ -32,7 +32,7 @@ def test_a_picture_too_small_for_a_bucket_is_named(folder, capsys):
     small = folder.add("small.png", (100, 20))
     folder.captions_for("good", "small")
     assert folder.prepare("--bucket_no_upscale") == 1
-    assert f"  '{small}': a picture of 100x20 is too small or too narrow" in capsys.readouterr().out
+    assert f"  '{small}': an image of 100x20 is too small or too narrow" in capsys.readouterr().out
     assert folder.caches() == ["good.npz"]
 
 

@@ -45,7 +45,7 @@ def test_without_the_flag_everything_is_encoded_again(prepared):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda path: Image.new("RGB", (100, 60)).save(path.with_suffix(".png")), "the picture has changed"),
+        (lambda path: Image.new("RGB", (100, 60)).save(path.with_suffix(".png")), "the image has changed"),
         (without_our_keys, "it does not say what it was made from"),
         (lambda path: path.write_bytes(path.read_bytes()[:50]), "is not a usable latent cache"),
     ],
