@@ -1,9 +1,10 @@
 """Random numbers that depend on what they are for, and never on what was drawn before them."""
 
-import hashlib
 import struct
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
+
+from library.config.digests import digest
 
 Encoder = Literal["l", "g"]
 """One of the two text encoders, as the flags spell it."""
@@ -14,7 +15,7 @@ Stream = Literal["l", "g", "both"]
 Operation = Literal["caption_dropout", "caption_variants", "line", "wildcard", "shuffle", "tag_dropout"]
 
 _NUMBERS_PER_DIGEST = 8
-_UNPACK = struct.Struct(f"<{_NUMBERS_PER_DIGEST}Q").unpack
+_DIGEST_FORMAT = struct.Struct(f"<{_NUMBERS_PER_DIGEST}Q")
 _DROPPED_BITS = 11  # of 64: a float has 53
 _UNIT = 2.0**-53
 _BEFORE_TRAINING = 0  # the epoch of what is drawn once; training counts epochs from 1
@@ -52,8 +53,8 @@ def drawn_numbers(draw: CaptionDraw, stream: Stream, operation: Operation, count
     for block in range(-(-count // _NUMBERS_PER_DIGEST)):
         # The key stands last: it is the one part that may hold any character.
         message = f"{draw.seed}\0{draw.epoch}\0{draw.occurrence}\0{stream}\0{operation}\0{block}\0{draw.key}"
-        digest = hashlib.blake2b(message.encode("utf-8", errors="surrogatepass")).digest()
-        numbers += [(bits >> _DROPPED_BITS) * _UNIT for bits in _UNPACK(digest)]
+        block_digest = digest([message.encode("utf-8", errors="surrogatepass")], _DIGEST_FORMAT.size)
+        numbers += [(bits >> _DROPPED_BITS) * _UNIT for bits in _DIGEST_FORMAT.unpack(block_digest)]
     return numbers[:count]
 
 

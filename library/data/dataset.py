@@ -161,7 +161,7 @@ class _ErrorsAsItems(Dataset[Any]):
 def _prefetched(loader: DataLoader[Any], device: torch.device) -> Iterator[Batch]:
     batches: Iterator[Batch | UserError] = iter(loader)  # starts workers before there is a thread
     atexit.unregister(_kill_workers)
-    atexit.register(_kill_workers)  # last, and so the first to be called
+    atexit.register(_kill_workers, os.getpid())  # last, and so the first to be called
     begin = None
     if device.type == "cuda":
         batches = map(_pinned, batches)
@@ -179,11 +179,13 @@ def _leave_signals_to_training(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _kill_workers() -> None:
-    """Kill the workers that are left when Python ends after an error.
+def _kill_workers(owner: int) -> None:
+    """Kill the workers of process `owner` that are left when it ends after an error.
 
     Python would end them by SIGTERM, which they ignore, and wait for them forever.
     """
+    if os.getpid() != owner:  # a fork of it, whose exit concerns no worker
+        return
     if hasattr(signal, "SIGCHLD"):  # absent on Windows; torch's handler would report each of them
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():

@@ -51,7 +51,8 @@ def resolve_image(key: str, folder: Path, by_stem: Mapping[str, Sequence[Path]])
     named = by_stem.get(key, ())
     if len(named) > 1:
         raise UserError(
-            f"the key '{key}' could refer to '{named[0]}' or '{named[1]}'.", "Rename one, or use paths as keys with --full_path."
+            f"the key '{key}' could refer to '{named[0]}' or '{named[1]}'.",
+            "Rename one, or use paths as keys with --full_path.",
         )
     if named:
         return named[0]

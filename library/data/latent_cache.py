@@ -91,7 +91,7 @@ class CachedLatents:
         return self.latents_flipped
 
     def crop(self, *, legacy: bool) -> Crop:
-        """Return the crop to condition on: the legacy one if `legacy` or if it was recorded on request, else the true one.
+        """Return the crop to condition on: the legacy one if `legacy` or recorded on request, else the true one.
 
         Kohya's trainers record a letterbox offset on the axis that is not cropped.
         """

@@ -205,7 +205,7 @@ def _explained_out_of_memory(bucket: Size) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"the GPU has no memory left to encode an image of {bucket} ({str(error).partition('.')[0]}).",
+            f"the GPU is out of memory encoding an image of {bucket} ({str(error).partition('.')[0]}).",
             "Close what else uses the GPU, or prepare smaller images with prepare_buckets_latents.py, which also takes "
             "--mixed_precision=bf16 and, to keep the latents written so far, --skip_existing.",
         ) from error

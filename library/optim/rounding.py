@@ -5,13 +5,13 @@ step at all. Stochastic rounding takes the upper neighbour as often as the value
 value (Gupta et al. 2015, https://arxiv.org/abs/1502.02551); compensation keeps what rounding cut off (Kahan 1965).
 """
 
-import hashlib
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from library.config.digests import digest
 from library.optim.kernels import compiled
 
 RESIDUAL = "rounding_residual"
@@ -79,4 +79,4 @@ class Rounder:
     def seed(self, parameter: Parameter, what: str = "weights") -> int:
         """Return the seed for `what` of a parameter in this step: 32 bits, signed."""
         text = f"{self._seed}/{self._step}/{self._places[parameter]}/{what}"
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little", signed=True)
+        return int.from_bytes(digest([text.encode()], 4), "little", signed=True)

@@ -1,6 +1,5 @@
 """The accelerator of a run and its seeds: what decides device, precision and every random draw."""
 
-import hashlib
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -9,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast
 
+from library.config.digests import digest
 from library.training.precision import PrecisionOptions
 
 _PATIENCE = timedelta(days=1)  # for the process that saves and samples while the others wait
@@ -34,7 +34,7 @@ def step_seed(seed: int, step: int, process_index: int) -> int:
     Generators start at every step, which is what makes a resumed run the same run: no generator state has to be kept.
     """
     text = f"{seed}/{step}/{process_index}"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    return int.from_bytes(digest([text.encode()], 8), "little")
 
 
 def start_generators(noise: torch.Generator, seed: int, step: int, process_index: int) -> None:

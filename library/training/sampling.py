@@ -1,6 +1,5 @@
 """Draw sample images when they are due, into the output folder and the trackers."""
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,6 +12,7 @@ import torch
 from PIL.Image import Image
 
 from library.config.atomic_files import CannotWrite
+from library.config.digests import digest
 from library.samples.options import SampleOptions
 from library.samples.picture_files import (
     PictureRecord,
@@ -212,4 +212,4 @@ class Sampling:
 
     def _fresh_seed(self, step: int, index: int) -> int:
         text = f"{self._run.seed}/{step}/{index}"
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
+        return int.from_bytes(digest([text.encode()], 4), "little")

@@ -203,5 +203,5 @@ def test_no_memory_for_a_picture_is_an_error_that_says_its_size_and_what_helps(t
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
     monkeypatch.setattr(vae.encoder, "forward", in_little_memory)
-    with pytest.raises(UserError, match=r"encode an image of 80x48 \(CUDA out of memory\)\..*--mixed_precision=bf16"):
+    with pytest.raises(UserError, match=r"encoding an image of 80x48 \(CUDA out of memory\)\..*--mixed_precision=bf16"):
         outcomes_of([picture(tmp_path, "a.png")], vae)
