@@ -1,13 +1,15 @@
 """What the user asks to train on, and in which batches: the flags describe one subset."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
 from library.config.errors import UserError
 from library.config.options import option
-from library.data.buckets import parse_resolution
+from library.data.buckets import BucketRule, parse_resolution
+from library.data.caption_options import CAPTION_EXTENSIONS, CaptionOptions, resolve
+from library.data.caption_rules import PairRules
 
 _DEFAULT_TOKEN_LENGTH = 75  # one chunk of the encoders
 _TOKEN_LENGTHS = (None, 150, 225)
@@ -104,3 +106,54 @@ class LoaderOptions:
             yield f"--max_data_loader_n_workers is {self.max_data_loader_n_workers}; it must be 0 or more."
         if self.persistent_data_loader_workers and self.max_data_loader_n_workers == 0:
             yield "--persistent_data_loader_workers needs --max_data_loader_n_workers of 1 or more."
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What varies in an image between visits, fields named as the flags; with cached latents only the flip can."""
+
+    flip_aug: bool = False
+    color_aug: bool = False
+    random_crop: bool = False
+    face_crop_aug_range: tuple[float, float] | None = None
+    resize_interpolation: str | None = None
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Images of one folder that are treated alike.
+
+    `dataset` numbers the data set that the subset belongs to: images of different data sets share no batch, those of
+    one have its `batch_size`, and the buckets of its `rule`. Without a `metadata_file` the captions are read from the
+    files beside the images, which end in `extension_l` and `extension_g`. The loss of each sample is multiplied by
+    `loss_weight`; an image with `is_reg` belongs to the regularization images.
+    """
+
+    image_dir: Path
+    metadata_file: Path | None
+    rule: BucketRule
+    dataset: int = 0
+    batch_size: int = 1
+    num_repeats: int = 1
+    captions: PairRules = field(default_factory=PairRules)
+    extension_l: str = CAPTION_EXTENSIONS["l"]
+    extension_g: str = CAPTION_EXTENSIONS["g"]
+    augmentation: Augmentation = Augmentation()
+    loss_weight: float = 1.0
+    is_reg: bool = False
+
+
+def subset_of_flags(
+    training_set: TrainingSetOptions, loader: LoaderOptions, captions: CaptionOptions, rule: BucketRule
+) -> Subset:
+    """Return the one subset that the command line describes. Raise `UserError` for unreadable protected tags."""
+    assert training_set.train_data_dir is not None  # checked by problems()
+    return Subset(
+        image_dir=training_set.train_data_dir,
+        metadata_file=training_set.in_json,
+        rule=rule,
+        batch_size=loader.train_batch_size,
+        num_repeats=training_set.dataset_repeats,
+        captions=resolve([vars(captions)]),
+        augmentation=Augmentation(flip_aug=training_set.flip_aug),
+    )
