@@ -9,6 +9,7 @@ docs/flags.md explains every flag, docs/architecture.md where to find what.
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 # Read by torch when it is imported: large tensors in huge pages, or the kernel spends longer handing out the memory of
 # 3.5 billion weights than the disk spends reading them.
@@ -17,7 +18,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 from library.config.errors import exits_on_user_error
 from library.config.kohya_spellings import TRAINER_SPELLINGS
 from library.config.options import parse_options
-from library.training.run_lock import run_lock
+from library.training.run_lock import other_runs, run_lock
 from library.training.run_options import OPTION_CLASSES, TrainingOptions
 from library.training.stopping import StopRequest, listening_for_stop
 
@@ -37,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     )
     options.console.start()
-    with run_lock(options.output_dir, options.save.output_name), listening_for_stop(options.output_dir) as stop:
+    run = options.output_dir, options.save.output_name
+    with run_lock(*run), listening_for_stop(*run, has_company=partial(other_runs, *run)) as stop:
         return train(options, stop)
 
 

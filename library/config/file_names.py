@@ -56,11 +56,14 @@ def require_writable_name(folder: Path, name: str, what: str, suffixes: Iterable
     """
     if problem := name_problem(name):
         raise UserError(f"{what} is '{name}': {problem}.", "Choose another name.")
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    absolute = folder.absolute()
+    existing = next(path for path in (absolute, *absolute.parents) if path.is_dir())
     try:
         with tempfile.TemporaryDirectory(prefix=".sdxl-names-", dir=existing) as made:
+            inside = Path(made) / absolute.relative_to(existing)  # folders that are to be made have names as well
+            inside.mkdir(parents=True, exist_ok=True)
             for suffix in suffixes:
-                trial = Path(made) / f"{name}{suffix}"
+                trial = inside / f"{name}{suffix}"
                 trial.write_bytes(os.urandom(1))
                 trial.rename(temporary_path(trial, REPLACED_SUFFIX))
     except (OSError, ValueError) as error:

@@ -18,7 +18,9 @@ log = logging.getLogger(__name__)
 
 _WORDS = {**dict.fromkeys(("true", "yes", "on", "1"), True), **dict.fromkeys(("false", "no", "off", "0"), False)}
 _EXACT_IN_FLOAT = 2**53
-_LONGEST_NAME = 255  # of a file or folder, in bytes; asking the system about a longer one is an error
+# In bytes: of a file or folder, and of folders and file together. Asking the system about a longer one is an error.
+_LONGEST_NAME = 255
+_LONGEST_PATH = 4095
 
 
 # -- one option -------------------------------------------------------------------------------------------------------
@@ -55,6 +57,12 @@ def _truth(text: str) -> bool:
     return _WORDS[text.lower()]
 
 
+def _text(text: str) -> str:
+    if "\0" in text:  # no name of a file and few programs can hold it
+        raise ValueError(text)
+    return text
+
+
 def _whole_number(text: str) -> int:
     try:
         return int(text)
@@ -67,14 +75,16 @@ def _whole_number(text: str) -> int:
 
 def _path(text: str) -> Path:
     # Path("") is the current folder, which an empty shell variable was never meant to be.
-    if not text or "\0" in text or max(len(os.fsencode(part)) for part in text.split("/")) > _LONGEST_NAME:
+    if not text or "\0" in text or len(os.fsencode(Path(text).absolute())) > _LONGEST_PATH:
+        raise ValueError(text)
+    if max(len(os.fsencode(part)) for part in text.split("/")) > _LONGEST_NAME:
         raise ValueError(text)
     return Path(text)
 
 
 # For each type of value: what to call it in messages, and how to read it.
 _KINDS: dict[type, tuple[str, Callable[[str], Any]]] = {
-    str: ("text", str),
+    str: ("text", _text),
     int: ("a whole number", _whole_number),
     float: ("a number", float),
     bool: ("true or false", _truth),

@@ -10,6 +10,7 @@ from typing import Any
 
 from library.config.config_file import parse_toml
 from library.config.errors import UserError, nearest
+from library.config.file_names import text_problem
 from library.samples.sampler_names import SAMPLERS, sampler_of
 from library.sdxl.sizes import PIXELS_PER_LATENT
 
@@ -106,9 +107,6 @@ _SETTINGS = {
 _NAME_OF_OPTION = {setting.option: name for name, setting in _SETTINGS.items() if setting.option}
 _NAME_OF_KEY = {key: name for name, setting in _SETTINGS.items() for key in setting.keys}
 
-# One half of a surrogate pair: JSON can hold it, no file can be written with it.
-_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
-
 # An option is two dashes that follow a space and touch a letter: "a cat -- a dog" and "3--4" are text. Word processors
 # make one long dash of the two; it begins an option only before the name of an option, or before a key and a number.
 _OPTIONS = "|".join(sorted(_NAME_OF_OPTION, key=len, reverse=True))
@@ -143,9 +141,8 @@ def _sample_prompt(said: dict[str, Any], line: int, where: str) -> SamplePrompt:
     if not said.keys() & {"prompt_g", "prompt_l"}:
         raise UserError(f"{where}: there is no prompt.", "Write the text of the image before any option.")
     texts = [text for text in said.values() if isinstance(text, str)]
-    half = _HALF_CHARACTER.search("".join(texts))
-    if half is not None:
-        raise UserError(f"{where}: {half[0]!a} is half of a character.", "Write the whole character.")
+    if problem := next(filter(None, map(text_problem, texts)), None):  # JSON can hold it, no image file can
+        raise UserError(f"{where}: {problem}.", "Correct the text.")
     longest = max(len(text) for text in texts)
     if longest > MAX_CHARACTERS:
         raise UserError(f"{where}: a text has {longest} characters.", f"Keep it under {MAX_CHARACTERS}.")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import ClassVar
 
+from library.config.file_names import text_problem
 from library.config.options import option
 from library.sdxl.prediction import SDXL_PREDICTION
 
@@ -22,6 +23,12 @@ class ModelSpecOptions:
     metadata_description: str | None = option(None, "What it is.")
     metadata_license: str | None = option(None, "License of the model.")
     metadata_tags: str | None = option(None, "Tags, separated by commas.")
+
+    def problems(self) -> Iterator[str]:
+        """Yield which of the texts no file can hold."""
+        for name, text in vars(self).items():
+            if text is not None and (problem := text_problem(text)):
+                yield f"--{name}: {problem}. Correct the text."
 
 
 def model_spec(

@@ -2,9 +2,11 @@
 
 import logging
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from library.config.atomic_files import CannotWrite
@@ -19,6 +21,9 @@ RETRY_SECONDS = 60.0
 """How long a run that is over waits before it tries again to save what did not fit on the disk."""
 
 
+_ELSEWHERE = "saved-elsewhere-"
+
+
 class Checkpoints:
     """Saves models and states when they are due; older ones are removed only when their successors are complete.
 
@@ -26,7 +31,8 @@ class Checkpoints:
     ".ckpt" or "" for a diffusers folder. Every process calls the events; within `one_writer()` one of them writes.
 
     A save that fails while the run continues (a full disk) is reported and tried again when the next one is due; the
-    one before it stays. When the run is over it is tried until it succeeds: what was learnt exists nowhere else.
+    one before it stays. When the run is over it is tried until it succeeds, since what was learnt exists nowhere else,
+    or until a signal ends the process within `waiting()`. Where no later attempt can succeed, it is saved elsewhere.
     """
 
     def __init__(
@@ -38,6 +44,7 @@ class Checkpoints:
         write_model: Callable[[Path], None],
         write_state: Callable[[Path, Progress], None],
         one_writer: Callable[[], AbstractContextManager[bool]],
+        waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
         resumed_from: Path | None = None,
     ):
         assert options.output_dir is not None  # checked by problems()
@@ -48,6 +55,7 @@ class Checkpoints:
         self._write_model = write_model
         self._write_state = write_state
         self._one_writer = one_writer
+        self._waiting = waiting
         self._failed: list[Save] = []  # what they were to remove goes with the next save that is complete
         self._present_state = resumed_from  # the state of the current weights, where there is one
 
@@ -126,14 +134,30 @@ class Checkpoints:
             try:
                 return self._save(save, self._progress)
             except CannotWrite as error:
+                if not error.is_temporary:
+                    raise self._saved_elsewhere(save, error) from error
                 if str(error) != reported:
                     reported = str(error)
                     log.warning(
-                        "'%s' is not saved: %s Saving is tried again every minute; Ctrl-C ends the run without it.",
+                        "'%s' is not saved: %s Saving is tried again every minute;"
+                        " Ctrl-C or SIGTERM ends the run without it.",
                         save.name,
                         reported,
                     )
-                time.sleep(RETRY_SECONDS)
+                with self._waiting():
+                    time.sleep(RETRY_SECONDS)
+
+    def _saved_elsewhere(self, save: Save, refusal: CannotWrite) -> UserError:
+        """Save in a new folder, here or among the system's temporary files; return the error that says so."""
+        for parent in (self._folder, Path(tempfile.gettempdir())):
+            try:
+                self._folder = Path(tempfile.mkdtemp(prefix=_ELSEWHERE, dir=parent))
+                model = self._save(replace(save, outdated=None, outdated_state=None), self._progress)
+            except (OSError, CannotWrite) as error:
+                log.warning("'%s' cannot be saved in '%s' either: %s", save.name, parent, error)
+                continue
+            return UserError(refusal.problem, f"The model is saved as '{model}' instead. {refusal.remedy}")
+        return refusal
 
     def _save(self, save: Save, progress: Progress) -> Path:
         # The model first: a run killed in between continues from the state before, and writes the same model again.

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import filelock
+import psutil
 
 from library.config.errors import UserError
 
@@ -54,6 +55,20 @@ def run_lock(output_dir: Path, output_name: str | None) -> Iterator[None]:
         lock.release()
 
 
+def other_runs(output_dir: Path, output_name: str | None) -> bool:
+    """Return whether runs of other names train into `output_dir` on this machine."""
+    own = _lock_file(output_dir, output_name).with_suffix(".pid")
+    in_same_folder = own.parent.glob(f"{own.name.rpartition('-')[0]}-*.pid")
+    return any(psutil.pid_exists(_number(path)) for path in in_same_folder if path != own)
+
+
+def _number(path: Path) -> int:
+    try:
+        return int(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # it ends at this moment
+        return -1
+
+
 def _holder(path: Path) -> str:
     try:
         return path.with_suffix(".pid").read_text(encoding="utf-8")
@@ -64,5 +79,9 @@ def _holder(path: Path) -> str:
 def _lock_file(output_dir: Path, output_name: str | None) -> Path:
     """Return a file outside the output folder, where a killed run would leave it behind."""
     user = getattr(os, "getuid", int)()
-    meant = json.dumps([user, str(output_dir.resolve()), output_name])
-    return Path(tempfile.gettempdir()) / f"sdxl-run-{hashlib.sha256(meant.encode()).hexdigest()[:32]}.lock"
+    folder, name = _digest(user, str(output_dir.resolve())), _digest(output_name)
+    return Path(tempfile.gettempdir()) / f"sdxl-run-{folder}-{name}.lock"
+
+
+def _digest(*meant: int | str | None) -> str:
+    return hashlib.sha256(json.dumps(meant).encode()).hexdigest()[:16]

@@ -7,7 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
+from library.config.errors import UserError
+from library.config.file_names import name_problem, require_writable_name
 from library.config.options import option
+from library.training.progress import STATE_SUFFIX
 
 _WITHOUT_NAME = {"step": "at", "epoch": "epoch", "last": "last"}
 """Prefixes that kohya's trainers use if no output name is given."""
@@ -66,8 +69,8 @@ class SaveOptions:
             existing = next(path for path in (self.output_dir, *self.output_dir.absolute().parents) if path.exists())
             if not existing.is_dir():
                 yield f"--output_dir: '{existing}' is a file; name a folder."
-        if self.output_name is not None and Path(self.output_name).name != self.output_name:
-            yield f"--output_name is '{self.output_name}'; it must be a name without folders (see --output_dir)."
+        if self.output_name is not None and (problem := name_problem(self.output_name)):
+            yield f"--output_name is '{self.output_name}': {problem}. Choose another name; --output_dir names folders."
         for unit in ("steps", "epochs"):
             every = f"save_every_n_{unit}"
             keeping = [f"save_last_n_{unit}", f"save_last_n_{unit}_state"]
@@ -80,6 +83,16 @@ class SaveOptions:
                     yield f"--{flag} needs --{every}."
             if getattr(self, keeping[1]) is not None and not self.save_state:
                 yield f"--{keeping[1]} needs --save_state."
+
+    def heavy_problems(self) -> Iterator[str]:
+        """Yield why models and states cannot be written under these names: they are tried."""
+        assert self.output_dir is not None  # checked by problems()
+        what = "the name of models" if self.output_name is None else "--output_name"
+        suffixes = (f"-step{0:08d}{STATE_SUFFIX}", ".safetensors")
+        try:
+            require_writable_name(self.output_dir, last_name(self.output_name), what, suffixes)
+        except UserError as error:
+            yield str(error)
 
     def save_after_step(self, step: int) -> "Save | None":
         """Return what is saved after optimizer step `step` (from 1), if anything."""

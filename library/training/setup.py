@@ -129,7 +129,7 @@ def set_up(options: TrainingOptions, stop: StopRequest) -> Run:
         _check_disk(options, model, learner, plan, progress)
     tracker = _make_tracker(options.tracking, plan, progress, accelerator)
     compile_regions(model.unet, options.compilation, accelerator.device)
-    checkpoints = _make_checkpoints(options, model, learner, progress, tracker, state)
+    checkpoints = _make_checkpoints(options, model, learner, progress, tracker, state, stop)
     sampling = _make_sampling(options, model, learner, progress, tracker, stop.is_made)
     return Run(
         plan=plan,
@@ -204,6 +204,7 @@ def _make_checkpoints(
     progress: Progress,
     tracker: Tracker,
     state: Path | None,
+    stop: StopRequest,
 ) -> Checkpoints:
     """Return what saves models, in the format the options ask for, and states; saving is not timed as training."""
     source_is_diffusers = not Path(str(options.model.pretrained_model_name_or_path)).is_file()
@@ -228,6 +229,7 @@ def _make_checkpoints(
         write_model=tracker.untimed()(write_model),
         write_state=tracker.untimed()(write_state_of),
         one_writer=partial(one_writer, learner.accelerator),
+        waiting=stop.waiting,
         resumed_from=state,
     )
 

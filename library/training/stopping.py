@@ -1,11 +1,11 @@
-"""How a run is asked to stop: Ctrl-C, a signal, a terminal that closes, or a file named `stop` in the output folder."""
+"""How a run is asked to stop: Ctrl-C, a signal, a terminal that closes, or a file in the output folder."""
 
 import logging
 import os
 import signal
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ from types import FrameType
 log = logging.getLogger(__name__)
 
 STOP_FILE = "stop"
+"""Stops every run of its folder; with a dash and the name of a run behind it only that one."""
 EXIT_AFTER_SIGNAL = 128
 """The exit status after a signal is this plus the number of the signal: 130 after Ctrl-C, 143 after SIGTERM."""
 SAME_SIGNAL_SECONDS = 1.0
@@ -24,20 +25,52 @@ _HANG_UP: int | None = getattr(signal, "SIGHUP", None)  # not on Windows
 
 @dataclass
 class StopRequest:
-    """Whether the run is to end after the current step, and with which exit status."""
+    """Whether the run is to end after the current step, and with which exit status.
+
+    `has_company()` says whether other runs train into the same folder: they have to see its stop file, too.
+    """
 
     output_dir: Path
+    output_name: str | None = None
+    has_company: Callable[[], bool] = bool
     signal_number: int | None = None
+    is_waiting: bool = False
     _file_seen: bool = field(default=False, init=False)
+    _of_before: tuple[int, int] | None = field(default=None, init=False)
 
     def is_made(self) -> bool:
-        """Return whether a stop was requested; remove the stop file once it has been seen."""
-        file = self.output_dir / STOP_FILE
-        if file.is_file():
+        """Return whether a stop was requested; remove the stop file once every run has seen it."""
+        if self._own_file is not None and self._own_file.is_file():
             self._file_seen = True
-            with suppress(OSError):
-                file.unlink()
+            _unlink(self._own_file)
+        written = _written(self.output_dir / STOP_FILE)
+        if written is not None and written != self._of_before:
+            self._file_seen, self._of_before = True, written
+            if not self.has_company():
+                _unlink(self.output_dir / STOP_FILE)
         return self._file_seen or self.signal_number is not None
+
+    def discard_earlier(self) -> None:
+        """Remove the stop files that were meant for an earlier run; one that other runs have to see is not counted."""
+        shared = self.output_dir / STOP_FILE
+        self._of_before = _written(shared)
+        for file in (self._own_file, None if self.has_company() else shared):
+            if file is not None and file.is_file():
+                log.info("removed '%s', which was meant for an earlier run", file)
+                _unlink(file)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Within the block, which may wait without end, the next signal ends the process."""
+        self.is_waiting = True
+        try:
+            yield
+        finally:
+            self.is_waiting = False
+
+    @property
+    def _own_file(self) -> Path | None:
+        return None if self.output_name is None else self.output_dir / f"{STOP_FILE}-{self.output_name}"
 
     @property
     def exit_status(self) -> int:
@@ -46,7 +79,9 @@ class StopRequest:
 
 
 @contextmanager
-def listening_for_stop(output_dir: Path) -> Iterator[StopRequest]:
+def listening_for_stop(
+    output_dir: Path, output_name: str | None = None, has_company: Callable[[], bool] = bool
+) -> Iterator[StopRequest]:
     """Within the block, the first SIGINT, SIGTERM or SIGHUP requests a stop; a second one ends the process at once.
 
     SIGHUP is ignored under nohup, and never counts as the second one: a terminal that closes must not end a run that
@@ -54,11 +89,8 @@ def listening_for_stop(output_dir: Path) -> Iterator[StopRequest]:
     already was meant for an earlier run and is removed. Outside the main thread, which receives no signals, only the
     file works.
     """
-    request = StopRequest(output_dir)
-    if (output_dir / STOP_FILE).is_file():
-        log.info("removed '%s', which was meant for an earlier run", output_dir / STOP_FILE)
-        with suppress(OSError):
-            (output_dir / STOP_FILE).unlink()
+    request = StopRequest(output_dir, output_name, has_company)
+    request.discard_earlier()
     first_time = 0.0
     process = os.getpid()
 
@@ -68,6 +100,8 @@ def listening_for_stop(output_dir: Path) -> Iterator[StopRequest]:
             return
         if number == _HANG_UP:
             _leave_terminal()
+        if request.signal_number is None and request.is_waiting and number != _HANG_UP:
+            raise SystemExit(EXIT_AFTER_SIGNAL + number)
         if request.signal_number is None:
             request.signal_number, first_time = number, time.monotonic()
             log.warning("Stopping after this step. Press Ctrl-C again to quit immediately without saving.")
@@ -84,6 +118,20 @@ def listening_for_stop(output_dir: Path) -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _written(file: Path) -> tuple[int, int] | None:
+    """Return what tells a file from another that is written there later; None if there is none."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return (found.st_ino, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None
+
+
+def _unlink(file: Path) -> None:
+    with suppress(OSError):
+        file.unlink()
 
 
 def _is_nohup(number: int) -> bool:

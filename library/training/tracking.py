@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from tqdm import tqdm
 
+from library.config.errors import UserError
+from library.config.file_names import name_problem, require_writable_name, text_problem
 from library.config.options import option
 
 if TYPE_CHECKING:  # a mistake on the command line is answered before these are imported
@@ -27,6 +29,8 @@ log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 60.0
 """How long a run waits before it writes again to a log that could not be written."""
+_TIME_FORMAT = "%Y%m%d%H%M%S"
+_TRACKER_NAME = "finetuning"
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,9 @@ class TrackingOptions:
         "Log to this tracker. --logging_dir alone selects tensorboard.",
         choices=("tensorboard", "wandb", "all", None),
     )
-    log_prefix: str | None = option(None, "Prefix of the name of the run's log folder.")
+    log_prefix: str | None = option(
+        None, "Prefix of the name of the run's log folder. A / in it makes a folder below --logging_dir."
+    )
     log_tracker_name: str | None = option(None, "Name of the tracker. Default: finetuning.")
     wandb_run_name: str | None = option(None, "Name of the run in wandb. Other trackers have none.")
 
@@ -56,7 +62,12 @@ class TrackingOptions:
 
     def run_folder(self, now: datetime) -> Path | None:
         """Return the log folder of a run that starts `now`."""
-        return None if self.logging_dir is None else self.logging_dir / f"{self.log_prefix or ''}{now:%Y%m%d%H%M%S}"
+        return None if self.logging_dir is None else self.logging_dir / f"{self.log_prefix or ''}{now:{_TIME_FORMAT}}"
+
+    @property
+    def tracker_name(self) -> str:
+        """The name of the tracker, and of its folder in that of the run."""
+        return _TRACKER_NAME if self.log_tracker_name is None else self.log_tracker_name
 
     def problems(self) -> Iterator[str]:
         """Yield what is wrong with these values, one sentence each."""
@@ -68,6 +79,27 @@ class TrackingOptions:
             yield "--log_prefix needs --logging_dir."
         if not self.trackers and self.log_tracker_name is not None:
             yield "--log_tracker_name needs --logging_dir or --log_with."
+        yield from self._name_problems()
+
+    def heavy_problems(self) -> Iterator[str]:
+        """Yield why logs cannot be written under these names: they are tried."""
+        folder = self.run_folder(datetime.now())
+        if folder is None:
+            return
+        try:
+            require_writable_name(folder.parent, folder.name, "--log_prefix, with the time of the run,")
+            require_writable_name(folder, self.tracker_name, "--log_tracker_name")
+        except UserError as error:
+            yield str(error)
+
+    def _name_problems(self) -> Iterator[str]:
+        parts = f"{self.log_prefix or ''}{datetime.now():{_TIME_FORMAT}}".split("/")
+        if problem := next(filter(None, map(name_problem, parts)), None):
+            yield f"--log_prefix is '{self.log_prefix}': {problem}. Logs are written below --logging_dir."
+        if problem := name_problem(self.tracker_name):
+            yield f"--log_tracker_name is '{self.log_tracker_name}': {problem}. Choose another name."
+        if self.wandb_run_name is not None and (problem := text_problem(self.wandb_run_name)):
+            yield f"--wandb_run_name: {problem}. Correct the text."
 
 
 class Tracker:
@@ -163,8 +195,8 @@ class Tracker:
         # Steps that a killed run logged after its last state are logged again: the curves must not have two branches.
         tensorboard = {"purge_step": self._steps_done + 1} if self._steps_done else {}
         wandb = {"name": self._options.wandb_run_name} if self._options.wandb_run_name else {}
-        name = self._options.log_tracker_name or "finetuning"
-        self._accelerator.init_trackers(name, init_kwargs={"tensorboard": tensorboard, "wandb": wandb})
+        trackers = {"tensorboard": tensorboard, "wandb": wandb}
+        self._accelerator.init_trackers(self._options.tracker_name, init_kwargs=trackers)
 
     def _log(self, write: Callable[[], None]) -> None:
         """Call `write`. TensorBoard's writer is unusable after its first failure: open another one a minute later."""

@@ -1,18 +1,24 @@
 """When models are saved, how they are called, and what is removed when."""
 
+import errno
 import json
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+from library.config.atomic_files import replacing
 from library.config.errors import UserError
 from library.config.options import parse_options
 from library.training.checkpoints import Checkpoints
 from library.training.plan import Occasion
 from library.training.progress import Progress
 from library.training.saves import SaveOptions, epoch_to_remove, step_to_remove
+from library.training.stopping import listening_for_stop
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "file_names.json").read_text(encoding="utf-8"))
 
@@ -31,7 +37,9 @@ def write_folder(path: Path) -> None:
     write_file(path / "unet" / "weights")
 
 
-def make_checkpoints(options: SaveOptions, suffix: str = "", write: Callable[[Path], None] = write_file) -> Checkpoints:
+def make_checkpoints(
+    options: SaveOptions, suffix: str = "", write: Callable[[Path], None] = write_file, waiting=nullcontext
+) -> Checkpoints:
     return Checkpoints(
         options,
         Progress(),
@@ -39,6 +47,7 @@ def make_checkpoints(options: SaveOptions, suffix: str = "", write: Callable[[Pa
         write_model=write,
         write_state=lambda folder, progress: write_folder(folder),
         one_writer=lambda: nullcontext(True),
+        waiting=waiting,
     )
 
 
@@ -225,3 +234,43 @@ def test_a_file_where_the_output_folder_should_be_is_found_before_training(below
     (tmp_path / "file").write_text("", encoding="utf-8")
     [problem] = SaveOptions(output_dir=tmp_path / "file" / below).problems()
     assert problem == f"--output_dir: '{tmp_path / 'file'}' is a file; name a folder."
+
+
+def refusing(error: OSError, refused: Path) -> Callable[[Path], None]:
+    """Return a writer that fails as the system does for every file in the folder `refused`."""
+
+    def write(path: Path) -> None:
+        with replacing(path) as file:
+            if path.parent == refused:
+                raise error
+            file.write(b"a model")
+
+    return write
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENAMETOOLONG, errno.EISDIR, errno.EFBIG])
+@pytest.mark.parametrize("occasion", ["end", "stop"])
+def test_what_can_never_be_written_in_its_place_is_saved_elsewhere(number, occasion, tmp_path: Path):
+    folder = tmp_path / "output"
+    folder.mkdir()
+    checkpoints = make_checkpoints(
+        SaveOptions(folder, "m"), ".safetensors", refusing(OSError(number, "refused"), folder)
+    )
+    checkpoints._progress.step = 3
+    with pytest.raises(UserError, match=r"The model is saved as '.*saved-elsewhere-.*' instead"):
+        checkpoints.at_stop() if occasion == "stop" else after_step(checkpoints, 3, is_last=True)
+    [elsewhere] = folder.iterdir()
+    saved = ["m-step00000003-state", "m-step00000003.safetensors"] if occasion == "stop" else ["m.safetensors"]
+    assert names(elsewhere) == saved
+
+
+def test_a_signal_ends_the_wait_for_space(tmp_path: Path):
+    with listening_for_stop(tmp_path) as stop:
+        full = refusing(OSError(errno.ENOSPC, "No space left on device"), tmp_path / "output")
+        checkpoints = make_checkpoints(SaveOptions(tmp_path / "output", "m"), ".safetensors", full, stop.waiting)
+        sender = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM))
+        sender.start()
+        with pytest.raises(SystemExit) as ended:
+            after_step(checkpoints, 3, is_last=True)
+        sender.join()
+    assert ended.value.code == 128 + signal.SIGTERM

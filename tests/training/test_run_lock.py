@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from library.config.errors import UserError
-from library.training.run_lock import run_lock
+from library.training.run_lock import other_runs, run_lock
 
 ROOT = Path(__file__).parents[2]
 HOLD_WITH_FORKED_CHILD = """
@@ -38,6 +38,15 @@ def test_of_two_runs_of_one_model_the_second_is_told_of_the_first(tmp_path: Path
             pass
     with run_lock(tmp_path, "m"):
         pass
+
+
+def test_a_run_knows_of_others_into_its_folder_while_they_run(tmp_path: Path):
+    with run_lock(tmp_path, "m"):
+        assert not other_runs(tmp_path, "m")
+        assert other_runs(tmp_path, "another")
+        assert other_runs(tmp_path, None)
+        assert not other_runs(tmp_path / "elsewhere", "another")
+    assert not other_runs(tmp_path, "another")
 
 
 def test_workers_that_outlive_a_killed_run_do_not_hold_its_lock(tmp_path: Path):

@@ -47,6 +47,33 @@ def test_a_file_of_before_is_not_for_this_run(tmp_path: Path, capsys):
     assert "which was meant for an earlier run" in capsys.readouterr().out
 
 
+def test_a_stop_file_stops_the_run_that_it_names(tmp_path: Path):
+    (tmp_path / "stop-a").touch()  # meant for an earlier run of this name
+    with listening_for_stop(tmp_path, "a") as stop_a, listening_for_stop(tmp_path, "b") as stop_b:
+        assert not stop_a.is_made()
+        (tmp_path / "stop-a").touch()
+        assert not stop_b.is_made()
+        assert stop_a.is_made()
+        assert not stop_b.is_made()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stop_file_without_a_name_stops_every_run_and_none_that_starts_then(tmp_path: Path):
+    running = {"a", "b"}
+    with (
+        listening_for_stop(tmp_path, "a", lambda: running != {"a"}) as stop_a,
+        listening_for_stop(tmp_path, "b", lambda: running != {"b"}) as stop_b,
+    ):
+        (tmp_path / "stop").touch()
+        assert stop_a.is_made()
+        assert stop_a.is_made()
+        with listening_for_stop(tmp_path, "c", lambda: True) as stop_c:
+            assert not stop_c.is_made()
+        running.remove("a")
+        assert stop_b.is_made()
+    assert list(tmp_path.iterdir()) == []
+
+
 STOPPED_BY_ITS_TERMINAL = """
 from pathlib import Path
 from library.training.stopping import listening_for_stop
