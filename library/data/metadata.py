@@ -2,32 +2,45 @@
 
 import json
 import re
-from collections.abc import Mapping
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from library.config.atomic_files import write_text
-from library.config.errors import UserError
+from library.config.errors import UserError, listed
+from library.data.captions import CaptionPair, variants_of
 from library.sdxl.sizes import Size
 
 Entry = dict[str, Any]
 Metadata = dict[str, Entry]
 
 TRAIN_RESOLUTION = "train_resolution"
+IMAGE_SIZE = "image_size"
+LOSS_WEIGHT = "loss_weight"
+IS_REG = "is_reg"
+CAPTION, TAGS = "caption", "tags"
+"""The captions that the scripts of sd-scripts write: a sentence and booru tags."""
 
 
 @dataclass(frozen=True)
 class CaptionColumn:
-    """Where the captions of one text encoder are: the metadata key, and the suffix of caption files."""
+    """Where the captions of one text encoder are.
+
+    In metadata under `metadata_key`, or else under `fallback_key`; beside an image in the file with the suffix
+    `caption_extension`.
+    """
 
     letter: str
     metadata_key: str
+    fallback_key: str
     caption_extension: str
 
 
-COLUMN_L = CaptionColumn("L", "captionL", ".txt")
-COLUMN_G = CaptionColumn("G", "captionG", ".caption")
+COLUMN_L = CaptionColumn("L", "captionL", TAGS, ".txt")
+COLUMN_G = CaptionColumn("G", "captionG", CAPTION, ".caption")
 
 
 def read_metadata(path: Path) -> Metadata:
@@ -68,21 +81,72 @@ def write_metadata(path: Path, metadata: Mapping[str, Entry]) -> None:
     write_text(path, re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text) + "\n")
 
 
-def caption_l(entry: Entry) -> str:
-    """Return the caption for encoder L. Raise `KeyError` where there is none; an empty caption is one."""
-    caption: str = entry[COLUMN_L.metadata_key]
-    return caption
+def captions_of(entry: Entry, *, one_caption: bool = False, separators: tuple[str, str] = (",", ",")) -> CaptionPair:
+    """Return the captions of an entry: those of L and G, or `caption` and `tags` where one of these is missing.
+
+    With `one_caption` both encoders have `caption` followed by `tags`, joined as sd-scripts does: by the separator of
+    tags alone (`separators` of L and G). Raise `KeyError` where an encoder has no caption; an empty one is a caption.
+    """
+    if one_caption:
+        return CaptionPair(*(_joined(entry, separator) for separator in separators))
+    return CaptionPair(_variants_for(entry, COLUMN_L), _variants_for(entry, COLUMN_G))
 
 
-def caption_g(entry: Entry) -> str:
-    """Return the caption for encoder G. Raise `KeyError` where there is none; an empty caption is one."""
-    caption: str = entry[COLUMN_G.metadata_key]
-    return caption
+def keys_without_caption(
+    metadata: Mapping[str, Entry], column: CaptionColumn, *, one_caption: bool = False
+) -> list[str]:
+    """Return the keys of the entries from which `captions_of` reads no caption for `column`."""
+    return [key for key, entry in metadata.items() if _source(entry, column, one_caption=one_caption) is None]
 
 
-def keys_without_caption(metadata: Mapping[str, Entry], column: CaptionColumn) -> list[str]:
-    """Return the keys of the entries that have no caption in `column`; an empty one is a caption."""
-    return [key for key, entry in metadata.items() if column.metadata_key not in entry]
+def require_captions(metadata: Mapping[str, Entry], path: Path, *, one_caption: bool = False) -> None:
+    """Raise `UserError` naming the entries of the file `path` that lack a caption."""
+    for column in (COLUMN_L, COLUMN_G):
+        lacking = keys_without_caption(metadata, column, one_caption=one_caption)
+        if not lacking:
+            continue
+        if one_caption:
+            raise UserError(
+                f"'{path}': {len(lacking)} images have neither '{CAPTION}' nor '{TAGS}': {listed(lacking)}.",
+                f"Add one of them, or train '{COLUMN_L.metadata_key}' and '{COLUMN_G.metadata_key}' without "
+                "--one_caption.",
+            )
+        script = f"sdxl_merge_captions_{column.letter.lower()}_to_metadata.py"
+        has_other = any(_is_caption(metadata[key].get(name)) for key in lacking for name in (CAPTION, TAGS))
+        joint = f" --one_caption trains '{CAPTION}' and '{TAGS}' for both encoders." if has_other else ""
+        raise UserError(
+            f"'{path}': {len(lacking)} images have no {column.letter} caption: {listed(lacking)}.",
+            f"Write their caption files (which may be empty), run finetune/{script} and the preparation again, "
+            f"or remove these images from the metadata.{joint}",
+        )
+
+
+def sentence_of_sources(metadata: Mapping[str, Entry], *, one_caption: bool = False) -> str | None:
+    """Return where captions are from: "812 images: L from 'tags', G from 'caption'".
+
+    Return None where all are from the keys of L and G.
+    """
+    sources = Counter(
+        (_source(entry, COLUMN_L, one_caption=one_caption), _source(entry, COLUMN_G, one_caption=one_caption))
+        for entry in metadata.values()
+    )
+    if sources.keys() <= {(COLUMN_L.metadata_key, COLUMN_G.metadata_key)}:
+        return None
+    parts = []
+    for (source_l, source_g), count in sources.most_common():
+        origin = f"L and G from {source_l}" if one_caption else f"L from '{source_l}', G from '{source_g}'"
+        parts.append(f"{count} images: {origin}")
+    return "; ".join(parts)
+
+
+def loss_weight(entry: Entry) -> float:
+    """Return the factor of the loss of the image; 1 where the entry names none."""
+    return float(entry.get(LOSS_WEIGHT, 1.0))
+
+
+def is_reg(entry: Entry) -> bool:
+    """Return whether the image is a regularization image."""
+    return bool(entry.get(IS_REG, False))
 
 
 def train_resolution(entry: Entry) -> Size | None:
@@ -121,18 +185,68 @@ def _object_without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any
     return result
 
 
+def _variants_for(entry: Entry, column: CaptionColumn) -> tuple[str, ...]:
+    source = _source(entry, column, one_caption=False)
+    if source is None:
+        raise KeyError(column.metadata_key)
+    return _lines(_tags(entry) if source == TAGS else entry[source])
+
+
+def _source(entry: Entry, column: CaptionColumn, *, one_caption: bool) -> str | None:
+    """Return the key that the caption of `column` is read from, None if there is no caption.
+
+    `caption` and `tags` that are no captions (other programs store scores there) count as missing.
+    """
+    if one_caption:
+        present = [f"'{key}'" for key in (CAPTION, TAGS) if _is_caption(entry.get(key))]
+        return " and ".join(present) or None
+    if column.metadata_key in entry:
+        return column.metadata_key
+    return column.fallback_key if _is_caption(entry.get(column.fallback_key)) else None
+
+
+def _joined(entry: Entry, separator: str) -> tuple[str, ...]:
+    """Return the variants of `caption`, each followed by `tags`."""
+    if _source(entry, COLUMN_G, one_caption=True) is None:
+        raise KeyError(CAPTION)
+    captions = _lines(entry[CAPTION]) if _is_caption(entry.get(CAPTION)) else ("",)
+    if not _is_caption(entry.get(TAGS)):
+        return captions
+    tags = separator.join(line for line in _lines(_tags(entry)) if line)
+    return tuple(separator.join(part for part in (caption, tags) if part) for caption in captions)
+
+
+def _tags(entry: Entry) -> str:
+    """Return the tags as one text; a list holds one tag each."""
+    tags: str | list[str] = entry[TAGS]
+    return tags if isinstance(tags, str) else ", ".join(tags)
+
+
+def _lines(caption: str | list[str]) -> tuple[str, ...]:
+    """Return the variants that a caption holds. Empty lines between others are none."""
+    variants = variants_of(caption)
+    if len(variants) == 1:
+        return variants
+    return tuple(line.removesuffix("\r") for line in variants if line.strip()) or ("",)
+
+
+def _is_caption(value: Any) -> bool:
+    """Return whether a value is a text or a list of texts."""
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(text, str) for text in value))
+
+
 def _check_entry(entry: Any, where: str) -> None:
     if not isinstance(entry, dict):
         raise UserError(f"{where}: expected an object of captions, got {_shown(entry)}.", "Correct the entry.")
     for key in (COLUMN_L.metadata_key, COLUMN_G.metadata_key):
-        if not isinstance(entry.get(key, ""), str):
-            raise UserError(f"{where}: expected {key} to be text, got {_shown(entry[key])}.", "Correct the caption.")
-    if TRAIN_RESOLUTION in entry and not _is_size(entry[TRAIN_RESOLUTION]):
-        raise UserError(
-            f"{where}: expected {TRAIN_RESOLUTION} to be [width, height] in pixels,"
-            f" got {_shown(entry[TRAIN_RESOLUTION])}.",
-            "Correct it, or prepare the buckets again.",
-        )
+        if key in entry and (not _is_caption(entry[key]) or entry[key] == []):
+            raise UserError(
+                f"{where}: expected {key} to be a text or a list of texts, got {_shown(entry[key])}.",
+                "Correct the caption.",
+            )
+    for key, (is_right, expected, remedy) in _OPTIONAL_VALUES.items():
+        if key in entry and not is_right(entry[key]):
+            raise UserError(f"{where}: expected {key} to be {expected}, got {_shown(entry[key])}.", remedy)
 
 
 def _is_size(value: Any) -> bool:
@@ -140,6 +254,19 @@ def _is_size(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(type(side) is int and side > 0 for side in value)
 
 
+def _is_weight(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= sys.float_info.max  # neither NaN nor infinite
+
+
 def _shown(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+_OPTIONAL_VALUES: Mapping[str, tuple[Callable[[Any], bool], str, str]] = {
+    TRAIN_RESOLUTION: (_is_size, "[width, height] in pixels", "Correct it, or prepare the buckets again."),
+    IMAGE_SIZE: (_is_size, "[width, height] in pixels", "Correct it, or remove it."),
+    LOSS_WEIGHT: (_is_weight, "a number of 0 or more", "Correct it, or remove it."),
+    IS_REG: (lambda value: isinstance(value, bool), "true or false", "Correct it, or remove it."),
+}
+"""What an entry may hold beside captions: the test of a value, what is expected and what to do otherwise."""

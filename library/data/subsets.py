@@ -36,6 +36,11 @@ class TrainingSetOptions:
     )
     cache_latents_to_disk: bool = option(False, "As --cache_latents, but write the latents beside the images (.npz).")
     vae_batch_size: int = option(1, "Images the VAE encodes at once before training.")
+    one_caption: bool = option(
+        False,
+        "Train both encoders with the same caption: 'caption' of the metadata followed by 'tags'. Otherwise L reads "
+        "'captionL' or else 'tags', G reads 'captionG' or else 'caption'.",
+    )
     cache_text_encoder_outputs: bool = option(
         False, "Encode each distinct caption of frozen text encoders once before training, and keep it in memory."
     )

@@ -1,7 +1,7 @@
 """Metadata, images and caches to the list of images to train on."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -24,13 +24,11 @@ from library.data.latent_cache import (
     require_separate_caches,
 )
 from library.data.metadata import (
-    COLUMN_G,
-    COLUMN_L,
     Entry,
-    caption_g,
-    caption_l,
-    keys_without_caption,
+    captions_of,
     read_metadata,
+    require_captions,
+    sentence_of_sources,
     train_resolution,
 )
 from library.data.subsets import TrainingSetOptions
@@ -113,12 +111,15 @@ def find_training_images(options: TrainingSetOptions) -> list[FoundImage]:
     metadata = read_metadata(options.in_json)
     if not metadata:
         raise UserError(f"'{options.in_json}' has no images.", "Make it with the scripts of finetune/.")
-    _require_captions(metadata, options.in_json)
+    require_captions(metadata, options.in_json, one_caption=options.one_caption)
+    sources = sentence_of_sources(metadata, one_caption=options.one_caption)
+    if sources is not None:
+        log.info("%s", sources)
     folder = options.train_data_dir
     by_stem = images_by_stem(folder)
     file_of = {key: resolve_image(key, folder, by_stem) for key in metadata}
     require_separate_caches(path for path in file_of.values() if path is not None)
-    found = [_found(key, entry, file_of[key], folder) for key, entry in metadata.items()]
+    found = [_found(key, entry, file_of[key], options) for key, entry in metadata.items()]
     missing = [image.key for image in found if image.file is None and not is_file(image.cache)]
     if missing:
         raise UserError(
@@ -155,9 +156,11 @@ def fingerprints(images: Iterable[TrainingImage]) -> dict[str, str]:
     return {image.key: image.fingerprint() for image in images}
 
 
-def _found(key: str, entry: Entry, file: Path | None, folder: Path) -> FoundImage:
-    cache = _cache_without_image(key, folder) if file is None else cache_path(file)
-    return FoundImage(key, caption_l(entry), caption_g(entry), train_resolution(entry), file, cache)
+def _found(key: str, entry: Entry, file: Path | None, options: TrainingSetOptions) -> FoundImage:
+    assert options.train_data_dir is not None  # checked by problems()
+    cache = _cache_without_image(key, options.train_data_dir) if file is None else cache_path(file)
+    captions = captions_of(entry, one_caption=options.one_caption)
+    return FoundImage(key, captions.variants_l[0], captions.variants_g[0], train_resolution(entry), file, cache)
 
 
 def _read_if_fitting(found: FoundImage, demands: CacheDemands) -> CachedLatents | None:
@@ -218,15 +221,3 @@ def _cache_without_image(key: str, folder: Path) -> Path:
         name = Path(name.name)
     candidates = [folder / name, name, folder / name.name] if len(name.parts) > 1 else [folder / name]
     return next((candidate for candidate in candidates if is_file(candidate)), candidates[0])
-
-
-def _require_captions(metadata: Mapping[str, Entry], path: Path) -> None:
-    for column in (COLUMN_L, COLUMN_G):
-        lacking = keys_without_caption(metadata, column)
-        if lacking:
-            script = f"sdxl_merge_captions_{column.letter.lower()}_to_metadata.py"
-            raise UserError(
-                f"'{path}': {len(lacking)} images have no {column.letter} caption: {listed(lacking)}.",
-                f"Write their caption files (which may be empty), run finetune/{script} and the preparation again, "
-                "or remove these images from the metadata.",
-            )

@@ -29,6 +29,7 @@ SCRIPTS = [
             "--legacy_crop_coords",
             "--legacy_text_projection",
             "--max_bad_steps",
+            "--one_caption",
             "--resume_anyway",
             "--sample_grid",
         },

@@ -83,6 +83,17 @@ def test_stems_are_looked_up_in_the_whole_folder_but_the_top_comes_first(folder)
     assert [image.source.path.parent.name for image in folder.read(["a", "b"])] == ["my images", "deep"]
 
 
+def test_metadata_of_sd_scripts_is_read_as_it_is_and_its_sources_are_named(folder, capsys):
+    for name in "ab":
+        folder.add(f"{name}.png")
+    kohya = {"caption": "a girl", "tags": "1girl, solo", "train_resolution": [64, 64]}
+    images = folder.read({"a": kohya, "b": kohya})
+    assert {(image.caption_l, image.caption_g) for image in images} == {("1girl, solo", "a girl")}
+    assert "2 images: L from 'tags', G from 'caption'" in capsys.readouterr().out
+    images = folder.read({"a": kohya, "b": kohya}, one_caption=True)
+    assert {(image.caption_l, image.caption_g) for image in images} == {("a girl,1girl, solo",) * 2}
+
+
 # Missing things
 
 

@@ -27,8 +27,14 @@ UNREADABLE = {
     "a caption twice": (b'{"01": {"captionG": "a", "captionG": "b"}}', "the key 'captionG' occurs twice"),
     "a list": (b"[1, 2]", "expected an object of image keys, got [1, 2]."),
     "an entry of text": (b'{"01": "a cat"}', "image '01': expected an object of captions"),
-    "a caption of numbers": (b'{"01": {"captionL": 5}}', "image '01': expected captionL to be text, got 5."),
-    "a caption of null": (b'{"01": {"captionG": null}}', "image '01': expected captionG to be text, got null."),
+    "a caption of numbers": (
+        b'{"01": {"captionL": 5}}',
+        "image '01': expected captionL to be a text or a list of texts, got 5.",
+    ),
+    "a caption of null": (
+        b'{"01": {"captionG": null}}',
+        "image '01': expected captionG to be a text or a list of texts, got null.",
+    ),
     "a size of text": (b'{"01": {"train_resolution": "1024"}}', "expected train_resolution to be [width, height]"),
     "a bottomless list": (b'{"01": ' + b"[" * 10_000, "is not metadata (maximum recursion depth exceeded"),
     "a bottomless number": (b'{"01": ' + b"9" * 10_000 + b"}", "is not metadata (Exceeds the limit"),
