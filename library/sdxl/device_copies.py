@@ -1,10 +1,10 @@
-"""Host tensors to the GPU without a stop: copies that the host does not wait for."""
+"""Copies between host and GPU that the host does not wait for."""
 
 import torch
 
 
 def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """`tensor` on `device`. A copy to a GPU goes through pinned memory and is put in line behind what the GPU does.
+    """Return `tensor` on `device`. A copy to a GPU goes through pinned memory and is queued behind the GPU's work.
 
     An ordinary copy would first let the host wait until the GPU has nothing left to do.
     """
@@ -15,10 +15,9 @@ def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
 
 
 class HostCopy:
-    """A copy of a tensor in host memory that is on its way; `wait` returns it.
+    """A copy of a tensor to host memory that is under way; `wait` returns it.
 
-    It is made where this object is: `wait` waits for what the GPU was told before, and for nothing that it is told
-    later.
+    It is queued when this object is made: `wait` waits for the GPU's work up to then, not for later work.
     """
 
     def __init__(self, tensor: torch.Tensor):

@@ -15,13 +15,13 @@ from library.sdxl.tensor_file import raw_bytes
 log = logging.getLogger(__name__)
 
 TILE = 64
-"""Latent cells along the side of a tile, where a picture is decoded in tiles."""
+"""Latent cells along each side of a tile, if an image is decoded in tiles."""
 
 Result = TypeVar("Result")
 
 
 class EncodedPixels(NamedTuple):
-    """`latents` [B, 4, h, w] in float32, not yet scaled; which samples were redone in float32, which failed even so."""
+    """Unscaled `latents` [B, 4, h, w] in float32; the samples encoded again in float32, and those that failed."""
 
     latents: torch.Tensor
     redone: list[int]
@@ -33,8 +33,8 @@ def encode_pixels(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
     """Return unscaled latents [B, 4, h, w] in float32 of pixels [B, 3, H, W] in -1..1, on the VAE's device.
 
     The mean of the posterior: kohya's trainers draw from it, but its deviation is far below what the U-Net can tell
-    apart, and the mean makes cached and uncached training the same. A GPU that has no memory for a batch gets its
-    pictures one by one from then on.
+    apart, and the mean makes cached and uncached training the same. A GPU without memory for a batch gets images
+    one by one from then on.
     """
     pixels = pixels.to(vae.device, vae.dtype)
     together = len(pixels) > 1 and not vae.use_slicing
@@ -97,7 +97,7 @@ def _unless_out_of_memory(compute: Callable[[], Result]) -> Result | None:
 
 @contextmanager
 def _tiles(vae: AutoencoderKL) -> Iterator[None]:
-    """Within the block the VAE decodes in tiles; diffusers' own are as large as the pictures of SDXL."""
+    """Decode in tiles within this context; those of diffusers are as large as the images of SDXL."""
     before = vae.tile_latent_min_size, vae.tile_sample_min_size
     vae.tile_latent_min_size, vae.tile_sample_min_size = TILE, TILE * PIXELS_PER_LATENT
     vae.enable_tiling()

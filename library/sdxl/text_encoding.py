@@ -15,7 +15,7 @@ from library.sdxl.tokenizers import CaptionTokens
 
 
 class TextConditioning(NamedTuple):
-    """What the U-Net is told about the text: `hidden` [B, T, 2048] (L 0-767, G 768-2047) and G's `pooled` [B, 1280].
+    """The U-Net's conditioning on the text: `hidden` [B, T, 2048] (L 0-767, G 768-2047) and G's `pooled` [B, 1280].
 
     T is 75 N + 2: the N chunks one after another between the first start token and the last end.
     """
@@ -25,7 +25,7 @@ class TextConditioning(NamedTuple):
 
 
 class EncodedText(NamedTuple):
-    """What the encoders have already made of a batch of caption pairs; None where an encoder still has to work.
+    """The outputs that a batch of caption pairs already has; None where an encoder still has to run.
 
     Shapes are [B, T, 768], [B, T, 1280] and [B, 1280].
     """
@@ -45,7 +45,7 @@ def encode_l(text_encoder_l: nn.Module, tokens_l: torch.Tensor) -> torch.Tensor:
 
 
 def encode_g(text_encoder_g: nn.Module, tokens_g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states of G's last block but one, [B, T, 1280], and the pooled vector [B, 1280], for tokens [B, N, 77].
+    """Return G's hidden states of the last block but one [B, T, 1280] and pooled vector [B, 1280], of [B, N, 77].
 
     The pooled vector is OpenCLIP's: the final layer norm at the first end token, times the projection. Of a caption
     of several chunks it is the first chunk's, as in the trainers of kohya's family.
@@ -71,9 +71,9 @@ def encode_captions(
 
 
 def text_encoder_digest(text_encoder: PreTrainedModel) -> str:
-    """A fingerprint of all that decides what an encoder makes of given tokens: weights as they are held, and its form.
+    """Return a digest of all that decides an encoder's output: its weights, their precision, and its configuration.
 
-    Other precisions have other fingerprints, and so has the legacy projection.
+    Other precisions have other digests, and so has the legacy projection.
     """
     form = recorded_facts(text_encoder.config.to_dict(), SDXL_BASE.text_encoder_g)
     projection = type(getattr(text_encoder, "text_projection", None)).__name__
@@ -90,17 +90,17 @@ def text_encoder_digest(text_encoder: PreTrainedModel) -> str:
 class LegacyTextProjection(nn.Linear):
     """G's projection as the trainers of kohya's family compute it: by the transposed matrix.
 
-    They copy OpenCLIP's `text_projection` into a linear layer without transposing it. The weight here is the right
-    one, so that files are read and written as ever; only what is computed with it differs.
+    They copy OpenCLIP's `text_projection` into a linear layer without transposing it. The weight here has the usual
+    orientation, in which files are read and written; only the product differs.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """`input` [B, C] times the weight, where a linear layer multiplies by its transpose."""
+        """Return `input` [B, C] times the weight; a linear layer multiplies by its transpose."""
         return input @ self.weight
 
 
 def use_legacy_text_projection(text_encoder_g: CLIPTextModelWithProjection) -> None:
-    """Let G's pooled vector be what kohya's trainers make of it, to continue a model that was trained with that."""
+    """Compute G's pooled vector as kohya's trainers do, to continue a model that was trained this way."""
     right = text_encoder_g.text_projection
     with torch.device("meta"):
         legacy = LegacyTextProjection(right.in_features, right.out_features, bias=False)
@@ -109,7 +109,7 @@ def use_legacy_text_projection(text_encoder_g: CLIPTextModelWithProjection) -> N
 
 
 def _join_chunks(hidden: torch.Tensor, num_chunks: int) -> torch.Tensor:
-    """[B N, 77, C] to [B, 75 N + 2, C]: the first chunk's start, everyone's 75 tokens, the last chunk's end."""
+    """Join [B N, 77, C] to [B, 75 N + 2, C]: the first chunk's start, each chunk's 75 tokens, the last chunk's end."""
     if num_chunks == 1:
         return hidden
     chunks = hidden.unflatten(0, (-1, num_chunks))  # [B, N, 77, C]

@@ -1,4 +1,4 @@
-"""Captions to token ids, for each text encoder its own."""
+"""Captions to the token ids of each text encoder."""
 
 import gzip
 import importlib.util
@@ -43,7 +43,7 @@ class TokenizedCaption:
 
 @cache
 def _clip_tokenizer() -> CLIPTokenizer:
-    """CLIP's BPE, from the vocabulary that open_clip ships (found without importing it: that costs seconds)."""
+    """Return CLIP's BPE, with the vocabulary that open_clip ships (found without its import, which takes seconds)."""
     package = importlib.util.find_spec("open_clip")
     if package is None or package.origin is None:
         raise ModuleNotFoundError("open_clip_torch is not installed: pip install -r requirements.txt")
@@ -57,14 +57,14 @@ def _clip_tokenizer() -> CLIPTokenizer:
 
 
 def _byte_letters() -> list[str]:
-    """The printable letter that stands for each byte, in the order of CLIP's vocabulary (GPT-2's byte alphabet)."""
+    """Return the printable letter of each byte, in the order of CLIP's vocabulary (GPT-2's byte alphabet)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     num_others = 256 - len(printable)
     return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(num_others)]
 
 
 def save_tokenizer(folder: Path, pad_token_id: int) -> CLIPTokenizer:
-    """A tokenizer as part of a diffusers model, padding with `pad_token_id` (`PAD_L`, `PAD_G`), saved in `folder`."""
+    """Save a tokenizer for a diffusers model that pads with `pad_token_id` (`PAD_L`, `PAD_G`); return it."""
     tokenizer = _clip_tokenizer()
     pad_token = tokenizer.convert_ids_to_tokens(pad_token_id)
     saved = CLIPTokenizer(
