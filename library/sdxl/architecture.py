@@ -2,19 +2,22 @@
 
 import json
 import math
+import reprlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from library.sdxl.sizes import LATENT_CHANNELS
 
 LATENT_SCALE = 0.13025
-"""What latents of the VAE are multiplied by before the U-Net sees them."""
+"""Factor of the VAE's latents on their way to the U-Net."""
 
 ARCHITECTURE_KEY = "sdxl_architecture"
 """Metadata key of a single file whose networks are not of the usual size (the tiny SDXL of demo and tests)."""
@@ -35,24 +38,63 @@ class Architecture:
 
     @classmethod
     def from_json(cls, text: str) -> "Architecture":
-        """Return the architecture that `to_json` wrote; raise `ValueError` for any other text."""
-        configs = json.loads(text)
+        """Return the architecture that `to_json` wrote. Raise `ValueError` for any other text."""
+        try:
+            configs = json.loads(text)
+        except RecursionError as error:
+            raise ValueError("it is nested too deeply") from error
         names = {field.name for field in fields(cls)}
         if not isinstance(configs, dict) or configs.keys() != names:
             raise ValueError(f"not the keys {', '.join(sorted(names))}")
-        if not all(isinstance(config, dict) for config in configs.values()):
-            raise ValueError("not four configurations")
+        for name, config in configs.items():
+            base = getattr(SDXL_BASE, name)
+            if not isinstance(config, dict) or config.keys() != base.keys():
+                raise ValueError(f"'{name}' does not have the keys {', '.join(base)}")
+            check_facts(config, base)
         return cls(**configs)
 
 
 def recorded_facts(config: Any, base: dict[str, Any]) -> dict[str, Any]:
-    """The part of a network's `config` that an `Architecture` records: the keys of `base`, its values where unsaid.
+    """Return the part of a network's `config` that an `Architecture` records: the keys of `base`, with its defaults.
 
     The token ids are CLIP's whatever the config says: those of old hub models are wrong.
     """
     facts = {key: config.get(key, value) for key, value in base.items()}
     facts = {key: list(value) if isinstance(value, tuple) else value for key, value in facts.items()}
     return facts | {key: base[key] for key in ("bos_token_id", "eos_token_id") if key in base}
+
+
+_LARGEST = 4  # times what SDXL base has; larger networks do not exist
+_LARGEST_FRACTION = 100.0
+_ACTIVATIONS = frozenset({"gelu", "quick_gelu"})
+
+BUILDING_ERRORS = (
+    *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError),
+    StrictDataclassError,  # of transformers' configurations
+)
+"""What the libraries raise for a configuration with which no network can be built."""
+
+
+def check_facts(facts: Mapping[str, Any], base: Mapping[str, Any]) -> None:
+    """Raise `ValueError` unless the recorded facts of a network are such as a variant of SDXL can have."""
+    for key, usual in base.items():
+        if not _is_possible(facts[key], usual):
+            raise ValueError(f"'{key}' is {reprlib.repr(facts[key])} where SDXL has {usual!r}")
+
+
+def _is_possible(value: Any, usual: Any) -> bool:
+    match usual:
+        case bool():
+            return isinstance(value, bool)
+        case int():
+            return type(value) is int and 1 <= value <= _LARGEST * usual
+        case float():
+            return type(value) in (int, float) and 0 < value < _LARGEST_FRACTION
+        case list():
+            is_as_long = isinstance(value, list) and len(value) == len(usual)
+            return is_as_long and all(_is_possible(each, one) for each, one in zip(value, usual, strict=True))
+        case _:
+            return value == usual or (isinstance(value, str) and {value, usual} <= _ACTIVATIONS)
 
 
 def _text_config(width: int, num_layers: int, num_heads: int, activation: str) -> dict[str, Any]:
@@ -82,7 +124,7 @@ def make_architecture(
     heads_g: int,
     norm_num_groups: int = 32,
 ) -> Architecture:
-    """SDXL's skeleton (same names, same depths: 12 and 32 text blocks, 1680 U-Net tensors) in the given widths.
+    """Return SDXL's skeleton (same names, same depths: 12 and 32 text blocks, 1680 U-Net tensors) in other widths.
 
     Two neighbouring U-Net levels of the same width need no projection between them: that is two tensors fewer.
     """
@@ -135,12 +177,12 @@ SDXL_BASE = make_architecture(
 
 
 DEFAULT_LOGIT_SCALE = math.log(100.0)
-"""OpenCLIP's upper bound for the temperature, where bigG's training ended; for inputs that do not carry it."""
+"""OpenCLIP's upper bound for the temperature, where bigG's training ended; for files that do not hold it."""
 
 
 @dataclass
 class SdxlModel:
-    """The networks of one SDXL checkpoint and what else its file holds."""
+    """The networks of an SDXL checkpoint, their configurations, and the one other tensor of its file."""
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
@@ -148,7 +190,7 @@ class SdxlModel:
     text_encoder_g: CLIPTextModelWithProjection
     architecture: Architecture
     logit_scale: torch.Tensor
-    """OpenCLIP's temperature: unused in diffusion, kept so that a written file has every tensor of the one read."""
+    """OpenCLIP's temperature: unused in diffusion, kept so that a saved file has every tensor of the one loaded."""
 
     @property
     def networks(self) -> tuple[nn.Module, ...]:

@@ -1,9 +1,10 @@
 """Read and write SDXL as one file, in the layout that ComfyUI, WebUIs and diffusers open."""
 
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -12,16 +13,35 @@ from torch import nn
 from library.config.errors import UserError, listed
 from library.sdxl.architecture import (
     ARCHITECTURE_KEY,
+    BUILDING_ERRORS,
     SDXL_BASE,
     Architecture,
     SdxlModel,
     empty_model,
     empty_vae,
 )
-from library.sdxl.tensor_file import TensorReader, TensorToWrite, open_tensors, write_pickle, write_safetensors
+from library.sdxl.foreign_weights import (
+    FLOATS,
+    in_usual_form,
+    is_finite,
+    quantised,
+    require_finite,
+    warn_of_coarse_weights,
+)
+from library.sdxl.prediction import find_prediction, require_noise_prediction
+from library.sdxl.tensor_file import (
+    TensorReader,
+    TensorToWrite,
+    first_line,
+    open_tensors,
+    write_pickle,
+    write_safetensors,
+)
 from library.sdxl.weight_names import (
     LOGIT_SCALE,
     PREFIX_VAE,
+    TEXT_PROJECTION,
+    Form,
     StoredTensor,
     text_encoder_g_table,
     text_encoder_l_table,
@@ -56,55 +76,76 @@ class ModelDtypes:
 
 # -- reading ----------------------------------------------------------------------------------------------------------
 
+_ONETRAINER_PREFIX = "ot_"  # of its keys in the header
 
-def read_single_file(path: Path, dtypes: ModelDtypes) -> SdxlModel:
+
+def read_single_file(
+    path: Path, dtypes: ModelDtypes, *, with_vae: bool = True, transposed_text_projection: bool = False
+) -> SdxlModel:
     """Return the model of a single file, on the CPU, in evaluation mode.
 
-    The file is mapped into memory and each tensor copied once, in its final precision. Raise `UserError` for a file
-    that is damaged, of another model family, or lacks tensors of SDXL or holds them in other shapes (which ones).
+    The file is mapped into memory and each tensor copied once, in its final precision. Without `with_vae` the VAE is
+    not read, and stays without weights. `transposed_text_projection` says that the file stores G's projection
+    transposed. Raise `UserError` for a file that is damaged, of another model family, quantised, predicts anything but
+    noise, lacks tensors of SDXL, or holds them in other shapes or with NaN or Inf.
     """
-    with open_tensors(path) as reader:
-        architecture = _architecture_of(reader, SDXL_BASE)
-        model = empty_model(architecture)
-        parts = _parts(model, dtypes)
+    with open_tensors(path) as file:
+        require_noise_prediction(str(path), find_prediction(str(path), file.shapes, file.metadata, {}))
+        warn_of_coarse_weights(file)
+        reader = in_usual_form(file)
+        model: SdxlModel = _without_weights(reader, empty_model, SDXL_BASE)
+        parts = [part for part in _parts(model, dtypes) if with_vae or part[0] is not model.vae]
+        if transposed_text_projection:
+            parts = [(network, _with_transposed_projection(table), dtype) for network, table, dtype in parts]
+        elif any(key.startswith(_ONETRAINER_PREFIX) for key in file.metadata) and TEXT_PROJECTION in file.shapes:
+            log.warning(
+                "'%s' was written by OneTrainer, which stores G's text projection transposed: add"
+                " --transposed_text_projection to read it right",
+                path,
+            )
         for network, table, _ in parts:
             _check(reader, network, table)
-        for network, table, dtype in parts:
-            _fill(reader, network, table, dtype)
+        not_finite = [name for network, table, dtype in parts for name in _fill(reader, network, table, dtype)]
+        require_finite(str(path), not_finite)
         if LOGIT_SCALE in reader.shapes:
             model.logit_scale = reader.get(LOGIT_SCALE).clone()
-        _report_unused(reader, {stored.name for _, table, _ in parts for stored in table})
+        _report_unused(reader, {stored.name for _, table, _ in parts for stored in table}, with_vae=with_vae)
     return model
 
 
 def read_vae(path: Path, dtype: torch.dtype | None, architecture: Architecture = SDXL_BASE) -> AutoencoderKL:
-    """The VAE alone, out of an SDXL single file or a VAE file (original or diffusers names); nothing else is read.
+    """Return the VAE alone, from an SDXL single file or a VAE file (original or diffusers names).
 
-    `architecture` is assumed for a file that does not record one. Raises as `read_single_file`.
+    `architecture` is assumed for a file that does not record one. Raise as `read_single_file`.
     """
-    with open_tensors(path) as reader:
-        vae = empty_vae(_architecture_of(reader, architecture))
+    with open_tensors(path) as file:
+        reader = in_usual_form(file)
+        vae: AutoencoderKL = _without_weights(reader, empty_vae, architecture)
         table = _vae_table_of(reader, vae)
         _check(reader, vae, table)
-        _fill(reader, vae, table, dtype)
+        require_finite(str(path), _fill(reader, vae, table, dtype))
     return vae
 
 
-def _architecture_of(reader: TensorReader, otherwise: Architecture) -> Architecture:
-    """Return the architecture that the file's metadata notes, `otherwise` where there is no note."""
-    if ARCHITECTURE_KEY not in reader.metadata:
-        return otherwise
+def _without_weights(reader: TensorReader, make: Callable[[Architecture], Any], otherwise: Architecture) -> Any:
+    """Return what `make` builds of the architecture that the file records, of `otherwise` if it records none."""
+    note = reader.metadata.get(ARCHITECTURE_KEY)
     try:
-        return Architecture.from_json(reader.metadata[ARCHITECTURE_KEY])
-    except ValueError as error:
+        return make(otherwise if note is None else Architecture.from_json(note))
+    except BUILDING_ERRORS as error:
         raise UserError(
-            f"'{reader.path}': the metadata key '{ARCHITECTURE_KEY}' does not hold four configurations ({error}).",
+            f"'{reader.path}': the metadata key '{ARCHITECTURE_KEY}' does not hold four configurations of SDXL "
+            f"({first_line(error)}).",
             "Write the file again with the program that made it.",
         ) from error
 
 
+def _with_transposed_projection(table: list[StoredTensor]) -> list[StoredTensor]:
+    return [replace(stored, form=Form.SAME) if stored.name == TEXT_PROJECTION else stored for stored in table]
+
+
 def _vae_table_of(reader: TensorReader, vae: nn.Module) -> list[StoredTensor]:
-    """Return the table that fits the names in use: of a whole checkpoint, of a VAE file, or of diffusers."""
+    """Return the table for the names in use: of a whole checkpoint, of a VAE file, or of diffusers."""
     if "encoder.down_blocks.0.resnets.0.conv1.weight" in reader.shapes:
         return [StoredTensor(name, (name,)) for name in vae.state_dict()]
     table = vae_table(vae)
@@ -123,26 +164,50 @@ def _parts(model: SdxlModel, dtypes: ModelDtypes) -> list[tuple[nn.Module, list[
 
 
 def _check(reader: TensorReader, network: nn.Module, table: list[StoredTensor]) -> None:
-    """Raise `UserError` unless the file has every tensor of `table` in the shape that `network` expects."""
-    parameters = network.state_dict()
+    """Raise `UserError` unless the file has every tensor of `table`, as floats, in the shape that `network` expects."""
     missing = [stored.name for stored in table if stored.name not in reader.shapes]
     if missing:
         raise UserError(
             f"'{reader.path}' {_what_it_is(reader)}: {len(missing)} tensors are missing, such as "
             f"{listed(missing, limit=5)}.",
-            "Give an SDXL checkpoint (the base model or one fine-tuned from it).",
+            _remedy_for_missing(missing, table),
         )
-    misshapen = []
-    for stored in table:
-        expected = stored.from_parameters([parameters[name] for name in stored.parameters]).shape
-        if reader.shapes[stored.name] != tuple(expected):
-            misshapen.append(f"{stored.name} {list(reader.shapes[stored.name])} for {list(expected)}")
+    integers = sorted({reader.dtypes[stored.name] for stored in table} - FLOATS)
+    if integers:
+        raise quantised(str(reader.path), f"weights of type {listed(integers)}")
+    expected = _expected_shapes(network, table)
+    misshapen = [
+        f"{name} {list(reader.shapes[name])} for {list(shape)}"
+        for name, shape in expected.items()
+        if not _holds_the_same(reader.shapes[name], shape)
+    ]
     if misshapen:
         raise UserError(
             f"'{reader.path}' is not the usual SDXL: {len(misshapen)} tensors differ in shape: "
             f"{listed(misshapen, limit=5)}.",
-            "Inpainting, refiner and pruned models cannot be fine-tuned here: give an SDXL base checkpoint.",
+            "Inpainting, refiner and pruned models cannot be fine-tuned here: use an SDXL base checkpoint.",
         )
+
+
+def _remedy_for_missing(missing: list[str], table: list[StoredTensor]) -> str:
+    if len(missing) == len(table) and missing[0].startswith(PREFIX_VAE):
+        return "It holds no VAE: train with --vae and a VAE file, and prepare latents with that file as the model."
+    return "Use an SDXL checkpoint (the base model or one fine-tuned from it)."
+
+
+def _expected_shapes(network: nn.Module, table: list[StoredTensor]) -> dict[str, tuple[int, ...]]:
+    parameters = network.state_dict()
+    return {
+        stored.name: tuple(stored.from_parameters([parameters[name] for name in stored.parameters]).shape)
+        for stored in table
+    }
+
+
+def _holds_the_same(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Return whether the shapes agree but for ones at the end: a linear layer may be stored as a 1x1 convolution."""
+    num_axes = max(len(shape), len(expected))
+    padded = [(*each, *(1,) * (num_axes - len(each))) for each in (shape, expected)]
+    return padded[0] == padded[1]
 
 
 def _what_it_is(reader: TensorReader) -> str:
@@ -152,20 +217,30 @@ def _what_it_is(reader: TensorReader) -> str:
     return "is not a whole SDXL checkpoint"
 
 
-def _fill(reader: TensorReader, network: nn.Module, table: list[StoredTensor], dtype: torch.dtype | None) -> None:
-    weights = {}
+def _fill(reader: TensorReader, network: nn.Module, table: list[StoredTensor], dtype: torch.dtype | None) -> list[str]:
+    """Load the weights into `network`; return the names of those with NaN or Inf, in the file or in `dtype`."""
+    weights, not_finite = {}, []
+    expected = _expected_shapes(network, table)
     for stored in table:
-        parts = stored.to_parameters(reader.get(stored.name))
+        parts = stored.to_parameters(reader.get(stored.name).reshape(expected[stored.name]))
         for name, part in zip(stored.parameters, parts, strict=True):
             # A copy even where nothing is converted: weights that stay mapped would lock the file on Windows.
             weights[name] = part.to(dtype or part.dtype, copy=True, memory_format=torch.contiguous_format)
+        if not all(is_finite(weights[name]) for name in stored.parameters):
+            not_finite.append(stored.name)
     network.load_state_dict(weights, assign=True)
     network.eval()
+    return not_finite
 
 
-def _report_unused(reader: TensorReader, used: set[str]) -> None:
+def _report_unused(reader: TensorReader, used: set[str], *, with_vae: bool) -> None:
     known = {*used, LOGIT_SCALE}
-    unused = [name for name in reader.shapes if name not in known and not name.endswith(".position_ids")]
+    ignored = () if with_vae else (PREFIX_VAE,)
+    unused = [
+        name
+        for name in reader.shapes
+        if name not in known and not name.endswith(".position_ids") and not name.startswith(ignored)
+    ]
     if unused:
         log.warning(
             "'%s': %d tensors are not part of SDXL and are left out: %s",

@@ -40,6 +40,9 @@ class ModelOptions:
     legacy_text_projection: bool = option(
         False, "Compute G's pooled vector with the transposed matrix, as kohya's trainers do, to continue their models."
     )
+    transposed_text_projection: bool = option(
+        False, "Read G's text projection transposed, as OneTrainer's single files store it. It is saved the usual way."
+    )
 
     def problems(self) -> Iterator[str]:
         """Yield what is wrong with these values, one sentence each."""
@@ -51,6 +54,11 @@ class ModelOptions:
         ):
             if source is not None and not _exists(source) and not _may_be_hub_name(source):
                 yield f"--{flag}: there is no '{source}'."
+        if self.transposed_text_projection and self.legacy_text_projection:
+            yield (
+                "--transposed_text_projection and --legacy_text_projection exclude each other: the first is for files"
+                " of OneTrainer, the second for models of kohya's trainers."
+            )
 
 
 def load_model(options: ModelOptions, dtypes: "ModelDtypes") -> "SdxlModel":
@@ -63,7 +71,20 @@ def load_model(options: ModelOptions, dtypes: "ModelDtypes") -> "SdxlModel":
     source = options.pretrained_model_name_or_path
     if source is None:
         raise UserError("--pretrained_model_name_or_path is missing.", "Name the SDXL checkpoint to start from.")
-    model = read_single_file(Path(source), dtypes) if _is_file(source) else read_diffusers_folder(source, dtypes)
+    has_other_vae = options.vae is not None
+    if _is_file(source):
+        model = read_single_file(
+            Path(source),
+            dtypes,
+            with_vae=not has_other_vae,
+            transposed_text_projection=options.transposed_text_projection,
+        )
+    elif options.transposed_text_projection:
+        raise UserError(
+            f"--transposed_text_projection is for single files; '{source}' is a diffusers model.", "Remove the flag."
+        )
+    else:
+        model = read_diffusers_folder(source, dtypes, with_vae=not has_other_vae)
     if options.vae is not None:
         model.vae = load_vae(options.vae, dtypes.vae, model.architecture)
         model.architecture = replace(model.architecture, vae=recorded_facts(model.vae.config, SDXL_BASE.vae))

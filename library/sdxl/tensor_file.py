@@ -3,8 +3,9 @@
 import json
 import pickle
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,33 +22,52 @@ _DTYPE_NAMES = {
     torch.bfloat16: "BF16",
     torch.int64: "I64",
     torch.int32: "I32",
+    torch.int8: "I8",
     torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
 }
+"""Types of numbers as safetensors files name them."""
+
 _HEADER_ALIGNMENT = 8
+_LONGEST_REASON = 300  # characters
+_READING_ERRORS = (SafetensorError, OSError, ValueError, OverflowError, MemoryError)
 _UNPICKLING_ERRORS = (
-    *(RuntimeError, EOFError, OSError, ValueError),  # cut short, of another kind
-    *(LookupError, TypeError, AttributeError),  # damaged within
+    *(RuntimeError, EOFError, OSError, ValueError),  # cut short, of another kind; RecursionError is a RuntimeError
+    *(LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, MemoryError),  # damaged within
 )
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text, shortened if necessary, or its type if it has none."""
+    line = str(error).partition("\n")[0]
+    return (line if len(line) <= _LONGEST_REASON else f"{line[:_LONGEST_REASON]}…") or type(error).__name__
 
 
 @dataclass(frozen=True)
 class TensorReader:
-    """An open file of tensors: `shapes` of all of them, `get(name)` for one (backed by the file where possible)."""
+    """An open file of tensors: `get(name)` returns one, backed by the file where possible.
+
+    `shapes` and `dtypes` are those of all of them; types of numbers have the names of safetensors ("F16").
+    """
 
     path: Path
     metadata: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
     get: Callable[[str], torch.Tensor]
 
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[TensorReader]:
-    """The tensors of a `.safetensors` file or of a pickled checkpoint (`.ckpt`, `.pt`, `.bin`), not yet read.
+    """Open the tensors of a `.safetensors` file or of a pickled checkpoint (`.ckpt`, `.pt`, `.bin`), not yet read.
 
-    Raises `UserError` for a file that is missing, damaged, or a pickle that holds more than tensors.
+    Raise `UserError` for a file that is missing, damaged, or a pickle that holds more than tensors.
     """
     if not path.is_file():
         raise UserError(f"there is no file '{path}'.", "Check the path of the model.")
+    if path.suffix.lower() == ".gguf":
+        raise UserError(f"'{path}' is quantised (GGUF).", "Use a .safetensors file of the model in float16 or float32.")
     if path.suffix.lower() == ".safetensors":
         with _open_safetensors(path) as reader:
             yield reader
@@ -57,15 +77,29 @@ def open_tensors(path: Path) -> Iterator[TensorReader]:
 
 @contextmanager
 def _open_safetensors(path: Path) -> Iterator[TensorReader]:
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(safe_open(path, framework="pt"))
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            shapes = {name: tuple(each.get_shape()) for name, each in slices.items()}
+            dtypes = {name: each.get_dtype() for name, each in slices.items()}
+            metadata = dict(file.metadata() or {})
+        except _READING_ERRORS as error:
+            raise UserError(
+                f"'{path}' is not a whole safetensors file ({first_line(error)}).",
+                "Download or copy it again, it may be cut short.",
+            ) from error
+        yield TensorReader(path, metadata, shapes, dtypes, partial(_tensor_of, file, path))
+
+
+def _tensor_of(file: Any, path: Path, name: str) -> torch.Tensor:
     try:
-        file = safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
+        tensor: torch.Tensor = file.get_tensor(name)
+    except _READING_ERRORS as error:
         raise UserError(
-            f"'{path}' is not a whole safetensors file ({error}).", "Download or copy it again, it may be cut short."
+            f"'{path}': the tensor {name} cannot be read ({first_line(error)}).", "Download or copy the file again."
         ) from error
-    with file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        yield TensorReader(path, dict(file.metadata() or {}), shapes, file.get_tensor)
+    return tensor
 
 
 def read_pickled(path: Path) -> Any:
@@ -81,9 +115,8 @@ def read_pickled(path: Path) -> Any:
             "Use a .safetensors file of the model instead.",
         ) from error
     except _UNPICKLING_ERRORS as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(
-            f"'{path}' is not a whole checkpoint of the present format ({reason}).",
+            f"'{path}' is not a whole checkpoint of the present format ({first_line(error)}).",
             "Download or copy it again, it may be cut short, or use a .safetensors file of the model instead.",
         ) from error
 
@@ -92,17 +125,33 @@ def _open_pickle(path: Path) -> TensorReader:
     content = read_pickled(path)
     tensors, metadata = _unpacked(content)
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
-    return TensorReader(path, metadata, shapes, tensors.__getitem__)
+    dtypes = {name: _DTYPE_NAMES.get(value.dtype, str(value.dtype)) for name, value in tensors.items()}
+    return TensorReader(path, metadata, shapes, dtypes, tensors.__getitem__)
 
 
 def _unpacked(content: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors and the metadata of a pickle: a dictionary of tensors, or one that holds it as "state_dict"."""
+    """Return the tensors and the metadata of a pickle: a dictionary of tensors, or one with them as "state_dict".
+
+    Sparse, quantised and empty-handed ("meta") tensors are left out, and so are metadata that are not text.
+    """
     if not isinstance(content, dict):
         return {}, {}
     state, metadata = content.get("state_dict", content), content.get("metadata")
     entries = state.items() if isinstance(state, dict) else ()
-    tensors = {name: value for name, value in entries if isinstance(value, torch.Tensor)}
-    return tensors, metadata if isinstance(metadata, dict) else {}
+    notes = metadata.items() if isinstance(metadata, dict) else ()
+    return (
+        {name: value for name, value in entries if isinstance(name, str) and _is_plain(value)},
+        {name: value for name, value in notes if isinstance(name, str) and isinstance(value, str)},
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    return (
+        isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.is_quantized
+    )
 
 
 @dataclass(frozen=True)
@@ -116,10 +165,10 @@ class TensorToWrite:
 
 
 def write_safetensors(path: Path, tensors: Iterable[TensorToWrite], metadata: dict[str, str]) -> None:
-    """Write a safetensors file tensor by tensor, whole or not at all; needs memory for one tensor.
+    """Write a safetensors file tensor by tensor, whole or not at all; holds one tensor in memory.
 
-    Where the precision changes, this takes 34 MiB of extra memory for a model of 768 MiB, safetensors' writer 769 MiB.
-    Raise `UserError` where `path` cannot be written.
+    A change of precision costs 34 MiB of extra memory for 768 MiB of weights, and 769 MiB with safetensors' own writer,
+    which takes all tensors in their final precision. Raise `UserError` if `path` cannot be written.
     """
     # Widest elements first keeps every tensor aligned to its element size, as the format asks.
     ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
@@ -130,21 +179,21 @@ def write_safetensors(path: Path, tensors: Iterable[TensorToWrite], metadata: di
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """The numbers of a tensor as a safetensors file holds them: in row-major order, without a copy where it can be."""
+    """Return the numbers of a tensor as a safetensors file holds them: in row-major order, copied only if necessary."""
     data: memoryview = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     return data
 
 
 def write_pickle(path: Path, tensors: Iterable[TensorToWrite], metadata: dict[str, str]) -> None:
-    """Write a checkpoint as programs before safetensors read it, whole or not at all; holds all tensors in memory.
+    """Write a pickled checkpoint, whole or not at all; holds all tensors in memory.
 
-    Raise `UserError` where `path` cannot be written.
+    Raise `UserError` if `path` cannot be written.
     """
     write_pickled(path, {"state_dict": {tensor.name: _made(tensor) for tensor in tensors}, "metadata": metadata})
 
 
 def write_pickled(path: Path, content: Any) -> None:
-    """Write what `torch.save` can write, whole or not at all; raise `UserError` where `path` cannot be written."""
+    """Write what `torch.save` can write, whole or not at all. Raise `UserError` if `path` cannot be written."""
     with replacing(path) as file:
         try:
             torch.save(content, file)

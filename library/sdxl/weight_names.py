@@ -13,10 +13,11 @@ PREFIX_VAE = "first_stage_model."
 PREFIX_L = "conditioner.embedders.0.transformer.text_model."
 PREFIX_G = "conditioner.embedders.1.model."
 LOGIT_SCALE = PREFIX_G + "logit_scale"
+TEXT_PROJECTION = PREFIX_G + "text_projection"
 
 
 class Form(Enum):
-    """How a tensor of the file holds the parameters of the network."""
+    """The form in which a tensor of the file holds the parameters of the network."""
 
     SAME = "as it is"
     TRANSPOSED = "OpenCLIP's `x @ text_projection` against a linear layer's `x @ weight.T`"
@@ -83,7 +84,7 @@ _UNET_LAYERS = 2  # resnets in a level going down; one more going up
 
 
 def _unet_modules() -> dict[str, str]:
-    """Module names of diffusers and of the single file, for the three levels of SDXL's U-Net."""
+    """Return the names in diffusers and in the single file of the modules of SDXL's U-Net."""
     modules = dict(_UNET_PLAIN)
     for level in range(3):
         first = 1 + level * (_UNET_LAYERS + 1)
@@ -135,7 +136,7 @@ _VAE_LAST_LEVEL = 3
 def vae_name(parameter: str) -> str:
     """Return the single file's name (without its prefix) of a parameter of diffusers' VAE.
 
-    The decoder's levels are counted from the picture in the file and from the latents in diffusers.
+    The file counts the decoder's levels from the image, diffusers from the latents.
     """
     for pattern, replacement in _VAE_RULES:
         parameter = re.sub(pattern, replacement, parameter)
@@ -159,7 +160,7 @@ _G_RULES = (
 
 
 def _without_wrapper(parameter: str) -> str:
-    """The name inside the text tower: transformers' releases differ in whether `text_model.` stands before it."""
+    """Return the name inside the text tower: some releases of transformers put `text_model.` before it."""
     return parameter.removeprefix("text_model.")
 
 

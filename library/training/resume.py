@@ -16,6 +16,7 @@ _DECIDE_THE_COURSE = frozenset(
         *("train_batch_size", "gradient_accumulation_steps", "num_processes", "dataset_repeats", "flip_aug", "seed"),
         *("max_token_length", "pretrained_model_name_or_path", "vae", "train_text_encoder", "optimizer_type"),
         *("mixed_precision", "full_bf16", "bf16_rounding", "legacy_text_projection", "legacy_crop_coords"),
+        "transposed_text_projection",
     }
 )
 """Options that change the rest of the run."""

@@ -73,6 +73,39 @@ def test_a_model_that_lacks_tensors_is_named_with_them(refused, tiny_sdxl: Path)
     assert f"1 tensors are missing, such as {CONV_IN}." in refused("pruned.safetensors")
 
 
+STRANGE = {
+    "NaN": ({CONV_IN: torch.full((16, 4, 3, 3), torch.nan)}, {}, "1 tensors hold NaN or Inf: " + CONV_IN),
+    "velocity, by tensors": (
+        {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])},
+        {},
+        "does not predict noise (epsilon): it says 'v_prediction'",
+    ),
+    "velocity, by its header": (
+        {},
+        {"modelspec.prediction_type": "v"},
+        "does not predict noise (epsilon): it says 'v_prediction'",
+    ),
+    "int8": ({CONV_IN: torch.ones(16, 4, 3, 3, dtype=torch.int8)}, {}, "is quantised (weights of type I8)"),
+    "absurd note": ({}, {"sdxl_architecture": "[" * 100_000}, "the metadata key 'sdxl_architecture'"),
+}
+
+
+@pytest.mark.parametrize(("added", "header", "what"), STRANGE.values(), ids=STRANGE)
+def test_the_trainer_refuses_a_strange_model_in_one_line(added, header, what: str, refused, tiny_sdxl: Path):
+    save_file({**load_file(tiny_sdxl), **added}, "strange.safetensors", {**header_of(tiny_sdxl), **header})
+    said = refused("strange.safetensors")
+    assert "'strange.safetensors'" in said
+    assert what in said
+    assert len(said.strip().splitlines()) == 1
+
+
+def test_the_trainer_refuses_a_folder_whose_scheduler_says_velocity(refused):
+    Path("model/scheduler").mkdir(parents=True)
+    config = {"_class_name": "EulerDiscreteScheduler", "prediction_type": "v_prediction"}
+    Path("model/scheduler/scheduler_config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert "'model' does not predict noise (epsilon): it says 'v_prediction'" in refused("model")
+
+
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999], ids=["zero bytes", "header", "half", "last bytes"])
 def test_a_model_cut_short_is_named(share: float, refused, tiny_sdxl: Path):
     whole = tiny_sdxl.read_bytes()

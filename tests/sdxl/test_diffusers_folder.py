@@ -98,10 +98,19 @@ def test_a_folder_can_be_written_in_another_precision(tmp_path, sdxl_model):
 def test_an_existing_model_is_replaced_whole(tmp_path, sdxl_model, sdxl_folder):
     folder = tmp_path / "my set" / "last"
     shutil.copytree(sdxl_folder, folder)
-    (folder / "unet" / "of_the_old_model.safetensors").write_bytes(b"old")
+    (folder / "unet" / "config.json").write_bytes(b"old")
     write_diffusers_folder(folder, sdxl_model, None)
     assert names_in(tmp_path / "my set") == ["last"]
+    assert (folder / "unet" / "config.json").read_bytes() != b"old"
+
+
+def test_a_file_that_somebody_put_into_an_existing_model_is_kept_beside_it(tmp_path, sdxl_model, sdxl_folder):
+    folder = tmp_path / "my set" / "last"
+    shutil.copytree(sdxl_folder, folder)
+    (folder / "unet" / "mine.safetensors").write_bytes(b"mine")
+    write_diffusers_folder(folder, sdxl_model, None)
     assert names_in(folder / "unet") == ["config.json", WEIGHTS["unet"]]
+    assert (tmp_path / "my set" / "last (replaced 1)" / "unet" / "mine.safetensors").read_bytes() == b"mine"
 
 
 @contextmanager
