@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from library.config.atomic_files import replacing
+from library.config.digests import WrittenDigest
 from library.config.errors import UserError
 
 _DTYPE_NAMES = {
@@ -164,7 +165,9 @@ class TensorToWrite:
     make: Callable[[], torch.Tensor]
 
 
-def write_safetensors(path: Path, tensors: Iterable[TensorToWrite], metadata: dict[str, str]) -> None:
+def write_safetensors(
+    path: Path, tensors: Iterable[TensorToWrite], metadata: dict[str, str], digest: WrittenDigest | None = None
+) -> None:
     """Write a safetensors file tensor by tensor, whole or not at all; holds one tensor in memory.
 
     A change of precision costs 34 MiB of extra memory for 768 MiB of weights, and 769 MiB with safetensors' own writer,
@@ -172,7 +175,8 @@ def write_safetensors(path: Path, tensors: Iterable[TensorToWrite], metadata: di
     """
     # Widest elements first keeps every tensor aligned to its element size, as the format asks.
     ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
-    with replacing(path) as file:
+    with replacing(path) as opened:
+        file = opened if digest is None else digest.watching(opened)
         file.write(_header(ordered, metadata))
         for tensor in ordered:
             file.write(raw_bytes(_made(tensor)))
@@ -192,11 +196,11 @@ def write_pickle(path: Path, tensors: Iterable[TensorToWrite], metadata: dict[st
     write_pickled(path, {"state_dict": {tensor.name: _made(tensor) for tensor in tensors}, "metadata": metadata})
 
 
-def write_pickled(path: Path, content: Any) -> None:
+def write_pickled(path: Path, content: Any, digest: WrittenDigest | None = None) -> None:
     """Write what `torch.save` can write, whole or not at all. Raise `UserError` if `path` cannot be written."""
     with replacing(path) as file:
         try:
-            torch.save(content, file)
+            torch.save(content, file if digest is None else digest.watching(file))  # type: ignore[arg-type]
         except RuntimeError as error:
             # torch's writer hides the system's error (a full disk) behind another one.
             raise OSError(getattr(error.__context__, "strerror", None) or str(error)) from error

@@ -164,7 +164,8 @@ class Checkpoints:
         model, state = self._model(save.name), self._state(save.name)
         self._write_model(model)
         if save.with_state:
-            self._write_state(state, progress)
+            self._progress.num_states += 1
+            self._write_state(state, replace(progress, num_states=self._progress.num_states))
             self._present_state = state
         for each in (*self._failed, save):
             self._remove_outdated(each)

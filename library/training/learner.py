@@ -1,7 +1,7 @@
 """What learns: the trained networks, and the steps that update their weights."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -65,6 +65,7 @@ class Learner:
     max_grad_norm: float
     watch: LossWatch
     step_loss: StepLoss
+    narrow_keys: frozenset[str]
     is_between_steps: bool = True
     _rates: dict[str, float] = field(default_factory=dict)
     _fused_norm: float | None = None
@@ -123,7 +124,9 @@ class Learner:
     def resumable(self) -> Resumable:
         """Return what a state holds of all this."""
         networks = {name: self.accelerator.unwrap_model(network) for name, network in self.trained.items()}
-        return Resumable(networks, self.optimizer, self.settings, self.lr_schedule, self.accelerator.scaler)
+        return Resumable(
+            networks, self.optimizer, self.settings, self.lr_schedule, self.accelerator.scaler, self.narrow_keys
+        )
 
     @contextmanager
     def final_weights(self) -> Iterator[None]:
@@ -186,7 +189,8 @@ def make_learner(
     groups = _parameter_groups(model, optimizer_options, trains_l=trains_l, trains_g=trains_g)
     parameters = [parameter for group in groups for parameter in group["params"]]
     optimizer = make_optimizer(groups, optimizer_options)
-    stepper = _make_stepper(optimizer, optimizer_options, accelerator, Rounder(rounding, parameters, seed))
+    narrow_keys = _narrow_keys(parameters, optimizer_options, accelerator.device)
+    stepper = _make_stepper(optimizer, optimizer_options, accelerator, Rounder(rounding, parameters, seed), narrow_keys)
     settings = group_settings(optimizer)  # before the schedule changes the rates
     lr_schedule = make_lr_schedule(optimizer, schedule_options, num_steps)
     networks: dict[str, nn.Module] = {"unet": model.unet}
@@ -209,6 +213,7 @@ def make_learner(
         max_grad_norm=optimizer_options.max_grad_norm,
         watch=LossWatch(max_bad_steps),
         step_loss=StepLoss(accelerator),
+        narrow_keys=narrow_keys,
     )
 
 
@@ -230,8 +235,19 @@ def _parameter_groups(
     )
 
 
+def _narrow_keys(parameters: Sequence[nn.Parameter], options: OptimizerOptions, device: torch.device) -> frozenset[str]:
+    """Return the keys of the optimizer's state that it keeps in bfloat16 where weights are bfloat16."""
+    if all(parameter.dtype != torch.bfloat16 for parameter in parameters):
+        return frozenset()
+    return keys_in_bfloat16(partial(make_optimizer, options=options), device)
+
+
 def _make_stepper(
-    optimizer: Optimizer, options: OptimizerOptions, accelerator: Accelerator, rounder: Rounder
+    optimizer: Optimizer,
+    options: OptimizerOptions,
+    accelerator: Accelerator,
+    rounder: Rounder,
+    narrow_keys: frozenset[str],
 ) -> Stepper:
     """Return the stepper: in chunks, or all at once if the optimizer's parameters depend on one another."""
     make = partial(make_optimizer, options=options)
@@ -248,7 +264,6 @@ def _make_stepper(
             "have contributed theirs.",
             "Train with one process, or leave out --fused_backward_pass.",
         )
-    narrow_keys = keys_in_bfloat16(make, accelerator.device) if rounder.kind != NEAREST else frozenset()
     if each_alone:
         return Stepper(optimizer, rounder, narrow_keys)
     return Stepper(optimizer, rounder, narrow_keys, elements_per_chunk=math.inf)

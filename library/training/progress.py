@@ -2,21 +2,34 @@
 
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from library.config.errors import UserError
+from library.config.digests import digest
+from library.config.errors import UserError, listed
 
 log = logging.getLogger(__name__)
 
-STATE_FORMAT = 1
+STATE_FORMAT = 2
+FORMAT_WITHOUT_DIGESTS = 1
 STATE_SUFFIX = "-state"
 LATEST = "latest"
 
 PROGRESS_FILE = "progress.json"
 WEIGHTS_FILE = "weights.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"
+
+_NO_DIGEST = "0" * 32
+"""Stands for the digest of a progress file while that is computed."""
+
+
+class DamagedState(UserError):
+    """The state in `folder` is not what was written."""
+
+    def __init__(self, folder: Path, reason: str):
+        super().__init__(f"'{folder}' is damaged: {reason}.", "Resume from an older state, or from a copy of this one.")
+        self.folder = folder
 
 
 @dataclass(frozen=True)
@@ -35,7 +48,8 @@ class Progress:
     `started` is when the run began; its log folder and sample images are named after it. `step` counts optimizer steps
     from the start of the run, `epoch` (from 0) the epochs before the current one and `step_in_epoch` the steps done in
     the current one: all of its steps where the epoch is over and what is due after it is not saved yet. `losses` are
-    those of the moving average.
+    those of the moving average. `num_states` counts the states of this name in the order in which they were written,
+    over all runs into one folder: clocks can be set back.
     """
 
     started: str = ""
@@ -44,6 +58,7 @@ class Progress:
     epoch: int = 0
     step_in_epoch: int = 0
     losses: list[float] = field(default_factory=list)
+    num_states: int = 0
     setting: Setting = field(default_factory=Setting)
 
     def advance(self) -> None:
@@ -55,36 +70,103 @@ class Progress:
         return replace(self, epoch=self.epoch + 1, step_in_epoch=0)
 
 
+@dataclass(frozen=True)
+class StateRecord:
+    """The progress file of a state: its progress, and the size and digest of each other file by name.
+
+    States of earlier versions of this program have no digests.
+    """
+
+    progress: Progress
+    sizes: Mapping[str, int]
+    digests: Mapping[str, str]
+
+    def as_text(self) -> str:
+        """Return the text of the file, which holds a digest of itself."""
+        about = {"format": STATE_FORMAT, "digest": _NO_DIGEST, "bytes": self.sizes, "digests": self.digests}
+        text = json.dumps(about | asdict(self.progress), indent=1)
+        return text.replace(_NO_DIGEST, digest([text.encode()]).hex(), 1)
+
+
 def read_progress(folder: Path) -> Progress:
     """Return where the run of a state was. Raise `UserError` if the folder is not a complete state."""
-    _, progress = _read(folder)
-    return progress
+    return read_record(folder).progress
 
 
-def find_state(resume: str, output_dir: Path, output_name: str | None) -> Path:
+def read_record(folder: Path) -> StateRecord:
+    """Return what the progress file of a state says. Raise `UserError` if the folder is not a complete state."""
+    try:
+        data = (folder / PROGRESS_FILE).read_bytes()
+        content = json.loads(data)
+        if content.pop("format") not in (STATE_FORMAT, FORMAT_WITHOUT_DIGESTS):
+            raise ValueError("it is of another version of this program")
+        content.pop("written", None)  # when, by the clock; states of earlier versions
+        own_digest = content.pop("digest", None)
+        sizes, digests = content.pop("bytes"), content.pop("digests", {})
+        _require_sizes(folder, sizes)
+        progress = Progress(**{**content, "setting": Setting(**content["setting"])})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"'{folder}' is not a complete state of this program ({error}).",
+            "Use a folder written by --save_state; states of other trainers cannot be resumed.",
+        ) from error
+    if own_digest is not None:
+        zeroed = data.replace(str(own_digest).encode(), _NO_DIGEST.encode(), 1)
+        if own_digest != digest([zeroed]).hex():
+            raise DamagedState(folder, f"{PROGRESS_FILE} is not as it was written")
+    return StateRecord(progress, sizes, digests)
+
+
+def find_state(resume: str, output_dir: Path, output_name: str | None, damaged: Collection[Path] = ()) -> Path:
     """Return the state that `--resume` names: a folder, or for "latest" the newest complete one of `output_name`.
 
-    Raise `UserError` if there is none. Damaged states in `output_dir` are named and skipped.
+    Raise `UserError` if there is none. Damaged states in `output_dir` are named and skipped; those in `damaged` have
+    been named.
     """
     if resume != LATEST:
         if not Path(resume).is_dir():
-            raise UserError(f"--resume: there is no folder '{resume}'.", "Give a state, or 'latest'.")
+            raise UserError(f"--resume: there is no folder '{resume}'.", "Name a state, or 'latest'.")
         return Path(resume)
-    found = []
-    for folder in output_dir.glob(f"*{STATE_SUFFIX}"):
+    states, problems = _states_of(output_dir, output_name, besides=damaged)
+    for problem in problems:
+        log.warning("%s It is skipped.", problem)
+    if states:
+        # States of earlier versions are not counted: of one run the later step is newer, of two the run begun later.
+        return max(states, key=lambda folder: (states[folder].num_states, states[folder].started, states[folder].step))
+    if damaged:
+        names = [f"'{folder}'" for folder in damaged]
+        raise UserError(
+            f"--resume latest: every state of this run is damaged: {listed(names)}.",
+            "Restore one of them from a copy, or train from the beginning without --resume.",
+        )
+    raise UserError(
+        f"--resume latest: '{output_dir}' holds no complete state of a run with the same --output_name.",
+        "Train with --save_state first, or name the folder of a state.",
+    )
+
+
+def num_states(output_dir: Path, output_name: str | None) -> int:
+    """Return how many states of `output_name` were written into `output_dir`, as the newest of them has counted."""
+    states, _ = _states_of(output_dir, output_name)
+    return max((progress.num_states for progress in states.values()), default=0)
+
+
+def _states_of(
+    output_dir: Path, output_name: str | None, besides: Collection[Path] = ()
+) -> tuple[dict[Path, Progress], list[str]]:
+    """Return the complete states of `output_name` in `output_dir`, and what is wrong with incomplete ones."""
+    found, problems = {}, []
+    for folder in sorted(output_dir.glob(f"*{STATE_SUFFIX}")):
+        if folder in besides:
+            continue
         try:
-            written, progress = _read(folder)
+            progress = read_progress(folder)
         except UserError as error:
-            log.warning("%s It is skipped.", error.problem)
+            problems.append(error.problem)
             continue
         if progress.setting.options.get("output_name", str(output_name)) == str(output_name):
-            found.append((written, progress.step, folder))
-    if not found:
-        raise UserError(
-            f"--resume latest: '{output_dir}' holds no complete state of a run with the same --output_name.",
-            "Train with --save_state first, or name the folder of a state.",
-        )
-    return max(found)[-1]
+            found[folder] = progress
+    return found, problems
 
 
 def is_state(path: Path) -> bool:
@@ -94,22 +176,6 @@ def is_state(path: Path) -> bool:
         return (folder / PROGRESS_FILE).is_file()
     except OSError:  # no file system takes that for a name
         return False
-
-
-def _read(folder: Path) -> tuple[str, Progress]:
-    """Return when a state was written, and its progress."""
-    try:
-        content = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
-        if content.pop("format") != STATE_FORMAT:
-            raise ValueError("it is of another version of this program")
-        written, sizes = str(content.pop("written")), content.pop("bytes")
-        _require_sizes(folder, sizes)
-        return written, Progress(**{**content, "setting": Setting(**content["setting"])})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(
-            f"'{folder}' is not a complete state of this program ({error}).",
-            "Give a folder written by --save_state; states of other trainers cannot be resumed.",
-        ) from error
 
 
 def _require_sizes(folder: Path, sizes: Mapping[str, int]) -> None:

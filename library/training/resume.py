@@ -74,7 +74,7 @@ def check_options(then: Setting, now: Setting, *, anyway: bool) -> list[str]:
     for name, value in now.options.items():
         before = then.options.get(name, value)
         if before != value and name not in _ABOUT_RESUMING:
-            (serious if _decides(name, value) else harmless).append(f"--{name}: {before} then, {value} now")
+            (serious if name in _DECIDE_THE_COURSE else harmless).append(f"--{name}: {before} then, {value} now")
     _refuse(serious, anyway=anyway)
     return harmless + serious
 
@@ -92,11 +92,6 @@ def _refuse(serious: list[str], *, anyway: bool) -> None:
             f"since the state was saved this has changed: {'; '.join(serious)}.",
             "Undo the change, or continue with --resume_anyway.",
         )
-
-
-def _decides(name: str, now: str) -> bool:
-    # A seed that is not given again is the state's.
-    return name in _DECIDE_THE_COURSE and not (name == "seed" and now == "None")
 
 
 def _image_changes(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:

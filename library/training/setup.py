@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from library.config.leftovers import remove_leftovers
 from library.data.dataset import Batch
 from library.data.training_set import find_training_images
 from library.diffusion.objective import Objective
@@ -24,7 +23,7 @@ from library.sdxl.diffusers_folder import write_diffusers_folder
 from library.sdxl.latents import vae_digest
 from library.sdxl.model_source import ModelOptions, load_model
 from library.sdxl.model_spec import model_spec
-from library.training.accelerator import draw_seed, make_accelerator
+from library.training.accelerator import make_accelerator
 from library.training.checkpoints import Checkpoints
 from library.training.compilation import compile_regions
 from library.training.disk_space import bytes_of, bytes_of_state, require_disk_for_saves
@@ -36,12 +35,12 @@ from library.training.offload import on_device, place_networks
 from library.training.plan import Occasion, Plan
 from library.training.precision import PrecisionOptions
 from library.training.preparation import latents_of, make_plan, prepare_set
-from library.training.progress import Progress, Setting, find_state, read_progress
-from library.training.resume import check_options, flat_options, library_versions
+from library.training.progress import Progress
 from library.training.run_options import RunOptions, TrainingOptions
-from library.training.sampling import SAMPLE_FOLDER, SampledRun, Sampling
+from library.training.sampling import SampledRun, Sampling
 from library.training.saves import last_name
-from library.training.state import read_learnt, write_state
+from library.training.starting_point import load_state, starting_point, without_damaged_states
+from library.training.state import write_state
 from library.training.stopping import StopRequest
 from library.training.tracking import Tracker, TrackingOptions
 
@@ -103,9 +102,13 @@ class Run:
 
 def set_up(options: TrainingOptions, stop: StopRequest) -> Run:
     """Load model and training set and return the parts of the run. Raise `UserError` for whatever is missing."""
+    return without_damaged_states(partial(_set_up, options, stop), options.resume.resume)
+
+
+def _set_up(options: TrainingOptions, stop: StopRequest, damaged: Sequence[Path]) -> Run:
     found = find_training_images(options.training_set)  # before a model is loaded in vain
     accelerator = make_accelerator(options.precision, options.tracking.trackers, options.tracking.logging_dir)
-    state, progress = _starting_point(options, accelerator)
+    state, progress = starting_point(options, accelerator, damaged)
     model, digest = _load_model(options.model, options.precision, options.run, options.trains_l, options.trains_g)
     prepared = prepare_set(options, found, model, digest, accelerator, progress)
     needed = prepared.networks_of_steps(model)
@@ -124,7 +127,7 @@ def set_up(options: TrainingOptions, stop: StopRequest) -> Run:
         max_bad_steps=options.run.max_bad_steps,
     )
     if state is not None:
-        read_learnt(state, learner.resumable())
+        load_state(state, learner.resumable(), accelerator)
     if accelerator.is_main_process:
         _check_disk(options, model, learner, plan, progress)
     tracker = _make_tracker(options.tracking, plan, progress, accelerator)
@@ -145,24 +148,6 @@ def set_up(options: TrainingOptions, stop: StopRequest) -> Run:
         accelerator=accelerator,
         is_resumed=state is not None,
     )
-
-
-def _starting_point(options: TrainingOptions, accelerator: Accelerator) -> tuple[Path | None, Progress]:
-    """Return the state to resume from, if any, and the progress of the run; remove what killed runs left behind."""
-    setting = Setting(flat_options(options, num_processes=accelerator.num_processes), versions=library_versions())
-    with accelerator.main_process_first():
-        if accelerator.is_main_process:
-            remove_leftovers(options.output_dir, options.output_dir / SAMPLE_FOLDER)
-        wanted = options.resume.resume
-        state = None if wanted is None else find_state(wanted, options.output_dir, options.save.output_name)
-    if state is None:
-        seed = draw_seed(accelerator) if options.run.seed is None else options.run.seed
-        return None, Progress(started=datetime.now().isoformat(timespec="seconds"), seed=seed, setting=setting)
-    progress = read_progress(state)
-    changes = check_options(progress.setting, setting, anyway=options.resume.resume_anyway)
-    log.info("\n  ".join([f"resuming after step {progress.step} from '{state}'", *changes]))
-    progress.setting = replace(setting, images=progress.setting.images)
-    return state, progress
 
 
 def _load_model(

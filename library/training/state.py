@@ -1,9 +1,8 @@
 """The saved state of a run: everything it needs to continue as if it had never stopped, written and read back."""
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,19 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from library.config.atomic_files import replacing_folder, write_text
+from library.config.digests import DigestAbreast, WrittenDigest
 from library.config.errors import UserError
+from library.optim.rounding import RESIDUAL
 from library.sdxl.tensor_file import TensorToWrite, open_tensors, read_pickled, write_pickled, write_safetensors
-from library.training.progress import OPTIMIZER_FILE, PROGRESS_FILE, STATE_FORMAT, WEIGHTS_FILE, Progress
+from library.training.progress import (
+    OPTIMIZER_FILE,
+    PROGRESS_FILE,
+    WEIGHTS_FILE,
+    DamagedState,
+    Progress,
+    StateRecord,
+    read_record,
+)
 
 _OPTIMIZER_KEYS = {"kind", "state", "groups", "settings", "lr_schedule", "scaler"}
 
@@ -26,7 +35,8 @@ class Resumable:
     """What changes while training: networks by name, what moves their weights, the scaler of fp16 (else None).
 
     `settings` are the settings of the optimizer's parameter groups under the current options: where they differ from
-    those the state was saved with, the current ones hold for the rest of the run.
+    those the state was saved with, the current ones hold for the rest of the run. `narrow_keys` are the keys of the
+    optimizer's state that it keeps in bfloat16 beside bfloat16 weights.
     """
 
     networks: Mapping[str, nn.Module]
@@ -34,6 +44,7 @@ class Resumable:
     settings: Sequence[Mapping[str, Any]]
     lr_schedule: LambdaLR
     scaler: torch.amp.GradScaler | None = None
+    narrow_keys: frozenset[str] = frozenset()
 
 
 def group_settings(optimizer: Optimizer) -> list[dict[str, Any]]:
@@ -43,38 +54,69 @@ def group_settings(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 def write_state(folder: Path, progress: Progress, learnt: Resumable) -> None:
     """Write a state, completely or not at all; weights are streamed. Raise `CannotWrite` if that is impossible."""
+    digests = {name: WrittenDigest() for name in (WEIGHTS_FILE, OPTIMIZER_FILE)}
     with replacing_folder(folder, marker=PROGRESS_FILE) as unfinished:
-        write_safetensors(unfinished / WEIGHTS_FILE, _weights(learnt.networks), {"format": "pt"})
-        write_pickled(unfinished / OPTIMIZER_FILE, _optimizer_state(learnt))
-        about = {
-            "format": STATE_FORMAT,
-            "written": datetime.now(UTC).isoformat(),
-            "bytes": {name: (unfinished / name).stat().st_size for name in (WEIGHTS_FILE, OPTIMIZER_FILE)},
-        }
-        write_text(unfinished / PROGRESS_FILE, json.dumps(about | asdict(progress), indent=1))
+        write_safetensors(unfinished / WEIGHTS_FILE, _weights(learnt.networks), {"format": "pt"}, digests[WEIGHTS_FILE])
+        write_pickled(unfinished / OPTIMIZER_FILE, _optimizer_state(learnt), digests[OPTIMIZER_FILE])
+        sizes = {name: (unfinished / name).stat().st_size for name in digests}
+        record = StateRecord(progress, sizes, {name: each.hex() for name, each in digests.items()})
+        write_text(unfinished / PROGRESS_FILE, record.as_text())
 
 
 def read_learnt(folder: Path, learnt: Resumable) -> None:
     """Load the weights and the optimizer of a state into `learnt`, in place.
 
-    Raise `UserError` if the state is damaged or belongs to another set of trained networks.
+    Raise `DamagedState` if its files are not what was written (`learnt` is of no use then), `UserError` if they belong
+    to another set of trained networks or to another optimizer.
     """
-    with open_tensors(folder / WEIGHTS_FILE) as reader:
-        expected = {tensor.name: tensor.shape for tensor in _weights(learnt.networks)}
+    digests = read_record(folder).digests
+    with _checked(folder / WEIGHTS_FILE, digests) as follow:
+        changed = _read_weights(folder, learnt.networks, follow)
+    with _checked(folder / OPTIMIZER_FILE, digests) as follow:
+        content = _read_optimizer(folder / OPTIMIZER_FILE)
+        _restore_optimizer(learnt, content, folder, changed, follow)
+        _restore_schedule(learnt.lr_schedule, learnt.optimizer, content["lr_schedule"])
+        if learnt.scaler is not None and content["scaler"] is not None:
+            learnt.scaler.load_state_dict(content["scaler"])
+
+
+@contextmanager
+def _checked(path: Path, digests: Mapping[str, str]) -> Iterator[Callable[[int], None]]:
+    """Compare the digest of a file that is read in the block, from its beginning to its end, with the recorded one.
+
+    What is yielded is called with the number of bytes after each part was read. Raise `DamagedState` if they differ,
+    whatever reading such a file has raised.
+    """
+    if path.name not in digests:  # a state of an earlier version
+        yield lambda num_bytes: None
+        return
+    with DigestAbreast(path) as following:
+        try:
+            yield following.advance
+        finally:  # the numbers of a damaged file may have raised anything
+            if following.hex() != digests[path.name]:
+                raise DamagedState(path.parent, f"{path.name} is not as it was written")
+
+
+def _read_weights(folder: Path, networks: Mapping[str, nn.Module], follow: Callable[[int], None]) -> set[nn.Parameter]:
+    """Load the weights into `networks`; return the parameters that were saved in another precision."""
+    changed = set()
+    with open_tensors(folder / WEIGHTS_FILE) as reader, torch.no_grad():
+        expected = {tensor.name: tensor.shape for tensor in _weights(networks)}
         if expected != reader.shapes:
             raise UserError(
                 f"'{folder}' holds other weights than this run trains.",
-                "Give the same model and --train_text_encoder flags as when the state was made.",
+                "Pass the same model and --train_text_encoder flags as when the state was made.",
             )
-        with torch.no_grad():
-            for name, network in learnt.networks.items():
-                for key, tensor in network.state_dict().items():
-                    tensor.copy_(reader.get(f"{name}.{key}"))
-    content = _read_optimizer(folder / OPTIMIZER_FILE)
-    _restore_optimizer(learnt, content, folder)
-    _restore_schedule(learnt.lr_schedule, learnt.optimizer, content["lr_schedule"])
-    if learnt.scaler is not None and content["scaler"] is not None:
-        learnt.scaler.load_state_dict(content["scaler"])
+        for name, network in networks.items():
+            parameters = dict(network.named_parameters())
+            for key, tensor in network.state_dict().items():
+                saved = reader.get(f"{name}.{key}")
+                tensor.copy_(saved)
+                follow(saved.nbytes)
+                if key in parameters and saved.dtype != tensor.dtype:
+                    changed.add(parameters[key])
+    return changed
 
 
 def _weights(networks: Mapping[str, nn.Module]) -> Iterator[TensorToWrite]:
@@ -122,13 +164,22 @@ def _read_optimizer(path: Path) -> dict[str, Any]:
     return content
 
 
-def _restore_optimizer(learnt: Resumable, content: Mapping[str, Any], folder: Path) -> None:
-    """Load the optimizer. torch's `load_state_dict` would round float32 state to the precision of bfloat16 weights."""
+def _restore_optimizer(
+    learnt: Resumable,
+    content: Mapping[str, Any],
+    folder: Path,
+    changed: set[nn.Parameter],
+    follow: Callable[[int], None],
+) -> None:
+    """Load the optimizer. torch's `load_state_dict` would round float32 state to the precision of bfloat16 weights.
+
+    The state of `changed` parameters, saved in another precision, gets the one that the optimizer keeps it in now.
+    """
     optimizer = learnt.optimizer
     if content["kind"] != _kind(learnt) or len(content["state"]) != len(_parameters(optimizer)):
         raise UserError(
             f"'{folder}' belongs to another optimizer or to other parameter groups.",
-            "Give the same --optimizer_type, learning rates and --block_lr as when it was made.",
+            "Pass the same --optimizer_type, learning rates and --block_lr as when it was made.",
         )
     saved_states = iter(content["state"])
     for group, saved, then, now in zip(
@@ -138,9 +189,11 @@ def _restore_optimizer(learnt: Resumable, content: Mapping[str, Any], folder: Pa
         group.update({key: value for key, value in now.items() if then.get(key) != value})
         group["initial_lr"] = now["lr"]
         for parameter, state in zip(group["params"], saved_states, strict=False):
-            optimizer.state[parameter] = {
-                key: _placed(key, value, group, parameter.device) for key, value in state.items()
-            }
+            placed = {key: _placed(key, value, group, parameter.device) for key, value in state.items()}
+            follow(sum(value.nbytes for value in state.values() if isinstance(value, torch.Tensor)))
+            optimizer.state[parameter] = (
+                _in_present_precision(placed, parameter, learnt.narrow_keys) if parameter in changed else placed
+            )
 
 
 def _restore_schedule(schedule: LambdaLR, optimizer: Optimizer, saved: dict[str, Any]) -> None:
@@ -157,3 +210,18 @@ def _placed(key: str, value: Any, group: Mapping[str, Any], device: torch.device
         return value
     stays = key == "step" and not (group.get("fused") or group.get("capturable"))
     return value.to("cpu" if stays else device, copy=True)
+
+
+def _in_present_precision(
+    state: dict[str, Any], parameter: nn.Parameter, narrow_keys: frozenset[str]
+) -> dict[str, Any]:
+    """Return the state of a parameter that was saved in another precision as the optimizer keeps it beside it now."""
+    if parameter.dtype != torch.bfloat16 and RESIDUAL in state:  # what bfloat16 could not hold, its place is here
+        parameter.data += state.pop(RESIDUAL)
+    kept = {key: torch.bfloat16 if key in narrow_keys else torch.float32 for key in state}
+    return {
+        key: value.to(kept[key])
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape == parameter.shape
+        else value
+        for key, value in state.items()
+    }

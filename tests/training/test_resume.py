@@ -27,12 +27,6 @@ def test_what_does_no_harm_is_named():
     ]
 
 
-def test_a_seed_that_is_not_given_again_is_the_states():
-    check_options(THEN, changed(seed="None"), anyway=False)
-    with pytest.raises(UserError, match="--seed: 7 then, 8 now"):
-        check_options(THEN, changed(seed="8"), anyway=False)
-
-
 def test_what_makes_another_run_stops_with_its_name_unless_told_otherwise():
     with pytest.raises(UserError, match=r"--train_batch_size: 1 then, 2 now.*--resume_anyway"):
         check_options(THEN, changed(train_batch_size="2"), anyway=False)

@@ -1,6 +1,8 @@
 """States: written, found again, read back exactly."""
 
 import json
+import os
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +12,16 @@ import torch
 from torch import nn
 from transformers.optimization import Adafactor
 
+from library.config.digests import file_digest
 from library.config.errors import UserError
 from library.optim.lr_schedules import make_lr_schedule
 from library.optim.options import ScheduleOptions
-from library.training.progress import LATEST, Progress, Setting, find_state, read_progress
+from library.training.progress import LATEST, Progress, Setting, find_state, num_states, read_progress
 from library.training.state import Resumable, group_settings, read_learnt, write_state
 
-PROGRESS = Progress("2026-02-03T04:05:06", 7, 3, 1, 1, [0.1, 1 / 3], Setting({"output_name": "m"}, {"01": "ab"}, {}))
+PROGRESS = Progress(
+    "2026-02-03T04:05:06", 7, 3, 1, 1, [0.1, 1 / 3], setting=Setting({"output_name": "m"}, {"01": "ab"}, {})
+)
 OPTIMIZERS = {
     "AdamW": lambda groups: torch.optim.AdamW(groups, lr=0.1),
     "SGD": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9),
@@ -90,14 +95,79 @@ def test_a_state_of_something_else_is_refused(other: Callable, message: str, tmp
 def test_a_damaged_file_is_named(name: str, content: bytes, tmp_path: Path):
     write_state(tmp_path / "m-state", PROGRESS, make())
     (tmp_path / "m-state" / name).write_bytes(content)
-    with pytest.raises(UserError, match=name):
-        read_learnt(tmp_path / "m-state", make())
-    with pytest.raises(UserError, match=f"{name} is cut short"):
-        read_progress(tmp_path / "m-state")
+    for read in (lambda: read_progress(tmp_path / "m-state"), lambda: read_learnt(tmp_path / "m-state", make())):
+        with pytest.raises(UserError, match=f"{name} is cut short"):
+            read()
+
+
+def trained_state(folder: Path, **optimizer) -> Path:
+    learnt = make(**optimizer)
+    train(learnt, range(3))
+    write_state(folder, PROGRESS, learnt)
+    return folder
+
+
+def flip_bit(path: Path, bit: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.pt", "progress.json"])
+def test_one_flipped_bit_anywhere_is_noticed(name: str, tmp_path: Path):
+    path = trained_state(tmp_path / "m-state") / name
+    whole = path.read_bytes()
+    for bit in random.Random(0).sample(range(8 * len(whole)), 60):
+        flip_bit(path, bit)
+        with pytest.raises(UserError, match=r"m-state' is damaged|m-state' is not a complete state"):
+            read_learnt(path.parent, make())
+        path.write_bytes(whole)
+    read_learnt(path.parent, make())
+
+
+def as_before_digests(folder: Path, *, written: str = "2026-01-01T00:00:00+00:00") -> None:
+    """Write the progress file of a state as earlier versions of this program did."""
+    content = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+    for key in ("digest", "digests", "num_states"):
+        del content[key]
+    (folder / "progress.json").write_text(json.dumps(content | {"format": 1, "written": written}), encoding="utf-8")
+
+
+def test_a_state_without_digests_is_read_and_learns_on_bit_for_bit(tmp_path: Path):
+    at_once = train(make(), range(6))
+    as_before_digests(trained_state(tmp_path / "m-state"))
+    second = make()
+    read_learnt(tmp_path / "m-state", second)
+    assert all(torch.equal(one, other) for one, other in zip(at_once, train(second, range(3, 6)), strict=True))
+
+
+def test_a_digest_is_that_of_the_files_bytes(tmp_path: Path):
+    folder = trained_state(tmp_path / "m-state", width=300_000)  # pieces of more than one read
+    digests = json.loads((folder / "progress.json").read_text(encoding="utf-8"))["digests"]
+    assert digests == {name: file_digest(folder / name) for name in ("weights.safetensors", "optimizer.pt")}
+    read_learnt(folder, make(width=300_000))
+
+
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_state_of_another_precision_learns_on_as_the_optimizer_keeps_it_there(name: str, saved, tmp_path: Path):
+    now = torch.float32 if saved == torch.bfloat16 else torch.bfloat16
+    fresh, resumed = make(OPTIMIZERS[name], now), make(OPTIMIZERS[name], now)
+    train(fresh, range(1))
+    narrow = torch.bfloat16 if now == torch.bfloat16 and name != "Adafactor" else torch.float32
+    kept = frozenset({"exp_avg", "exp_avg_sq", "momentum_buffer"}) if narrow == torch.bfloat16 else frozenset()
+    trained_state(tmp_path / "m-state", optimizer=OPTIMIZERS[name], dtype=saved)
+    read_learnt(tmp_path / "m-state", replace(resumed, narrow_keys=kept))
+    types = [
+        [{key: value.dtype for key, value in state.items() if isinstance(value, torch.Tensor)} for state in states]
+        for states in (fresh.optimizer.state.values(), resumed.optimizer.state.values())
+    ]
+    assert types[0] == types[1]
+    assert all(weights.isfinite().all() for weights in train(resumed, range(3, 6)))
 
 
 def test_latest_is_the_newest_whole_state_of_this_run(tmp_path: Path, capsys):
-    for name, step, run in (("a-state", 9, "m"), ("b-state", 4, "m"), ("c-state", 20, "other"), ("d-state", 30, "m")):
+    for name, step, run in (("a-state", 3, "m"), ("b-state", 4, "m"), ("c-state", 20, "other"), ("d-state", 30, "m")):
         write_state(tmp_path / name, replace(PROGRESS, step=step, setting=Setting({"output_name": run})), make())
     (tmp_path / "d-state" / "optimizer.pt").write_bytes(b"copied in part")
     (tmp_path / "e-state.123.partial").mkdir()
@@ -106,6 +176,39 @@ def test_latest_is_the_newest_whole_state_of_this_run(tmp_path: Path, capsys):
     said = capsys.readouterr().err
     assert "d-state' is not a complete state" in said
     assert find_state(LATEST, tmp_path, "other") == tmp_path / "c-state"
+    assert find_state(LATEST, tmp_path, "m", [tmp_path / "b-state"]) == tmp_path / "a-state"
+    with pytest.raises(UserError, match=r"every state of this run is damaged: '.*a-state', '.*b-state'"):
+        find_state(LATEST, tmp_path, "m", [tmp_path / "a-state", tmp_path / "b-state"])
+
+
+NEW = {"num_states": 5, "started": "2026-01-01T00:00:00", "step": 10}
+
+
+@pytest.mark.parametrize(
+    ("older", "old_version"),
+    [
+        ({**NEW, "num_states": 4, "step": 9}, False),
+        ({**NEW, "num_states": 4, "started": "2027-01-01T00:00:00", "step": 500}, False),  # begun by a clock set back
+        ({**NEW, "num_states": 0, "started": "2027-01-01T00:00:00", "step": 500}, True),
+        ({**NEW, "num_states": 0, "step": 9}, True),
+    ],
+    ids=["an earlier step", "another run before it", "another run of an earlier version", "an earlier version"],
+)
+def test_latest_trusts_no_clock(older: dict, old_version: bool, tmp_path: Path):
+    for name, place in (("older", older), ("newer", NEW)):
+        write_state(tmp_path / f"{name}-state", replace(PROGRESS, **place), make())
+    if old_version:
+        as_before_digests(tmp_path / "older-state", written="2030-01-01T00:00:00+00:00")
+    os.utime(tmp_path / "older-state" / "progress.json", (2e9, 2e9))
+    assert find_state(LATEST, tmp_path, "m") == tmp_path / "newer-state"
+    assert num_states(tmp_path, "m") == 5
+
+
+def test_of_one_run_of_an_earlier_version_the_latest_is_the_last_step_whatever_the_clock_said(tmp_path: Path):
+    for step, written in ((3, "2026-05-05T00:00:00+00:00"), (4, "2025-01-01T00:00:00+00:00")):
+        write_state(tmp_path / f"{step}-state", replace(PROGRESS, step=step), make())
+        as_before_digests(tmp_path / f"{step}-state", written=written)
+    assert find_state(LATEST, tmp_path, "m") == tmp_path / "4-state"
 
 
 def test_where_there_is_no_state_that_is_said(tmp_path: Path):
