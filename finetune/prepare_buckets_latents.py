@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -15,6 +15,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 from library.config.errors import exits_on_user_error
 from library.config.kohya_spellings import PREPARE_SPELLINGS
+from library.config.magnitudes import MOST_IMAGES_AT_ONCE, MOST_WORKERS
 from library.config.options import option, parse_options, positional
 from library.data.buckets import BucketOptions, parse_resolution
 
@@ -44,19 +45,14 @@ class LatentOptions:
 
     _argument_group_name: ClassVar[str] = "Latents"
 
-    batch_size: int = option(1, "Images the VAE encodes at once.")
-    max_data_loader_n_workers: int | None = option(None, "Threads that load images ahead. Not given: up to four.")
+    batch_size: int = option(1, "Images the VAE encodes at once.", least=1, most=MOST_IMAGES_AT_ONCE)
+    max_data_loader_n_workers: int | None = option(
+        None, "Threads that load images ahead. Not given: up to four.", least=0, most=MOST_WORKERS
+    )
     mixed_precision: str = option("no", "Precision of the VAE.", choices=("no", "fp16", "bf16"))
     flip_aug: bool = option(False, "Also encode each image flipped, for --flip_aug in training.")
     alpha_mask: bool = option(False, "Keep the transparency of each image with its latents.")
     legacy_crop_coords: bool = option(False, "Record the crop as kohya's trainers do, on the wrong axis.")
-
-    def problems(self) -> Iterator[str]:
-        """Yield a sentence for each value that cannot work."""
-        if self.batch_size < 1:
-            yield f"--batch_size is {self.batch_size}; it must be 1 or more."
-        if self.max_data_loader_n_workers is not None and self.max_data_loader_n_workers < 0:
-            yield f"--max_data_loader_n_workers is {self.max_data_loader_n_workers}; it must be 0 or more."
 
 
 OPTION_CLASSES = [PrepareOptions, LatentOptions, BucketOptions]

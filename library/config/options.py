@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import os
 import sys
 import types
 from collections.abc import Callable, Iterable, Sequence
@@ -13,15 +12,9 @@ from library.config.config_file import NONE_TEXT, config_file_path, read_config_
 from library.config.errors import UserError, error_of_problems
 from library.config.option_parser import OptionParser
 from library.config.spellings import Spellings, is_one_of
+from library.config.value_kinds import KINDS
 
 log = logging.getLogger(__name__)
-
-_WORDS = {**dict.fromkeys(("true", "yes", "on", "1"), True), **dict.fromkeys(("false", "no", "off", "0"), False)}
-_EXACT_IN_FLOAT = 2**53
-# In bytes: of a file or folder, and of folders and file together. Asking the system about a longer one is an error.
-_LONGEST_NAME = 255
-_LONGEST_PATH = 4095
-
 
 # -- one option -------------------------------------------------------------------------------------------------------
 
@@ -33,14 +26,23 @@ def option(
     choices: Sequence[Any] = (),
     aliases: Sequence[str] = (),
     nargs: str | int | None = None,
+    least: float | None = None,
+    most: float | None = None,
 ) -> Any:
     """Return a dataclass field that becomes the flag `--<field name>`.
 
     The type of the field decides which values it takes: `str`, `int`, `float`, `bool` (a switch), `Path`, a `list` of
     one of them (`nargs` "*" by default), each also as `X | None`. `choices` are values of that type; `aliases` are
-    other flags with the same meaning, dashes included.
+    other flags with the same meaning, dashes included. A number must lie between `least` and `most`, both included.
     """
-    metadata = {"help": help, "choices": tuple(choices or ()), "aliases": tuple(aliases), "nargs": nargs}
+    metadata = {
+        "help": help,
+        "choices": tuple(choices or ()),
+        "aliases": tuple(aliases),
+        "nargs": nargs,
+        "least": least,
+        "most": most,
+    }
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -49,47 +51,6 @@ def option(
 def positional(help: str) -> Any:
     """Return a dataclass field that takes the next argument without a flag; such fields stand first in their class."""
     return dataclasses.field(metadata={"help": help, "is_positional": True})
-
-
-def _truth(text: str) -> bool:
-    if text.lower() not in _WORDS:
-        raise ValueError(text)
-    return _WORDS[text.lower()]
-
-
-def _text(text: str) -> str:
-    if "\0" in text:  # no name of a file and few programs can hold it
-        raise ValueError(text)
-    return text
-
-
-def _whole_number(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        number = float(text)  # 6.0, as forms write whole numbers, and 1e4
-        if not number.is_integer() or abs(number) > _EXACT_IN_FLOAT:
-            raise
-        return int(number)
-
-
-def _path(text: str) -> Path:
-    # Path("") is the current folder, which an empty shell variable was never meant to be.
-    if not text or "\0" in text or len(os.fsencode(Path(text).absolute())) > _LONGEST_PATH:
-        raise ValueError(text)
-    if max(len(os.fsencode(part)) for part in text.split("/")) > _LONGEST_NAME:
-        raise ValueError(text)
-    return Path(text)
-
-
-# For each type of value: what to call it in messages, and how to read it.
-_KINDS: dict[type, tuple[str, Callable[[str], Any]]] = {
-    str: ("text", _text),
-    int: ("a whole number", _whole_number),
-    float: ("a number", float),
-    bool: ("true or false", _truth),
-    Path: ("a path", _path),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +68,8 @@ class Option:
     aliases: tuple[str, ...] = ()
     nargs: str | int | None = None
     neutral: tuple[str, ...] = ()  # values that mean the same as leaving the flag out
+    least: float | None = None
+    most: float | None = None
 
     @property
     def flag(self) -> str:
@@ -121,7 +84,7 @@ class Option:
     @property
     def expected(self) -> str:
         """What one value is, in words: "a whole number"."""
-        return _KINDS[self.value_type][0]
+        return KINDS[self.value_type][0]
 
     @property
     def takes_empty_text(self) -> bool:
@@ -138,7 +101,7 @@ class Option:
         if is_one_of(text, self.neutral):
             return self.default
         try:
-            value = _KINDS[self.value_type][1](text)
+            value = KINDS[self.value_type][1](text)
         except ValueError:
             raise self.refusal(text) from None
         return self.among_choices(value)
@@ -148,6 +111,16 @@ class Option:
         if self.choices and value not in self.choices:
             raise self.refusal(value)
         return value
+
+    def bound_problem(self, value: Any) -> str | None:
+        """Return what is wrong with the size of a number, in a sentence; None for one between the bounds."""
+        if value is None:
+            return None
+        if self.least is not None and not value >= self.least:  # NaN is neither
+            return f"{self.flag} is {value}; it must be {self.least:.12g} or more."
+        if self.most is not None and not value <= self.most:
+            return f"{self.flag} is {value}; it must be {self.most:.12g} or less."
+        return None
 
     def refusal(self, value: Any) -> UserError:
         """Return the error for a value that the option cannot take."""
@@ -162,12 +135,20 @@ def options_of(option_class: type) -> list[Option]:
     return [_option_of(field, annotations[field.name]) for field in dataclasses.fields(option_class)]
 
 
+def problems_of(instance: Any) -> list[str]:
+    """Return what is wrong with the values of an option class, one sentence each: bounds, then its `problems()`."""
+    of_bounds = {each.flag: each.bound_problem(getattr(instance, each.name)) for each in options_of(type(instance))}
+    wrong = {flag: problem for flag, problem in of_bounds.items() if problem is not None}
+    rest = [problem for problem in _said("problems", [instance]) if problem.partition(" ")[0] not in wrong]
+    return [*wrong.values(), *rest]
+
+
 def _option_of(field: dataclasses.Field, annotation: Any) -> Option:
     members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
     value_types = [member for member in members if member is not types.NoneType]
     is_list = get_origin(value_types[0]) is list
     value_type = get_args(value_types[0])[0] if is_list else value_types[0]
-    if len(value_types) != 1 or value_type not in _KINDS:
+    if len(value_types) != 1 or value_type not in KINDS:
         raise TypeError(f"the option '{field.name}' cannot have the type {annotation}")
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     said = field.metadata
@@ -182,6 +163,8 @@ def _option_of(field: dataclasses.Field, annotation: Any) -> Option:
         choices=said.get("choices", ()),
         aliases=said.get("aliases", ()),
         nargs=said.get("nargs") or ("*" if is_list else None),
+        least=said.get("least"),
+        most=said.get("most"),
     )
 
 
@@ -231,9 +214,9 @@ def parse_options(
     A value comes from the command line, else from the TOML file of `--config_file` (if `ConfigFileOptions` is among the
     classes), else from the field's default. `spellings` are those of other programs.
 
-    What cannot work is reported together, in one `UserError`: what each class yields in `problems()`, and the sentences
-    of `conflicts(*instances)` about combinations across classes. Only if there is nothing to report is each class asked
-    for its `heavy_problems()`, which may import torch.
+    What cannot work is reported together, in one `UserError`: the `problems_of` each class, and the sentences of
+    `conflicts(*instances)` about combinations across classes. Only if there is nothing to report is each class asked
+    for its `heavy_problems()`, which may import torch and write files for trial.
 
     Raise `UserError` for whatever the user can fix. With `--output_config` the file is written, unchecked so that an
     unfinished command can be kept as a template, and `SystemExit(0)` is raised, as by `--help`.
@@ -257,7 +240,8 @@ def parse_options(
         parser.set_defaults(**{each.name: each.default for each in parser.options if each.name in idle})
         instances = parser.instances(arguments)
 
-    problems = [*_said("problems", instances), *conflicts(*instances), *spellings.overruled(argv, instances)]
+    own_problems = [problem for each in instances for problem in problems_of(each)]
+    problems = [*own_problems, *conflicts(*instances), *spellings.overruled(argv, instances)]
     problems = problems or _said("heavy_problems", instances)
     if problems:
         raise error_of_problems(problems)

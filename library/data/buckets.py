@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple
 
 from library.config.errors import UserError
 from library.config.options import option
-from library.sdxl.sizes import PIXELS_PER_LATENT, Size
+from library.sdxl.sizes import MAX_ASPECT, MAX_SIDE, MIN_SIDE, PIXELS_PER_LATENT, Size
 
 _MOST_DIGITS = 5  # of a side of the resolution
 
@@ -77,8 +77,13 @@ class BucketRule:
     def assign(self, image_size: Size) -> BucketAssignment:
         """Return the bucket of an image of `image_size` and the size it is resized to before the crop.
 
-        Raise `UserError` if `no_upscale` leaves less than one step of a side.
+        Raise `UserError` if `no_upscale` leaves less than one step of a side, and for an image too long for any bucket.
         """
+        short, long = sorted(image_size)
+        if long > MAX_ASPECT * short:
+            raise UserError(
+                f"an image of {image_size} is more than {MAX_ASPECT} times as long as wide.", "Crop or remove it."
+            )
         if self.enabled and self.no_upscale:
             return self._assign_without_upscaling(image_size)
         sizes = self.sizes()
@@ -114,9 +119,10 @@ class BucketRule:
     def _check_steps(self) -> None:
         _require_latent_cells("bucket_reso_steps", self.bucket_reso_steps)
         if self.bucket_reso_steps > min(self.max_resolution):
+            fitting = min(64, min(self.max_resolution) // PIXELS_PER_LATENT * PIXELS_PER_LATENT)
             raise UserError(
                 f"bucket_reso_steps ({self.bucket_reso_steps}) exceeds a side of the resolution {self.max_resolution}.",
-                "Lower it, for example to --bucket_reso_steps=64.",
+                f"Set --bucket_reso_steps={fitting}." if fitting else "Raise the resolution.",
             )
 
     def _check_limits(self) -> None:
@@ -124,19 +130,24 @@ class BucketRule:
         if self.min_bucket_reso < self.bucket_reso_steps:
             raise UserError(
                 f"min_bucket_reso ({self.min_bucket_reso}) is below bucket_reso_steps ({self.bucket_reso_steps}).",
-                "Raise --min_bucket_reso.",
+                f"Set --min_bucket_reso={self.bucket_reso_steps}, or more.",
             )
         if self.min_bucket_reso > max(self.max_resolution):
             raise UserError(
                 f"min_bucket_reso ({self.min_bucket_reso}) is above the resolution {self.max_resolution}.",
-                "Lower --min_bucket_reso, or raise the resolution.",
+                f"Set --min_bucket_reso={self._in_steps(max(self.max_resolution) // 2)}, or raise the resolution.",
             )
-        if self.max_bucket_reso < max(self.min_bucket_reso, *self.max_resolution):
+        largest = max(self.min_bucket_reso, *self.max_resolution)
+        if self.max_bucket_reso < largest:
             raise UserError(
                 f"max_bucket_reso ({self.max_bucket_reso}) is below min_bucket_reso ({self.min_bucket_reso})"
                 f" or a side of the resolution {self.max_resolution}.",
-                "Raise --max_bucket_reso.",
+                f"Set --max_bucket_reso={min(MAX_SIDE, 2 * largest // PIXELS_PER_LATENT * PIXELS_PER_LATENT)}, which "
+                "leaves room for wide and tall images.",
             )
+
+    def _in_steps(self, side: int) -> int:
+        return max(self.bucket_reso_steps, side - side % self.bucket_reso_steps)
 
 
 @dataclass(frozen=True)
@@ -145,9 +156,13 @@ class BucketOptions:
 
     _argument_group_name: ClassVar[str] = "Buckets"
 
-    min_bucket_reso: int = option(256, "Smallest side from which buckets are counted up, in pixels.")
-    max_bucket_reso: int = option(1024, "Largest side of a bucket, in pixels.")
-    bucket_reso_steps: int = option(64, "Step between the sides of buckets, in pixels. A multiple of 8.")
+    min_bucket_reso: int = option(
+        256, "Smallest side from which buckets are counted up, in pixels.", least=MIN_SIDE, most=MAX_SIDE
+    )
+    max_bucket_reso: int = option(1024, "Largest side of a bucket, in pixels.", least=MIN_SIDE, most=MAX_SIDE)
+    bucket_reso_steps: int = option(
+        64, "Step between the sides of buckets, in pixels. A multiple of 8.", least=MIN_SIDE, most=MAX_SIDE
+    )
     bucket_no_upscale: bool = option(False, "Never enlarge an image: derive its bucket from its own size.")
 
     def rule(self, max_resolution: Size, *, enabled: bool = True) -> BucketRule:
@@ -166,9 +181,11 @@ def parse_resolution(text: str) -> Size:
     """Return the size of "1024" (a square), "1216,832" or "1216x832" (width, height); raise `UserError` for others."""
     sides = text.lower().replace("x", ",").split(",")
     numbers = [int(side) for side in sides if side.strip().isdecimal() and len(side.strip()) <= _MOST_DIGITS]
-    if len(sides) > 2 or len(numbers) != len(sides) or min(numbers) == 0:
+    if len(sides) > 2 or len(numbers) != len(sides) or not Size(numbers[0], numbers[-1]).is_trainable:
         raise UserError(
-            f"'{text}' is not a resolution.", "Give one number for a square, or width,height: 1024 or 1216,832."
+            f"'{text}' is not a resolution.",
+            "Give one number for a square, or width,height: 1024 or 1216,832;"
+            f" a side has {MIN_SIDE} to {MAX_SIDE} pixels.",
         )
     return Size(numbers[0], numbers[-1])
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 from library.config.atomic_files import write_text
 from library.config.errors import UserError, listed
 from library.data.captions import CaptionPair, variants_of
-from library.sdxl.sizes import Size
+from library.sdxl.sizes import MAX_ASPECT, MAX_SIDE, MIN_SIDE, Size
 
 Entry = dict[str, Any]
 Metadata = dict[str, Entry]
@@ -23,6 +22,8 @@ LOSS_WEIGHT = "loss_weight"
 IS_REG = "is_reg"
 CAPTION, TAGS = "caption", "tags"
 """The captions that the scripts of sd-scripts write: a sentence and booru tags."""
+_LARGEST_IMAGE = 1_000_000  # pixels of a side
+_HEAVIEST = 1000
 
 
 @dataclass(frozen=True)
@@ -251,11 +252,12 @@ def _check_entry(entry: Any, where: str) -> None:
 
 def _is_size(value: Any) -> bool:
     # An exact type: True is an int for isinstance.
-    return isinstance(value, list) and len(value) == 2 and all(type(side) is int and side > 0 for side in value)
+    is_pair = isinstance(value, list) and len(value) == 2
+    return is_pair and all(type(side) is int and 0 < side <= _LARGEST_IMAGE for side in value)
 
 
 def _is_weight(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value <= sys.float_info.max  # neither NaN nor infinite
+    return type(value) in (int, float) and 0 <= value <= _HEAVIEST  # not NaN
 
 
 def _shown(value: Any) -> str:
@@ -264,9 +266,13 @@ def _shown(value: Any) -> str:
 
 
 _OPTIONAL_VALUES: Mapping[str, tuple[Callable[[Any], bool], str, str]] = {
-    TRAIN_RESOLUTION: (_is_size, "[width, height] in pixels", "Correct it, or prepare the buckets again."),
+    TRAIN_RESOLUTION: (
+        lambda value: _is_size(value) and Size(*value).is_trainable,
+        f"[width, height] in pixels, from {MIN_SIDE} to {MAX_SIDE} and at most {MAX_ASPECT} times as long as wide",
+        "Correct it, or prepare the buckets again.",
+    ),
     IMAGE_SIZE: (_is_size, "[width, height] in pixels", "Correct it, or remove it."),
-    LOSS_WEIGHT: (_is_weight, "a number of 0 or more", "Correct it, or remove it."),
+    LOSS_WEIGHT: (_is_weight, f"a number from 0 to {_HEAVIEST}", "Correct it, or remove it."),
     IS_REG: (lambda value: isinstance(value, bool), "true or false", "Correct it, or remove it."),
 }
 """What an entry may hold beside captions: the test of a value, what is expected and what to do otherwise."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from library.config.errors import UserError
+from library.config.magnitudes import MOST_BATCHES, MOST_IMAGES_AT_ONCE, MOST_WORKERS
 from library.config.options import option
 from library.data.buckets import BucketRule, parse_resolution
 from library.data.caption_options import CAPTION_EXTENSIONS, CaptionOptions, resolve
@@ -29,13 +30,15 @@ class TrainingSetOptions:
     enable_bucket: bool = option(
         False, "Sort images without prepared latents into buckets. Otherwise crop them to --resolution."
     )
-    dataset_repeats: int = option(1, "Repeats of each image per epoch.")
+    dataset_repeats: int = option(1, "Repeats of each image per epoch.", least=1, most=MOST_BATCHES)
     flip_aug: bool = option(False, "Flip each image horizontally with probability 0.5.")
     cache_latents: bool = option(
         False, "Encode images without prepared latents before training, and keep the latents in memory."
     )
     cache_latents_to_disk: bool = option(False, "As --cache_latents, but write the latents beside the images (.npz).")
-    vae_batch_size: int = option(1, "Images the VAE encodes at once before training.")
+    vae_batch_size: int = option(
+        1, "Images the VAE encodes at once before training.", least=1, most=MOST_IMAGES_AT_ONCE
+    )
     one_caption: bool = option(
         False,
         "Train both encoders with the same caption: 'caption' of the metadata followed by 'tags'. Otherwise L reads "
@@ -74,9 +77,6 @@ class TrainingSetOptions:
             yield "--in_json is missing: name the metadata file, made with the scripts of finetune/."
         elif not self.in_json.is_file():
             yield f"--in_json: there is no file '{self.in_json}'; make it with the scripts of finetune/."
-        for flag in ("dataset_repeats", "vae_batch_size"):
-            if getattr(self, flag) < 1:
-                yield f"--{flag} is {getattr(self, flag)}; it must be 1 or more."
         try:
             parse_resolution(self.resolution)
         except UserError as error:
@@ -89,9 +89,12 @@ class LoaderOptions:
 
     _argument_group_name: ClassVar[str] = "Batches"
 
-    train_batch_size: int = option(1, "Images per forward pass, in each process.")
+    train_batch_size: int = option(1, "Images per forward pass, in each process.", least=1, most=MOST_IMAGES_AT_ONCE)
     max_data_loader_n_workers: int = option(
-        8, "Worker processes that prefetch batches. 0 uses a thread of the training process."
+        8,
+        "Worker processes that prefetch batches. 0 uses a thread of the training process.",
+        least=0,
+        most=MOST_WORKERS,
     )
     persistent_data_loader_workers: bool = option(False, "Keep the workers alive between epochs.")
     max_token_length: int | None = option(
@@ -105,10 +108,6 @@ class LoaderOptions:
 
     def problems(self) -> Iterator[str]:
         """Yield a sentence for each value that cannot work."""
-        if self.train_batch_size < 1:
-            yield f"--train_batch_size is {self.train_batch_size}; it must be 1 or more."
-        if self.max_data_loader_n_workers < 0:
-            yield f"--max_data_loader_n_workers is {self.max_data_loader_n_workers}; it must be 0 or more."
         if self.persistent_data_loader_workers and self.max_data_loader_n_workers == 0:
             yield "--persistent_data_loader_workers needs --max_data_loader_n_workers of 1 or more."
 

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from library.config.digests import digest, file_digest
 from library.config.errors import UserError, listed
+from library.config.magnitudes import MOST_VISITS
 from library.data.buckets import BucketAssignment, BucketedImage, BucketRule, covering_size
 from library.data.crops import LEGACY_CROP_NOTICE, Crop, crop_to_train
 from library.data.image_keys import images_by_stem, is_file, resolve_image
@@ -115,6 +116,12 @@ def find_training_images(options: TrainingSetOptions) -> list[FoundImage]:
     sources = sentence_of_sources(metadata, one_caption=options.one_caption)
     if sources is not None:
         log.info("%s", sources)
+    num_visits = len(metadata) * options.dataset_repeats
+    if num_visits > MOST_VISITS:
+        raise UserError(
+            f"--dataset_repeats={options.dataset_repeats} makes an epoch of {num_visits} images.",
+            f"Lower it: an epoch may have {MOST_VISITS}. --max_train_steps decides how long a run is.",
+        )
     folder = options.train_data_dir
     by_stem = images_by_stem(folder)
     file_of = {key: resolve_image(key, folder, by_stem) for key in metadata}

@@ -1,6 +1,5 @@
 """The flags of the training objective."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,6 +8,8 @@ from library.config.options import option
 from library.sdxl.prediction import SDXL_PREDICTION
 
 NUM_TIMESTEPS = SDXL_PREDICTION.num_timesteps
+_STRONGEST = 10.0  # the noise itself has strength 1
+_MOST_HALVINGS = 64
 
 
 @dataclass(frozen=True)
@@ -21,17 +22,29 @@ class NoiseOptions:
         None,
         "Add noise that is constant over each channel, at this strength. Allows learning very dark and very bright "
         "images; 0.0357 is common.",
+        least=0,
+        most=_STRONGEST,
     )
     adaptive_noise_scale: float | None = option(
-        None, "Add this multiple of the absolute channel mean of the latents to --noise_offset. May be negative."
+        None,
+        "Add this multiple of the absolute channel mean of the latents to --noise_offset. May be negative.",
+        least=-_STRONGEST,
+        most=_STRONGEST,
     )
     multires_noise_iterations: int | None = option(
-        None, "Number of lower resolutions at which noise is added; 6 to 10 are common."
+        None, "Number of lower resolutions at which noise is added; 6 to 10 are common.", least=0, most=_MOST_HALVINGS
     )
-    multires_noise_discount: float = option(0.3, "Strength of each lower resolution relative to the one before, 0-1.")
-    min_timestep: int | None = option(None, "Train timesteps from this one on. Default: 0.")
+    multires_noise_discount: float = option(
+        0.3, "Strength of each lower resolution relative to the one before, 0-1.", least=0, most=1
+    )
+    min_timestep: int | None = option(
+        None, "Train timesteps from this one on. Default: 0.", least=0, most=NUM_TIMESTEPS - 1
+    )
     max_timestep: int | None = option(
-        None, f"Train timesteps below this one; it is itself excluded. Default: {NUM_TIMESTEPS}."
+        None,
+        f"Train timesteps below this one; it is itself excluded. Default: {NUM_TIMESTEPS}.",
+        least=1,
+        most=NUM_TIMESTEPS,
     )
 
     @property
@@ -46,18 +59,10 @@ class NoiseOptions:
 
     def problems(self) -> Iterator[str]:
         """Yield what is wrong with these values, one sentence each."""
-        if self.noise_offset is not None and not 0 <= self.noise_offset < math.inf:
-            yield f"--noise_offset is {self.noise_offset}; it must be 0 or more (0.0357 is usual)."
-        if self.adaptive_noise_scale is not None and not math.isfinite(self.adaptive_noise_scale):
-            yield f"--adaptive_noise_scale is {self.adaptive_noise_scale}; it must be finite (0.00357 is usual)."
         if self.adaptive_noise_scale is not None and not self.noise_offset:
             yield "--adaptive_noise_scale changes --noise_offset, which is not set; set it too."
-        if self.multires_noise_iterations is not None and self.multires_noise_iterations < 0:
-            yield f"--multires_noise_iterations is {self.multires_noise_iterations}; it must be 0 or more."
-        if not 0 <= self.multires_noise_discount <= 1:
-            yield f"--multires_noise_discount is {self.multires_noise_discount}; it must be between 0 and 1."
         trained = self.timestep_range
-        if not 0 <= trained.start < trained.stop <= NUM_TIMESTEPS:
+        if not trained:
             yield (
                 f"--min_timestep {trained.start} and --max_timestep {trained.stop} leave nothing to train; "
                 f"they must satisfy 0 <= min < max <= {NUM_TIMESTEPS}."

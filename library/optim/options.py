@@ -2,13 +2,13 @@
 
 import importlib
 import inspect
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from library.config.errors import UserError
+from library.config.magnitudes import HIGHEST_NORM, HIGHEST_RATE, MOST_STEPS
 from library.config.options import option
 from library.sdxl.unet_blocks import NUM_UNET_BLOCKS
 
@@ -107,19 +107,23 @@ class OptimizerOptions:
     optimizer_args: list[str] | None = option(
         None, "Arguments of the optimizer, such as weight_decay=0.01 betas=0.9,0.99.", nargs="*"
     )
-    learning_rate: float = option(2e-6, "Learning rate. 0 freezes the U-Net.")
+    learning_rate: float = option(2e-6, "Learning rate. 0 freezes the U-Net.", least=0, most=HIGHEST_RATE)
     learning_rate_te1: float | None = option(
         None,
         "Learning rate of text encoder L with --train_text_encoder. 0 freezes it. Default: --learning_rate.",
+        least=0,
+        most=HIGHEST_RATE,
     )
     learning_rate_te2: float | None = option(
         None,
         "Learning rate of text encoder G with --train_text_encoder. 0 freezes it. Default: --learning_rate.",
+        least=0,
+        most=HIGHEST_RATE,
     )
     block_lr: str | None = option(
         None, f"Learning rates of the {NUM_UNET_BLOCKS} U-Net blocks, separated by commas. 0 freezes a block."
     )
-    max_grad_norm: float = option(1.0, "Clip gradients to this norm. 0 disables clipping.")
+    max_grad_norm: float = option(1.0, "Clip gradients to this norm. 0 disables clipping.", least=0, most=HIGHEST_NORM)
     fused_backward_pass: bool = option(
         False,
         "Update each weight within the backward pass and free its gradient: the same weights, much less memory. "
@@ -133,11 +137,6 @@ class OptimizerOptions:
 
     def problems(self) -> Iterator[str]:
         """Yield what is wrong with these values, one sentence each."""
-        names = ("learning_rate", "learning_rate_te1", "learning_rate_te2", "max_grad_norm")
-        numbers = {name: getattr(self, name) for name in names}
-        wrong = {name: value for name, value in numbers.items() if value is not None and not 0 <= value < math.inf}
-        for name, value in wrong.items():
-            yield f"--{name} is {value}; it must be a number of 0 or more."
         yield from _complaints(kind_of, self.optimizer_type)
         if self.block_lr is not None:
             yield from _complaints(parse_block_rates, self.block_lr)
@@ -169,9 +168,11 @@ class ScheduleOptions:
     _argument_group_name: ClassVar[str] = "Learning rate schedule"
 
     lr_scheduler: str = option("constant", f"Learning-rate schedule: {', '.join(SCHEDULES)}.")
-    lr_warmup_steps: float = option(0.0, "Number of warm-up steps; a number below 1 is a fraction of all steps.")
-    lr_scheduler_num_cycles: int = option(1, "Number of cycles of cosine_with_restarts.")
-    lr_scheduler_power: float = option(1.0, "Power of the polynomial schedule.")
+    lr_warmup_steps: float = option(
+        0.0, "Number of warm-up steps; a number below 1 is a fraction of all steps.", least=0, most=MOST_STEPS
+    )
+    lr_scheduler_num_cycles: int = option(1, "Number of cycles of cosine_with_restarts.", least=1, most=MOST_STEPS)
+    lr_scheduler_power: float = option(1.0, "Power of the polynomial schedule.", least=0.01, most=100)
 
     def problems(self) -> Iterator[str]:
         """Yield what is wrong with these values, one sentence each."""
@@ -179,17 +180,12 @@ class ScheduleOptions:
         if name not in SCHEDULES:
             yield f"--lr_scheduler is '{name}'; it must be one of {', '.join(SCHEDULES)}."
             return
-        is_share = 0 <= self.lr_warmup_steps < 1
-        if not is_share and not (self.lr_warmup_steps >= 1 and float(self.lr_warmup_steps).is_integer()):
+        if self.lr_warmup_steps >= 1 and not float(self.lr_warmup_steps).is_integer():
             yield f"--lr_warmup_steps is {self.lr_warmup_steps}; it must be a whole number, or a fraction from 0 to 1."
         if self.lr_warmup_steps and name == "constant":
             yield "--lr_warmup_steps has no effect on a constant rate; use --lr_scheduler=constant_with_warmup."
-        if self.lr_scheduler_num_cycles < 1:
-            yield f"--lr_scheduler_num_cycles is {self.lr_scheduler_num_cycles}; it must be 1 or more."
         if self.lr_scheduler_num_cycles != 1 and name != "cosine_with_restarts":
             yield f"--lr_scheduler_num_cycles has no effect on {name}; only on cosine_with_restarts."
-        if not self.lr_scheduler_power > 0:
-            yield f"--lr_scheduler_power is {self.lr_scheduler_power}; it must be above 0."
         if self.lr_scheduler_power != 1 and name != "polynomial":
             yield f"--lr_scheduler_power has no effect on {name}; only on polynomial."
 
@@ -205,6 +201,6 @@ def parse_block_rates(text: str) -> list[float]:
         raise UserError(f"--block_lr: {error}.", "Separate numbers by commas.") from None
     if len(rates) != NUM_UNET_BLOCKS:
         raise UserError(f"--block_lr has {len(rates)} rates.", f"Pass {NUM_UNET_BLOCKS}, one for each U-Net block.")
-    if not all(0 <= rate < math.inf for rate in rates):
-        raise UserError(f"--block_lr is {text}.", "Every rate must be a number of 0 or more.")
+    if not all(0 <= rate <= HIGHEST_RATE for rate in rates):
+        raise UserError(f"--block_lr is {text}.", f"Every rate must be a number from 0 to {HIGHEST_RATE:g}.")
     return rates

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from library.config.errors import UserError
+from library.config.magnitudes import MOST_STEPS
 from library.config.options import option
 from library.samples.prompts import SAMPLERS, SamplePrompt, read_prompt_file
 
@@ -23,9 +24,11 @@ class SampleOptions:
         None, "File of prompts (.txt, .toml, .json), one image per line: G prompt --e L prompt --n negative prompt ..."
     )
     sample_every_n_steps: int | None = option(
-        None, "Draw samples before the first step and after every n optimizer steps."
+        None, "Draw samples before the first step and after every n optimizer steps.", least=1, most=MOST_STEPS
     )
-    sample_every_n_epochs: int | None = option(None, "Draw samples before the first step and after every n epochs.")
+    sample_every_n_epochs: int | None = option(
+        None, "Draw samples before the first step and after every n epochs.", least=1, most=MOST_STEPS
+    )
     sample_at_first: bool = option(False, "Draw samples before the first step even if none are drawn later.")
     sample_grid: bool = option(
         False,
@@ -46,10 +49,6 @@ class SampleOptions:
             return
         if not is_due:
             yield "--sample_prompts: nothing says when to draw; add --sample_every_n_steps=100 or --sample_at_first."
-        for flag in ("sample_every_n_steps", "sample_every_n_epochs"):
-            value = getattr(self, flag)
-            if value is not None and value < 1:
-                yield f"--{flag} is {value}; it must be 1 or more."
         if self.sample_every_n_steps and self.sample_every_n_epochs:
             yield "--sample_every_n_steps and --sample_every_n_epochs exclude each other: file names count one of them."
         try:

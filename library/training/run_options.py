@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from library.config.errors import UserError
+from library.config.magnitudes import MOST_BATCHES, MOST_SEED, MOST_STEPS
 from library.config.messages import start_logging
-from library.config.options import ConfigFileOptions, option
+from library.config.options import ConfigFileOptions, option, problems_of
 from library.data.buckets import BucketOptions, BucketRule, parse_resolution
 from library.data.subsets import LoaderOptions, TrainingSetOptions
 from library.diffusion.options import NoiseOptions
@@ -29,29 +30,30 @@ class RunOptions:
 
     _argument_group_name: ClassVar[str] = "Run"
 
-    max_train_steps: int = option(1600, "Number of optimizer steps.")
-    max_train_epochs: int | None = option(None, "Number of epochs; overrides --max_train_steps.")
+    max_train_steps: int = option(1600, "Number of optimizer steps.", least=1, most=MOST_STEPS)
+    max_train_epochs: int | None = option(
+        None, "Number of epochs; overrides --max_train_steps.", least=1, most=MOST_STEPS
+    )
     gradient_accumulation_steps: int = option(
-        1, "Accumulate the gradients of this many micro-batches before each optimizer step."
+        1,
+        "Accumulate the gradients of this many micro-batches before each optimizer step.",
+        least=1,
+        most=MOST_BATCHES,
     )
     gradient_checkpointing: bool = option(
         False, "Recompute activations in the backward pass: much less memory, slower."
     )
     train_text_encoder: bool = option(False, "Train the text encoders as well.")
     max_bad_steps: int = option(
-        1, "Stop after this many consecutive steps with a loss of NaN or Inf; their updates are skipped."
+        1,
+        "Stop after this many consecutive steps with a loss of NaN or Inf; their updates are skipped.",
+        least=1,
+        most=MOST_STEPS,
     )
-    seed: int | None = option(None, "Seed of everything random. Default: drawn at random and reported.")
+    seed: int | None = option(
+        None, "Seed of everything random. Default: drawn at random and reported.", least=0, most=MOST_SEED
+    )
     sdpa: bool = option(True, "Use torch's scaled_dot_product_attention, which is always on.", choices=(True,))
-
-    def problems(self) -> Iterator[str]:
-        """Yield what is wrong with these values, one sentence each."""
-        for flag in ("max_train_steps", "max_train_epochs", "gradient_accumulation_steps", "max_bad_steps"):
-            value = getattr(self, flag)
-            if value is not None and value < 1:
-                yield f"--{flag} is {value}; it must be 1 or more."
-        if self.seed is not None and not 0 <= self.seed < 2**32:
-            yield f"--seed is {self.seed}; it must be a whole number from 0 to {2**32 - 1}."
 
 
 DEFAULT_BACKEND = "inductor"
@@ -203,6 +205,8 @@ class TrainingOptions:
             size = self.resolution
         except UserError:
             return  # the class that declares --resolution says so
+        if problems_of(self.buckets):
+            return  # that class says so, too
         try:
             self.buckets.rule(size, enabled=self.training_set.enable_bucket)
         except UserError as error:

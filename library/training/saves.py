@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from library.config.errors import UserError
 from library.config.file_names import name_problem, require_writable_name
+from library.config.magnitudes import MOST_STEPS
 from library.config.options import option
 from library.training.progress import STATE_SUFFIX
 
@@ -39,21 +40,25 @@ class SaveOptions:
         "Format of saved models. Default: diffusers if training starts from a diffusers model, else safetensors.",
         choices=("ckpt", "safetensors", "diffusers", "diffusers_safetensors", None),
     )
-    save_every_n_steps: int | None = option(None, "Save after every n optimizer steps.")
-    save_every_n_epochs: int | None = option(None, "Save after every n epochs.")
+    save_every_n_steps: int | None = option(None, "Save after every n optimizer steps.", least=1, most=MOST_STEPS)
+    save_every_n_epochs: int | None = option(None, "Save after every n epochs.", least=1, most=MOST_STEPS)
     save_last_n_steps: int | None = option(
         None,
         "Keep models of the last n steps: each save removes those more than n steps older. Steps, not files: with "
         "--save_every_n_steps=100, 200 keeps three models.",
+        least=1,
+        most=MOST_STEPS,
     )
-    save_last_n_epochs: int | None = option(None, "Keep the last n models saved by epoch; remove older ones.")
+    save_last_n_epochs: int | None = option(
+        None, "Keep the last n models saved by epoch; remove older ones.", least=1, most=MOST_STEPS
+    )
     save_state: bool = option(False, "Save the training state with every model, to continue with --resume.")
     save_state_on_train_end: bool = option(False, "Save the training state with the final model.")
     save_last_n_steps_state: int | None = option(
-        None, "Like --save_last_n_steps, for states. Default: --save_last_n_steps."
+        None, "Like --save_last_n_steps, for states. Default: --save_last_n_steps.", least=1, most=MOST_STEPS
     )
     save_last_n_epochs_state: int | None = option(
-        None, "Like --save_last_n_epochs, for states. Default: --save_last_n_epochs."
+        None, "Like --save_last_n_epochs, for states. Default: --save_last_n_epochs.", least=1, most=MOST_STEPS
     )
 
     @property
@@ -74,10 +79,6 @@ class SaveOptions:
         for unit in ("steps", "epochs"):
             every = f"save_every_n_{unit}"
             keeping = [f"save_last_n_{unit}", f"save_last_n_{unit}_state"]
-            for flag in (every, *keeping):
-                value = getattr(self, flag)
-                if value is not None and value < 1:
-                    yield f"--{flag} is {value}; it must be 1 or more."
             for flag in keeping:
                 if getattr(self, flag) is not None and getattr(self, every) is None:
                     yield f"--{flag} needs --{every}."

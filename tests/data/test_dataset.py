@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from library.config.errors import UserError
+from library.config.options import problems_of
 from library.data.buckets import BucketAssignment, BucketedImage
 from library.data.caption_tokens import tokenize_captions_of
 from library.data.crops import Crop
@@ -250,7 +251,7 @@ def test_the_token_length_gives_the_number_of_chunks(length, num_chunks):
 
 
 def test_options_that_cannot_work_are_named():
-    problems = LoaderOptions(0, -1).problems(), LoaderOptions(1, 0, True).problems()
+    problems = problems_of(LoaderOptions(0, -1)), problems_of(LoaderOptions(1, 0, True))
     assert [[problem.split()[0] for problem in each] for each in problems] == [
         ["--train_batch_size", "--max_data_loader_n_workers"],
         ["--persistent_data_loader_workers"],

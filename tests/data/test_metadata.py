@@ -109,7 +109,7 @@ def test_a_training_size_is_two_positive_whole_numbers(meta, size):
 
 @pytest.mark.parametrize("weight", ["-1", "NaN", "Infinity", '"1"', "true", "null", "9" * 400])
 def test_a_loss_weight_is_a_finite_number_of_0_or_more(meta, weight):
-    with pytest.raises(UserError, match=r"image '01': expected loss_weight to be a number of 0 or more, got"):
+    with pytest.raises(UserError, match=r"image '01': expected loss_weight to be a number from 0 to 1000, got"):
         read_metadata(meta(f'{{"01": {{"loss_weight": {weight}}}}}'))
 
 

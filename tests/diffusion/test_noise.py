@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from library.config.options import problems_of
 from library.diffusion import noise
 from library.diffusion.noise import draw_noise, draw_timesteps, make_noise_schedule
 from library.diffusion.objective import Objective
@@ -98,15 +99,15 @@ def test_timesteps_stay_in_their_range_and_reach_both_ends():
         (NoiseOptions(multires_noise_iterations=-1), "--multires_noise_iterations is -1"),
         (NoiseOptions(multires_noise_discount=1.5), "--multires_noise_discount is 1.5"),
         (NoiseOptions(min_timestep=500, max_timestep=500), "--min_timestep 500 and --max_timestep 500"),
-        (NoiseOptions(max_timestep=1001), "max <= 1000"),
-        (NoiseOptions(min_timestep=-1), "--min_timestep -1"),
+        (NoiseOptions(max_timestep=1001), "--max_timestep is 1001; it must be 1000 or less"),
+        (NoiseOptions(min_timestep=-1), "--min_timestep is -1"),
     ],
 )
 def test_values_that_cannot_work_are_named(options: NoiseOptions, expected: str):
-    [problem] = options.problems()
+    [problem] = problems_of(options)
     assert expected in problem
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_sound_values_have_no_problems(options: NoiseOptions):
-    assert list(options.problems()) == []
+    assert problems_of(options) == []

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from finetune import prepare_buckets_latents
+from library.config.options import problems_of
 
 # Pictures that cannot be used
 
@@ -143,7 +144,7 @@ def test_a_folder_without_pictures_is_named(ready, capsys):
 
 
 def test_bad_numbers_of_batch_and_threads_are_named():
-    problems = list(prepare_buckets_latents.LatentOptions(batch_size=0, max_data_loader_n_workers=-1).problems())
+    problems = problems_of(prepare_buckets_latents.LatentOptions(batch_size=0, max_data_loader_n_workers=-1))
     assert [problem.split(" is ")[0] for problem in problems] == ["--batch_size", "--max_data_loader_n_workers"]
     no_threads = prepare_buckets_latents.LatentOptions(max_data_loader_n_workers=0)
-    assert list(no_threads.problems()) == []
+    assert problems_of(no_threads) == []

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from library.config.errors import UserError
+from library.config.options import problems_of
 from library.optim.lr_schedules import make_lr_schedule
 from library.optim.options import SCHEDULES, ScheduleOptions
 
@@ -83,11 +84,11 @@ def test_a_schedule_that_does_not_fit_the_run_is_refused(options: ScheduleOption
         (ScheduleOptions("linear", lr_scheduler_num_cycles=3), "only on cosine_with_restarts"),
         (ScheduleOptions("cosine_with_restarts", lr_scheduler_num_cycles=0), "must be 1 or more"),
         (ScheduleOptions("linear", lr_scheduler_power=2), "only on polynomial"),
-        (ScheduleOptions("polynomial", lr_scheduler_power=0), "must be above 0"),
+        (ScheduleOptions("polynomial", lr_scheduler_power=0), "must be 0.01 or more"),
     ],
 )
 def test_values_that_cannot_work_are_named(options: ScheduleOptions, expected: str):
-    [problem] = options.problems()
+    [problem] = problems_of(options)
     assert expected in problem
 
 

@@ -81,7 +81,7 @@ TOML = {
     "digits beyond printing": ("seed = " + "9" * 5000, "'options.toml' is not valid TOML: Exceeds the limit"),
     "an unknown key": ("learning_rat = 1e-5", "unknown key 'learning_rat'. Did you mean learning_rate?"),
     "a refused key": ("clip_skip = 2", "clip_skip: SDXL was trained on the last block but one"),
-    "no number": ("learning_rate = nan", "--learning_rate is nan; it must be a number of 0 or more"),
+    "no number": ("learning_rate = nan", "--learning_rate is nan; it must be 0 or more"),
     "text for a number": ("max_train_steps = 'five'", "--max_train_steps expects a whole number"),
     "a path with NUL": ('in_json = "a\\u0000b"', "--in_json expects a path"),
 }

@@ -13,7 +13,7 @@ import pytest
 
 from library.config.atomic_files import replacing
 from library.config.errors import UserError
-from library.config.options import parse_options
+from library.config.options import parse_options, problems_of
 from library.training.checkpoints import Checkpoints
 from library.training.plan import Occasion
 from library.training.progress import Progress
@@ -225,7 +225,7 @@ def test_the_format_is_the_one_asked_for_or_that_of_the_source(given, from_diffu
     ],
 )
 def test_each_mistake_is_one_sentence(fields: dict, problem: str, tmp_path: Path):
-    [found] = SaveOptions(**{"output_dir": tmp_path / "new", **fields}).problems()
+    [found] = problems_of(SaveOptions(**{"output_dir": tmp_path / "new", **fields}))
     assert found.startswith(problem)
 
 

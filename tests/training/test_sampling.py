@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from library.config.options import parse_options
+from library.config.options import parse_options, problems_of
 from library.samples.options import SampleOptions
 from library.sdxl.sizes import Size
 from library.training.plan import Occasion
@@ -199,5 +199,5 @@ def test_each_mistake_is_one_sentence(flags: dict, problem: str, tmp_path: Path,
     if "sample_prompts" in flags:
         flags = {**flags, "sample_prompts": Path(flags["sample_prompts"])}
     options = SampleOptions(**flags)
-    [found] = list(options.problems()) or list(options.heavy_problems())
+    [found] = problems_of(options) or list(options.heavy_problems())
     assert problem in found
