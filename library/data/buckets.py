@@ -26,11 +26,12 @@ class BucketAssignment(NamedTuple):
 
 
 class BucketedImage(NamedTuple):
-    """An image file, its size on disk and the bucket it goes to."""
+    """An image file, its size on disk, the bucket it goes to, and how it is resized (None: as is usual)."""
 
     path: Path
     size: Size
     assignment: BucketAssignment
+    resize_interpolation: str | None = None
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,21 @@ from library.config.digests import digest
 Encoder = Literal["l", "g"]
 """One of the two text encoders, as the flags spell it."""
 
-Stream = Literal["l", "g", "both"]
-"""Whose numbers these are: those of one encoder, or one set for both."""
+Stream = Literal["l", "g", "both", "image"]
+"""Whose numbers these are: those of one encoder, one set for both, or those of the pixels."""
 
-Operation = Literal["caption_dropout", "caption_variants", "line", "wildcard", "shuffle", "tag_dropout"]
+Operation = Literal[
+    "caption_dropout",
+    "caption_variants",
+    "line",
+    "wildcard",
+    "shuffle",
+    "tag_dropout",
+    "crop",
+    "face_scale",
+    "face_position",
+    "color",
+]
 
 _NUMBERS_PER_DIGEST = 8
 _DIGEST_FORMAT = struct.Struct(f"<{_NUMBERS_PER_DIGEST}Q")
@@ -22,7 +33,7 @@ _BEFORE_TRAINING = 0  # the epoch of what is drawn once; training counts epochs 
 
 
 class CaptionDraw(NamedTuple):
-    """Which visit of which image the captions are for.
+    """Which visit of which image the captions, or the pixels, are for.
 
     `epoch` counts from 1, `occurrence` from 0 to one less than the repeats of the image. `step` optimizer steps of
     `max_train_steps` are done; tag warm-up alone reads these two.

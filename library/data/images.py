@@ -10,7 +10,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn, cast
 
@@ -76,16 +76,22 @@ class CroppedImage(NamedTuple):
     alpha: np.ndarray | None
 
 
-def load_cropped(path: Path, resized: Size, bucket: Size) -> CroppedImage:
+def load_cropped(
+    path: Path,
+    resized: Size,
+    bucket: Size,
+    *,
+    corner: tuple[int, int] | None = None,
+    interpolation: str | None = None,
+) -> CroppedImage:
     """Return the image resized and cropped as by `resize_and_crop`; of large images, one at a time is in memory.
 
     Whatever goes wrong with it, lack of memory included, raises `UnusableImage`.
     """
     with _opened(path) as opened, _one_large_image if opened.num_pixels > LARGE_PIXELS else nullcontext():
         rgb, alpha = _rgb_and_alpha(path, opened)
-        return CroppedImage(
-            resize_and_crop(rgb, resized, bucket), None if alpha is None else resize_and_crop(alpha, resized, bucket)
-        )
+        fitted = partial(resize_and_crop, resized=resized, bucket=bucket, corner=corner, interpolation=interpolation)
+        return CroppedImage(fitted(rgb), None if alpha is None else fitted(alpha))
 
 
 def load_rgb(path: Path) -> Image.Image:

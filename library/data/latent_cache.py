@@ -47,6 +47,7 @@ class CacheDemands:
     legacy_crop: bool | None = None
     only_ours: bool = False
     check_image: bool = True
+    resize_interpolation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ class CachedLatents:
     """The content of a cache file; arrays are float32.
 
     `latents` and `latents_flipped` are (4, h, w), not yet scaled, `alpha_mask` is (H, W) from 0 to 1. `crop_ltrb` is in
-    pixels of the resized image. Only this project writes the last three: `resized_size`, absent if the crop is the
-    legacy one, and the digests of the image file and of the VAE.
+    pixels of the resized image. Only this project writes the last four: `resized_size`, absent if the crop is the
+    legacy one, the digests of the image file and of the VAE, and the interpolation if it was not the usual one.
     """
 
     latents: np.ndarray
@@ -66,6 +67,7 @@ class CachedLatents:
     resized_size: Size | None = None
     image_digest: str | None = None
     vae_digest: str | None = None
+    resize_interpolation: str | None = None
 
     @property
     def bucket(self) -> Size:
@@ -112,6 +114,9 @@ class CachedLatents:
             "the image has changed": self.is_ours and image_digest not in (None, self.image_digest),
             "it was made with another VAE": self.vae_digest not in (None, demands.vae_digest),
             f"it is for {self.bucket}, not {bucket}": self.bucket != bucket,
+            f"the image was resized by {self.resize_interpolation or 'the usual interpolation'}, not by "
+            f"{demands.resize_interpolation or 'the usual one'} (--resize_interpolation)": self.is_ours
+            and self.resize_interpolation != demands.resize_interpolation,
             "it lacks the flipped latents (--flip_aug)": demands.flip and self.latents_flipped is None,
             "it lacks the alpha mask (--alpha_mask)": demands.alpha_mask and self.alpha_mask is None,
             "it has the other kind of crop (--legacy_crop_coords)": demands.legacy_crop
@@ -161,6 +166,8 @@ def write_cache(path: Path, cached: CachedLatents) -> None:
         arrays["image_blake2b"] = np.array(cached.image_digest)
     if cached.vae_digest is not None:
         arrays["vae_blake2b"] = np.array(cached.vae_digest)
+    if cached.resize_interpolation is not None:
+        arrays["resize_interpolation"] = np.array(cached.resize_interpolation)
     with replacing(path) as file:
         # The stubs have no room for the arrays of savez between its keyword arguments.
         np.savez(file, **arrays)  # type: ignore[arg-type]
@@ -219,6 +226,7 @@ def _from_arrays(arrays: dict[str, np.ndarray]) -> CachedLatents:
         resized_size=None if resized is None else _size(resized),
         image_digest=str(arrays["image_blake2b"]) if "image_blake2b" in arrays else None,
         vae_digest=str(arrays["vae_blake2b"]) if "vae_blake2b" in arrays else None,
+        resize_interpolation=str(arrays["resize_interpolation"]) if "resize_interpolation" in arrays else None,
     )
 
 

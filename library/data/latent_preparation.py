@@ -156,7 +156,7 @@ def _loaded_ahead(
 
 def _load(image: BucketedImage) -> _Loaded:
     bucket, resized, _ = image.assignment
-    cropped = load_cropped(image.path, resized, bucket)
+    cropped = load_cropped(image.path, resized, bucket, interpolation=image.resize_interpolation)
     return _Loaded(cropped.pixels, cropped.alpha, file_digest(image.path))
 
 
@@ -194,6 +194,7 @@ def _encode_batch(
             resized_size=None if encoding.legacy_crop else resized,
             image_digest=loaded.digest,
             vae_digest=vae_digest,
+            resize_interpolation=image.resize_interpolation,
         )
         yield Outcome(image, cached, redone_in_float32=any(index in each.redone for each in encoded))
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 from library.config.errors import UserError
 from library.config.magnitudes import MOST_BATCHES, MOST_IMAGES_AT_ONCE, MOST_WORKERS
 from library.config.options import option
+from library.data.augmentation import Augmentation
 from library.data.buckets import BucketRule, parse_resolution
 from library.data.caption_options import CAPTION_EXTENSIONS, CaptionOptions, resolve
 from library.data.caption_rules import PairRules
@@ -113,17 +114,6 @@ class LoaderOptions:
 
 
 @dataclass(frozen=True)
-class Augmentation:
-    """What varies in an image between visits, fields named as the flags; with cached latents only the flip can."""
-
-    flip_aug: bool = False
-    color_aug: bool = False
-    random_crop: bool = False
-    face_crop_aug_range: tuple[float, float] | None = None
-    resize_interpolation: str | None = None
-
-
-@dataclass(frozen=True)
 class Subset:
     """Images of one folder that are treated alike.
 
@@ -142,7 +132,7 @@ class Subset:
     captions: PairRules = field(default_factory=PairRules)
     extension_l: str = CAPTION_EXTENSIONS["l"]
     extension_g: str = CAPTION_EXTENSIONS["g"]
-    augmentation: Augmentation = Augmentation()
+    augmentation: Augmentation = field(default_factory=Augmentation)
     loss_weight: float = 1.0
     is_reg: bool = False
 

@@ -271,7 +271,7 @@ def test_whatever_a_decoder_raises_is_said_of_its_image(tmp_path, error, reason,
 
 
 def test_memory_that_lacks_for_resizing_is_said_of_its_image(tmp_path, monkeypatch):
-    def resize(*arguments):
+    def resize(*arguments, **named):
         raise MemoryError
 
     path = damaged(tmp_path, "x.png", encoded(Image.fromarray(noise(30, 20)), "PNG"))

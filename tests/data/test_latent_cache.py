@@ -73,7 +73,9 @@ def reasons(cached, **demands):
 
 
 def test_everything_comes_back_as_it_was_written(tmp_path):
-    written = ours(latents_flipped=noise(4, 24, 32)[::-1], alpha_mask=noise(192, 256) ** 2)
+    written = ours(
+        latents_flipped=noise(4, 24, 32)[::-1], alpha_mask=noise(192, 256) ** 2, resize_interpolation="bicubic"
+    )
     write_cache(tmp_path / "my ü.npz", written)
     read = read_cache(tmp_path / "my ü.npz")
     for name, value in vars(written).items():
@@ -187,6 +189,16 @@ def test_a_file_that_agrees_in_everything_is_not_stale():
         ({}, {"alpha_mask": True}, "it lacks the alpha mask (--alpha_mask)"),
         ({}, {"legacy_crop": True}, "it has the other kind of crop (--legacy_crop_coords)"),
         ({"resized_size": None}, {"legacy_crop": False}, "it has the other kind of crop (--legacy_crop_coords)"),
+        (
+            {},
+            {"resize_interpolation": "area"},
+            "the image was resized by the usual interpolation, not by area (--resize_interpolation)",
+        ),
+        (
+            {"resize_interpolation": "area"},
+            {},
+            "the image was resized by area, not by the usual one (--resize_interpolation)",
+        ),
         ({"image_digest": None}, {"only_ours": True}, "it does not say what it was made from"),
     ],
 )
@@ -202,6 +214,7 @@ def test_all_reasons_are_given_at_once():
 def test_what_another_program_does_not_say_and_a_picture_that_is_not_looked_at_count_as_fit():
     foreign = ours(image_digest=None, vae_digest=None, resized_size=None)
     assert reasons(foreign) == []
+    assert reasons(foreign, resize_interpolation="area") == []
     assert ours().reasons_stale(DEMANDS, image_digest=None, bucket=BUCKET) == []
 
 

@@ -78,6 +78,18 @@ def test_the_true_crop_is_recorded_unless_the_legacy_one_is_asked_for(tmp_path, 
     np.testing.assert_array_equal(legacy.cached.latents, true.cached.latents)
 
 
+def test_an_image_is_resized_as_it_asks_and_its_cache_says_so(tmp_path, vae):
+    one = picture(tmp_path, "a.png", Size(201, 99))._replace(resize_interpolation="bicubic")
+    (outcome,) = outcomes_of([one], vae)
+    bucket, resized, _ = one.assignment
+    pixels = resize_and_crop(load_rgb(one.path), resized, bucket, interpolation="bicubic")
+    np.testing.assert_array_equal(outcome.cached.latents, encoded(vae, pixels_to_tensor(pixels)[None])[0])
+    assert outcome.cached.resize_interpolation == "bicubic"
+    (usual,) = outcomes_of([one._replace(resize_interpolation=None)], vae)
+    assert usual.cached.resize_interpolation is None
+    assert not np.array_equal(usual.cached.latents, outcome.cached.latents)
+
+
 def test_the_flipped_latents_are_those_of_the_mirrored_picture(tmp_path, vae):
     one = picture(tmp_path, "a.png", Size(201, 99))
     (outcome,) = outcomes_of([one], vae, flip=True)

@@ -1,10 +1,14 @@
 """Images at the size of their bucket: averaged or by Lanczos, cropped, and never larger in memory than need be."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from library.data import resizing
+from library.data.augmentation import RESIZE_INTERPOLATIONS, interpolation_of
 from library.data.buckets import covering_size
 from library.data.resizing import resize_and_crop
 from library.sdxl.sizes import Size
@@ -43,6 +47,47 @@ def test_the_crop_is_the_centre_of_the_resized_image(resized):
     np.testing.assert_array_equal(resize_and_crop(image, resized, Size(13, 8)), centre(whole, 13, 8))
 
 
+@pytest.mark.parametrize("interpolation", [None, "lanczos", "nearest", "bilinear", "bicubic", "area", "box"])
+@pytest.mark.parametrize("resized", [Size(20, 15), Size(60, 45)], ids=["shrunk", "enlarged"])
+def test_any_part_is_the_one_cut_from_the_resized_image(resized, interpolation):
+    image = Image.fromarray(noise(40, 30))
+    whole = resize_and_crop(image, resized, resized, interpolation=interpolation)
+    for left, top in ((0, 0), (7, 3), (resized.width - 13, resized.height - 8)):
+        part = resize_and_crop(image, resized, Size(13, 8), corner=(left, top), interpolation=interpolation)
+        np.testing.assert_array_equal(part, whole[top : top + 8, left : left + 13])
+
+
+OPENCV = json.loads((Path(__file__).parent / "resized_by_opencv.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    "recorded", OPENCV["resized"], ids=lambda each: f"{each['interpolation']}-{each['width']}x{each['height']}"
+)
+def test_interpolations_are_those_of_opencv_but_for_rounding(recorded):
+    # It computes in fixed point.
+    image = Image.fromarray(np.array(OPENCV["image"], np.uint8))
+    size = Size(recorded["width"], recorded["height"])
+    resized = resize_and_crop(image, size, size, interpolation=recorded["interpolation"])
+    assert abs(resized.astype(int) - recorded["pixels"]).max() <= 1
+
+
+@pytest.mark.parametrize("interpolation", ["lanczos", "box"])
+@pytest.mark.parametrize("size", [Size(20, 15), Size(31, 23), Size(17, 11), Size(60, 45)])
+def test_these_interpolations_are_those_of_pillow_but_for_rounding(interpolation, size):
+    # It rounds after its first pass.
+    image = Image.fromarray(noise(40, 30))
+    resized = resize_and_crop(image, size, size, interpolation=interpolation)
+    expected = np.asarray(image.resize(size, Image.Resampling[interpolation.upper()]))
+    assert abs(resized.astype(int) - expected).max() <= (interpolation == "box")
+
+
+def test_every_interpolation_leaves_an_image_of_the_right_size_as_it_is():
+    pixels = noise(40, 30)
+    for interpolation in {interpolation_of(name) for name in RESIZE_INTERPOLATIONS}:
+        kept = resize_and_crop(Image.fromarray(pixels), Size(40, 30), Size(40, 30), interpolation=interpolation)
+        np.testing.assert_array_equal(kept, pixels)
+
+
 def test_a_mask_keeps_to_the_crop_of_its_image():
     image = Image.fromarray(noise(40, 30))
     mask = image.getchannel("R")
@@ -54,14 +99,15 @@ def test_a_mask_keeps_to_the_crop_of_its_image():
 
 @pytest.mark.parametrize("size", [Size(40, 30), Size(31, 97), Size(200, 9), Size(7, 300), Size(1, 50), Size(64, 64)])
 @pytest.mark.parametrize("bucket", [Size(16, 8), Size(24, 56), Size(128, 64), Size(80, 80)])
-def test_an_image_that_is_cut_first_is_the_same_but_for_rounding(size, bucket, monkeypatch):
+@pytest.mark.parametrize("interpolation", [None, "lanczos", "nearest", "bilinear", "bicubic", "area", "box"])
+def test_an_image_that_is_cut_first_is_the_same_but_for_rounding(size, bucket, interpolation, monkeypatch):
     # Away from black and white: where Lanczos overshoots, Pillow clips after its first pass, and which that is depends
     # on the size.
     image = Image.fromarray(noise(*size) // 4 + 96)
     resized = covering_size(bucket, size)
-    whole = resize_and_crop(image, resized, bucket).astype(int)
+    whole = resize_and_crop(image, resized, bucket, interpolation=interpolation).astype(int)
     monkeypatch.setattr(resizing, "LARGE_PIXELS", 0)
-    cut = resize_and_crop(image, resized, bucket).astype(int)
+    cut = resize_and_crop(image, resized, bucket, interpolation=interpolation).astype(int)
     assert cut.shape == whole.shape
     assert abs(cut - whole).max() <= 1
 
