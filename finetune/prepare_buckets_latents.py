@@ -30,8 +30,10 @@ class PrepareOptions:
     _argument_group_name: ClassVar[str] = "Images"
 
     train_data_dir: Path = positional("Folder of the images; the latents are written beside them.")
-    in_json: Path = positional("Metadata with the captions, as the merge scripts write it.")
-    out_json: Path = positional("Metadata to write: the same with the bucket of each image (train_resolution).")
+    in_json: Path = positional("Metadata with the captions: JSON of the merge scripts, or JSONL.")
+    out_json: Path = positional(
+        "Metadata to write: the same with the bucket of each image (train_resolution); JSONL if it ends in .jsonl."
+    )
     model_name_or_path: str = positional("SDXL checkpoint or VAE; only its VAE is read.")
     max_resolution: str = option("512,512", "Width,height whose area no bucket exceeds; 1024,1024 for SDXL.")
     full_path: bool = option(False, "The keys of the metadata are paths, not file names without suffix.")

@@ -50,3 +50,15 @@ def test_one_caption_trains_both_encoders_with_caption_and_tags(train, write_jso
 def test_the_first_of_listed_captions_is_trained(train, write_json):
     listed = write_json(lambda caption_l, caption_g: {"captionL": [caption_l, "x"], "captionG": f"{caption_g}\ny"})
     assert_equal(train(listed), train())
+
+
+def test_jsonl_trains(train, prepared_set: PreparedSet, tmp_path: Path):
+    entries = json.loads(prepared_set.latents_json.read_text(encoding="utf-8"))
+    lines = [
+        {"image_path": f"{key}.jpg", "tags": entry["captionL"], "caption": entry["captionG"]}
+        | {"train_resolution": entry["train_resolution"]}
+        for key, entry in entries.items()
+    ]
+    path = tmp_path / "meta lat.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    assert_equal(train(f"--in_json={path}"), train())

@@ -12,7 +12,7 @@ from library.config.errors import UserError, listed
 from library.config.leftovers import remove_leftovers
 from library.config.options import option, positional
 from library.data.image_files import find_images
-from library.data.image_keys import keys_of_images
+from library.data.image_keys import images_of_keys, keys_of_images, same_path
 from library.data.metadata import (
     COLUMN_G,
     COLUMN_L,
@@ -23,6 +23,7 @@ from library.data.metadata import (
     read_utf8,
     write_metadata,
 )
+from library.data.metadata_lines import is_lines
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,9 @@ class MergeOptions:
     _argument_group_name: ClassVar[str] = "Captions to metadata"
 
     train_data_dir: Path = positional("Folder of the images, with a caption file beside each.")
-    out_json: Path = positional("Metadata file to write. An existing file is extended.")
+    out_json: Path = positional(
+        "Metadata file to write (JSON, or JSONL if it ends in .jsonl). An existing file is extended."
+    )
     in_json: Path | None = option(None, "Metadata file to extend instead of an existing out_json.")
     full_path: bool = option(False, "Use the path of each image as its key instead of the file name without suffix.")
     recursive: bool = option(False, "Include the images of subfolders.")
@@ -69,8 +72,8 @@ def merge_captions(options: MergeOptions, column: CaptionColumn) -> None:
     """
     remove_leftovers(options.out_json.parent)
     images = find_images(options.train_data_dir, recursive=options.recursive)
-    image_of = keys_of_images(images, full_path=options.full_path)
     metadata = _metadata_to_extend(options)
+    image_of = _images_by_key(images, metadata, options)
     captions, without_caption = _read_captions(image_of, options)
     if without_caption and not (options.allow_missing and captions):
         raise UserError(
@@ -113,6 +116,16 @@ def _metadata_to_extend(options: MergeOptions) -> Metadata:
     if options.in_json is not None:
         return read_metadata(options.in_json)
     return read_metadata(options.out_json) if options.out_json.is_file() else {}
+
+
+def _images_by_key(images: Sequence[Path], metadata: Metadata, options: MergeOptions) -> dict[str, Path]:
+    if not any(is_lines(path) for path in (options.in_json, options.out_json) if path is not None):
+        return keys_of_images(images, full_path=options.full_path)
+    # The keys of JSONL are paths, in the spelling of whoever wrote the file.
+    known = {same_path(image): key for key, image in images_of_keys(metadata, options.train_data_dir).items()}
+    return {
+        known.get(same_path(image), image.relative_to(options.train_data_dir).as_posix()): image for image in images
+    }
 
 
 def _read_captions(image_of: Mapping[str, Path], options: MergeOptions) -> tuple[dict[str, str], list[Path]]:

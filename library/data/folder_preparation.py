@@ -13,11 +13,12 @@ from library.config.leftovers import remove_leftovers
 from library.data.buckets import BucketedImage, BucketRule
 from library.data.crops import LEGACY_CROP_NOTICE
 from library.data.image_files import find_images
-from library.data.image_keys import keys_of_images
+from library.data.image_keys import images_of_keys, keys_of_images, same_path
 from library.data.images import UnusableImage, read_size
 from library.data.latent_cache import CacheDemands, cache_path, read_fitting_cache, require_separate_caches, write_cache
 from library.data.latent_preparation import Encoding, Outcome, encode_images, require_disk_for_latents
 from library.data.metadata import Metadata, read_metadata, with_train_resolution, write_metadata
+from library.data.metadata_lines import is_lines
 from library.sdxl.latents import vae_digest
 from library.sdxl.model_source import load_vae
 
@@ -73,9 +74,16 @@ def _images_with_metadata(
     folder: Path, in_json: Path, metadata: Metadata, *, full_path: bool, recursive: bool
 ) -> dict[str, Path]:
     """Return the images to prepare by their keys; report what has no counterpart on the other side."""
-    path_of = keys_of_images(find_images(folder, recursive=recursive), full_path=full_path)
-    known = {key: path for key, path in path_of.items() if key in metadata}
-    _report_names("images without metadata are left out", [str(path_of[key]) for key in path_of.keys() - known.keys()])
+    images = find_images(folder, recursive=recursive)
+    if is_lines(in_json):  # whose keys are paths, and may lead to other folders
+        known = images_of_keys(metadata, folder)
+    else:
+        path_of = keys_of_images(images, full_path=full_path)
+        known = {key: path for key, path in path_of.items() if key in metadata}
+    with_entry = {same_path(path) for path in known.values()}
+    _report_names(
+        "images without metadata are left out", [str(path) for path in images if same_path(path) not in with_entry]
+    )
     _report_names("entries of the metadata without an image stay as they are", metadata.keys() - known.keys())
     if not known:
         raise UserError(

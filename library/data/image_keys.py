@@ -1,7 +1,7 @@
 """Metadata keys to image files."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from library.config.errors import UserError
@@ -45,7 +45,7 @@ def resolve_image(key: str, folder: Path, by_stem: Mapping[str, Sequence[Path]])
     """Return the image that a metadata key refers to, None if there is no such file.
 
     A key is a file name without suffix (looked up in `by_stem`, of `images_by_stem`), or a path: absolute, or relative
-    to the current folder or to `folder`, with slashes or backslashes. Raise `UserError` if two images share the name,
+    to `folder` or to the current folder, with slashes or backslashes. Raise `UserError` if two images share the name,
     or if the path climbs out of `folder` by "..".
     """
     named = by_stem.get(key, ())
@@ -60,12 +60,26 @@ def resolve_image(key: str, folder: Path, by_stem: Mapping[str, Sequence[Path]])
     candidates = [start / path for path in spellings for start in (Path(), folder)]
     found = [path for path in candidates if is_file(path)]
     inside = [path for path in found if ".." not in path.parts or _lies_in(path, folder)]
+    if len(set(inside)) > 1:  # an image of the folder comes before one of the current folder with the same name
+        inside.sort(key=lambda path: not _lies_in(path, folder))
     if found and not inside:
         raise UserError(
             f"the key '{key}' leads to '{found[0]}', outside the image folder '{folder}'.",
             "Correct the key, or name the folder that holds the image.",
         )
     return inside[0] if inside else None
+
+
+def images_of_keys(keys: Iterable[str], folder: Path) -> dict[str, Path]:
+    """Return the image that each metadata key refers to, where there is one. Raise as `resolve_image`."""
+    by_stem = images_by_stem(folder)
+    resolved = {key: resolve_image(key, folder, by_stem) for key in keys}
+    return {key: image for key, image in resolved.items() if image is not None}
+
+
+def same_path(path: Path) -> str:
+    """Return what equal paths have in common, however they are written: relative, absolute, with ".." in them."""
+    return os.path.normpath(path.absolute())
 
 
 def is_file(path: Path) -> bool:
@@ -78,4 +92,4 @@ def is_file(path: Path) -> bool:
 
 def _lies_in(path: Path, folder: Path) -> bool:
     # By the names alone: an image that is a link to a file elsewhere does lie in its folder.
-    return Path(os.path.normpath(path.absolute())).is_relative_to(os.path.normpath(folder.absolute()))
+    return Path(same_path(path)).is_relative_to(same_path(folder))

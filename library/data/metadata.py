@@ -1,4 +1,4 @@
-"""The metadata file: one JSON object that maps the key of each image to its captions and its training size."""
+"""The metadata file, JSON or JSONL: the key of each image with its captions and its training size."""
 
 import json
 import re
@@ -11,6 +11,8 @@ from typing import Any
 from library.config.atomic_files import write_text
 from library.config.errors import UserError, listed
 from library.data.captions import CaptionPair, variants_of
+from library.data.metadata_lines import is_lines, read_lines, write_lines
+from library.data.strict_json import parse_json, shown
 from library.sdxl.sizes import MAX_ASPECT, MAX_SIDE, MIN_SIDE, Size
 
 Entry = dict[str, Any]
@@ -47,37 +49,33 @@ COLUMN_G = CaptionColumn("G", "captionG", CAPTION, ".caption")
 def read_metadata(path: Path) -> Metadata:
     """Return the checked entries of a metadata file, including their unknown keys.
 
-    Raise `UserError` naming file, image key and what was expected: for a file that cannot be read or is not UTF-8 (a
-    byte-order mark is fine), broken JSON, a key that occurs twice in one object, and values of the wrong kind.
+    A file with the suffix .jsonl has one object a line, whose image path is the key. Raise `UserError` naming file,
+    image key (or line) and what was expected: for a file that cannot be read or is not UTF-8 (a byte-order mark is
+    fine), broken JSON, a key that occurs twice in one object, and values of the wrong kind.
     """
-    try:
-        content = json.loads(
-            read_utf8(path, if_missing="Check the path, or make it with the merge scripts of finetune/."),
-            object_pairs_hook=_object_without_repeated_keys,
-        )
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"'{path}' is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}.",
-            "Correct the line, or remove the file and run the merge scripts again.",
-        ) from error
-    except (RecursionError, ValueError) as error:  # thousands of brackets, a number of thousands of digits
-        raise UserError(f"'{path}' is not metadata ({error}).", "Run the merge scripts again.") from error
-    except _RepeatedKey as error:
-        raise UserError(
-            f"'{path}': the key {error} occurs twice in one object.", "Remove or rename one of the two."
-        ) from error
+    if is_lines(path):
+        return _from_lines(path)
+    content = parse_json(
+        read_utf8(path, if_missing="Check the path, or make it with the merge scripts of finetune/."),
+        f"'{path}'",
+        "or run the merge scripts again; a file with one object a line ends in .jsonl",
+    )
     if not isinstance(content, dict):
-        raise UserError(f"'{path}': expected an object of image keys, got {_shown(content)}.", "Pass a metadata file.")
+        raise UserError(f"'{path}': expected an object of image keys, got {shown(content)}.", "Pass a metadata file.")
     for key, entry in content.items():
         _check_entry(entry, where=f"'{path}', image '{key}'")
     return content
 
 
 def write_metadata(path: Path, metadata: Mapping[str, Entry]) -> None:
-    """Write `metadata` as JSON, whole or not at all: indent 2, non-ASCII characters unescaped.
+    """Write `metadata` as JSON, whole or not at all: indent 2, or one object a line if the suffix is .jsonl.
 
-    Lone surrogates, which UTF-8 cannot encode, stay escaped. Raise `UserError` if `path` cannot be written.
+    Non-ASCII characters are unescaped, except lone surrogates, which UTF-8 cannot encode. Raise `UserError` if `path`
+    cannot be written.
     """
+    if is_lines(path):
+        write_lines(path, metadata)
+        return
     text = json.dumps(metadata, indent=2, ensure_ascii=False)
     write_text(path, re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text) + "\n")
 
@@ -173,17 +171,15 @@ def read_utf8(path: Path, if_missing: str = "Check the path.") -> str:
         raise UserError(f"cannot read '{path}': {error.strerror or error}.", remedy) from error
 
 
-class _RepeatedKey(Exception):
-    pass
-
-
-def _object_without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise _RepeatedKey(f"'{key}'")
-        result[key] = value
-    return result
+def _from_lines(path: Path) -> Metadata:
+    metadata: Metadata = {}
+    for number, key, entry in read_lines(path):
+        where = f"'{path}', line {number}"
+        if key in metadata:
+            raise UserError(f"{where}: an earlier line has the same image path '{key}'.", "Remove one of the two.")
+        _check_entry(entry, where)
+        metadata[key] = entry
+    return metadata
 
 
 def _variants_for(entry: Entry, column: CaptionColumn) -> tuple[str, ...]:
@@ -238,16 +234,16 @@ def _is_caption(value: Any) -> bool:
 
 def _check_entry(entry: Any, where: str) -> None:
     if not isinstance(entry, dict):
-        raise UserError(f"{where}: expected an object of captions, got {_shown(entry)}.", "Correct the entry.")
+        raise UserError(f"{where}: expected an object of captions, got {shown(entry)}.", "Correct the entry.")
     for key in (COLUMN_L.metadata_key, COLUMN_G.metadata_key):
         if key in entry and (not _is_caption(entry[key]) or entry[key] == []):
             raise UserError(
-                f"{where}: expected {key} to be a text or a list of texts, got {_shown(entry[key])}.",
+                f"{where}: expected {key} to be a text or a list of texts, got {shown(entry[key])}.",
                 "Correct the caption.",
             )
     for key, (is_right, expected, remedy) in _OPTIONAL_VALUES.items():
         if key in entry and not is_right(entry[key]):
-            raise UserError(f"{where}: expected {key} to be {expected}, got {_shown(entry[key])}.", remedy)
+            raise UserError(f"{where}: expected {key} to be {expected}, got {shown(entry[key])}.", remedy)
 
 
 def _is_size(value: Any) -> bool:
@@ -258,11 +254,6 @@ def _is_size(value: Any) -> bool:
 
 def _is_weight(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value <= _HEAVIEST  # not NaN
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 _OPTIONAL_VALUES: Mapping[str, tuple[Callable[[Any], bool], str, str]] = {

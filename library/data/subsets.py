@@ -25,7 +25,7 @@ class TrainingSetOptions:
 
     train_data_dir: Path | None = option(None, "Folder of the images and their latents (.npz).")
     in_json: Path | None = option(
-        None, "Metadata file with the captions and, from prepare_buckets_latents.py, the buckets."
+        None, "Metadata file (JSON or JSONL) with the captions and, from prepare_buckets_latents.py, the buckets."
     )
     resolution: str = option("1024,1024", "Training size of images without prepared latents, as width,height.")
     enable_bucket: bool = option(

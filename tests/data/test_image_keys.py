@@ -59,6 +59,14 @@ def test_a_path_may_be_absolute_or_relative_to_here_or_to_the_folder(tmp_path, m
     assert found.samefile(tmp_path / "my set" / "deep" / "b ü.png")
 
 
+def test_an_image_of_the_folder_comes_before_one_of_the_current_folder(tmp_path, monkeypatch):
+    touch(tmp_path, "a.png", "my set/a.png", "my set/my set/a.png")
+    monkeypatch.chdir(tmp_path)
+    folder = Path("my set")
+    for key, image in (("a.png", "my set/a.png"), ("my set/a.png", "my set/a.png")):
+        assert resolve_image(key, folder, images_by_stem(folder)).samefile(tmp_path / image)
+
+
 @pytest.mark.parametrize("key", ["../outside.png", "deep/../../outside.png", "..\\outside.png"])
 def test_a_key_that_climbs_out_of_the_folder_is_refused(tmp_path, key):
     touch(tmp_path, "set/deep/a.png", "outside.png")

@@ -158,6 +158,18 @@ def test_images_with_a_caption_for_one_encoder_only_are_named_once_others_have_b
     assert "1 entries have no captionL; sdxl_train.py refuses such: '02'" in capsys.readouterr().out
 
 
+def test_jsonl_is_extended_under_its_own_paths(folder):
+    out = folder.parent / "meta.jsonl"
+    images = [add_image(folder, name, txt=name) for name in ("01.png", "deep/01.png", "02.png")]
+    out.write_text(f'{{"image_path": "01.png", "captionG": "a"}}\n{{"image_path": {json.dumps(str(images[1]))}}}\n')
+    assert merge_l.main([str(folder), str(out), "--recursive"]) == 0
+    assert [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] == [
+        {"image_path": "01.png", "captionG": "a", "captionL": "01.png"},
+        {"image_path": str(images[1]), "captionL": "deep/01.png"},
+        {"image_path": "02.png", "captionL": "02.png"},
+    ]
+
+
 # What is refused
 
 

@@ -229,3 +229,35 @@ def test_the_cache_lies_beside_the_picture_under_its_stem(folder):
     image = folder.add("01.v2.PNG")
     folder.prepare_all()
     assert folder.caches() == [cache_path(image).name] == ["01.v2.npz"]
+
+
+def test_jsonl_leads_to_its_images_wherever_they_are_and_json_is_written(folder, capsys):
+    folder.add("01.png")
+    folder.add("deep/01.png")
+    elsewhere = folder.add("../elsewhere/03.png").resolve()
+    folder.add("unlisted.png")
+    lines = [
+        {"image_path": "01.png", "caption": "a", "tags": "b"},
+        {"image_path": "deep\\01.png", "caption": "a", "tags": "b"},
+        {"image_path": str(elsewhere), "captionG": "a", "captionL": "b"},
+        {"image_path": "gone.png", "caption": "a"},
+    ]
+    written = json.loads(folder.prepare_lines(lines))
+    bucket = {"train_resolution": [64, 64]}
+    assert written == {
+        "01.png": {"caption": "a", "tags": "b"} | bucket,
+        "deep\\01.png": {"caption": "a", "tags": "b"} | bucket,
+        str(elsewhere): {"captionG": "a", "captionL": "b"} | bucket,
+        "gone.png": {"caption": "a"},
+    }
+    assert folder.caches() == ["01.npz", "deep/01.npz"]
+    assert elsewhere.with_suffix(".npz").is_file()
+    said = capsys.readouterr().out
+    assert f"1 images without metadata are left out:\n  {folder.images / 'unlisted.png'}" in said
+    assert "1 entries of the metadata without an image stay as they are:\n  gone.png" in said
+
+
+def test_jsonl_is_written_where_the_name_says_so(folder):
+    folder.add("01.png")
+    written = folder.prepare_lines([{"image_path": "01.png", "tags": "b"}], out="meta lat.jsonl")
+    assert written == '{"image_path": "01.png", "tags": "b", "train_resolution": [64, 64]}\n'
