@@ -32,6 +32,8 @@ MADE_BY_DEMO = (
     *("contact_sheet.png", "figures.txt"),
 )
 """Files that a demo leaves in its folder, and the next one removes before it starts."""
+QUIET_LAUNCH = ("--quiet", "--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no")
+"""What `accelerate launch` is told so that it prints nothing: it lists each value that it had to assume."""
 
 
 class QuickstartError(Exception):
@@ -174,7 +176,7 @@ def workflow_commands(folder: Path, num_steps: int, more_flags: list[str]) -> li
             *["--batch_size", "1", "--max_resolution=96,96", *buckets],
         ],
         [
-            *["accelerate", "launch", "--quiet", "--num_cpu_threads_per_process=1", "./sdxl_train.py"],
+            *["accelerate", "launch", *QUIET_LAUNCH, "--num_cpu_threads_per_process=1", "./sdxl_train.py"],
             *[f"--pretrained_model_name_or_path={DEMO_MODEL}", "--in_json", meta_lat, f"--train_data_dir={images}"],
             *["--resolution=96,96", *buckets, f"--output_dir={my_set}/output", f"--logging_dir={my_set}/logs"],
             *["--save_model_as=safetensors", "--output_name=finetuned_model", "--save_precision=fp16"],

@@ -1,11 +1,13 @@
 """The page that lists every flag of every script, as Markdown."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from docs.how_do_i import ANSWERS, TWO_READINGS
 from library.config.options import Option, options_of
+from library.config.spellings import Spellings
 
 INTRODUCTION = """\
 # Flags
@@ -14,7 +16,12 @@ Written by `python docs/write_flags.py` from the option classes beside the code 
 
 Write a switch bare (`--full_bf16`) or as `--full_bf16=false`. `None` as a value means "not set". A flag may not be
 abbreviated. Where a script has `--config_file`, every flag can stand in that TOML file, under its name without the
-dashes; the command line overrides the file, and the file overrides the defaults below.
+dashes; the command line overrides the file, and the file overrides the defaults below. In a file, numbers may stand in
+quotes, and 0 and 1 for a switch. A `.json` file is read as what the settings window (GUI) of kohya's family saves.
+"""
+NEUTRAL_INTRODUCTION = """\
+A refused flag is read, and skipped, where its value asks for nothing: `false`, `0`, `None`, an empty text or list. So
+are the values below; for a flag that is offered they mean the same as leaving it out.
 """
 OPTION_HEADINGS = ("Flag", "Value", "Default", "Meaning")
 
@@ -26,13 +33,25 @@ class ScriptFlags:
     name: str
     description: str
     option_classes: Sequence[type]
-    replaced: Mapping[str, str]
-    refused: Mapping[str, str]
+    spellings: Spellings
 
 
 def render_flags_page(scripts: Sequence[ScriptFlags]) -> str:
     """Return the page as Markdown: for each script a table for each group of flags, then old and refused spellings."""
-    return "\n".join([INTRODUCTION, *(_script(script) for script in scripts)])
+    return "\n".join([INTRODUCTION, _how_do_i(), *(_script(script) for script in scripts)])
+
+
+def _how_do_i() -> str:
+    rows = [(_cell(each.question), f"`{each.flags}`" if each.flags else "", _cell(each.remark)) for each in ANSWERS]
+    readings = [(f"`{each.flags}`", _cell(each.remark)) for each in TWO_READINGS]
+    return "\n".join(
+        [
+            "## How do I ...\n",
+            _table("... of `sdxl_train.py`", "Flags", "Remark", rows=rows),
+            "### Numbers that could be read in two ways\n",
+            _table("Flags", "Meaning", rows=readings),
+        ]
+    )
 
 
 def _script(script: ScriptFlags) -> str:
@@ -42,12 +61,17 @@ def _script(script: ScriptFlags) -> str:
             f"### {_group_name(option_class)}\n",
             _table(*OPTION_HEADINGS, rows=map(_row, options_of(option_class))),
         ]
-    if script.replaced:
-        rows = [(f"`{old}`", f"`{new}`") for old, new in sorted(script.replaced.items())]
+    replaced, refused = script.spellings.replaced, script.spellings.refused
+    if replaced:
+        rows = [(f"`{old}`", f"`{new}`") for old, new in sorted(replaced.items())]
         parts += ["### Other spellings\n", _table("Written", "Read as", rows=rows)]
-    if script.refused:
-        rows = [(f"`{flag}`", _cell(reason)) for flag, reason in sorted(script.refused.items())]
+    if refused:
+        rows = [(f"`{flag}`", _cell(reason)) for flag, reason in sorted(refused.items())]
         parts += ["### Refused\n", _table("Flag", "Why, and what to do", rows=rows)]
+    neutral = {**script.spellings.neutral_refused, **script.spellings.neutral}
+    if neutral:
+        rows = [(f"`{flag}`", ", ".join(map(_written, values))) for flag, values in sorted(neutral.items())]
+        parts += ["### Values that ask for nothing\n", NEUTRAL_INTRODUCTION, _table("Flag", "Values", rows=rows)]
     return "\n".join(parts)
 
 
@@ -81,6 +105,10 @@ def _value(value: Any) -> str:
     if isinstance(value, list):
         value = " ".join(map(str, value))
     return f"`{value.as_posix() if isinstance(value, Path) else value}`"
+
+
+def _written(value: str) -> str:
+    return f"`{value}`" if value else "an empty text"
 
 
 def _cell(text: str) -> str:

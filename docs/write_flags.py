@@ -1,7 +1,6 @@
 """Write docs/flags.md from the option classes of the scripts: `python docs/write_flags.py`."""
 
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -16,15 +15,16 @@ from finetune import (
     sdxl_merge_captions_l_to_metadata,
 )
 from library.config.atomic_files import write_text
-from library.config.kohya_flags import PREPARE_REFUSED, PREPARE_REPLACED, TRAINER_REFUSED, TRAINER_REPLACED
+from library.config.kohya_spellings import PREPARE_SPELLINGS, TRAINER_SPELLINGS
+from library.config.spellings import Spellings
 
 FLAGS_PAGE = Path(__file__).with_name("flags.md")
-# Each script with the spellings it replaces and the flags it refuses.
-SCRIPTS: list[tuple[ModuleType, Mapping[str, str], Mapping[str, str]]] = [
-    (sdxl_merge_captions_g_to_metadata, {}, {}),
-    (sdxl_merge_captions_l_to_metadata, {}, {}),
-    (prepare_buckets_latents, PREPARE_REPLACED, PREPARE_REFUSED),
-    (sdxl_train, TRAINER_REPLACED, TRAINER_REFUSED),
+# Each script with the spellings of other programs that it reads.
+SCRIPTS: list[tuple[ModuleType, Spellings]] = [
+    (sdxl_merge_captions_g_to_metadata, Spellings()),
+    (sdxl_merge_captions_l_to_metadata, Spellings()),
+    (prepare_buckets_latents, PREPARE_SPELLINGS),
+    (sdxl_train, TRAINER_SPELLINGS),
 ]
 
 
@@ -36,10 +36,9 @@ def flags_page() -> str:
                 name=f"{script.__name__.replace('.', '/')}.py",
                 description=script.DESCRIPTION,
                 option_classes=script.OPTION_CLASSES,
-                replaced=replaced,
-                refused=refused,
+                spellings=spellings,
             )
-            for script, replaced, refused in SCRIPTS
+            for script, spellings in SCRIPTS
         ]
     )
 

@@ -121,7 +121,7 @@ def test_tensorboard_shows_the_course_of_the_run_and_its_samples(train, tmp_path
     assert folder.name.startswith("cats_2")
     events = run.events()
     assert set(events.Tags()["scalars"]) == {
-        *("loss/current", "loss/average", "lr/unet", "steps_per_second", "grad_norm")
+        *("loss/current", "loss/average", "loss/epoch", "lr/unet", "steps_per_second", "grad_norm")
     }
     losses = run.logged("loss/current")
     assert run.logged("loss/average") == pytest.approx([losses[0], sum(losses[:2]) / 2, sum(losses) / 3])

@@ -13,6 +13,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 PROJECT_LOGGERS = ("library", "finetune", "demo", "sdxl_train", "__main__")
+_LOGGERS_OF_NO_INTEREST = ("bitsandbytes", "torch.utils.cpp_extension")
+"""Of libraries that warn, when they are imported, of what this project does not use: 4-bit kernels on the CPU, and
+the toolkit of CUDA. Their errors are shown."""
 
 
 def start_logging(level: str = "INFO", file: Path | None = None, *, simple: bool = True) -> None:
@@ -35,6 +38,8 @@ def start_logging(level: str = "INFO", file: Path | None = None, *, simple: bool
         for handler in handlers:
             logger.addHandler(handler)
         logger.setLevel(level)
+    for name in _LOGGERS_OF_NO_INTEREST:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 class _Console(logging.Handler):

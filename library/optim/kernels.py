@@ -62,7 +62,9 @@ def why_not_compiled(device_type: str, backend: str = "inductor") -> str | None:
 @cache
 def _can_compile(device_type: str) -> bool:
     reason = why_not_compiled(device_type)
-    if reason is not None:
+    if reason is None:
+        log.info("the first step compiles kernels of the optimizer and takes longer than the others")
+    else:
         log.warning(
             "torch.compile does not work here (%s). Optimizer and rounding run as separate operations, which is "
             "slower, with the same result. Install a C++ compiler (for the CPU) or Triton (for a GPU).",

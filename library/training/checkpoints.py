@@ -74,7 +74,7 @@ class Checkpoints:
             for save, progress in saves:
                 self._save_if_possible(save, progress)
             if occasion.is_last:
-                log.info("saved '%s'", self._save_at_last(self._options.save_at_end()))
+                self._save_at_last(self._options.save_at_end())
 
     def at_stop(self) -> str:
         """Save model and state of a run that is stopped before its end; return what the user is told.
@@ -123,16 +123,17 @@ class Checkpoints:
 
     def _save_if_possible(self, save: Save, progress: Progress) -> None:
         try:
-            log.info("saved '%s'", self._save(save, progress))
+            self._save(save, progress)
         except UserError as error:
             self._failed.append(save)
             log.warning("'%s' is not saved. Training continues and tries again at the next save: %s", save.name, error)
 
-    def _save_at_last(self, save: Save) -> Path:
+    def _save_at_last(self, save: Save) -> None:
         reported = ""
         while True:
             try:
-                return self._save(save, self._progress)
+                self._save(save, self._progress)
+                return
             except CannotWrite as error:
                 if not error.is_temporary:
                     raise self._saved_elsewhere(save, error) from error
@@ -159,18 +160,20 @@ class Checkpoints:
             return UserError(refusal.problem, f"The model is saved as '{model}' instead. {refusal.remedy}")
         return refusal
 
-    def _save(self, save: Save, progress: Progress) -> Path:
+    def _save(self, save: Save, progress: Progress) -> None:
         # The model first: a run killed in between continues from the state before, and writes the same model again.
         model, state = self._model(save.name), self._state(save.name)
+        log.info("saving '%s'", model.name)
         self._write_model(model)
         if save.with_state:
+            log.info("saving '%s'", state.name)
             self._progress.num_states += 1
             self._write_state(state, replace(progress, num_states=self._progress.num_states))
             self._present_state = state
         for each in (*self._failed, save):
             self._remove_outdated(each)
         self._failed.clear()
-        return model
+        log.info("saved '%s'%s", model, f" and '{state}'" if save.with_state else "")
 
     def _remove_outdated(self, save: Save) -> None:
         if save.outdated is not None:

@@ -33,6 +33,7 @@ def compile_regions(network: nn.Module, options: CompileOptions, device: torch.d
         return
     _require_compiler(options.dynamo_backend, device)
     allow_kernels()
+    log.info("torch.compile: the first step compiles kernels, which can take minutes")
     for kind in REGIONS:
         region = _Region(kind, options.dynamo_backend)
         for module in network.modules():

@@ -79,6 +79,7 @@ class Sampling:
         self._is_stopping = is_stopping
         self._final_weights = final_weights
         self._one_writer = one_writer
+        self._says_what_grid_is_left = self._grid is not None
         shared = [str(prompt.line) for prompt in self._prompts if prompt.shared]
         if shared:
             log.info("%s: no --e in line %s: both encoders read one prompt", options.sample_prompts, ", ".join(shared))
@@ -87,6 +88,7 @@ class Sampling:
         """Draw what is due on this occasion; if the run was resumed there, only what is missing."""
         draws_prompts = self._prompts_are_due(occasion)
         draws_grid = self._grid is not None and (occasion.step == 0 or occasion.is_last)
+        self._say_what_grid_is_left(occasion)
         if not draws_prompts and not draws_grid:
             return
         with self._one_writer() as draws:
@@ -113,7 +115,8 @@ class Sampling:
             if not (only_missing and self._is_there(self._name(prompt, index, step, epoch)))
         ]
         with self._tracker.untimed(), self._final_weights():
-            for index, prompt in self._until_stop(prompts, step):
+            for number, (index, prompt) in enumerate(self._until_stop(prompts, step), start=1):
+                log.info("step %d: drawing sample %d of %d", step, number, len(prompts))
                 self._draw_one(prompt, index, step, epoch)
 
     def _name(self, prompt: SamplePrompt, index: int, step: int, epoch: int | None) -> str:
@@ -147,6 +150,7 @@ class Sampling:
             return
         seed = self._fresh_seed(step=0, index=0)  # the same before and after, unless the first line sets one
         prompts, num_chunks = self._grid.prompts(), self._grid.num_chunks
+        log.info("step %d: drawing the grid of %d images", step, len(prompts))
         with self._tracker.untimed(), self._final_weights():
             pictures = [
                 self._try_to_draw(
@@ -162,6 +166,14 @@ class Sampling:
         record = self._record(self._grid.first, step, seed)
         self._save(name, image, record, self._grid.texts())
         self._tracker.log_image(step, "sample/grid", image, parameters_text(record))
+
+    def _say_what_grid_is_left(self, occasion: Occasion) -> None:
+        """Tell the user of a resumed run, once, that the grid from before the first step is missing."""
+        if not self._says_what_grid_is_left or not occasion.is_resumed or occasion.step == 0:
+            return
+        self._says_what_grid_is_left = False
+        if not self._is_there(grid_name(self._run.model_name, now=datetime.now(), step=0)):
+            log.info("--sample_grid: there is no grid from before the first step; one is drawn after the last alone")
 
     def _record(self, prompt: SamplePrompt, step: int, fresh_seed: int) -> PictureRecord:
         return PictureRecord(

@@ -155,6 +155,7 @@ def _load_model(
 ) -> tuple[SdxlModel, str]:
     """Return the model on the CPU in the precision of training, set up to be trained, and the digest of its VAE."""
     dtypes = precision.model_dtypes(trains_l=trains_l, trains_g=trains_g, float32_vae=source.no_half_vae)
+    log.info("loading '%s'", source.pretrained_model_name_or_path)
     model = load_model(source, replace(dtypes, vae=None))
     digest = vae_digest(model.vae)  # before it is narrowed, as prepare_buckets_latents.py takes it
     nn.Module.to(model.vae, dtypes.vae)

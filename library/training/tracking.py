@@ -31,6 +31,8 @@ RETRY_SECONDS = 60.0
 """How long a run waits before it writes again to a log that could not be written."""
 _TIME_FORMAT = "%Y%m%d%H%M%S"
 _TRACKER_NAME = "finetuning"
+_NAMES_OF_KOHYA = {"text_encoder_l": "text_encoder1", "text_encoder_g": "text_encoder2"}
+"""Curves that users of kohya's trainers look for, beside those by the names of this project."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,11 @@ class Tracker:
         now = time.perf_counter()
         values = {"loss/current": report.loss, "loss/average": average}
         values |= {"steps_per_second": 1 / (now - self._last_time)}
-        values |= {f"lr/{part}": rate for part, rate in report.rates.items()}
+        rates = report.rates.items()
+        values |= {f"lr/{part}": rate for part, rate in rates}
+        values |= {f"lr/{_NAMES_OF_KOHYA[part]}": rate for part, rate in rates if part in _NAMES_OF_KOHYA}
+        if occasion.epoch_ended is not None:
+            values["loss/epoch"] = average
         if report.grad_norm is not None:
             values["grad_norm"] = report.grad_norm
         self._last_time = now

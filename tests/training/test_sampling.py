@@ -171,6 +171,25 @@ def test_without_a_seed_in_the_first_line_the_grid_has_the_same_one_before_and_a
         assert first.info["seed"] == second.info["seed"]
 
 
+def test_a_run_says_which_image_it_draws(sampling, capsys):
+    sampling("--sample_every_n_steps=1", "--sample_grid").after_step(Occasion(0))
+    said = [line for line in capsys.readouterr().out.splitlines() if "drawing" in line]
+    assert said == [
+        *("step 0: drawing sample 1 of 2", "step 0: drawing sample 2 of 2", "step 0: drawing the grid of 2 images")
+    ]
+
+
+def test_a_grid_that_only_one_end_of_the_run_draws_is_told(sampling, capsys):
+    made = sampling("--sample_grid", prompts=GRID)
+    for occasion in (Occasion(2, is_resumed=True), Occasion(3)):
+        made.after_step(occasion)
+    assert (
+        capsys.readouterr().out.count("there is no grid from before the first step; one is drawn after the last") == 1
+    )
+    sampling("--sample_grid", prompts=GRID).after_step(Occasion(1))
+    assert "there is no grid" not in capsys.readouterr().out
+
+
 def test_a_grid_that_a_stop_interrupts_is_not_saved_half_empty(sampling, capsys, tmp_path: Path):
     sampling("--sample_grid", prompts=GRID, stop_at_look=4).after_step(Occasion(0))
     assert drawn(tmp_path) == []

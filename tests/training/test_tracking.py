@@ -38,15 +38,22 @@ def scalars(events: EventAccumulator, name: str) -> list[tuple[int, float]]:
 def test_a_step_is_logged_with_its_average_rates_and_norm(logged):
     def use(tracker: Tracker) -> None:
         for step, loss in enumerate((1.0, 2.0, 4.0), start=1):
-            tracker.after_step(
-                Occasion(step), StepReport(loss, {"unet": 0.5, "text_encoder_g": 0.25}, grad_norm=loss / 2)
-            )
+            rates = {"unet": 0.5, "text_encoder_l": 0.125, "text_encoder_g": 0.25}
+            epoch = {2: 1, 3: 2}.get(step)  # the end of the run ends its epoch
+            tracker.after_step(Occasion(step, epoch), StepReport(loss, rates, grad_norm=loss / 2))
 
     events = logged(use)
     assert scalars(events, "loss/current") == [(1, 1.0), (2, 2.0), (3, 4.0)]
     assert scalars(events, "loss/average") == [(1, 1.0), (2, 1.5), (3, 3.0)]
     assert scalars(events, "lr/unet") == [(1, 0.5), (2, 0.5), (3, 0.5)]
     assert scalars(events, "lr/text_encoder_g") == [(1, 0.25), (2, 0.25), (3, 0.25)]
+    assert scalars(events, "loss/epoch") == [(2, 1.5), (3, 3.0)]
+    assert (
+        scalars(events, "lr/text_encoder1")
+        == scalars(events, "lr/text_encoder_l")
+        == [(1, 0.125), (2, 0.125), (3, 0.125)]
+    )
+    assert scalars(events, "lr/text_encoder2") == scalars(events, "lr/text_encoder_g")
     assert scalars(events, "grad_norm") == [(1, 0.5), (2, 1.0), (3, 2.0)]
 
 
