@@ -160,7 +160,7 @@ class Checkpoints:
             return UserError(refusal.problem, f"The model is saved as '{model}' instead. {refusal.remedy}")
         return refusal
 
-    def _save(self, save: Save, progress: Progress) -> None:
+    def _save(self, save: Save, progress: Progress) -> Path:
         # The model first: a run killed in between continues from the state before, and writes the same model again.
         model, state = self._model(save.name), self._state(save.name)
         log.info("saving '%s'", model.name)
@@ -174,6 +174,7 @@ class Checkpoints:
             self._remove_outdated(each)
         self._failed.clear()
         log.info("saved '%s'%s", model, f" and '{state}'" if save.with_state else "")
+        return model
 
     def _remove_outdated(self, save: Save) -> None:
         if save.outdated is not None:
