@@ -32,6 +32,7 @@ SCRIPTS = [
             "--one_caption",
             "--resume_anyway",
             "--sample_grid",
+            "--transposed_text_projection",
         },
     ),
     (
