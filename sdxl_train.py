@@ -73,7 +73,7 @@ def train(options: TrainingOptions, stop: StopRequest) -> int:
             run.progress.advance()
             for event in run.events:
                 event.after_step(step.occasion, report)
-    return run.end()
+        return run.end()
 
 
 if __name__ == "__main__":

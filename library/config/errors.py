@@ -22,10 +22,17 @@ log = logging.getLogger(__name__)
 class UserError(Exception):
     """A mistake that the user can fix: `problem` says what is wrong and where, `remedy` how to fix it."""
 
+    exit_status = EXIT_USER_ERROR
+
     def __init__(self, problem: str, remedy: str = ""):
         super().__init__(f"{problem} {remedy}".strip())
         self.problem = problem
         self.remedy = remedy
+
+    def add_remedy(self, more: str) -> None:
+        """Say `more` at the end."""
+        self.remedy = f"{self.remedy} {more}".strip()
+        self.args = (f"{self.problem} {self.remedy}",)
 
 
 class Main(Protocol):
@@ -35,7 +42,10 @@ class Main(Protocol):
 
 
 def exits_on_user_error(main: Main) -> Main:
-    """Wrap `main`: messages go to the console, a `UserError` becomes one line and status 2, Ctrl-C status 130."""
+    """Wrap `main`: messages go to the console, each error becomes one line.
+
+    The status is 2 after a `UserError`, 1 after what the user has no part in, 130 after Ctrl-C.
+    """
 
     @functools.wraps(main)
     def guarded(argv: Sequence[str] | None = None) -> int:
@@ -45,10 +55,16 @@ def exits_on_user_error(main: Main) -> Main:
             return main(argv)
         except UserError as error:
             log.error("error: %s", error)
-            return EXIT_USER_ERROR
+            return error.exit_status
         except KeyboardInterrupt:
             log.warning("interrupted; files that were being written are unchanged")
             return EXIT_INTERRUPTED
+        except Exception as error:  # noqa: BLE001 (the one guard around every script)
+            from library.config.unforeseen import explained  # which imports this module
+
+            failure = explained(error)
+            log.error("error: %s", failure)
+            return failure.exit_status
 
     return guarded
 

@@ -4,13 +4,14 @@ import atexit
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from library.config.errors import UserError
 from library.data.caption_tokens import TokenTable
@@ -55,6 +56,13 @@ class Batch(NamedTuple):
     def pin_memory(self) -> "Batch":
         """Return the batch in pinned memory, from which a GPU copies asynchronously."""
         return self._each(torch.Tensor.pin_memory)
+
+    def shared(self) -> "Batch":
+        """Return the batch in shared memory, where worker processes hand it over. Raise `UserError` if that is full.
+
+        torch's queue would share it in a thread that drops what it cannot share: training would wait for ever.
+        """
+        return self._each(_shared)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         def changed(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -153,13 +161,15 @@ class _ErrorsAsItems(Dataset[Any]):
 
     def __getitem__(self, micro_batch: MicroBatch) -> Batch | UserError:
         try:
-            return self._dataset[micro_batch]
+            batch = self._dataset[micro_batch]
+            return batch if get_worker_info() is None else batch.shared()
         except UserError as error:
             return error
 
 
 def _prefetched(loader: DataLoader[Any], device: torch.device) -> Iterator[Batch]:
     batches: Iterator[Batch | UserError] = iter(loader)  # starts workers before there is a thread
+    _report_lost_workers_with_their_batch()
     atexit.unregister(_kill_workers)
     atexit.register(_kill_workers, os.getpid())  # last, and so the first to be called
     begin = None
@@ -173,10 +183,29 @@ def _prefetched(loader: DataLoader[Any], device: torch.device) -> Iterator[Batch
         yield batch
 
 
+def _shared(tensor: torch.Tensor) -> torch.Tensor:
+    try:
+        return tensor.share_memory_()
+    except RuntimeError as error:
+        raise UserError(
+            f"the shared memory (/dev/shm), through which worker processes hand over batches, is full ({error}).",
+            "Start the container with --shm-size=8g or --ipc=host, or pass --max_data_loader_n_workers=0.",
+        ) from error
+
+
 def _leave_signals_to_training(worker: int) -> None:
     """Ignore Ctrl-C and SIGTERM, which reach every process of a job: training stops first, then its workers."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _report_lost_workers_with_their_batch() -> None:
+    """Leave it to the loader to find out that a worker was killed: it does when it waits for the worker's batch.
+
+    torch's signal handler would raise the error in the middle of whatever the main thread does, a step or a save.
+    """
+    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _kill_workers(owner: int) -> None:

@@ -3,8 +3,8 @@
 import ast
 import inspect
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from typing import Any
 
@@ -87,13 +87,32 @@ def make_optimizer(groups: Sequence[dict[str, Any]], options: OptimizerOptions) 
     try:
         with redirect_stdout(StringIO()):  # prodigyopt prints which of its arguments are on
             optimizer = optimizer_class(list(groups), lr=options.learning_rate, **arguments)  # type: ignore[call-arg]
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"--optimizer_type {kind.name} refuses its arguments: {error}.", "Correct --optimizer_args."
-        ) from error
+    except Exception as error:
+        raise _refusal(kind.name, error) from error
     if options.is_schedule_free:
         optimizer.train()  # type: ignore[attr-defined]
     return optimizer
+
+
+@contextmanager
+def tried(optimizer_type: str) -> Iterator[None]:
+    """Within the block, turn whatever an optimizer raises into a `UserError` that names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise _refusal(kind_of(optimizer_type).name, error) from error
+
+
+def _refusal(name: str, error: Exception) -> UserError:
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    if not isinstance(error, (TypeError, ValueError)):
+        reason = f"{type(error).__name__}: {reason}"
+    return UserError(
+        f"--optimizer_type {name} refuses its arguments: {reason}.",
+        "Correct --optimizer_args, or choose another --optimizer_type.",
+    )
 
 
 def require_every_shape(options: OptimizerOptions) -> None:
@@ -109,7 +128,7 @@ def require_every_shape(options: OptimizerOptions) -> None:
         parameter.grad = torch.ones_like(parameter)
     try:
         make_optimizer([{"params": parameters, "lr": options.learning_rate}], options).step()
-    except (UserError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:
         reason = error.__cause__ or error
         raise UserError(
             f"--optimizer_type {kind.name} cannot train SDXL, whose weights have 1, 2 and 4 dimensions and dense "

@@ -1,10 +1,14 @@
 """The flags of optimizer and learning-rate schedule."""
 
 import importlib
+import importlib.util
 import inspect
+import site
+import sysconfig
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from library.config.errors import UserError
@@ -34,16 +38,22 @@ class OptimizerKind:
     one_rate: bool = False  # finds one learning rate by itself, for all parameter groups together
 
     def load(self) -> "type[Optimizer]":
-        """Return the class. Raise `UserError`, with the command to run, if its package is not installed."""
+        """Return the class. Raise `UserError` if its package is not installed, or cannot be imported."""
         from torch.optim import Optimizer
 
+        if self not in OPTIMIZERS:
+            require_installed(self.name, self.module)
         try:
             found = getattr(importlib.import_module(self.module), self.class_name)
-        except ImportError as error:
-            remedy = f"Run: python -m pip install {self.package}"
-            raise UserError(f"--optimizer_type {self.name} needs '{self.package}': {error}.", remedy) from error
         except AttributeError as error:
             raise UserError(f"--optimizer_type {self.name}: {error}.", "Check the spelling of the class.") from error
+        except (Exception, SystemExit) as error:  # a stranger's module may raise anything, or end the process
+            reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            known = self in OPTIMIZERS and isinstance(error, ImportError)
+            raise UserError(
+                f"--optimizer_type {self.name} needs '{self.package}', which cannot be imported ({reason}).",
+                f"Run: python -m pip install {self.package}" if known else "Choose another --optimizer_type.",
+            ) from error
         if not (inspect.isclass(found) and issubclass(found, Optimizer)):
             raise UserError(
                 f"--optimizer_type {self.name} is not an optimizer.", "Name a subclass of torch.optim.Optimizer."
@@ -53,6 +63,26 @@ class OptimizerKind:
             message = f"--optimizer_type {self.name} computes the loss several times in a step, which is not supported."
             raise UserError(message, "Choose an optimizer whose step() needs no closure.")
         return found
+
+
+def require_installed(name: str, module: str) -> None:
+    """Raise `UserError` unless `module` belongs to an installed package: a name must not run a file of this folder."""
+    top = module.partition(".")[0]
+    try:
+        spec = importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        spec = None
+    sites = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()}
+    folders = [Path(each).resolve() for each in (*sites, site.getusersitepackages())]
+    origins = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or ())]
+    found = [Path(origin).resolve() for origin in origins if origin is not None]
+    if any(path.is_relative_to(folder) for path in found for folder in folders):
+        return
+    where = "is not installed" if not found else f"is '{found[0]}', which is no installed package"
+    raise UserError(
+        f"--optimizer_type {name}: '{top}' {where}.",
+        "Check the spelling. Only classes of installed packages are used.",
+    )
 
 
 NESTEROV = {"momentum": 0.9, "nesterov": True}

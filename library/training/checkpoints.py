@@ -12,7 +12,7 @@ from pathlib import Path
 from library.config.atomic_files import CannotWrite
 from library.config.errors import UserError
 from library.training.plan import Occasion
-from library.training.progress import STATE_SUFFIX, Progress
+from library.training.progress import STATE_SUFFIX, Progress, newest_state
 from library.training.saves import Save, SaveOptions
 
 log = logging.getLogger(__name__)
@@ -100,6 +100,20 @@ class Checkpoints:
             self._save_at_last(self._options.save_at_stop(self._progress.step))
         assert self._present_state is not None  # this save has one
         return self._present_state
+
+    def after_error(self, *, can_save: bool) -> str | None:
+        """Save as `save_present` unless the weights are in the middle of a step; return what the user is told.
+
+        A GPU that has failed cannot be read any more: then the newest state on the disk is named.
+        """
+        step = self._progress.step
+        if can_save:
+            try:
+                return f'All that was learnt in {step} steps is saved; continue with --resume "{self.save_present()}"'
+            except Exception as error:  # noqa: BLE001 (the first error is the one to report)
+                log.warning("what was learnt since the last state cannot be saved: %s", str(error).partition("\n")[0])
+        state = newest_state(self._folder, self._options.output_name)
+        return None if state is None else f'Continue from the newest state with --resume "{state}"'
 
     def _due(self, occasion: Occasion) -> list[tuple[Save, Progress]]:
         """Return the saves of this occasion, each with the progress that its state records."""

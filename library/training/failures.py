@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from library.config.errors import UserError
+from library.config.unforeseen import explained
 from library.data.dataset import Batch
 
 log = logging.getLogger(__name__)
@@ -18,19 +19,23 @@ class NotWorthSaving(UserError):
 
 @contextmanager
 def saved_before_errors(save: Callable[[], str | None]) -> Iterator[None]:
-    """Save what was learnt before a `UserError` (a damaged image, say) ends the block, and add how to continue.
+    """Save what was learnt before an error (a damaged image, no memory, a lost process) ends the block.
 
-    `save` returns what the user is told about the saved state, None if there is nothing to save.
+    Raise a `UserError` that says in one line what happened and how to continue. `save` returns what the user is told
+    about the saved state, None if there is nothing to save.
     """
     try:
         yield
     except NotWorthSaving:
         raise
-    except UserError as error:
+    except Exception as error:
+        failure = error if isinstance(error, UserError) else explained(error)
         saved = save()
-        if saved is None:
+        if saved is not None:
+            failure.add_remedy(saved)
+        if failure is error:
             raise
-        raise UserError(error.problem, f"{error.remedy} {saved}") from error
+        raise failure from error
 
 
 @contextmanager

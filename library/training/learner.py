@@ -21,7 +21,7 @@ from library.diffusion.noise import NoisyLatents
 from library.optim.fused_backward import FusedBackward
 from library.optim.lr_schedules import make_lr_schedule
 from library.optim.optimizer_probe import keys_in_bfloat16, treats_each_alone
-from library.optim.optimizers import make_optimizer, make_parameter_groups
+from library.optim.optimizers import make_optimizer, make_parameter_groups, tried
 from library.optim.options import NEAREST, OptimizerOptions, ScheduleOptions
 from library.optim.rounding import Rounder
 from library.optim.stepping import Stepper
@@ -239,7 +239,8 @@ def _narrow_keys(parameters: Sequence[nn.Parameter], options: OptimizerOptions, 
     """Return the keys of the optimizer's state that it keeps in bfloat16 where weights are bfloat16."""
     if all(parameter.dtype != torch.bfloat16 for parameter in parameters):
         return frozenset()
-    return keys_in_bfloat16(partial(make_optimizer, options=options), device)
+    with tried(options.optimizer_type):
+        return keys_in_bfloat16(partial(make_optimizer, options=options), device)
 
 
 def _make_stepper(
@@ -251,7 +252,8 @@ def _make_stepper(
 ) -> Stepper:
     """Return the stepper: in chunks, or all at once if the optimizer's parameters depend on one another."""
     make = partial(make_optimizer, options=options)
-    each_alone = treats_each_alone(make, accelerator.device)
+    with tried(options.optimizer_type):
+        each_alone = treats_each_alone(make, accelerator.device)
     if options.fused_backward_pass and not each_alone:
         raise UserError(
             f"--fused_backward_pass cannot work with {type(optimizer).__name__}, which needs all gradients before it "

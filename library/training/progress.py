@@ -131,8 +131,7 @@ def find_state(resume: str, output_dir: Path, output_name: str | None, damaged: 
     for problem in problems:
         log.warning("%s It is skipped.", problem)
     if states:
-        # States of earlier versions are not counted: of one run the later step is newer, of two the run begun later.
-        return max(states, key=lambda folder: (states[folder].num_states, states[folder].started, states[folder].step))
+        return _newest(states)
     if damaged:
         names = [f"'{folder}'" for folder in damaged]
         raise UserError(
@@ -143,6 +142,17 @@ def find_state(resume: str, output_dir: Path, output_name: str | None, damaged: 
         f"--resume latest: '{output_dir}' holds no complete state of a run with the same --output_name.",
         "Train with --save_state first, or name the folder of a state.",
     )
+
+
+def newest_state(output_dir: Path, output_name: str | None) -> Path | None:
+    """Return the newest complete state of `output_name` in `output_dir`, None if there is none."""
+    states, _ = _states_of(output_dir, output_name)
+    return _newest(states) if states else None
+
+
+def _newest(states: Mapping[Path, Progress]) -> Path:
+    # States of earlier versions are not counted: of one run the later step is newer, of two the run begun later.
+    return max(states, key=lambda folder: (states[folder].num_states, states[folder].started, states[folder].step))
 
 
 def num_states(output_dir: Path, output_name: str | None) -> int:

@@ -74,10 +74,10 @@ class Run:
     @contextmanager
     def begun(self) -> Iterator[None]:
         """Begin the run; within the block, save what was learnt before an error ends it."""
-        occasion = self.plan.occasion(self.progress, is_resumed=self.is_resumed)
-        for event in self.events:
-            event.after_step(occasion, None)
         with saved_before_errors(self._save_after_error):
+            occasion = self.plan.occasion(self.progress, is_resumed=self.is_resumed)
+            for event in self.events:
+                event.after_step(occasion, None)
             yield
 
     def end(self) -> int:
@@ -94,10 +94,9 @@ class Run:
     def _save_after_error(self) -> str | None:
         # One process alone, and only complete steps: the others may have failed, or not, at another place.
         step = self.progress.step
-        if not (self.accelerator.is_main_process and self.learner.is_between_steps and step > 0):
+        if not (self.accelerator.is_main_process and step > 0):
             return None
-        state = self.checkpoints.save_present()
-        return f'All that was learnt in {step} steps is saved; continue with --resume "{state}"'
+        return self.checkpoints.after_error(can_save=self.learner.is_between_steps)
 
 
 def set_up(options: TrainingOptions, stop: StopRequest) -> Run:

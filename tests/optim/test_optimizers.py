@@ -1,6 +1,9 @@
 """Parameter groups, optimizers by name, and Adafactor against the reference's numbers."""
 
 import importlib.util
+import site
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +154,71 @@ def test_an_argument_set_twice_is_an_error():
         parse_optimizer_args(["eps=1", "eps=2"])
 
 
+# -- strangers' classes -----------------------------------------------------------------------------------------------
+
+CLASS = """
+from torch.optim import SGD
+class Own(SGD):
+    def __init__(self, params, lr, how="right"):
+        super().__init__(params, lr)
+        self.how = how
+        if how == "construct":
+            {}["missing"]
+    def step(self, closure=None):
+        if self.how == "step":
+            1 / 0
+"""
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch) -> Callable[[str, str], None]:
+    """`installed("name", "source")` installs a package of one module into a folder of packages."""
+    monkeypatch.setattr(site, "getusersitepackages", lambda: str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def install(name: str, source: str) -> None:
+        (tmp_path / f"{name}.py").write_text(source, encoding="utf-8")
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+    return install
+
+
+def test_a_file_of_the_current_folder_is_never_run(tmp_path: Path, monkeypatch):
+    (tmp_path / "own_file.py").write_text(f"open(r'{tmp_path / 'ran'}', 'w').close()", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for optimizer_type in ("own_file.Own", "setup.Own", "sdxl_train.Own", "json.Own"):
+        [said] = OptimizerOptions(optimizer_type=optimizer_type).heavy_problems()
+        assert "which is no installed package. Check the spelling." in said
+        assert "pip install" not in said
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("import sys; sys.exit(0)", "SystemExit: 0"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+    ],
+    ids=["exits", "raises", "lacks another"],
+)
+def test_a_module_that_cannot_be_imported_is_named(source: str, reason: str, installed):
+    installed("stranger", source)
+    [said] = OptimizerOptions(optimizer_type="stranger.Own").heavy_problems()
+    assert f"needs 'stranger', which cannot be imported ({reason})" in said
+    assert "pip install" not in said
+
+
+@pytest.mark.parametrize(("how", "reason"), [("construct", "KeyError: 'missing'"), ("step", "division by zero")])
+def test_whatever_a_strangers_class_raises_is_one_line(how: str, reason: str, installed):
+    installed("stranger", CLASS)
+    assert list(OptimizerOptions(optimizer_type="stranger.Own").heavy_problems()) == []
+    [said] = OptimizerOptions(optimizer_type="stranger.Own", optimizer_args=[f"how='{how}'"]).heavy_problems()
+    assert reason in said
+    assert said.startswith("--optimizer_type stranger.Own ")
+
+
 # -- optimizers -------------------------------------------------------------------------------------------------------
 
 
@@ -195,7 +263,20 @@ def test_every_optimizer_is_made_or_its_package_asked_for(kind: OptimizerKind):
         (OptimizerOptions(block_lr=",".join(["1"] * 23), learning_rate=0), "--block_lr has no effect"),
         (OptimizerOptions(optimizer_type="AdamX"), "--optimizer_type is 'AdamX'. It must be one of AdamW, "),
         (OptimizerOptions(optimizer_type="prodigee"), "It must be one of Prodigy, AdamW, "),
-        (OptimizerOptions(optimizer_type="nowhere.to.Be"), "Run: python -m pip install nowhere"),
+        (
+            OptimizerOptions(optimizer_type="nowhere.to.Be"),
+            "nowhere.to.Be: 'nowhere' is not installed. Check the spell",
+        ),
+        (
+            OptimizerOptions(optimizer_args=["foreach=True", "fused=True"]),
+            "AdamW refuses its arguments: RuntimeError: ",
+        ),
+        (OptimizerOptions(optimizer_args=["betas=[]"]), "AdamW refuses its arguments: "),
+        (OptimizerOptions(optimizer_args=["betas=[0.9]"]), "AdamW refuses its arguments: "),
+        (
+            OptimizerOptions(optimizer_type="torch.optim.SGD", optimizer_args=["foreach=True", "fused=True"]),
+            "SGD refuses",
+        ),
         (OptimizerOptions(optimizer_type="torch.optim.AdamX"), "has no attribute 'AdamX'"),
         (OptimizerOptions(optimizer_type="torch.nn.Linear"), "torch.nn.Linear is not an optimizer"),
         (OptimizerOptions(optimizer_type="torch.optim.LBFGS"), "LBFGS computes the loss several times in a step"),
