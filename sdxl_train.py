@@ -62,7 +62,7 @@ def train(options: TrainingOptions, stop: StopRequest) -> int:
                 with learner.accumulating(batch, step.number):
                     latents = run.latents_of(batch) * LATENT_SCALE  # [B, 4, h, w]
                     text = encode_captions(  # hidden [B, T, 2048], pooled [B, 1280]
-                        learner.text_encoder_l, learner.text_encoder_g, batch.tokens, batch.encoded
+                        learner.text_encoder_l, learner.text_encoder_g, batch.tokens, batch.encoded, batch.weights
                     )
                     sizes = size_conditioning(batch.original_sizes, batch.crop_top_lefts, batch.target_sizes)  # [B, 6]
                     noisy = objective.draw(latents, step.generator)  # noise, timesteps, noisy latents

@@ -8,11 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
+from library.data.buckets import BucketRule
 from library.data.caption_tokens import tokenize_captions_of
+from library.data.captioning import Captioning
+from library.data.captions import CaptionPair
 from library.data.crops import Crop
 from library.data.dataset import Batch, CaptionedImages
 from library.data.epoch_order import MicroBatch
 from library.data.latent_cache import CachedLatents, cache_path, write_cache
+from library.data.subsets import Subset
 from library.data.training_set import TrainingImage
 from library.sdxl.sizes import LATENT_CHANNELS, PIXELS_PER_LATENT, Size
 
@@ -49,8 +53,8 @@ class SyntheticSet:
             write_cache(image.latents, CachedLatents(latents, image.bucket, whole, resized_size=image.bucket))
         entries = {
             image.key: {
-                "captionG": image.caption_g,
-                "captionL": image.caption_l,
+                "captionG": image.captions.variants_g[0],
+                "captionL": image.captions.variants_l[0],
                 "train_resolution": list(image.bucket),
             }
             for image in self._training_images()
@@ -60,10 +64,20 @@ class SyntheticSet:
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """Yield batches without end, bucket after bucket, each read when it is needed."""
         images = list(self._training_images())
-        dataset = CaptionedImages(images, tokenize_captions_of(images, num_chunks=1))
+        dataset = CaptionedImages(images, Captioning(tokenize_captions_of(images), seed=0, num_steps=1))
         for first in cycle(range(0, len(self.buckets) * IMAGES_PER_BUCKET, IMAGES_PER_BUCKET)):
             indices = tuple(first + index % IMAGES_PER_BUCKET for index in range(batch_size))
-            yield dataset[MicroBatch(indices, (False,) * batch_size, 1 / batch_size, completes_step=True)]
+            yield dataset[
+                MicroBatch(
+                    indices,
+                    occurrences=(0,) * batch_size,
+                    flips=(False,) * batch_size,
+                    epoch=1,
+                    steps_done=0,
+                    loss_scale=1 / batch_size,
+                    completes_step=True,
+                )
+            ]
 
     def _training_images(self) -> Iterator[TrainingImage]:
         for bucket in self.buckets:
@@ -71,8 +85,11 @@ class SyntheticSet:
                 key = f"{bucket}_{index}"
                 yield TrainingImage(
                     key=key,
-                    caption_l=f"photographic, soft light, image {index}",
-                    caption_g=f"a woman in nature looks to the left, trees behind her, {key}",
+                    captions=CaptionPair(
+                        (f"photographic, soft light, image {index}",),
+                        (f"a woman in nature looks to the left, trees behind her, {key}",),
+                    ),
+                    subset=Subset(self.images, self.metadata, BucketRule(bucket, 64, 64, 64, False, enabled=False)),
                     size=bucket,
                     bucket=bucket,
                     crop=Crop(0, 0, 0),

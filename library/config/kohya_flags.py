@@ -42,37 +42,6 @@ _OTHER_TRAINING: dict[str, str] = {
     "table and every image that could not be used.",
 }
 
-_CAPTION_FILES: dict[str, str] = {
-    **dict.fromkeys(
-        ("--caption_extension", "--caption_extention"),
-        "the trainer reads captions from --in_json, not from files beside the images. Pass --caption_extension to "
-        "the two merge scripts in finetune/.",
-    ),
-    **dict.fromkeys(
-        ("--caption_prefix", "--caption_suffix"),
-        "not offered yet. Write the words into the caption files and merge them again.",
-    ),
-    **dict.fromkeys(
-        ("--shuffle_caption", "--enable_wildcard"),
-        "not offered yet: both captions are used as they stand in --in_json. Leave it off, or write the variants into "
-        "the caption files and merge them again.",
-    ),
-    **dict.fromkeys(
-        ("--caption_separator", "--keep_tokens", "--keep_tokens_separator", "--secondary_separator"),
-        "belongs to --shuffle_caption and the dropping of tags, which are not offered yet. Leave it off.",
-    ),
-    **dict.fromkeys(
-        ("--caption_dropout_rate", "--caption_dropout_every_n_epochs", "--caption_tag_dropout_rate"),
-        "not offered yet: every step uses both captions whole. Leave it off.",
-    ),
-    **dict.fromkeys(
-        ("--token_warmup_min", "--token_warmup_step"),
-        "not offered yet: captions have their full length from the first step on. Leave it off.",
-    ),
-    "--weighted_captions": "not offered yet: '(word:1.3)' in a caption is read as plain text. Write captions without "
-    "weights.",
-}
-
 _IMAGES: dict[str, str] = {
     **dict.fromkeys(
         ("--color_aug", "--random_crop", "--face_crop_aug_range"),
@@ -223,7 +192,6 @@ OTHER_TRAINERS: dict[str, str] = {
 TRAINER_REFUSED: dict[str, str] = {
     **_OTHER_MODEL,
     **_OTHER_TRAINING,
-    **_CAPTION_FILES,
     **_IMAGES,
     **_LOSS,
     **_OPTIMIZER,

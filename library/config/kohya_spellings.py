@@ -9,10 +9,6 @@ from library.config.wishes import TRAINER_WISHES
 # what its settings window writes for a field that its user left alone.
 NEUTRAL_REFUSED: dict[str, tuple[str, ...]] = {
     "--clip_skip": ("1",),
-    "--caption_separator": (",",),
-    "--caption_extension": (".caption", ".txt", "caption", "txt"),  # of files that are read before training
-    "--caption_extention": (".caption", ".txt", "caption", "txt"),
-    "--token_warmup_min": ("1",),
     "--loss_type": ("l2",),
     "--huber_schedule": ("snr",),
     "--huber_c": ("0.1",),
@@ -35,7 +31,7 @@ NEUTRAL: dict[str, tuple[str, ...]] = {
         (
             *("--pretrained_model_name_or_path", "--vae", "--resume", "--output_name", "--block_lr", "--log_prefix"),
             *("--log_tracker_name", "--wandb_run_name", "--metadata_title", "--metadata_author", "--metadata_license"),
-            *("--metadata_description", "--metadata_tags"),
+            *("--metadata_description", "--metadata_tags", "--caption_separator", "--caption_extension"),
         ),
         ("",),
     ),

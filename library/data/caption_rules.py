@@ -1,6 +1,7 @@
 """The settings of captions, resolved: what `captions` does to the texts of L and G."""
 
-from dataclasses import dataclass, field
+import hashlib
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 
 from library.data.caption_draws import Encoder, Stream
@@ -101,3 +102,21 @@ class PairRules:
     def stream(self, encoder: Encoder) -> Stream:
         """Return whose numbers an encoder uses."""
         return "both" if self.shared else encoder
+
+
+def described_rules(rules: PairRules) -> dict[str, str]:
+    """Return every setting as text, by the name of the flag that has this effect alone: what runs are compared by."""
+    described = {
+        f"{each.name}_{encoder}": _described(getattr(own, each.name))
+        for encoder, own in (("l", rules.rules_l), ("g", rules.rules_g))
+        for each in fields(own)
+    }
+    described |= {each.name: str(getattr(rules.dropout, each.name)) for each in fields(rules.dropout)}
+    return described | {"caption_draws": "shared" if rules.shared else "separate"}
+
+
+def _described(value: object) -> str:
+    if not isinstance(value, frozenset):
+        return str(value)
+    tags = "\n".join(sorted(value)).encode("utf-8", errors="surrogatepass")
+    return f"{len(value)} tags ({hashlib.blake2b(tags, digest_size=8).hexdigest()})"

@@ -1,19 +1,39 @@
-"""Token ids of the captions, computed once for each distinct text, and the captions that are cut."""
+"""Token ids of final texts, computed once for each text that is known before, and the captions that are cut."""
 
 from array import array
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from library.config.errors import listed
+from library.data.caption_draws import Encoder
+from library.data.caption_rules import CaptionRules
+from library.data.captions import first_texts
 from library.data.training_set import TrainingImage
-from library.sdxl.tokenizers import CHUNK_TOKENS, PAD_G, PAD_L, CaptionTokens, in_chunks, token_ids
+from library.sdxl.prompt_weights import position_weights, weighted_token_ids
+from library.sdxl.tokenizers import CHUNK_TOKENS, PAD_G, PAD_L, in_chunks, token_ids
 
 MAX_CHUNKS = 3
 """Chunks of the longest --max_token_length."""
+
+_PADDING: Mapping[Encoder, int] = {"l": PAD_L, "g": PAD_G}
+_REMEMBERED_TEXTS = 1 << 14  # in each worker, about 1 KB each
+
+
+class ReadText(NamedTuple):
+    """A final text as an encoder reads it: its token ids [N, 77] and, if any is not 1, the weights of 75 N + 2 places.
+
+    `num_tokens` counts all tokens of the text, those that are cut included.
+    """
+
+    ids: list[list[int]]
+    weights: list[float] | None
+    num_tokens: int
 
 
 @dataclass(frozen=True)
@@ -29,25 +49,40 @@ class TokenTable:
     starts: torch.Tensor  # int64 [R + 1]
     ids: torch.Tensor  # int32
 
-    def ids_of(self, text: str) -> list[int]:
-        """Return all token ids of a text, however long it is."""
+    def read(self, text: str, rules: CaptionRules, encoder: Encoder) -> ReadText:
+        """Return a final text of one encoder, cut at the limit of its rules and filled with empty chunks.
+
+        Raise `UserError` for a weight that is no number.
+        """
+        ids, weights = self._ids_and_weights(text, rules)
+        limit = rules.max_token_length
+        chunks = in_chunks(ids[:limit], _PADDING[encoder], self.num_chunks).ids
+        if all(weight == 1 for weight in weights[:limit]):
+            return ReadText(chunks, None, len(ids))
+        return ReadText(chunks, position_weights(weights[:limit], self.num_chunks), len(ids))
+
+    def num_tokens(self, text: str, rules: CaptionRules) -> int:
+        """Return how many tokens a text has, those that are cut included."""
+        return len(self._ids_and_weights(text, rules)[0])
+
+    def _ids_and_weights(self, text: str, rules: CaptionRules) -> tuple[Sequence[int], Sequence[float]]:
+        if rules.weighted_captions:
+            return _remembered_weighted(text)
         row = self.row_of.get(text)
         if row is None:
-            return token_ids(text)
-        ids: list[int] = self.ids[self.starts[row] : self.starts[row + 1]].tolist()
-        return ids
+            return _remembered(text), ()
+        return self.ids[self.starts[row] : self.starts[row + 1]].tolist(), ()
 
-    def num_cut(self, text: str) -> int:
-        """Return how many tokens of a text do not fit into the chunks."""
-        return max(0, len(self.ids_of(text)) - self.num_chunks * CHUNK_TOKENS)
 
-    def chunks_of(self, texts: Iterable[str], pad_token_id: int) -> torch.Tensor:
-        """Return the token ids of texts as an encoder reads them, int64 [B, N, 77]."""
-        return torch.tensor([in_chunks(self.ids_of(text), pad_token_id, self.num_chunks).ids for text in texts])
+@lru_cache(_REMEMBERED_TEXTS)
+def _remembered(text: str) -> tuple[int, ...]:
+    return tuple(token_ids(text))
 
-    def tokens_of(self, captions_l: Iterable[str], captions_g: Iterable[str]) -> CaptionTokens:
-        """Return the token ids of B caption pairs, L padded with the end token and G with zero."""
-        return CaptionTokens(self.chunks_of(captions_l, PAD_L), self.chunks_of(captions_g, PAD_G))
+
+@lru_cache(_REMEMBERED_TEXTS)
+def _remembered_weighted(text: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    ids, weights = weighted_token_ids(text)
+    return tuple(ids), tuple(weights)
 
 
 def tokenize_texts(texts: Iterable[str], num_chunks: int) -> TokenTable:
@@ -62,32 +97,55 @@ def tokenize_texts(texts: Iterable[str], num_chunks: int) -> TokenTable:
     return TokenTable(num_chunks, row_of, _as_tensor(starts, np.int64), _as_tensor(ids, np.int32))
 
 
-def tokenize_captions_of(images: Collection[TrainingImage], num_chunks: int) -> TokenTable:
-    """Return a table of all captions of the training set."""
-    return tokenize_texts((text for image in images for text in (image.caption_l, image.caption_g)), num_chunks)
+def tokenize_captions_of(images: Sequence[TrainingImage]) -> TokenTable:
+    """Return a table of the captions of the training set as they are without chance, but for weighted ones.
+
+    Its texts have the chunks of the longest --max_token_length that any encoder is given.
+    """
+    limits = {image.subset.captions.of(encoder).max_token_length for image in images for encoder in _PADDING}
+    return tokenize_texts(_unweighted_texts(images), num_chunks=max(limits) // CHUNK_TOKENS)
+
+
+def _unweighted_texts(images: Iterable[TrainingImage]) -> Iterable[str]:
+    for image in images:
+        rules = image.subset.captions
+        texts = first_texts(image.captions, rules)
+        if not rules.rules_l.weighted_captions:
+            yield texts.text_l
+        if not rules.rules_g.weighted_captions:
+            yield texts.text_g
 
 
 def cut_captions(images: Sequence[TrainingImage], tokens: TokenTable) -> list[str]:
     """Return a sentence for each encoder whose captions do not all fit: how many, the longest ones, the remedy."""
-    cut_l = {image.key: tokens.num_cut(image.caption_l) for image in images}
-    cut_g = {image.key: tokens.num_cut(image.caption_g) for image in images}
-    return [_sentence(name, cut, tokens.num_chunks) for name, cut in (("L", cut_l), ("G", cut_g)) if any(cut.values())]
+    sentences = []
+    for encoder in _PADDING:
+        cut: dict[str, tuple[int, int]] = {}
+        for image in images:
+            rules = image.subset.captions
+            own = rules.of(encoder)
+            num_tokens = tokens.num_tokens(first_texts(image.captions, rules).of(encoder), own)
+            if num_tokens > own.max_token_length:
+                cut[image.key] = num_tokens, own.max_token_length
+        if cut:
+            sentences.append(_sentence(encoder, cut, len(images)))
+    return sentences
 
 
-def _sentence(encoder: str, num_cut: Mapping[str, int], num_chunks: int) -> str:
-    """Return the sentence for one encoder; `num_cut` holds the number of tokens that each image's caption loses."""
-    num_kept = num_chunks * CHUNK_TOKENS
-    longest_first = sorted((key for key, cut in num_cut.items() if cut), key=lambda key: -num_cut[key])
-    names = listed([f"{key} ({num_kept + num_cut[key]})" for key in longest_first])
+def _sentence(encoder: Encoder, cut: Mapping[str, tuple[int, int]], num_images: int) -> str:
+    """Return the sentence for one encoder; `cut` has the number of tokens and the limit of each caption too long."""
+    longest_first = sorted(cut, key=lambda key: -cut[key][0])
+    limits = sorted({limit for _, limit in cut.values()})
+    names = listed([f"{key} ({cut[key][0]})" for key in longest_first])
     return (
-        f"{len(longest_first)} of {len(num_cut)} {encoder} captions are longer than {num_kept} tokens and are cut:"
-        f" {names}. {_remedy(num_kept + num_cut[longest_first[0]], num_chunks)}"
+        f"{len(cut)} of {num_images} {encoder.upper()} captions are longer than {' or '.join(map(str, limits))} tokens "
+        f"and are cut: {names}. {_remedy(cut[longest_first[0]][0], limits[-1])}"
     )
 
 
-def _remedy(num_tokens: int, num_chunks: int) -> str:
+def _remedy(num_tokens: int, limit: int) -> str:
     """Return what to do about a longest caption of `num_tokens`."""
-    if num_chunks == MAX_CHUNKS:
+    if limit == MAX_CHUNKS * CHUNK_TOKENS:
         return "Shorten them."
     num_needed = min(-(-num_tokens // CHUNK_TOKENS), MAX_CHUNKS)
     return f"Shorten them, or set --max_token_length={num_needed * CHUNK_TOKENS}."

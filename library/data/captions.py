@@ -3,7 +3,6 @@
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 from library.data.caption_draws import (
@@ -16,10 +15,10 @@ from library.data.caption_draws import (
     numbers_without_chance,
     permutation,
 )
-from library.data.caption_rules import NO_DROPOUT, CaptionDropout, CaptionRules, PairRules
+from library.data.caption_rules import CaptionDropout, CaptionRules, PairRules
 
 _BRACES = re.compile(r"\{\{|\}\}|\{((?:\}\}|[^}])++)\}")
-_ENDED_WARMUP = math.inf
+_WITHOUT_CHANCE = CaptionDraw(seed=0, epoch=1, key="", step=math.inf)  # after any warm-up
 
 
 class CaptionPair(NamedTuple):
@@ -40,6 +39,14 @@ class FinalTexts(NamedTuple):
     text_g: str
     dropped_l: bool
     dropped_g: bool
+
+    def of(self, encoder: Encoder) -> str:
+        """Return the text for one encoder."""
+        return self.text_l if encoder == "l" else self.text_g
+
+    def is_dropped(self, encoder: Encoder) -> bool:
+        """Return whether the caption of one encoder is dropped."""
+        return self.dropped_l if encoder == "l" else self.dropped_g
 
 
 def variants_of(caption: str | Sequence[str]) -> tuple[str, ...]:
@@ -63,8 +70,9 @@ def final_texts(
 
 def first_texts(captions: CaptionPair, rules: PairRules) -> FinalTexts:
     """Return the texts without chance, for validation: first variant, first option, no tag moved or missing."""
-    draw = CaptionDraw(seed=0, epoch=1, key="", step=_ENDED_WARMUP)
-    return final_texts(captions, replace(rules, dropout=NO_DROPOUT), draw, numbers_without_chance)
+    text_l = undropped_text(captions.variants_l, rules, "l", _WITHOUT_CHANCE, numbers_without_chance)
+    text_g = undropped_text(captions.variants_g, rules, "g", _WITHOUT_CHANCE, numbers_without_chance)
+    return FinalTexts(text_l, text_g, dropped_l=False, dropped_g=False)
 
 
 def undropped_text(

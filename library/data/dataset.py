@@ -14,17 +14,16 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from library.config.errors import UserError
-from library.data.caption_tokens import TokenTable
+from library.data.captioning import Captioning
 from library.data.epoch_order import EpochOrder, MicroBatch
 from library.data.images import load_cropped
 from library.data.latent_preparation import pixels_to_tensor
 from library.data.prefetch import prefetch
 from library.data.subsets import LoaderOptions
-from library.data.text_cache import NO_TEXTS, CachedTexts
 from library.data.training_set import TrainingImage
 from library.sdxl.device_copies import to_device
 from library.sdxl.sizes import Size
-from library.sdxl.text_encoding import EncodedText
+from library.sdxl.text_encoding import EncodedText, TextWeights
 from library.sdxl.tokenizers import CaptionTokens
 
 _BATCHES_AHEAD = 3
@@ -34,8 +33,8 @@ class Batch(NamedTuple):
     """B images of one bucket. Sizes are [B, 2], height (top) first, in float32: a legacy crop has fractions.
 
     Either `latents` [B, 4, h, w] (float32, not yet scaled) or `pixels` [B, 3, H, W] (float32, -1..1) is set.
-    `encoded` holds what is cached of the captions, whose `tokens` are always set. `loss_scale` and `completes_step`
-    are as in `MicroBatch`.
+    `tokens`, `weights` and `encoded` are those of `TextBatch`. The loss of each sample is multiplied by its
+    `loss_weights` [B], if there are any; `loss_scale` and `completes_step` are as in `MicroBatch`.
     """
 
     latents: torch.Tensor | None
@@ -45,6 +44,8 @@ class Batch(NamedTuple):
     crop_top_lefts: torch.Tensor
     target_sizes: torch.Tensor
     encoded: EncodedText
+    weights: TextWeights
+    loss_weights: torch.Tensor | None
     loss_scale: float
     completes_step: bool
     keys: tuple[str, ...]
@@ -76,35 +77,36 @@ class Batch(NamedTuple):
             crop_top_lefts=change(self.crop_top_lefts),
             target_sizes=change(self.target_sizes),
             encoded=EncodedText(*map(changed, self.encoded)),
+            weights=TextWeights(*map(changed, self.weights)),
+            loss_weights=changed(self.loss_weights),
         )
 
 
 class CaptionedImages(Dataset[Batch]):
     """The training set by micro-batch: `dataset[micro_batch]` is its `Batch`. Works in spawned workers."""
 
-    def __init__(self, images: Sequence[TrainingImage], tokens: TokenTable, texts: CachedTexts = NO_TEXTS):
-        self._images = images
-        self._tokens = tokens
-        self._texts = texts
+    def __init__(self, images: Sequence[TrainingImage], captioning: Captioning):
+        self.images = images
+        self._captioning = captioning
 
-    @property
-    def kinds(self) -> list[tuple[Size, bool]]:
-        """The kind of each image: images of one batch share it."""
-        return [image.kind for image in self._images]
+    def __len__(self) -> int:
+        return len(self.images)
 
     def __getitem__(self, micro_batch: MicroBatch) -> Batch:
-        images = [self._images[index] for index in micro_batch.indices]
+        images = [self.images[index] for index in micro_batch.indices]
         flips = micro_batch.flips
         samples = torch.stack([_sample(image, flip) for image, flip in zip(images, flips, strict=True)])
-        tokens = self._tokens.tokens_of([image.caption_l for image in images], [image.caption_g for image in images])
+        texts = self._captioning.of(images, micro_batch)
         return Batch(
             latents=samples if images[0].has_latents else None,
             pixels=None if images[0].has_latents else samples,
-            tokens=tokens,
+            tokens=texts.tokens,
             original_sizes=torch.tensor([_height_width(image.size) for image in images]),
             crop_top_lefts=torch.tensor([_top_left(image, flip) for image, flip in zip(images, flips, strict=True)]),
             target_sizes=torch.tensor([_height_width(image.bucket) for image in images]),
-            encoded=self._texts.of(tokens),
+            encoded=texts.encoded,
+            weights=texts.weights,
+            loss_weights=_loss_weights(images),
             loss_scale=micro_batch.loss_scale,
             completes_step=micro_batch.completes_step,
             keys=tuple(image.key for image in images),
@@ -238,6 +240,11 @@ def _sample(image: TrainingImage, flip: bool) -> torch.Tensor:
     bucket, resized, _ = image.source.assignment
     pixels = pixels_to_tensor(load_cropped(image.source.path, resized, bucket).pixels)
     return pixels.flip(-1) if flip else pixels
+
+
+def _loss_weights(images: Sequence[TrainingImage]) -> torch.Tensor | None:
+    weights = [image.loss_weight for image in images]
+    return None if all(weight == 1 for weight in weights) else torch.tensor(weights)
 
 
 def _height_width(size: Size) -> list[float]:

@@ -1,6 +1,6 @@
-"""The order of images in an epoch: each exactly once, in batches of one kind, step by step."""
+"""In which order an epoch visits its images: each as often as it is repeated, in batches of one kind, step by step."""
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,15 +10,20 @@ from torch.utils.data import Sampler
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The images of one forward pass in one process.
+    """What one process runs through the network at once.
 
-    `indices` are positions in the training set, `flips` marks those to flip. The sum of the samples' losses is
-    multiplied by `loss_scale`, so that the gradients of a step, averaged over processes, are the mean over all images
-    of that step, however they are split. `completes_step` marks the last one before the optimizer steps.
+    `indices` are positions in the training set, `occurrences` says which repeat of the image in this epoch each is
+    (from 0), `flips` which of them are flipped. `epoch` counts from 1; `steps_done` optimizer steps precede the step
+    that the micro-batch belongs to. `loss_scale` is what the sum of its samples' losses is multiplied by, so that the
+    gradients of a step, averaged over processes, are the mean over all images of that step however they are split.
+    `completes_step` marks the last one before the optimizer.
     """
 
     indices: tuple[int, ...]
+    occurrences: tuple[int, ...]
     flips: tuple[bool, ...]
+    epoch: int
+    steps_done: int
     loss_scale: float
     completes_step: bool
 
@@ -33,45 +38,68 @@ class BatchShape:
     process_index: int = 0
 
 
-class EpochOrder(Sampler[MicroBatch]):
-    """The micro-batches of one process, one epoch per iteration; a function of seed and epoch alone.
+_Visit = tuple[int, int, bool]  # index, occurrence, flip
 
-    `kinds` holds the kind of each image (its bucket): only images of one kind share a batch. Every epoch is shuffled;
-    the last, smaller batch of a kind is kept. Every process computes the same order and takes its part of it.
+
+class EpochOrder(Sampler[MicroBatch]):
+    """The micro-batches of one process for one epoch at a time; a function of seed and epoch alone.
+
+    `kinds` has the kind of each image (its bucket): only images of one kind share a batch. `num_repeats` and `flip`
+    hold for all images, or for each by its position; `batch_sizes` names the kinds whose batches are not those of
+    `shape`. Every epoch is shuffled again; the last, smaller batch of a kind is kept. Every process computes the same
+    order and takes its part.
     """
 
     def __init__(
-        self, kinds: Sequence[Hashable], shape: BatchShape, *, seed: int, num_repeats: int = 1, flip: bool = False
+        self,
+        kinds: Sequence[Hashable],
+        shape: BatchShape,
+        *,
+        seed: int,
+        num_repeats: int | Sequence[int] = 1,
+        flip: bool | Sequence[bool] = False,
+        batch_sizes: Mapping[Hashable, int] | None = None,
     ):
-        self._kinds = kinds
         self._shape = shape
         self._seed = seed
-        self._num_repeats = num_repeats
-        self._flip = flip
+        self._batch_sizes = batch_sizes or {}
+        self._repeats = np.broadcast_to(np.asarray(num_repeats, np.int64), len(kinds))
+        self._may_flip = np.broadcast_to(np.asarray(flip, np.bool_), len(kinds))
+        members: dict[Hashable, list[int]] = {}
+        for index, kind in enumerate(kinds):
+            members.setdefault(kind, []).append(index)
+        self._members = {kind: np.array(indices) for kind, indices in members.items()}
         self._epoch = 0
         self._first_step = 0
+        self._steps_done = 0
 
-    @cached_property  # asked for in every step
+    @cached_property
     def num_batches(self) -> int:
-        """Number of batches in an epoch, over all processes."""
-        counts: dict[Hashable, int] = {}
-        for kind in self._kinds:
-            counts[kind] = counts.get(kind, 0) + self._num_repeats
-        return sum(-(-count // self._shape.batch_size) for count in counts.values())
+        """Batches in an epoch, over all processes."""
+        return sum(
+            -(-int(self._repeats[indices].sum()) // self._batch_size(kind)) for kind, indices in self._members.items()
+        )
 
     @property
     def steps_per_epoch(self) -> int:
-        """Number of optimizer steps in an epoch; the last one may have fewer batches."""
+        """Optimizer steps in an epoch; the last one may hold fewer batches."""
         return -(-self.num_batches // self._batches_per_step)
 
     @property
     def _batches_per_step(self) -> int:
         return self._shape.accumulation_steps * self._shape.num_processes
 
-    def start_at(self, epoch: int, first_step: int = 0) -> None:
-        """Let the next iteration yield epoch number `epoch` (from 0), starting with its optimizer step `first_step`."""
+    def _batch_size(self, kind: Hashable) -> int:
+        return self._batch_sizes.get(kind, self._shape.batch_size)
+
+    def start_at(self, epoch: int, first_step: int = 0, *, steps_done: int = 0) -> None:
+        """Let the next iteration yield epoch number `epoch` (from 0), from its optimizer step `first_step` on.
+
+        `steps_done` optimizer steps of the run precede it.
+        """
         self._epoch = epoch
         self._first_step = first_step
+        self._steps_done = steps_done
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -81,34 +109,48 @@ class EpochOrder(Sampler[MicroBatch]):
         batches = self._shuffled_batches(random)
         for step in range(self._first_step, self.steps_per_epoch):
             first = step * self._batches_per_step
-            yield from self._part_of_step(batches[first : first + self._batches_per_step])
+            steps_done = self._steps_done + step - self._first_step
+            yield from self._part_of_step(batches[first : first + self._batches_per_step], steps_done)
 
-    def _shuffled_batches(self, random: np.random.Generator) -> list[tuple[tuple[int, bool], ...]]:
-        """Return batches of (index, flipped) in the order of the epoch."""
-        by_kind: dict[Hashable, list[int]] = {}
-        for index, kind in enumerate(self._kinds):
-            by_kind.setdefault(kind, []).extend([index] * self._num_repeats)
+    def _shuffled_batches(self, random: np.random.Generator) -> list[tuple[_Visit, ...]]:
+        """Return batches of visits, in the order of the epoch."""
         batches = []
-        for indices in by_kind.values():
-            shuffled = [int(index) for index in random.permutation(indices)]
-            flips = (
-                [bool(flip) for flip in random.random(len(shuffled)) < 0.5] if self._flip else [False] * len(shuffled)
-            )
-            images = list(zip(shuffled, flips, strict=True))
-            size = self._shape.batch_size
-            batches += [tuple(images[first : first + size]) for first in range(0, len(images), size)]
+        for kind, members in self._members.items():
+            repeats = self._repeats[members]
+            order = random.permutation(int(repeats.sum()))
+            indices = np.repeat(members, repeats)[order]
+            occurrences = _counted_up(repeats)[order]
+            flips = self._may_flip[indices]
+            if self._may_flip[members].any():
+                flips = flips & (random.random(len(order)) < 0.5)
+            visits = list(zip(indices.tolist(), occurrences.tolist(), flips.tolist(), strict=True))
+            size = self._batch_size(kind)
+            batches += [tuple(visits[first : first + size]) for first in range(0, len(visits), size)]
         return [batches[position] for position in random.permutation(len(batches))]
 
-    def _part_of_step(self, batches: list[tuple[tuple[int, bool], ...]]) -> Iterator[MicroBatch]:
-        """Yield the micro-batches of this process in the step that consists of `batches`.
+    def _part_of_step(self, batches: list[tuple[_Visit, ...]], steps_done: int) -> Iterator[MicroBatch]:
+        """Yield this process's micro-batches of the step that consists of `batches`.
 
-        If there are too few for all processes, those left over repeat one at scale zero: they must take part in the
-        exchange of gradients without changing it.
+        Where the batches do not go round, the processes left over repeat one at scale zero: they must take part in
+        the exchange of gradients, and must not change it.
         """
         scale = self._shape.num_processes / sum(len(batch) for batch in batches)
         num_rounds = -(-len(batches) // self._shape.num_processes)
         for turn in range(num_rounds):
             position = turn * self._shape.num_processes + self._shape.process_index
             is_spare = position >= len(batches)
-            indices, flips = zip(*batches[0 if is_spare else position], strict=True)
-            yield MicroBatch(indices, flips, 0.0 if is_spare else scale, turn == num_rounds - 1)
+            indices, occurrences, flips = zip(*batches[0 if is_spare else position], strict=True)
+            yield MicroBatch(
+                indices,
+                occurrences,
+                flips,
+                epoch=self._epoch + 1,
+                steps_done=steps_done,
+                loss_scale=0.0 if is_spare else scale,
+                completes_step=turn == num_rounds - 1,
+            )
+
+
+def _counted_up(repeats: np.ndarray) -> np.ndarray:
+    """Return 0 .. n-1 for each n of `repeats`, one after another."""
+    return np.arange(repeats.sum()) - np.repeat(np.cumsum(repeats) - repeats, repeats)

@@ -1,7 +1,7 @@
 """What the user asks to train on, and in which batches: the flags describe one subset."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar
 
@@ -10,11 +10,12 @@ from library.config.magnitudes import MOST_BATCHES, MOST_IMAGES_AT_ONCE, MOST_WO
 from library.config.options import option
 from library.data.augmentation import Augmentation
 from library.data.buckets import BucketRule, parse_resolution
-from library.data.caption_options import CAPTION_EXTENSIONS, CaptionOptions, resolve
-from library.data.caption_rules import PairRules
+from library.data.caption_draws import Encoder
+from library.data.caption_options import CAPTION_EXTENSIONS, CaptionOptions, caption_extension, resolve
+from library.data.caption_rules import PairRules, described_rules
 
-_DEFAULT_TOKEN_LENGTH = 75  # one chunk of the encoders
-_TOKEN_LENGTHS = (None, 150, 225)
+SUBSET_MARK = "subset "
+"""How the names of settings of one subset of several begin, where runs are compared."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,20 @@ class TrainingSetOptions:
         "'captionL' or else 'tags', G reads 'captionG' or else 'caption'.",
     )
     cache_text_encoder_outputs: bool = option(
-        False, "Encode each distinct caption of frozen text encoders once before training, and keep it in memory."
+        False,
+        "Encode each distinct text of the captions once before training, and keep the outputs in memory: of each "
+        "text encoder that is frozen and whose texts can be listed.",
+    )
+    cache_text_encoder_outputs_l: bool = option(
+        False, "As --cache_text_encoder_outputs, for encoder L. Refused where its outputs cannot be cached."
+    )
+    cache_text_encoder_outputs_g: bool = option(
+        False, "As --cache_text_encoder_outputs, for encoder G. Refused where its outputs cannot be cached."
     )
     cache_text_encoder_outputs_to_disk: bool = option(
         False,
         "As --cache_text_encoder_outputs, but write the outputs to the folder text_encoder_outputs in "
-        "--train_data_dir.",
+        "--train_data_dir. With a form for one encoder, write the outputs of that one.",
     )
     skip_cache_check: bool = option(False, "Trust each .npz without reading its image to see whether it still fits.")
     legacy_crop_coords: bool = option(
@@ -64,9 +73,16 @@ class TrainingSetOptions:
         return self.cache_latents or self.cache_latents_to_disk
 
     @property
+    def demanded_text_caches(self) -> tuple[Encoder, ...]:
+        """The encoders whose outputs must be cached, or the run is refused."""
+        demanded: dict[Encoder, bool] = {"l": self.cache_text_encoder_outputs_l, "g": self.cache_text_encoder_outputs_g}
+        return tuple(encoder for encoder, is_demanded in demanded.items() if is_demanded)
+
+    @property
     def caches_texts(self) -> bool:
-        """Whether captions are encoded before training."""
-        return self.cache_text_encoder_outputs or self.cache_text_encoder_outputs_to_disk
+        """Whether the captions of both encoders are encoded before training, as far as that is possible."""
+        only_demanded = bool(self.demanded_text_caches)
+        return self.cache_text_encoder_outputs or (self.cache_text_encoder_outputs_to_disk and not only_demanded)
 
     def problems(self) -> Iterator[str]:
         """Yield a sentence for each value that cannot work."""
@@ -98,14 +114,6 @@ class LoaderOptions:
         most=MOST_WORKERS,
     )
     persistent_data_loader_workers: bool = option(False, "Keep the workers alive between epochs.")
-    max_token_length: int | None = option(
-        None, "Maximum caption length in tokens: 75, or 150 or 225 in chunks of 75.", choices=_TOKEN_LENGTHS
-    )
-
-    @property
-    def num_chunks(self) -> int:
-        """Chunks of 75 tokens per caption."""
-        return (self.max_token_length or _DEFAULT_TOKEN_LENGTH) // _DEFAULT_TOKEN_LENGTH
 
     def problems(self) -> Iterator[str]:
         """Yield a sentence for each value that cannot work."""
@@ -119,8 +127,8 @@ class Subset:
 
     `dataset` numbers the data set that the subset belongs to: images of different data sets share no batch, those of
     one have its `batch_size`, and the buckets of its `rule`. Without a `metadata_file` the captions are read from the
-    files beside the images, which end in `extension_l` and `extension_g`. The loss of each sample is multiplied by
-    `loss_weight`; an image with `is_reg` belongs to the regularization images.
+    files beside the images, which end in `extension_l` and `extension_g`; with `one_caption` both encoders read one.
+    The loss of each sample is multiplied by `loss_weight`; an image with `is_reg` is a regularization image.
     """
 
     image_dir: Path
@@ -132,6 +140,7 @@ class Subset:
     captions: PairRules = field(default_factory=PairRules)
     extension_l: str = CAPTION_EXTENSIONS["l"]
     extension_g: str = CAPTION_EXTENSIONS["g"]
+    one_caption: bool = False
     augmentation: Augmentation = field(default_factory=Augmentation)
     loss_weight: float = 1.0
     is_reg: bool = False
@@ -146,8 +155,26 @@ def subset_of_flags(
         image_dir=training_set.train_data_dir,
         metadata_file=training_set.in_json,
         rule=rule,
+        one_caption=training_set.one_caption,
         batch_size=loader.train_batch_size,
         num_repeats=training_set.dataset_repeats,
         captions=resolve([vars(captions)]),
+        extension_l=caption_extension([vars(captions)], "l"),
+        extension_g=caption_extension([vars(captions)], "g"),
         augmentation=Augmentation(flip_aug=training_set.flip_aug),
     )
+
+
+def described_subsets(subsets: Sequence[Subset]) -> dict[str, str]:
+    """Return every setting of the subsets as text, by a name: what runs are compared by.
+
+    One subset is described by the rules of its captions, since the options describe the rest.
+    """
+    if len(subsets) == 1:
+        return described_rules(subsets[0].captions)
+    described: dict[str, str] = {}
+    for number, subset in enumerate(subsets):
+        settings = {each.name: str(getattr(subset, each.name)) for each in fields(subset) if each.name != "captions"}
+        settings |= described_rules(subset.captions)
+        described |= {f"{SUBSET_MARK}{number} {name}": value for name, value in settings.items()}
+    return described

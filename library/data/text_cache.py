@@ -1,7 +1,7 @@
 """What frozen text encoders make of captions, computed once: L and G apart, each by its own token ids."""
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -13,11 +13,14 @@ from transformers import PreTrainedModel
 from library.config.atomic_files import require_disk_space
 from library.config.digests import digest
 from library.config.errors import UserError
+from library.data.caption_draws import Encoder
+from library.data.caption_listing import texts_to_encode
+from library.data.caption_rules import CaptionRules
 from library.data.caption_tokens import TokenTable
 from library.data.training_set import TrainingImage
 from library.sdxl.tensor_file import TensorToWrite, open_tensors, raw_bytes, write_safetensors
 from library.sdxl.text_encoding import EncodedText, encode_g, encode_l, text_encoder_digest
-from library.sdxl.tokenizers import CHUNK_TOKENS, PAD_G, PAD_L, CaptionTokens
+from library.sdxl.tokenizers import CHUNK_TOKENS, CaptionTokens
 
 log = logging.getLogger(__name__)
 
@@ -34,10 +37,13 @@ Tensors = tuple[torch.Tensor, ...]
 
 
 class OutputCache(Protocol):
-    """The outputs of one encoder for every caption of the training set."""
+    """The outputs of one encoder for every text that it can meet in training."""
 
-    def of(self, tokens: torch.Tensor) -> Tensors:
-        """Return the outputs for token ids [B, N, 77], stacked: the first axis of each tensor is B."""
+    def of(self, tokens: torch.Tensor, zeros: Sequence[bool]) -> Tensors:
+        """Return the outputs for token ids [B, N, 77], stacked: the first axis of each tensor is B.
+
+        They are zero where `zeros` says so, whatever the ids.
+        """
 
 
 @dataclass(frozen=True)
@@ -47,13 +53,13 @@ class CachedTexts:
     outputs_l: OutputCache | None = None
     outputs_g: OutputCache | None = None
 
-    def of(self, tokens: CaptionTokens) -> EncodedText:
-        """Return what is cached of a batch of caption pairs."""
+    def of(self, tokens: CaptionTokens, zeros_l: Sequence[bool], zeros_g: Sequence[bool]) -> EncodedText:
+        """Return what is cached of a batch of caption pairs, zero for the captions that are dropped to zeros."""
         hidden_l = hidden_g = pooled_g = None
         if self.outputs_l is not None:
-            (hidden_l,) = self.outputs_l.of(tokens.tokens_l)
+            (hidden_l,) = self.outputs_l.of(tokens.tokens_l, zeros_l)
         if self.outputs_g is not None:
-            hidden_g, pooled_g = self.outputs_g.of(tokens.tokens_g)
+            hidden_g, pooled_g = self.outputs_g.of(tokens.tokens_g, zeros_g)
         return EncodedText(hidden_l, hidden_g, pooled_g)
 
 
@@ -67,10 +73,14 @@ class OutputsInMemory:
     row_of: Mapping[str, int]
     tensors: Tensors
 
-    def of(self, tokens: torch.Tensor) -> Tensors:
+    def of(self, tokens: torch.Tensor, zeros: Sequence[bool]) -> Tensors:
         """As `OutputCache` says."""
-        rows = [self.row_of[tokens_digest(ids)] for ids in tokens]
-        return tuple(tensor[rows] for tensor in self.tensors)
+        rows = [0 if zero else self.row_of[tokens_digest(ids)] for ids, zero in zip(tokens, zeros, strict=True)]
+        outputs = tuple(tensor[rows] for tensor in self.tensors)
+        if any(zeros):
+            for output in outputs:
+                output[torch.tensor(zeros)] = 0
+        return outputs
 
 
 @dataclass(frozen=True)
@@ -78,16 +88,20 @@ class OutputsOnDisk:
     """One file a caption, in a folder for each encoder, its weights and their precision.
 
     Nothing in it is ever replaced by something else, so that two runs with two models cannot disturb each other.
+    `zeros` are the outputs for a caption that is dropped to zeros.
     """
 
     folder: Path
     encoder: str
     digest: str
+    zeros: Tensors = ()
 
-    def of(self, tokens: torch.Tensor) -> Tensors:
+    def of(self, tokens: torch.Tensor, zeros: Sequence[bool]) -> Tensors:
         """As `OutputCache` says; raise `UserError` for a file that was removed or damaged since it was checked."""
         try:
-            outputs = [self.read(tokens_digest(ids)) for ids in tokens]
+            outputs = [
+                self.zeros if zero else self.read(tokens_digest(ids)) for ids, zero in zip(tokens, zeros, strict=True)
+            ]
         except UserError as error:
             raise UserError(error.problem, "Start the run again, or go on with --resume: it is made again.") from error
         return tuple(torch.stack(tensors) for tensors in zip(*outputs, strict=True))
@@ -127,31 +141,30 @@ def tokens_digest(ids: torch.Tensor) -> str:
 
 
 def encode_texts(
-    images: Iterable[TrainingImage],
+    images: Sequence[TrainingImage],
     tokens: TokenTable,
     text_encoder_l: PreTrainedModel | None,
     text_encoder_g: PreTrainedModel | None,
     *,
+    seed: int,
     folder: Path | None,
 ) -> tuple[CachedTexts, list[str]]:
-    """Return the outputs of the encoders (None: not cached) for all captions, and a sentence on each for the user.
+    """Return the outputs of the encoders (None: not cached) for all texts, and a sentence on each for the user.
 
-    n different L captions and m different G captions cost n + m encodings, each by itself, so that nothing depends on
-    which captions are there together; with a `folder` only those cost one whose file is not there, damaged or of
-    something else. Raise `UserError` for a caption whose outputs are NaN or Inf.
+    n different L texts and m different G texts cost n + m encodings, each by itself, so that nothing depends on which
+    texts are there together; with a `folder` only those cost one whose file is not there, damaged or of something
+    else. The texts are all that each encoder can meet in the run of `seed`, as `texts_to_encode` lists them. Raise
+    `UserError` for a text whose outputs are NaN or Inf.
     """
-    captions = [(image.caption_l, image.caption_g) for image in images]
     outputs_l = outputs_g = None
     notes = []
     if text_encoder_l is not None:
         encoder_l = _Encoder("L", text_encoder_l, lambda tokens: (encode_l(text_encoder_l, tokens),))
-        texts_l = _distinct((caption_l for caption_l, _ in captions), PAD_L, tokens)
-        outputs_l, note = _cache(encoder_l, texts_l, folder)
+        outputs_l, note = _cache(encoder_l, _distinct(images, tokens, "l", seed), folder, tokens.num_chunks)
         notes.append(note)
     if text_encoder_g is not None:
         encoder_g = _Encoder("G", text_encoder_g, lambda tokens: encode_g(text_encoder_g, tokens))
-        texts_g = _distinct((caption_g for _, caption_g in captions), PAD_G, tokens)
-        outputs_g, note = _cache(encoder_g, texts_g, folder)
+        outputs_g, note = _cache(encoder_g, _distinct(images, tokens, "g", seed), folder, tokens.num_chunks)
         notes.append(note)
     return CachedTexts(outputs_l, outputs_g), notes
 
@@ -177,27 +190,40 @@ class _Encoder:
             )
         return tensors
 
+    def zeros(self, num_chunks: int) -> Tensors:
+        """Return what replaces the outputs for a caption that is dropped to zeros."""
+        config, dtype = self.network.config, self.network.dtype
+        hidden = torch.zeros(CHUNK_TOKENS * num_chunks + 2, config.hidden_size, dtype=dtype)
+        return (hidden,) if self.name == "L" else (hidden, torch.zeros(config.projection_dim, dtype=dtype))
+
     def bytes_of_a_caption(self, num_chunks: int) -> int:
         width = self.network.config.hidden_size
         num_numbers = (CHUNK_TOKENS * num_chunks + 2) * width + self.network.config.projection_dim
         return num_numbers * self.network.dtype.itemsize + _BYTES_AROUND
 
 
-def _distinct(captions: Iterable[str], pad_token_id: int, tokens: TokenTable) -> dict[str, _Text]:
-    """Return each text once, by the digest of its ids."""
+def _distinct(images: Sequence[TrainingImage], tokens: TokenTable, encoder: Encoder, seed: int) -> dict[str, _Text]:
+    """Return each text that `encoder` can meet once, by the digest of its ids."""
+    limits: dict[tuple[str, int, bool], CaptionRules] = {}
+    for image in images:
+        rules = image.subset.captions
+        own = rules.of(encoder)
+        for text in texts_to_encode(image.captions, rules, encoder, seed=seed, key=image.key):
+            limits.setdefault((text, own.max_token_length, own.weighted_captions), own)
     texts: dict[str, _Text] = {}
-    for caption in dict.fromkeys(captions):
-        (ids,) = tokens.chunks_of([caption], pad_token_id)
-        texts.setdefault(tokens_digest(ids), _Text(caption, ids))
+    for (text, _, _), own in limits.items():
+        ids = torch.tensor(tokens.read(text, own, encoder).ids)
+        texts.setdefault(tokens_digest(ids), _Text(text, ids))
     return texts
 
 
-def _cache(encoder: _Encoder, texts: dict[str, _Text], folder: Path | None) -> tuple[OutputCache, str]:
+def _cache(encoder: _Encoder, texts: dict[str, _Text], folder: Path | None, num_chunks: int) -> tuple[OutputCache, str]:
     if folder is None:
         return _into_memory(encoder, texts), f"{_counted(encoder, texts)}, encoded"
     digest = text_encoder_digest(encoder.network)
     precision = str(encoder.network.dtype).removeprefix("torch.")
-    cache = OutputsOnDisk(folder / f"{encoder.name.lower()}-{digest[:16]}-{precision}", encoder.name, digest)
+    name = f"{encoder.name.lower()}-{digest[:16]}-{precision}"
+    cache = OutputsOnDisk(folder / name, encoder.name, digest, encoder.zeros(num_chunks))
     return cache, _onto_disk(encoder, texts, cache)
 
 

@@ -11,7 +11,8 @@ from tqdm import tqdm
 from library.config.digests import digest, file_digest
 from library.config.errors import UserError, listed
 from library.config.magnitudes import MOST_VISITS
-from library.data.buckets import BucketAssignment, BucketedImage, BucketRule, covering_size
+from library.data.buckets import BucketAssignment, BucketedImage, covering_size
+from library.data.captions import CaptionPair
 from library.data.crops import LEGACY_CROP_NOTICE, Crop, crop_to_train
 from library.data.image_keys import images_by_stem, is_file, resolve_image
 from library.data.image_kinds import FORMAT_OF_SUFFIX
@@ -27,17 +28,26 @@ from library.data.latent_cache import (
 from library.data.metadata import (
     Entry,
     captions_of,
+    loss_weight,
     read_metadata,
     require_captions,
     sentence_of_sources,
     train_resolution,
 )
-from library.data.subsets import TrainingSetOptions
+from library.data.subsets import Subset
 from library.sdxl.sizes import Size
 
 log = logging.getLogger(__name__)
 
 _FINGERPRINT_BYTES = 8
+
+
+class Kind(NamedTuple):
+    """What the images of one batch share: data set, bucket, and whether their latents are cached."""
+
+    dataset: int
+    bucket: Size
+    has_latents: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +59,15 @@ class TrainingImage:
     """
 
     key: str
-    caption_l: str
-    caption_g: str
+    captions: CaptionPair
+    subset: Subset
     size: Size
     bucket: Size
     crop: Crop
     latents: Path | CachedLatents | None = None
     content_digest: str | None = None
     source: BucketedImage | None = None
+    loss_weight: float = 1.0
 
     @property
     def has_latents(self) -> bool:
@@ -64,9 +75,9 @@ class TrainingImage:
         return self.latents is not None
 
     @property
-    def kind(self) -> tuple[Size, bool]:
-        """What the images of one batch share: the bucket, and whether their latents are cached."""
-        return self.bucket, self.has_latents
+    def kind(self) -> "Kind":
+        """What the images of one batch share."""
+        return Kind(self.subset.dataset, self.bucket, self.has_latents)
 
     def read_latents(self) -> CachedLatents:
         """Return the cached latents. Raise `UserError` if their file is no longer usable."""
@@ -83,7 +94,8 @@ class TrainingImage:
         else:
             assert self.content_digest is not None
             content, kind = self.content_digest, "latents"
-        parts = (self.caption_l, self.caption_g, str(self.bucket), kind, content)
+        captions = ("\n".join(variants) for variants in self.captions)
+        parts = (*captions, str(self.bucket), kind, content)
         encoded = [part.encode("utf-8", errors="surrogatepass") for part in parts]
         with_lengths = (half for part in encoded for half in (len(part).to_bytes(8, "little"), part))
         return digest(with_lengths, _FINGERPRINT_BYTES).hex()
@@ -96,65 +108,70 @@ class FoundImage(NamedTuple):
     """
 
     key: str
-    caption_l: str
-    caption_g: str
+    captions: CaptionPair
+    subset: Subset
     bucket: Size | None
     file: Path | None
     cache: Path
+    loss_weight: float
 
 
-def find_training_images(options: TrainingSetOptions) -> list[FoundImage]:
-    """Return every image of the metadata with its files; reads the metadata and lists the folder, but no image.
+def find_training_images(subsets: Sequence[Subset]) -> list[FoundImage]:
+    """Return every image of the subsets with its files; reads the metadata and lists the folders, but no image.
 
     Raise `UserError` naming the images that lack a caption, or that have neither image file nor cache.
     """
-    assert options.in_json is not None and options.train_data_dir is not None  # checked by problems()
-    metadata = read_metadata(options.in_json)
+    return [image for subset in subsets for image in _find_images_of(subset)]
+
+
+def _find_images_of(subset: Subset) -> list[FoundImage]:
+    path, folder = subset.metadata_file, subset.image_dir
+    assert path is not None  # checked by problems()
+    metadata = read_metadata(path)
     if not metadata:
-        raise UserError(f"'{options.in_json}' has no images.", "Make it with the scripts of finetune/.")
-    require_captions(metadata, options.in_json, one_caption=options.one_caption)
-    sources = sentence_of_sources(metadata, one_caption=options.one_caption)
+        raise UserError(f"'{path}' has no images.", "Make it with the scripts of finetune/.")
+    require_captions(metadata, path, one_caption=subset.one_caption)
+    sources = sentence_of_sources(metadata, one_caption=subset.one_caption)
     if sources is not None:
         log.info("%s", sources)
-    num_visits = len(metadata) * options.dataset_repeats
+    num_visits = len(metadata) * subset.num_repeats
     if num_visits > MOST_VISITS:
         raise UserError(
-            f"--dataset_repeats={options.dataset_repeats} makes an epoch of {num_visits} images.",
-            f"Lower it: an epoch may have {MOST_VISITS}. --max_train_steps decides how long a run is.",
+            f"{subset.num_repeats} repeats of the images of '{path}' make an epoch of {num_visits} images.",
+            f"Lower --dataset_repeats: an epoch may have {MOST_VISITS}. --max_train_steps decides how long a run is.",
         )
-    folder = options.train_data_dir
     by_stem = images_by_stem(folder)
     file_of = {key: resolve_image(key, folder, by_stem) for key in metadata}
     require_separate_caches(path for path in file_of.values() if path is not None)
-    found = [_found(key, entry, file_of[key], options) for key, entry in metadata.items()]
+    found = [_found(key, entry, file_of[key], subset) for key, entry in metadata.items()]
     missing = [image.key for image in found if image.file is None and not is_file(image.cache)]
     if missing:
         raise UserError(
-            f"{len(missing)} images of '{options.in_json}' are not in '{folder}': {listed(missing)}.",
+            f"{len(missing)} images of '{path}' are not in '{folder}': {listed(missing)}.",
             "Check --train_data_dir, or remove them from the metadata.",
         )
     return found
 
 
 def read_training_set(
-    found: Sequence[FoundImage], options: TrainingSetOptions, rule: BucketRule, vae_digest: str
+    found: Sequence[FoundImage], vae_digest: str, *, check_images: bool = True, legacy_crop: bool = False
 ) -> list[TrainingImage]:
     """Return the images with size, bucket and crop, and with their cache where it fits the image, VAE and bucket.
 
-    Each cache is read once. A cache that no longer fits is reported, and its image
-    is to be encoded again. Raise `UserError` for a cache that does not fit where the image is gone, and for an image
-    that cannot be used.
+    Each cache is read once. A cache that no longer fits is reported, and its image is to be encoded again; without
+    `check_images` the image beside it is not read for that. Raise `UserError` for a cache that does not fit where the
+    image is gone, and for an image that cannot be used.
     """
-    if options.legacy_crop_coords:
+    if legacy_crop:
         log.warning(LEGACY_CROP_NOTICE)
-    demands = CacheDemands(vae_digest, flip=options.flip_aug, check_image=not options.skip_cache_check)
     images: list[TrainingImage] = []
     for each in tqdm(found, desc="reading the training set", unit="image", disable=None):
+        demands = CacheDemands(vae_digest, flip=each.subset.augmentation.flip_aug, check_image=check_images)
         cached = _read_if_fitting(each, demands)
         if cached is not None:
-            images.append(_from_cache(each, cached, legacy=options.legacy_crop_coords))
+            images.append(_from_cache(each, cached, legacy=legacy_crop))
         else:
-            images.append(_from_file(each, rule, legacy=options.legacy_crop_coords))
+            images.append(_from_file(each, legacy=legacy_crop))
     return images
 
 
@@ -163,11 +180,12 @@ def fingerprints(images: Iterable[TrainingImage]) -> dict[str, str]:
     return {image.key: image.fingerprint() for image in images}
 
 
-def _found(key: str, entry: Entry, file: Path | None, options: TrainingSetOptions) -> FoundImage:
-    assert options.train_data_dir is not None  # checked by problems()
-    cache = _cache_without_image(key, options.train_data_dir) if file is None else cache_path(file)
-    captions = captions_of(entry, one_caption=options.one_caption)
-    return FoundImage(key, captions.variants_l[0], captions.variants_g[0], train_resolution(entry), file, cache)
+def _found(key: str, entry: Entry, file: Path | None, subset: Subset) -> FoundImage:
+    cache = _cache_without_image(key, subset.image_dir) if file is None else cache_path(file)
+    separators = subset.captions.rules_l.caption_separator, subset.captions.rules_g.caption_separator
+    captions = captions_of(entry, one_caption=subset.one_caption, separators=separators)
+    weight = loss_weight(entry) * subset.loss_weight
+    return FoundImage(key, captions, subset, train_resolution(entry), file, cache, weight)
 
 
 def _read_if_fitting(found: FoundImage, demands: CacheDemands) -> CachedLatents | None:
@@ -186,8 +204,9 @@ def _read_if_fitting(found: FoundImage, demands: CacheDemands) -> CachedLatents 
 def _from_cache(found: FoundImage, cached: CachedLatents, *, legacy: bool) -> TrainingImage:
     return TrainingImage(
         key=found.key,
-        caption_l=found.caption_l,
-        caption_g=found.caption_g,
+        captions=found.captions,
+        subset=found.subset,
+        loss_weight=found.loss_weight,
         size=cached.original_size,
         bucket=cached.bucket,
         crop=cached.crop(legacy=legacy),
@@ -196,20 +215,21 @@ def _from_cache(found: FoundImage, cached: CachedLatents, *, legacy: bool) -> Tr
     )
 
 
-def _from_file(found: FoundImage, rule: BucketRule, *, legacy: bool) -> TrainingImage:
+def _from_file(found: FoundImage, *, legacy: bool) -> TrainingImage:
     """Return the image without latents, in the bucket that the metadata names, or else the one of the rule."""
     assert found.file is not None  # or its cache would have been used, or refused
     size = read_size(found.file)
     if found.bucket is None:
-        assignment = rule.assign(size)
+        assignment = found.subset.rule.assign(size)
     else:
         resized = covering_size(found.bucket, size)
         assignment = BucketAssignment(found.bucket, resized, found.bucket.aspect - size.aspect)
     bucket, resized, _ = assignment
     return TrainingImage(
         key=found.key,
-        caption_l=found.caption_l,
-        caption_g=found.caption_g,
+        captions=found.captions,
+        subset=found.subset,
+        loss_weight=found.loss_weight,
         size=size,
         bucket=bucket,
         crop=crop_to_train(bucket, resized, size, legacy=legacy),

@@ -1,6 +1,7 @@
 """Weights in a text, `(a:1.2)`, `(a)`, `[a]`: its pieces, its tokens with a weight each, and the weighted features."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,8 +67,8 @@ def weighted_pieces(text: str) -> list[Piece]:
     return _merged(pieces) or [("", 1.0)]
 
 
-def tokenize_weighted(caption: str, pad_token_id: int, num_chunks: int) -> WeightedCaption:
-    """Return the token ids of a caption as `tokenize` has them, each piece by itself, and their weights.
+def weighted_token_ids(caption: str) -> tuple[list[int], list[float]]:
+    """Return the token ids of a caption of any length, each piece by itself, and the weight of each token.
 
     Raise `UserError` as `weighted_pieces` does.
     """
@@ -77,18 +78,32 @@ def tokenize_weighted(caption: str, pad_token_id: int, num_chunks: int) -> Weigh
         piece_ids = token_ids(text)
         ids += piece_ids
         weights += [weight] * len(piece_ids)
-    tokenized = in_chunks(ids, pad_token_id, num_chunks)
+    return ids, weights
+
+
+def position_weights(weights: Sequence[float], num_chunks: int) -> list[float]:
+    """Return the weight of each of the 75 N + 2 positions of features, for the weights of the tokens of a text."""
     kept = weights[: num_chunks * CHUNK_TOKENS]
     padding = [1.0] * (num_chunks * CHUNK_TOKENS - len(kept))
-    return WeightedCaption(tokenized.ids, [1.0, *kept, *padding, 1.0], tokenized.num_truncated)
+    return [1.0, *kept, *padding, 1.0]
 
 
-def weighted_features(hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Return the hidden states [B, T, C] of one encoder times the weights [B, T] of their positions.
+def tokenize_weighted(caption: str, pad_token_id: int, num_chunks: int) -> WeightedCaption:
+    """Return the token ids of a caption as `tokenize` has them, each piece by itself, and their weights.
 
-    The mean is not restored, as in sd-scripts. The pooled vector has no positions and stays as it is.
+    Raise `UserError` as `weighted_pieces` does.
     """
-    return (hidden * weights.unsqueeze(-1)).to(hidden.dtype)
+    ids, weights = weighted_token_ids(caption)
+    tokenized = in_chunks(ids, pad_token_id, num_chunks)
+    return WeightedCaption(tokenized.ids, position_weights(weights, num_chunks), tokenized.num_truncated)
+
+
+def weighted_features(features: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Return features [..., C] of one encoder times their weights [...]: hidden states by position, or pooled vectors.
+
+    The mean is not restored, as in sd-scripts.
+    """
+    return (features * weights.unsqueeze(-1)).to(features.dtype)
 
 
 def _multiply(pieces: list[Piece], first: int, factor: float) -> None:

@@ -10,6 +10,7 @@ from transformers import CLIPTextModelWithProjection, PreTrainedModel
 
 from library.config.digests import digest
 from library.sdxl.architecture import SDXL_BASE, recorded_facts
+from library.sdxl.prompt_weights import weighted_features
 from library.sdxl.tensor_file import raw_bytes
 from library.sdxl.tokenizers import CaptionTokens
 
@@ -38,6 +39,20 @@ class EncodedText(NamedTuple):
 NOT_ENCODED = EncodedText()
 
 
+class TextWeights(NamedTuple):
+    """Factors for the features of a batch of caption pairs: [B, T] for each encoder, [B] for G's pooled vector.
+
+    None is 1 everywhere. A caption that is dropped to zeros has the factor 0 at all positions and in `pooled_g`.
+    """
+
+    hidden_l: torch.Tensor | None = None
+    hidden_g: torch.Tensor | None = None
+    pooled_g: torch.Tensor | None = None
+
+
+UNWEIGHTED = TextWeights()
+
+
 def encode_l(text_encoder_l: nn.Module, tokens_l: torch.Tensor) -> torch.Tensor:
     """Return hidden states of L's last block but one, [B, T, 768], for tokens [B, N, 77]."""
     output = text_encoder_l(tokens_l.flatten(0, 1), output_hidden_states=True)
@@ -56,17 +71,27 @@ def encode_g(text_encoder_g: nn.Module, tokens_g: torch.Tensor) -> tuple[torch.T
 
 
 def encode_captions(
-    text_encoder_l: nn.Module, text_encoder_g: nn.Module, tokens: CaptionTokens, encoded: EncodedText = NOT_ENCODED
+    text_encoder_l: nn.Module,
+    text_encoder_g: nn.Module,
+    tokens: CaptionTokens,
+    encoded: EncodedText = NOT_ENCODED,
+    weights: TextWeights = UNWEIGHTED,
 ) -> TextConditioning:
     """Return the conditioning for a batch of caption pairs: L's features before G's, and G's pooled vector.
 
-    An encoder works only where `encoded` does not have its outputs.
+    An encoder works only where `encoded` does not have its outputs. `weights` multiply what the encoders return.
     """
     hidden_l, hidden_g, pooled_g = encoded
     if hidden_l is None:
         hidden_l = encode_l(text_encoder_l, tokens.tokens_l)
     if hidden_g is None or pooled_g is None:
         hidden_g, pooled_g = encode_g(text_encoder_g, tokens.tokens_g)
+    if weights.hidden_l is not None:
+        hidden_l = weighted_features(hidden_l, weights.hidden_l)
+    if weights.hidden_g is not None:
+        hidden_g = weighted_features(hidden_g, weights.hidden_g)
+    if weights.pooled_g is not None:
+        pooled_g = weighted_features(pooled_g, weights.pooled_g)
     return TextConditioning(torch.cat([hidden_l, hidden_g.to(hidden_l.dtype)], dim=-1), pooled_g)
 
 

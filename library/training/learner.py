@@ -94,7 +94,8 @@ class Learner:
 
         `loss_scale` makes the sum over a step its mean. A loss or gradient that is not finite updates nothing.
         """
-        loss = losses.sum() * batch.loss_scale
+        weighted = losses if batch.loss_weights is None else losses * batch.loss_weights
+        loss = weighted.sum() * batch.loss_scale
         self.step_loss.add(batch.keys, loss, is_last=batch.completes_step)
         if self.fused is None:
             self.accelerator.backward(loss)

@@ -61,7 +61,7 @@ class Plan:
         while progress.step < self.num_steps:
             if progress.step_in_epoch >= self.order.steps_per_epoch:  # more, if --resume_anyway shortened the epochs
                 progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
-            self.order.start_at(progress.epoch, progress.step_in_epoch)
+            self.order.start_at(progress.epoch, progress.step_in_epoch, steps_done=progress.step)
             batches = (batch for batch in self.loader)
             while progress.step < self.num_steps and progress.step_in_epoch < self.order.steps_per_epoch:
                 if until():

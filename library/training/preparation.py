@@ -13,7 +13,9 @@ from torch import nn
 
 from library.config.errors import UserError
 from library.config.leftovers import remove_leftovers
+from library.data.caption_draws import Encoder
 from library.data.caption_tokens import TokenTable, cut_captions, tokenize_captions_of
+from library.data.captioning import Captioning
 from library.data.dataset import Batch, CaptionedImages, make_loader
 from library.data.epoch_order import BatchShape, EpochOrder
 from library.data.latent_preparation import encode_missing
@@ -57,17 +59,19 @@ def prepare_set(
     digest: str,
     accelerator: Accelerator,
     progress: Progress,
+    cached_encoders: Sequence[Encoder],
 ) -> PreparedSet:
     """Return the training set; what is to be cached and is not yet is encoded now, on disk by the main process first.
 
-    `digest` is the VAE's. Raise `UserError` where the state that is resumed was made with other images.
+    `digest` is the VAE's; the outputs of `cached_encoders` are cached. Raise `UserError` where the state that is
+    resumed was made with other images.
     """
     with accelerator.main_process_first():
         if accelerator.is_main_process:
             remove_leftovers(*_folders_written(options.training_set, found))
         images = _images(options, found, model.vae, digest, accelerator.device)
-        tokens = tokenize_captions_of(images, options.loader.num_chunks)
-        texts, notes = _texts(options, model, images, tokens, accelerator.device)
+        tokens = tokenize_captions_of(images)
+        texts, notes = _texts(options, model, images, tokens, accelerator.device, progress.seed, cached_encoders)
     now = fingerprints(images)
     notes += cut_captions(images, tokens)
     if options.resume.resume is not None:
@@ -89,7 +93,13 @@ def _folders_written(options: TrainingSetOptions, found: list[FoundImage]) -> se
 def _images(
     options: TrainingOptions, found: list[FoundImage], vae: AutoencoderKL, digest: str, device: torch.device
 ) -> list[TrainingImage]:
-    images = read_training_set(found, options.training_set, options.bucket_rule, digest)
+    training_set = options.training_set
+    images = read_training_set(
+        found,
+        digest,
+        check_images=not training_set.skip_cache_check,
+        legacy_crop=training_set.legacy_crop_coords,
+    )
     if not options.training_set.caches_latents or all(image.has_latents for image in images):
         return images
     with explained_out_of_memory("while pictures are encoded"), on_device(device, vae):
@@ -102,53 +112,49 @@ def _texts(
     images: list[TrainingImage],
     tokens: TokenTable,
     device: torch.device,
+    seed: int,
+    cached_encoders: Sequence[Encoder],
 ) -> tuple[CachedTexts, list[str]]:
-    training_set = options.training_set
-    if not training_set.caches_texts:
+    if not cached_encoders:
         return NO_TEXTS, []
-    assert training_set.train_data_dir is not None  # checked by problems()
-    on_disk = training_set.cache_text_encoder_outputs_to_disk
-    frozen_l = None if options.trains_l else model.text_encoder_l
-    frozen_g = None if options.trains_g else model.text_encoder_g
-    frozen = [encoder for encoder in (frozen_l, frozen_g) if encoder is not None]
-    with explained_out_of_memory("while captions are encoded"), on_device(device, *frozen):
+    folder = options.training_set.train_data_dir
+    assert folder is not None  # checked by problems()
+    cached_l = model.text_encoder_l if "l" in cached_encoders else None
+    cached_g = model.text_encoder_g if "g" in cached_encoders else None
+    networks = [network for network in (cached_l, cached_g) if network is not None]
+    on_disk = options.training_set.cache_text_encoder_outputs_to_disk
+    with explained_out_of_memory("while captions are encoded"), on_device(device, *networks):
         return encode_texts(
-            images,
-            tokens,
-            frozen_l,
-            frozen_g,
-            folder=training_set.train_data_dir / FOLDER_NAME if on_disk else None,
+            images, tokens, cached_l, cached_g, seed=seed, folder=folder / FOLDER_NAME if on_disk else None
         )
 
 
 def make_plan(
-    images: Sequence[TrainingImage],
-    tokens: TokenTable,
-    texts: CachedTexts,
+    prepared: PreparedSet,
     loader_options: LoaderOptions,
-    training_set_options: TrainingSetOptions,
     run_options: RunOptions,
     accelerator: Accelerator,
     seed: int,
 ) -> Plan:
-    """Return the steps of this process over `images`; `--max_train_epochs`, if given, decides their number."""
-    dataset = CaptionedImages(images, tokens, texts)
+    """Return the steps of this process over the images; `--max_train_epochs`, if given, decides their number."""
+    images = prepared.images
     shape = BatchShape(
-        batch_size=loader_options.train_batch_size,
         accumulation_steps=run_options.gradient_accumulation_steps,
         num_processes=accelerator.num_processes,
         process_index=accelerator.process_index,
     )
     order = EpochOrder(
-        dataset.kinds,
+        [image.kind for image in images],
         shape,
         seed=seed,
-        num_repeats=training_set_options.dataset_repeats,
-        flip=training_set_options.flip_aug,
+        num_repeats=[image.subset.num_repeats for image in images],
+        flip=[image.subset.augmentation.flip_aug for image in images],
+        batch_sizes={image.kind: image.subset.batch_size for image in images},
     )
     num_steps = run_options.max_train_steps
     if run_options.max_train_epochs is not None:
         num_steps = run_options.max_train_epochs * order.steps_per_epoch
+    dataset = CaptionedImages(images, Captioning(prepared.tokens, seed, num_steps, prepared.texts))
     loader = make_loader(dataset, order, loader_options, accelerator.device)
     return Plan(loader, order, len(images), num_steps, accelerator.device, accelerator.process_index)
 

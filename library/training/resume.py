@@ -7,6 +7,9 @@ from typing import Any, ClassVar
 
 from library.config.errors import UserError, listed
 from library.config.options import option
+from library.data.caption_options import CaptionOptions
+from library.data.caption_rules import CaptionRules, PairRules, described_rules
+from library.data.subsets import SUBSET_MARK
 from library.training.progress import Setting
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "numpy")
@@ -14,13 +17,14 @@ _LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "numpy")
 _DECIDE_THE_COURSE = frozenset(
     {
         *("train_batch_size", "gradient_accumulation_steps", "num_processes", "dataset_repeats", "flip_aug", "seed"),
-        *("max_token_length", "pretrained_model_name_or_path", "vae", "train_text_encoder", "optimizer_type"),
+        *("pretrained_model_name_or_path", "vae", "train_text_encoder", "optimizer_type"),
         *("mixed_precision", "full_bf16", "bf16_rounding", "legacy_text_projection", "legacy_crop_coords"),
         "transposed_text_projection",
     }
 )
-"""Options that change the rest of the run."""
+"""Options that change the rest of the run, beside all rules of captions."""
 
+_CAPTION_RULES = described_rules(PairRules()).keys()
 _ABOUT_RESUMING = frozenset({"resume", "resume_anyway", "console_log_level", "console_log_file", "console_log_simple"})
 
 
@@ -44,15 +48,19 @@ class ResumeOptions:
             yield "--resume_anyway needs --resume."
 
 
-def flat_options(options: Any, *, num_processes: int) -> dict[str, str]:
-    """Return every option by its name, as text, and the number of processes: what runs are compared by."""
+def flat_options(options: Any, subsets: Mapping[str, str], *, num_processes: int) -> dict[str, str]:
+    """Return every option by its name, as text, and the number of processes: what runs are compared by.
+
+    Of captions it is the rules that count, not which flags they come from: they are among the settings of `subsets`,
+    as `described_subsets` returns them.
+    """
     flat = {
         field.name: str(getattr(group, field.name))
         for group in vars(options).values()
-        if is_dataclass(group)
+        if is_dataclass(group) and not isinstance(group, CaptionOptions)
         for field in fields(group)
     }
-    return flat | {"num_processes": str(num_processes)}
+    return {**flat, **subsets} | {"num_processes": str(num_processes)}
 
 
 def library_versions() -> dict[str, str]:
@@ -71,10 +79,11 @@ def check_options(then: Setting, now: Setting, *, anyway: bool) -> list[str]:
         if now.versions.get(library) != before
     ]
     serious: list[str] = []
+    saved = _with_caption_rules(then.options)
     for name, value in now.options.items():
-        before = then.options.get(name, value)
+        before = saved.get(name, value)
         if before != value and name not in _ABOUT_RESUMING:
-            (serious if name in _DECIDE_THE_COURSE else harmless).append(f"--{name}: {before} then, {value} now")
+            (serious if _decides(name) else harmless).append(f"--{name}: {before} then, {value} now")
     _refuse(serious, anyway=anyway)
     return harmless + serious
 
@@ -92,6 +101,19 @@ def _refuse(serious: list[str], *, anyway: bool) -> None:
             f"since the state was saved this has changed: {'; '.join(serious)}.",
             "Undo the change, or continue with --resume_anyway.",
         )
+
+
+def _decides(name: str) -> bool:
+    return name in _DECIDE_THE_COURSE or name in _CAPTION_RULES or name.startswith(SUBSET_MARK)
+
+
+def _with_caption_rules(options: Mapping[str, str]) -> Mapping[str, str]:
+    """Return the options of a state; one from before there were caption rules changed nothing but the length."""
+    if options.keys() >= _CAPTION_RULES:
+        return options
+    length = options.get("max_token_length", "None")
+    rules = CaptionRules() if length == "None" else CaptionRules(max_token_length=int(length))
+    return {**described_rules(PairRules(rules, rules)), **options}
 
 
 def _image_changes(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:

@@ -10,7 +10,9 @@ from library.config.magnitudes import MOST_BATCHES, MOST_SEED, MOST_STEPS
 from library.config.messages import start_logging
 from library.config.options import ConfigFileOptions, option, problems_of
 from library.data.buckets import BucketOptions, BucketRule, parse_resolution
-from library.data.subsets import LoaderOptions, TrainingSetOptions
+from library.data.caption_draws import Encoder
+from library.data.caption_options import CaptionOptions
+from library.data.subsets import LoaderOptions, Subset, TrainingSetOptions, subset_of_flags
 from library.diffusion.options import NoiseOptions
 from library.optim.options import OptimizerOptions, ScheduleOptions
 from library.samples.options import SampleOptions
@@ -115,6 +117,7 @@ class TrainingOptions:
     model: ModelOptions
     training_set: TrainingSetOptions
     buckets: BucketOptions
+    captions: CaptionOptions
     loader: LoaderOptions
     run: RunOptions
     precision: PrecisionOptions
@@ -158,6 +161,21 @@ class TrainingOptions:
     def bucket_rule(self) -> BucketRule:
         """The buckets of images without prepared latents. Raise `UserError` for limits that contradict each other."""
         return self.buckets.rule(self.resolution, enabled=self.training_set.enable_bucket)
+
+    def subsets(self) -> list[Subset]:
+        """Return what is trained on. Raise `UserError` for a file of protected tags that cannot be read."""
+        return [subset_of_flags(self.training_set, self.loader, self.captions, self.bucket_rule)]
+
+    @property
+    def trains_unet(self) -> bool:
+        """Whether the U-Net is trained."""
+        return self.optimizer.learning_rate != 0
+
+    @property
+    def trained_encoders(self) -> list[Encoder]:
+        """The text encoders that are trained."""
+        trained: dict[Encoder, bool] = {"l": self.trains_l, "g": self.trains_g}
+        return [encoder for encoder, is_trained in trained.items() if is_trained]
 
     def conflicts(self) -> Iterator[str]:
         """Yield what is wrong between classes, one sentence each."""

@@ -13,8 +13,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from library.data.caption_draws import Encoder
+from library.data.caption_report import report_captions
 from library.data.dataset import Batch
-from library.data.training_set import find_training_images
+from library.data.subsets import Subset
+from library.data.training_set import FoundImage, find_training_images
 from library.diffusion.objective import Objective
 from library.samples.sampler import SamplingNetworks
 from library.sdxl.architecture import SdxlModel
@@ -101,18 +104,30 @@ class Run:
 
 def set_up(options: TrainingOptions, stop: StopRequest) -> Run:
     """Load model and training set and return the parts of the run. Raise `UserError` for whatever is missing."""
-    return without_damaged_states(partial(_set_up, options, stop), options.resume.resume)
+    subsets = options.subsets()
+    found = find_training_images(subsets)  # before a model is loaded in vain
+    cached_encoders = report_captions(
+        options.training_set, subsets, found, trains_unet=options.trains_unet, trained=options.trained_encoders
+    )
+    build = partial(_set_up, options, stop, subsets, found, cached_encoders)
+    return without_damaged_states(build, options.resume.resume)
 
 
-def _set_up(options: TrainingOptions, stop: StopRequest, damaged: Sequence[Path]) -> Run:
-    found = find_training_images(options.training_set)  # before a model is loaded in vain
+def _set_up(
+    options: TrainingOptions,
+    stop: StopRequest,
+    subsets: Sequence[Subset],
+    found: list[FoundImage],
+    cached_encoders: Sequence[Encoder],
+    damaged: Sequence[Path],
+) -> Run:
     accelerator = make_accelerator(options.precision, options.tracking.trackers, options.tracking.logging_dir)
-    state, progress = starting_point(options, accelerator, damaged)
+    state, progress = starting_point(options, subsets, accelerator, damaged)
     model, digest = _load_model(options.model, options.precision, options.run, options.trains_l, options.trains_g)
-    prepared = prepare_set(options, found, model, digest, accelerator, progress)
+    prepared = prepare_set(options, found, model, digest, accelerator, progress, cached_encoders)
     needed = prepared.networks_of_steps(model)
     place_networks(model.networks, needed_each_step=needed, device=accelerator.device)
-    plan = make_plan(*prepared, options.loader, options.training_set, options.run, accelerator, progress.seed)
+    plan = make_plan(prepared, options.loader, options.run, accelerator, progress.seed)
     learner = make_learner(
         model,
         accelerator,

@@ -10,6 +10,7 @@ from typing import TypeVar
 from accelerate import Accelerator
 
 from library.config.leftovers import remove_leftovers
+from library.data.subsets import Subset, described_subsets
 from library.training.accelerator import draw_seed
 from library.training.distribution import any_process
 from library.training.progress import LATEST, DamagedState, Progress, Setting, find_state, num_states, read_progress
@@ -24,14 +25,15 @@ Begun = TypeVar("Begun")
 
 
 def starting_point(
-    options: TrainingOptions, accelerator: Accelerator, damaged: Sequence[Path]
+    options: TrainingOptions, subsets: Sequence[Subset], accelerator: Accelerator, damaged: Sequence[Path]
 ) -> tuple[Path | None, Progress]:
     """Return the state to resume from, if any, and the progress of the run; remove what killed runs left behind.
 
     `damaged` are states that cannot be used. Raise `UserError` where there is no other, or where it belongs to another
     run.
     """
-    setting = Setting(flat_options(options, num_processes=accelerator.num_processes), versions=library_versions())
+    flat = flat_options(options, described_subsets(subsets), num_processes=accelerator.num_processes)
+    setting = Setting(flat, versions=library_versions())
     where = options.output_dir, options.save.output_name
     with accelerator.main_process_first():
         if accelerator.is_main_process:

@@ -14,10 +14,13 @@ from library.config.kohya_flags import (
     TRAINER_REPLACED,
 )
 from library.config.options import options_of
+from library.data.caption_options import CaptionOptions
 
 REFERENCE = json.loads((Path(__file__).parents[1] / "golden" / "cli_flags.json").read_text(encoding="utf-8"))
 
 # script, its name in the golden file, replaced, refused, and the flags that only this project has
+OF_ONE_ENCODER = {option.flag for option in options_of(CaptionOptions) if option.flag.endswith(("_l", "_g"))}
+
 SCRIPTS = [
     (
         "sdxl_train",
@@ -25,7 +28,14 @@ SCRIPTS = [
         TRAINER_REPLACED,
         TRAINER_REFUSED,
         {
+            *OF_ONE_ENCODER,
             "--bf16_rounding",
+            "--cache_text_encoder_outputs_g",
+            "--cache_text_encoder_outputs_l",
+            "--caption_draws",
+            "--caption_variants",
+            "--dropped_caption",
+            "--protected_tags",
             "--legacy_crop_coords",
             "--legacy_text_projection",
             "--max_bad_steps",
@@ -63,6 +73,9 @@ SCRIPT_NAMES = [name for name, *_ in SCRIPTS]
 OTHER_DEFAULTS: dict[tuple[str, str], str] = {
     ("sdxl_train", "--resolution"): "SDXL's own size, where the reference has none and fails later",
     ("sdxl_train", "--sdpa"): "no other attention is offered, so that it is always on",
+    ("sdxl_train", "--caption_separator"): "unsaid, so that a farther level may say it; the comma of the rules",
+    ("sdxl_train", "--caption_extension"): "unsaid: L and G have a file each",
+    ("sdxl_train", "--token_warmup_min"): "unsaid, so that a farther level may say it; the 1 of the rules",
     ("sdxl_train", "--console_log_simple"): "messages stand alone unless time and level are asked for",
 }
 

@@ -10,6 +10,7 @@ from library.config.errors import UserError
 from library.config.kohya_flags import TRAINER_REFUSED, TRAINER_REPLACED
 from library.config.kohya_spellings import NEUTRAL, NEUTRAL_REFUSED, TRAINER_SPELLINGS
 from library.config.options import options_of, parse_options
+from library.data.caption_options import resolve
 from library.training.run_options import OPTION_CLASSES, TrainingOptions
 from tests.conftest import base_flags
 
@@ -42,7 +43,9 @@ def parsed(*argv: str) -> TrainingOptions:
 
 
 def without_file(options: TrainingOptions) -> list:
-    return [value for name, value in vars(options).items() if name != "config_file"]
+    """What options come to, however it was said: captions by their rules, which alone have an effect with --in_json."""
+    others = [value for name, value in vars(options).items() if name not in ("config_file", "captions")]
+    return [*others, resolve([vars(options.captions)])]
 
 
 def spellings_of_default(flag: str, default: object) -> list[list[str]]:

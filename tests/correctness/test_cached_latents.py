@@ -13,16 +13,14 @@ from PIL import Image
 
 from finetune import prepare_buckets_latents
 from library.data.buckets import BucketRule
-from library.data.caption_tokens import tokenize_captions_of
 from library.data.dataset import CaptionedImages
-from library.data.epoch_order import MicroBatch
 from library.data.latent_preparation import encode_missing
 from library.data.subsets import TrainingSetOptions
-from library.data.training_set import find_training_images, read_training_set
 from library.sdxl.latents import vae_digest
 from library.sdxl.sizes import Size
 from library.training.preparation import latents_of
 from tests.conftest import BUCKET_FLAGS, PreparedSet
+from tests.training_images import captioned, micro_batch, read_set
 
 RULE = BucketRule(Size(128, 128), 64, 256, 64, no_upscale=False)
 
@@ -48,10 +46,10 @@ def training_sets(two_buckets: PreparedSet, diffusers_model, tmp_path_factory) -
 
     def read(folder: PreparedSet, metadata: Path, **flags: bool) -> CaptionedImages:
         options = TrainingSetOptions(folder.images, metadata, enable_bucket=True, **flags)
-        images = read_training_set(find_training_images(options), options, RULE, digest)
+        images = read_set(options, RULE, digest)
         if options.cache_latents or options.cache_latents_to_disk:
             images = encode_missing(images, vae, options, digest=digest)
-        return CaptionedImages(images, tokenize_captions_of(images, num_chunks=1))
+        return captioned(images)
 
     return {
         "encoded in the step": read(fresh, fresh.captions_json, flip_aug=True),
@@ -64,8 +62,8 @@ def training_sets(two_buckets: PreparedSet, diffusers_model, tmp_path_factory) -
 def single_batches(pictures: CaptionedImages, vae, *, mirrored: bool) -> dict[str, list[torch.Tensor]]:
     """By image: the unscaled latents that a step works on, and all else that it is given."""
     batches = {}
-    for index in range(len(pictures.kinds)):
-        batch = pictures[MicroBatch((index,), (mirrored,), 1.0, completes_step=True)]
+    for index in range(len(pictures)):
+        batch = pictures[micro_batch([index], [mirrored])]
         sizes = [batch.original_sizes, batch.crop_top_lefts, batch.target_sizes]
         batches[batch.keys[0]] = [latents_of(batch, vae), *batch.tokens, *sizes]
     return batches

@@ -15,15 +15,13 @@ from PIL import ExifTags, Image
 
 from finetune import prepare_buckets_latents
 from library.data.buckets import BucketRule
-from library.data.caption_tokens import tokenize_captions_of
-from library.data.dataset import Batch, CaptionedImages
-from library.data.epoch_order import MicroBatch
+from library.data.dataset import Batch
 from library.data.subsets import TrainingSetOptions
-from library.data.training_set import find_training_images, read_training_set
 from library.sdxl.latents import vae_digest
 from library.sdxl.size_conditioning import size_conditioning
 from library.sdxl.sizes import Size
 from tests.conftest import BUCKET_FLAGS
+from tests.training_images import captioned, micro_batch, read_set
 
 RULE = BucketRule(Size(128, 128), 64, 256, 64, no_upscale=False)
 DIRECTIONS = (False, True)
@@ -95,13 +93,10 @@ def batches(folder: Path, diffusers_model):
     def of(kind: str, **flags: bool) -> dict[str, Batch]:
         metadata = folder / ("captions.json" if kind == "plain" else "prepared.json")
         options = TrainingSetOptions(folder / kind, metadata, enable_bucket=True, flip_aug=True, **flags)
-        images = read_training_set(find_training_images(options), options, RULE, vae_digest(diffusers_model.vae))
+        images = read_set(options, RULE, vae_digest(diffusers_model.vae))
         assert all(image.has_latents != (kind == "plain") for image in images)
-        dataset = CaptionedImages(images, tokenize_captions_of(images, num_chunks=1))
-        return {
-            image.key: dataset[MicroBatch((index, index), DIRECTIONS, 1.0, completes_step=True)]
-            for index, image in enumerate(images)
-        }
+        dataset = captioned(images)
+        return {image.key: dataset[micro_batch([index, index], DIRECTIONS)] for index, image in enumerate(images)}
 
     return of
 

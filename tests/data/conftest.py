@@ -13,8 +13,8 @@ from library.config.digests import file_digest
 from library.data.buckets import BucketRule
 from library.data.latent_cache import CachedLatents, cache_path, write_cache
 from library.data.subsets import TrainingSetOptions
-from library.data.training_set import find_training_images, read_training_set
 from library.sdxl.sizes import Size
+from tests.training_images import read_set
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class TrainingFolder:
 
     def read_with(self, options, digest):
         """The training set of `options`, for the VAE of `digest`."""
-        return read_training_set(find_training_images(options), options, self.rule, digest)
+        return read_set(options, self.rule, digest)
 
 
 @pytest.fixture

@@ -3,25 +3,26 @@
 import pickle
 
 import pytest
-import torch
 
 from library.data import caption_tokens
-from library.data.caption_tokens import cut_captions, tokenize_captions_of, tokenize_texts
+from library.data.caption_rules import CaptionRules
+from library.data.caption_tokens import ReadText, cut_captions, tokenize_captions_of, tokenize_texts
 from library.data.crops import Crop
 from library.data.training_set import TrainingImage
 from library.sdxl.sizes import Size
-from library.sdxl.tokenizers import PAD_L, token_ids, tokenize_captions
+from library.sdxl.tokenizers import PAD_G, PAD_L, tokenize, tokenize_captions
+from tests.training_images import image_of, rules_of_length, with_rules
 
 SIZES = (Size(64, 64), Size(64, 64), Crop(0, 0, 0))
 
 
 def image(key: str, num_words_l: int, num_words_g: int) -> TrainingImage:
-    captions = "cat " * num_words_l, "dog " * num_words_g
-    return TrainingImage(key, *captions, *SIZES)
+    return image_of(key, "cat " * num_words_l, "dog " * num_words_g, *SIZES)
 
 
 def cut_sentences(images: list[TrainingImage], num_chunks: int) -> list[str]:
-    return cut_captions(images, tokenize_captions_of(images, num_chunks))
+    images = with_rules(images, rules_of_length(num_chunks))
+    return cut_captions(images, tokenize_captions_of(images))
 
 
 @pytest.fixture
@@ -45,31 +46,33 @@ def tokenized(monkeypatch) -> list[str]:
 def test_the_table_has_the_tokens_of_the_tokenizer(num_chunks: int):
     texts = ["", "a tabby cat", "an espresso cup, 颐和园 🏯", "cat " * 100, "half \ud83c of a pair"]
     table = tokenize_texts(texts, num_chunks)
-    tokens, expected = table.tokens_of(texts, texts), tokenize_captions(texts, texts, num_chunks)
-    assert torch.equal(tokens.tokens_l, expected.tokens_l)
-    assert torch.equal(tokens.tokens_g, expected.tokens_g)
-    assert tokens.tokens_l.dtype == expected.tokens_l.dtype
-    assert table.ids_of("cat " * 100) == token_ids("cat " * 100)
+    expected = tokenize_captions(texts, texts, num_chunks)
+    rules = rules_of_length(num_chunks).rules_l
+    assert [table.read(text, rules, "l").ids for text in texts] == expected.tokens_l.tolist()
+    assert [table.read(text, rules, "g").ids for text in texts] == expected.tokens_g.tolist()
+    assert table.num_tokens("cat " * 100, rules) == 100
 
 
 def test_each_text_is_tokenized_once_for_both_encoders(tokenized):
-    images = [TrainingImage(key, "same", "both", *SIZES) for key in "ab"] + [TrainingImage("c", "both", "c", *SIZES)]
-    table = tokenize_captions_of(images, num_chunks=1)
-    for _ in range(2):
-        table.tokens_of(["same", "both"], ["both", "c"])
+    images = [image_of(key, "same", "both", *SIZES) for key in "ab"] + [image_of("c", "both", "c", *SIZES)]
+    table = tokenize_captions_of(images)
+    for text in ("same", "both", "both", "c"):
+        table.read(text, CaptionRules(), "l")
     cut_captions(images, table)
     assert tokenized == ["same", "both", "c"]
 
 
 def test_a_text_outside_the_table_is_tokenized_when_asked_for(tokenized):
     table = tokenize_texts(["known"], num_chunks=1)
-    assert torch.equal(table.chunks_of(["drawn"], PAD_L), tokenize_captions(["drawn"], ["drawn"], 1).tokens_l)
-    assert tokenized == ["known", "drawn"]
+    for _ in range(2):
+        read = table.read("drawn for this test", CaptionRules(), "l")
+    assert read == ReadText(tokenize("drawn for this test", PAD_L, 1).ids, None, num_tokens=4)
+    assert tokenized == ["known", "drawn for this test"]
 
 
 def test_another_process_has_the_table_without_tokenizing(tokenized):
     table = pickle.loads(pickle.dumps(tokenize_texts(["a cat", "a dog"], num_chunks=1)))
-    assert table.ids_of("a dog") == token_ids("a dog")
+    assert table.read("a dog", CaptionRules(), "g").ids == tokenize("a dog", PAD_G, 1).ids
     assert tokenized == ["a cat", "a dog"]
 
 

@@ -15,16 +15,17 @@ from library.config.errors import UserError
 from library.config.options import problems_of
 from library.data.buckets import BucketAssignment, BucketedImage
 from library.data.caption_tokens import tokenize_captions_of
+from library.data.captioning import Captioning
 from library.data.crops import Crop
 from library.data.dataset import Batch, CaptionedImages, make_loader
-from library.data.epoch_order import BatchShape, EpochOrder, MicroBatch
+from library.data.epoch_order import BatchShape, EpochOrder
 from library.data.images import load_rgb
 from library.data.latent_cache import CachedLatents, write_cache
 from library.data.resizing import resize_and_crop
 from library.data.subsets import LoaderOptions
-from library.data.training_set import TrainingImage
 from library.sdxl.sizes import Size
 from library.sdxl.tokenizers import PAD_G, PAD_L, tokenize
+from tests.training_images import captioned, image_of, micro_batch, rules_of_length, with_rules
 
 REPOSITORY = Path(__file__).parents[2]
 # Neither square nor symmetric: shrunk to 97x48, where 8 columns go on the left and 9 on the right.
@@ -38,7 +39,7 @@ def uncached(folder, name="a", captions=CAPTIONS[0]):
     pixels = np.random.default_rng(list(name.encode())).integers(0, 256, (SIZE.height, SIZE.width, 3))
     Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{name}.png")
     picture = BucketedImage(folder / f"{name}.png", SIZE, BucketAssignment(BUCKET, RESIZED, 0.0))
-    return TrainingImage(name, *captions, SIZE, BUCKET, CROP, source=picture)
+    return image_of(name, *captions, SIZE, BUCKET, CROP, source=picture)
 
 
 def cached(folder, name="a", captions=CAPTIONS[0], *, in_memory=False):
@@ -46,17 +47,12 @@ def cached(folder, name="a", captions=CAPTIONS[0], *, in_memory=False):
     latents, flipped = np.random.default_rng(list(name.encode())).normal(size=(2, 4, 6, 10)).astype(np.float32)
     cache = CachedLatents(latents, SIZE, (8, 0, 88, 48), flipped)
     write_cache(folder / f"{name}.npz", cache)
-    return TrainingImage(name, *captions, SIZE, BUCKET, CROP, cache if in_memory else folder / f"{name}.npz")
-
-
-def captioned(images, num_chunks):
-    return CaptionedImages(images, tokenize_captions_of(images, num_chunks))
+    return image_of(name, *captions, SIZE, BUCKET, CROP, cache if in_memory else folder / f"{name}.npz")
 
 
 def batch_of(images, flips=None, num_chunks=1):
-    indices = tuple(range(len(images)))
-    flips = flips or (False,) * len(images)
-    return captioned(images, num_chunks)[MicroBatch(indices, tuple(flips), 0.25, completes_step=True)]
+    dataset = captioned(with_rules(images, rules_of_length(num_chunks)))
+    return dataset[micro_batch(range(len(images)), flips, loss_scale=0.25)]
 
 
 def same(first, second):
@@ -146,15 +142,16 @@ def mixed_set(folder, *, swapped=False):
     """Images with latents and without; `swapped` has the tokens of other captions in the table."""
     makers = [cached, uncached, cached, cached, uncached, cached, uncached]
     images = [make(folder, str(index), CAPTIONS[index % 3]) for index, make in enumerate(makers)]
-    tokens = tokenize_captions_of(images, num_chunks=2)
+    images = with_rules(images, rules_of_length(2))
+    tokens = tokenize_captions_of(images)
     if swapped:
         tokens = replace(tokens, row_of=dict(zip(tokens.row_of, reversed(tokens.row_of.values()), strict=True)))
-    return CaptionedImages(images, tokens)
+    return CaptionedImages(images, Captioning(tokens, seed=0, num_steps=100))
 
 
 def loader_of(dataset, num_workers=0, **options):
-    order = EpochOrder(dataset.kinds, BatchShape(batch_size=2), seed=3, flip=True)
-    loader_options = LoaderOptions(max_data_loader_n_workers=num_workers, max_token_length=150, **options)
+    order = EpochOrder([image.kind for image in dataset.images], BatchShape(batch_size=2), seed=3, flip=True)
+    loader_options = LoaderOptions(max_data_loader_n_workers=num_workers, **options)
     return order, make_loader(dataset, order, loader_options)
 
 
@@ -165,7 +162,7 @@ def test_the_loader_gives_the_batches_of_the_order_epoch_after_epoch(tmp_path):
         order.start_at(epoch)
         batches = list(loader)
         assert len(batches) == len(loader) == order.num_batches
-        assert all(same(batch, dataset[micro_batch]) for batch, micro_batch in zip(batches, order, strict=True))
+        assert all(same(batch, dataset[each]) for batch, each in zip(batches, order, strict=True))
     order.start_at(1, first_step=2)
     assert all(same(rest, batch) for rest, batch in zip(loader, batches[2:], strict=True))
 
@@ -209,21 +206,19 @@ def test_a_picture_that_cannot_be_read_is_one_clear_line_from_a_worker_too(tmp_p
 CRASH = """
 import numpy as np
 
-from library.data.caption_tokens import tokenize_texts
 from library.data.crops import Crop
-from library.data.dataset import CaptionedImages, make_loader
+from library.data.dataset import make_loader
 from library.data.epoch_order import BatchShape, EpochOrder
 from library.data.latent_cache import CachedLatents
 from library.data.subsets import LoaderOptions
-from library.data.training_set import TrainingImage
 from library.sdxl.sizes import Size
+from tests.training_images import captioned, image_of
 
 size = Size(8, 8)
 latents = CachedLatents(np.zeros((4, 1, 1), np.float32), size, (0, 0, 8, 8))
-images = [TrainingImage(str(index), "", "", size, size, Crop(0, 0, 0), latents) for index in range(20)]
-dataset = CaptionedImages(images, tokenize_texts([""], num_chunks=1))
-order = EpochOrder(dataset.kinds, BatchShape(), seed=0)
-loader = make_loader(dataset, order, LoaderOptions(max_data_loader_n_workers=1))
+images = [image_of(str(index), "", "", size, size, Crop(0, 0, 0), latents) for index in range(20)]
+order = EpochOrder([image.kind for image in images], BatchShape(), seed=0)
+loader = make_loader(captioned(images), order, LoaderOptions(max_data_loader_n_workers=1))
 batches = iter(loader)  # a name that lives until the very end, as those in the frames of a traceback do
 next(batches)
 raise RuntimeError("this run has crashed")
@@ -243,11 +238,6 @@ def test_no_more_workers_are_started_than_there_are_cores_for(tmp_path, monkeypa
     for num_cores, expected in ((1, 1), (4, 3), (64, 8)):
         monkeypatch.setattr(os, "cpu_count", lambda num_cores=num_cores: num_cores)
         assert loader_of(dataset, num_workers=8)[1].loader.num_workers == expected
-
-
-@pytest.mark.parametrize(("length", "num_chunks"), [(None, 1), (150, 2), (225, 3)])
-def test_the_token_length_gives_the_number_of_chunks(length, num_chunks):
-    assert LoaderOptions(max_token_length=length).num_chunks == num_chunks
 
 
 def test_options_that_cannot_work_are_named():

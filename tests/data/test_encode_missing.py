@@ -65,7 +65,7 @@ def test_two_keys_of_one_picture_both_get_its_latents(folder, vae):
         {"a": folder.entry(caption_l="one"), str(image): folder.entry(caption_l="two")}, cache_latents=True
     )
     first, second = encode_missing(folder.read_with(options, "vae"), vae, options)
-    assert (first.caption_l, second.caption_l) == ("one", "two")
+    assert (first.captions.variants_l, second.captions.variants_l) == (("one",), ("two",))
     assert first.latents is second.latents is not None
 
 

@@ -29,7 +29,7 @@ def orders(shape, kinds=KINDS, **options):
 
 
 def epoch_of(order, epoch=0, first_step=0):
-    order.start_at(epoch, first_step)
+    order.start_at(epoch, first_step, steps_done=first_step)
     return list(order)
 
 

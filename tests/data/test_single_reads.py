@@ -12,9 +12,10 @@ import torch
 
 from library.data.caption_tokens import cut_captions, tokenize_captions_of
 from library.data.latent_preparation import encode_missing
-from library.data.training_set import find_training_images, fingerprints, read_training_set
+from library.data.training_set import fingerprints
 from library.sdxl.checkpoint_file import read_vae
 from library.sdxl.latents import vae_digest
+from tests.training_images import read_set
 
 _counters: list[Counter[str]] = []
 
@@ -49,9 +50,9 @@ def test_a_training_set_with_latents_is_read_once(folder, kind):
     caches = [folder.add_cache(image, **facts) for image in images]
     options = folder.options(["a", "b", "c"])
     with counting_reads() as reads:
-        found = read_training_set(find_training_images(options), options, folder.rule, "vae")
+        found = read_set(options, folder.rule, "vae")
         fingerprints(found)
-        cut_captions(found, tokenize_captions_of(found, num_chunks=1))
+        cut_captions(found, tokenize_captions_of(found))
     assert [reads[str(path)] for path in (options.in_json, folder.images, folder.images / "deep")] == [1, 1, 1]
     assert [reads[str(cache)] for cache in caches] == [1, 1, 1]
     assert [reads[str(image)] for image in images] == [1 if kind == "ours" else 0] * 3  # to compare its digest

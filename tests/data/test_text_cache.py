@@ -18,6 +18,7 @@ from library.sdxl.checkpoint_file import ModelDtypes, read_single_file
 from library.sdxl.sizes import Size
 from library.sdxl.text_encoding import encode_captions, text_encoder_digest, use_legacy_text_projection
 from library.sdxl.tokenizers import PAD_L, tokenize, tokenize_captions
+from tests.training_images import image_of, rules_of_length, with_rules
 
 # Two L captions, three G captions. The last two G captions are the same to the tokenizer.
 CAPTIONS = [("photographic", "a cat"), ("photographic", "a dog"), ("anime", "a cat"), ("anime", "A  DOG")]
@@ -55,26 +56,29 @@ def images_of(captions=CAPTIONS) -> list[TrainingImage]:
     size = Size(64, 64)
     latents = CachedLatents(torch.zeros(4, 8, 8).numpy(), size, (0, 0, 64, 64))
     return [
-        TrainingImage(str(index), caption_l, caption_g, size, size, Crop(0, 0, 0), latents)
+        image_of(str(index), caption_l, caption_g, size, size, Crop(0, 0, 0), latents)
         for index, (caption_l, caption_g) in enumerate(captions)
     ]
 
 
-def tokens_of(captions=CAPTIONS, num_chunks=1) -> TokenTable:
-    return tokenize_captions_of(images_of(captions), num_chunks)
+def tokens_of(captions=CAPTIONS) -> TokenTable:
+    return tokenize_captions_of(images_of(captions))
+
+
+def encoders_of(model: SdxlModel):
+    return model.text_encoder_l, model.text_encoder_g
 
 
 def encode(model: SdxlModel, folder: Path | None = None, captions=CAPTIONS, num_chunks=1) -> CachedTexts:
-    texts, _ = encode_texts(
-        images_of(captions), tokens_of(captions, num_chunks), model.text_encoder_l, model.text_encoder_g, folder=folder
-    )
+    images = with_rules(images_of(captions), rules_of_length(num_chunks))
+    texts, _ = encode_texts(images, tokenize_captions_of(images), *encoders_of(model), seed=0, folder=folder)
     return texts
 
 
 def from_cache(texts: CachedTexts, captions, num_chunks=1):
     """The conditioning of a batch without any encoder."""
     tokens = tokenize_captions(*zip(*captions, strict=True), num_chunks)
-    return encode_captions(None, None, tokens, texts.of(tokens))
+    return encode_captions(None, None, tokens, texts.of(tokens, *[[False] * len(captions)] * 2))
 
 
 def by_encoders(model: SdxlModel, captions, num_chunks=1):
@@ -123,10 +127,10 @@ def test_each_encoder_sees_each_of_its_own_texts_once(model, calls, on_disk, tmp
 
 
 def test_an_encoder_that_is_left_out_is_not_cached(model, calls):
-    texts, notes = encode_texts(images_of(), tokens_of(), model.text_encoder_l, None, folder=None)
+    texts, notes = encode_texts(images_of(), tokens_of(), model.text_encoder_l, None, seed=0, folder=None)
     assert calls == {"L": 2, "G": 0}
     tokens = tokenize_captions(["anime"], ["a cat"], 1)
-    encoded = texts.of(tokens)
+    encoded = texts.of(tokens, [False], [False])
     assert encoded.hidden_l is not None
     assert (encoded.hidden_g, encoded.pooled_g) == (None, None)
     assert notes == ["text encoder L: 2 different captions, encoded"]
@@ -149,7 +153,9 @@ def test_a_second_run_reads_what_the_first_has_written(model, calls, tmp_path):
     written = files(tmp_path)
     assert len(written) == 4
     calls |= {"L": 0, "G": 0}
-    texts, notes = encode_texts(images_of(), tokens_of(), model.text_encoder_l, model.text_encoder_g, folder=tmp_path)
+    texts, notes = encode_texts(
+        images_of(), tokens_of(), model.text_encoder_l, model.text_encoder_g, seed=0, folder=tmp_path
+    )
     assert calls == {"L": 0, "G": 0}
     assert files(tmp_path) == written
     assert [note.partition(", ")[2].partition(" in ")[0] for note in notes] == ["0 encoded, 2 found"] * 2
@@ -215,7 +221,9 @@ def test_a_damaged_file_and_one_under_a_wrong_name_are_named_counted_and_made_ag
     of_g = next(path for path in written if path.parent.name.startswith("g-"))
     of_g.write_bytes(written[of_g][:-1])
     calls |= {"L": 0, "G": 0}
-    _, notes = encode_texts(images_of(), tokens_of(), model.text_encoder_l, model.text_encoder_g, folder=tmp_path)
+    _, notes = encode_texts(
+        images_of(), tokens_of(), model.text_encoder_l, model.text_encoder_g, seed=0, folder=tmp_path
+    )
     assert calls == {"L": 1, "G": 1}
     assert files(tmp_path) == written
     assert all("1 encoded (1 of them again), 1 found" in note for note in notes)

@@ -12,8 +12,9 @@ from library.data.buckets import BucketAssignment, BucketedImage
 from library.data.crops import Crop, crop_to_train
 from library.data.latent_cache import CachedLatents
 from library.data.subsets import TrainingSetOptions
-from library.data.training_set import TrainingImage, fingerprints
+from library.data.training_set import fingerprints
 from library.sdxl.sizes import Size
+from tests.training_images import image_of
 
 # Keys
 
@@ -41,7 +42,7 @@ def test_a_key_is_a_stem_or_a_path_and_leads_to_picture_and_cache(folder, name, 
             folder.read([key])
         return
     (found,) = folder.read([key])
-    assert (found.key, found.caption_l, found.caption_g, found.size) == (key, "style", "content", folder.size)
+    assert (found.key, *found.captions, found.size) == (key, ("style",), ("content",), folder.size)
     assert found.latents == cache
     assert (found.source is None) == has_cache
     assert has_cache or found.source.path == image
@@ -51,7 +52,7 @@ def test_captions_and_order_are_those_of_the_metadata(folder):
     for name in "ab":
         folder.add(f"{name}.png")
     images = folder.read({"b": folder.entry(caption_l="", caption_g="é 🏯"), "a": folder.entry(caption_l="x")})
-    assert [(image.key, image.caption_l, image.caption_g) for image in images] == [
+    assert [(image.key, *map("".join, image.captions)) for image in images] == [
         ("b", "", "é 🏯"),
         ("a", "x", "content"),
     ]
@@ -89,10 +90,12 @@ def test_metadata_of_sd_scripts_is_read_as_it_is_and_its_sources_are_named(folde
         folder.add(f"{name}.png")
     kohya = {"caption": "a girl", "tags": "1girl, solo", "train_resolution": [64, 64]}
     images = folder.read({"a": kohya, "b": kohya})
-    assert {(image.caption_l, image.caption_g) for image in images} == {("1girl, solo", "a girl")}
+    assert {(*image.captions.variants_l, *image.captions.variants_g) for image in images} == {("1girl, solo", "a girl")}
     assert "2 images: L from 'tags', G from 'caption'" in capsys.readouterr().out
     images = folder.read({"a": kohya, "b": kohya}, one_caption=True)
-    assert {(image.caption_l, image.caption_g) for image in images} == {("a girl,1girl, solo",) * 2}
+    assert {(*image.captions.variants_l, *image.captions.variants_g) for image in images} == {
+        ("a girl,1girl, solo",) * 2
+    }
 
 
 # Missing things
@@ -258,7 +261,7 @@ def test_the_fingerprints_in_old_states_stay_those_of_their_images(tmp_path):
     ours = replace(latents, image_digest=file_digest(path))
 
     def image(**facts):
-        return TrainingImage("a", "anime", "a cat, 颐和园 \ud83c", size, bucket, Crop(0, 0, 0), **facts)
+        return image_of("a", "anime", "a cat, 颐和园 \ud83c", size, bucket, Crop(0, 0, 0), **facts)
 
     source = BucketedImage(path, size, BucketAssignment(bucket, bucket, 0.0))
     assert image(source=source).fingerprint() == "9bbfae64e5d540cc"

@@ -19,15 +19,17 @@ from library.config.errors import UserError
 from library.config.kohya_flags import TRAINER_REFUSED, TRAINER_REPLACED
 from library.config.kohya_spellings import TRAINER_SPELLINGS
 from library.config.options import options_of, parse_options
+from library.data.caption_options import CaptionOptions
 from library.data.image_keys import images_by_stem, resolve_image
 from library.data.images import load_rgb_and_alpha, read_size
 from library.data.latent_cache import CachedLatents, read_cache, write_cache
 from library.data.metadata import read_metadata, write_metadata
-from library.data.subsets import TrainingSetOptions
+from library.data.subsets import LoaderOptions, TrainingSetOptions, subset_of_flags
 from library.data.training_set import find_training_images
 from library.samples.prompts import SAMPLERS, read_prompt_file
 from library.sdxl.tensor_file import open_tensors
 from library.training.run_options import OPTION_CLASSES, TrainingOptions
+from tests.training_images import RULE
 
 # The same examples in every run, and nothing kept between runs; the folder of a test may serve all its examples.
 fuzzed = settings(
@@ -87,7 +89,9 @@ def test_metadata_is_read_and_written_again_or_refused(content: bytes, tmp_path:
         for key in metadata:
             resolve_image(key, images, images_by_stem(images))
     with suppress(UserError):
-        find_training_images(TrainingSetOptions(train_data_dir=images, in_json=path))
+        find_training_images(
+            [subset_of_flags(TrainingSetOptions(images, path), LoaderOptions(), CaptionOptions(), RULE)]
+        )
 
 
 # -- prompt files -----------------------------------------------------------------------------------------------------

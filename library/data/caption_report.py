@@ -1,0 +1,150 @@
+"""What the start of a run says about its captions, which encoders it can cache, and the captions it refuses."""
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+
+from library.config.errors import UserError, listed
+from library.data.caption_draws import Encoder
+from library.data.caption_listing import require_listable, unlistable_settings
+from library.data.caption_notices import caption_notices, dropout_sentence, require_paired_lines
+from library.data.caption_rules import CaptionRules, PairRules
+from library.data.captions import CaptionPair
+from library.data.subsets import Subset, TrainingSetOptions
+from library.data.training_set import FoundImage
+
+log = logging.getLogger(__name__)
+
+_ENCODERS: tuple[Encoder, Encoder] = ("l", "g")
+
+
+def report_captions(
+    options: TrainingSetOptions,
+    subsets: Sequence[Subset],
+    found: Sequence[FoundImage],
+    *,
+    trains_unet: bool,
+    trained: Sequence[Encoder],
+) -> list[Encoder]:
+    """Return the encoders whose outputs are cached; tell the user what happens to captions and what is trained.
+
+    `trained` are the encoders that are. Raise `UserError` as `encoders_to_cache` and `check_captions` do.
+    """
+    cached, sentences = encoders_to_cache(options, subsets, trained)
+    notices = check_captions(found, cached)
+    for sentence in (*captions_sentences(subsets, found), *sentences):
+        log.info(sentence)
+    for notice in notices:
+        log.warning(notice)
+    log.info(trained_sentence(trains_unet=trains_unet, trains_l="l" in trained, trains_g="g" in trained))
+    return cached
+
+
+def encoders_to_cache(
+    options: TrainingSetOptions, subsets: Iterable[Subset], trained: Iterable[Encoder]
+) -> tuple[list[Encoder], list[str]]:
+    """Return the encoders whose outputs are cached, and a sentence on each that works in every step nevertheless.
+
+    Raise `UserError` naming the settings in the way where an encoder must be cached, by its form of the flag.
+    """
+    cached, sentences = [], []
+    subsets, trained = list(subsets), list(trained)
+    for encoder in _ENCODERS:
+        is_demanded = encoder in options.demanded_text_caches
+        if not (options.caches_texts or is_demanded):
+            continue
+        obstacles = _obstacles(encoder, subsets, is_trained=encoder in trained)
+        if not obstacles:
+            cached.append(encoder)
+        elif is_demanded:
+            raise UserError(
+                f"--cache_text_encoder_outputs_{encoder}: the outputs of encoder {encoder.upper()} cannot be cached, "
+                f"because of {listed(obstacles)}.",
+                f"Leave one of the two out, or draw texts before training with --caption_variants_{encoder}=10.",
+            )
+        else:
+            sentences.append(
+                f"text encoder {encoder.upper()} works in every step, because of {listed(obstacles)}"
+                f"{'' if encoder in trained else f'; --caption_variants_{encoder}=10 would cache ten texts an image'}"
+            )
+    return cached, sentences
+
+
+def check_captions(found: Sequence[FoundImage], cached: Iterable[Encoder]) -> list[str]:
+    """Return what should worry the user about the captions of the images and their rules.
+
+    Raise `UserError` for captions that their rules cannot treat: lines that do not go together, and texts of the
+    encoders to be `cached` that are too many to be listed.
+    """
+    notices: list[str] = []
+    for rules, captions in _by_rules(found):
+        require_paired_lines(captions, rules)
+        for encoder in cached:
+            require_listable(captions, rules, encoder)
+        notices += caption_notices(captions, rules)
+    return list(dict.fromkeys(notices))
+
+
+def captions_sentences(subsets: Sequence[Subset], found: Sequence[FoundImage]) -> Iterator[str]:
+    """Yield for each subset where its captions come from and what changes them, and how often they are dropped."""
+    for subset in subsets:
+        captions = [image.captions for image in found if image.subset is subset]
+        parts = [_encoder_part(subset, captions, encoder) for encoder in _ENCODERS]
+        where = "" if len(subsets) == 1 else f" of '{subset.image_dir}'"
+        yield f"captions{where}: {', '.join(parts)}"
+        dropped = dropout_sentence(subset.captions.dropout)
+        if dropped:
+            yield dropped.replace("captions", f"captions{where}", 1)
+
+
+def trained_sentence(*, trains_unet: bool, trains_l: bool, trains_g: bool) -> str:
+    """Return what is trained and what is frozen."""
+    is_trained = {"U-Net": trains_unet, "L": trains_l, "G": trains_g}
+    trained = ", ".join(name for name, on in is_trained.items() if on)
+    frozen = ", ".join(name for name, on in is_trained.items() if not on)
+    hint = "" if trains_l else " (a frozen L learns no new style words: docs/separate-captions.md)"
+    return f"trained: {trained}" + (f"; frozen: {frozen}{hint}" if frozen else "")
+
+
+def _obstacles(encoder: Encoder, subsets: Iterable[Subset], *, is_trained: bool) -> list[str]:
+    """Return the flags because of which the outputs of an encoder cannot be cached."""
+    if is_trained:
+        return ["--train_text_encoder"]
+    names = [name for subset in subsets for name in unlistable_settings(subset.captions.of(encoder))]
+    return [f"--{name}" for name in dict.fromkeys(names)]
+
+
+def _by_rules(found: Sequence[FoundImage]) -> Iterator[tuple[PairRules, dict[str, CaptionPair]]]:
+    subsets = {id(image.subset): image.subset for image in found}
+    captions: dict[int, dict[str, CaptionPair]] = {number: {} for number in subsets}
+    for image in found:
+        captions[id(image.subset)][image.key] = image.captions
+    for number, subset in subsets.items():
+        yield subset.captions, captions[number]
+
+
+def _encoder_part(subset: Subset, captions: Sequence[CaptionPair], encoder: Encoder) -> str:
+    rules = subset.captions.of(encoder)
+    source = str(subset.metadata_file)
+    if subset.metadata_file is None:
+        source = f"*{subset.extension_l if encoder == 'l' else subset.extension_g}"
+    num_different = len({pair.of(encoder) for pair in captions})
+    said = [f"{num_different} different", *_changes(rules)]
+    return f"{encoder.upper()} from {source} ({', '.join(said)})"
+
+
+def _changes(rules: CaptionRules) -> Iterator[str]:
+    """Yield what the rules of one encoder do, in a few words each."""
+    if rules.caption_prefix or rules.caption_suffix:
+        yield f"'{rules.caption_prefix} ... {rules.caption_suffix}'".replace("' ...", "'...").replace("... '", "...'")
+    if rules.enable_wildcard:
+        yield "wildcards"
+    if rules.shuffle_caption:
+        yield "shuffled"
+    if rules.caption_tag_dropout_rate:
+        yield f"{100 * rules.caption_tag_dropout_rate:.4g} % tag dropout"
+    if rules.token_warmup_step:
+        yield "tag warm-up"
+    if rules.weighted_captions:
+        yield "weights"
+    if rules.caption_variants:
+        yield f"{rules.caption_variants} drawn texts an image"
