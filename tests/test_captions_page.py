@@ -18,6 +18,7 @@ from library.samples.prompts import read_prompt_file
 from library.sdxl.tokenizers import token_ids
 from library.training.run_options import OPTION_CLASSES
 from tests.data.test_caption_golden import DEVIATIONS
+from tests.reliability.test_table import TEST, functions_of
 
 PAGE = (Path(__file__).parents[1] / "docs" / "captions-and-prompts.md").read_text(encoding="utf-8")
 CODE = re.compile(r"`([^`]+)`")
@@ -86,9 +87,21 @@ def test_every_recorded_case_that_differs_from_the_reference_is_listed():
     assert sorted(map(int, listed)) == sorted(DEVIATIONS)
 
 
+def test_the_table_of_options_has_23_rows():
+    assert len({row["what"] for row in rows_of("what", "flags", "for L and G", "test")}) == 23
+
+
+@pytest.mark.parametrize("row", rows_of("what", "flags", "for L and G", "test"), ids=lambda row: row["what"])
+def test_each_row_of_the_table_of_options_names_a_test_that_exists(row):
+    assert row["for L and G"].endswith(".")
+    named = TEST.fullmatch(row["test"])
+    assert named is not None, row["test"]
+    assert named["function"] in functions_of(named["path"])
+
+
 @cache
 def known_flags():
-    classes = [*OPTION_CLASSES, CaptionOptions, MergeOptions, *prepare_buckets_latents.OPTION_CLASSES]
+    classes = [*OPTION_CLASSES, MergeOptions, *prepare_buckets_latents.OPTION_CLASSES]
     return {option.flag for option_class in classes for option in options_of(option_class)}
 
 

@@ -13,7 +13,10 @@ from library.training.run_options import OPTION_CLASSES
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-PAGES = [REPOSITORY / "README.md", REPOSITORY / "demo" / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+PAGES = [
+    *(REPOSITORY / folder / "README.md" for folder in ("", "demo", "examples")),
+    *sorted((REPOSITORY / "docs").glob("*.md")),
+]
 
 
 def anchors(page):
