@@ -91,6 +91,8 @@ class Spellings:
             return self._instead(written, old_flag, given), num_read
         if flag not in known:
             raise UserError(f"unknown flag {written}.", self.advice(old_flag, known) or "See --help.")
+        if value == "--":  # which argparse takes for the end of all flags
+            raise UserError(f"{written} is '--', which is no value.", "Write another one, or leave the flag out.")
         if known[flag].is_switch:  # with its value, so that it does not take the argument behind it
             return ([] if equals and not value else [f"{flag}={value or 'true'}"]), 0
         return [f"{flag}{equals}{value}"], 0

@@ -158,6 +158,8 @@ def test_help_ends_with_status_0_and_shows_groups_defaults_and_underscores_only(
         (["--learning_rat", "1"], "unknown flag --learning_rat. Did you mean --learning_rate?"),
         (["--optimiser_type=x"], "unknown flag --optimiser_type. Did you mean --optimizer_type?"),
         (["--qqq"], "unknown flag --qqq. See --help."),
+        (["--learning_rate=--"], "--learning_rate is '--', which is no value."),
+        (["--sdpa=--"], "--sdpa is '--', which is no value."),
         (["--learning_rate", "fast"], "--learning_rate expects a number, not 'fast'."),
         (["--max_train_epochs=1.5"], "--max_train_epochs expects a whole number or None, not '1.5'."),
         (["--mixed_precision=bf61"], "--mixed_precision expects one of no, fp16, bf16, not 'bf61'."),
