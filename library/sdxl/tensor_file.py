@@ -155,6 +155,10 @@ def _is_plain(value: Any) -> bool:
     )
 
 
+class DoesNotFit(UserError):
+    """A number is too large for the precision of a file, in which it would be infinite."""
+
+
 @dataclass(frozen=True)
 class TensorToWrite:
     """One tensor of a file to be: `make()` returns it when it is written, so that two are never held at once."""
@@ -171,7 +175,8 @@ def write_safetensors(
     """Write a safetensors file tensor by tensor, whole or not at all; holds one tensor in memory.
 
     A change of precision costs 34 MiB of extra memory for 768 MiB of weights, and 769 MiB with safetensors' own writer,
-    which takes all tensors in their final precision. Raise `UserError` if `path` cannot be written.
+    which takes all tensors in their final precision. Raise `UserError` if `path` cannot be written, `DoesNotFit` if it
+    cannot hold a number.
     """
     # Widest elements first keeps every tensor aligned to its element size, as the format asks.
     ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
@@ -179,7 +184,7 @@ def write_safetensors(
         file = opened if digest is None else digest.watching(opened)
         file.write(_header(ordered, metadata))
         for tensor in ordered:
-            file.write(raw_bytes(_made(tensor)))
+            file.write(raw_bytes(_made(tensor, path)))
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
@@ -193,7 +198,7 @@ def write_pickle(path: Path, tensors: Iterable[TensorToWrite], metadata: dict[st
 
     Raise `UserError` if `path` cannot be written.
     """
-    write_pickled(path, {"state_dict": {tensor.name: _made(tensor) for tensor in tensors}, "metadata": metadata})
+    write_pickled(path, {"state_dict": {tensor.name: _made(tensor, path) for tensor in tensors}, "metadata": metadata})
 
 
 def write_pickled(path: Path, content: Any, digest: WrittenDigest | None = None) -> None:
@@ -206,8 +211,20 @@ def write_pickled(path: Path, content: Any, digest: WrittenDigest | None = None)
             raise OSError(getattr(error.__context__, "strerror", None) or str(error)) from error
 
 
-def _made(tensor: TensorToWrite) -> torch.Tensor:
-    return tensor.make().detach().to(device="cpu", dtype=tensor.dtype).contiguous()
+def _made(tensor: TensorToWrite, path: Path) -> torch.Tensor:
+    """Return the numbers to be written. Raise `DoesNotFit` if the precision of the file makes some of them infinite."""
+    held = tensor.make().detach()
+    made = held.to(device="cpu", dtype=tensor.dtype).contiguous()
+    if tensor.dtype.is_floating_point and torch.finfo(tensor.dtype).max < torch.finfo(held.dtype).max:
+        num_lost = int((made.isinf() & held.isfinite().to("cpu")).sum()) if made.isinf().any() else 0
+        if num_lost:
+            precision = str(tensor.dtype).removeprefix("torch.")
+            raise DoesNotFit(
+                f"'{path}' is not written: {num_lost} of {made.numel()} numbers of '{tensor.name}' are too large for "
+                f"{precision}, which ends at {torch.finfo(tensor.dtype).max:.5g}.",
+                "Save with --save_precision=bf16 or --save_precision=float.",
+            )
+    return made
 
 
 def _header(tensors: list[TensorToWrite], metadata: dict[str, str]) -> bytes:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from library.config.atomic_files import CannotWrite
 from library.config.errors import UserError
+from library.sdxl.tensor_file import DoesNotFit
 from library.training.plan import Occasion
 from library.training.progress import STATE_SUFFIX, Progress, newest_state
 from library.training.saves import Save, SaveOptions
@@ -148,6 +149,10 @@ class Checkpoints:
             try:
                 self._save(save, self._progress)
                 return
+            except DoesNotFit:
+                if not save.with_state:
+                    self._save_state(save, self._progress)
+                raise
             except CannotWrite as error:
                 if not error.is_temporary:
                     raise self._saved_elsewhere(save, error) from error
@@ -178,17 +183,27 @@ class Checkpoints:
         # The model first: a run killed in between continues from the state before, and writes the same model again.
         model, state = self._model(save.name), self._state(save.name)
         log.info("saving '%s'", model.name)
-        self._write_model(model)
+        try:
+            self._write_model(model)
+        except DoesNotFit:
+            if save.with_state:  # which has the precision of training
+                self._save_state(save, progress)
+                self._remove_outdated(replace(save, outdated=None))
+            raise
         if save.with_state:
-            log.info("saving '%s'", state.name)
-            self._progress.num_states += 1
-            self._write_state(state, replace(progress, num_states=self._progress.num_states))
-            self._present_state = state
+            self._save_state(save, progress)
         for each in (*self._failed, save):
             self._remove_outdated(each)
         self._failed.clear()
         log.info("saved '%s'%s", model, f" and '{state}'" if save.with_state else "")
         return model
+
+    def _save_state(self, save: Save, progress: Progress) -> None:
+        state = self._state(save.name)
+        log.info("saving '%s'", state.name)
+        self._progress.num_states += 1
+        self._write_state(state, replace(progress, num_states=self._progress.num_states))
+        self._present_state = state
 
     def _remove_outdated(self, save: Save) -> None:
         if save.outdated is not None:
