@@ -5,6 +5,7 @@ run; the child is an ordinary process that can be signalled and killed.
 """
 
 import functools
+import gc
 import importlib
 import json
 import os
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -28,13 +30,17 @@ KILL_BY = "KILL_BY_SIGNAL"
 """Environment variable: the number of the signal, SIGKILL where it is not given."""
 REPORT_CALL = "REPORT_FIRST_CALL"
 """Environment variable: the run prints `called NAME` at the first call of this function, "module:Class.method"."""
+LIMIT_MEMORY = "LIMIT_MEMORY_TO_BYTES"
+"""Environment variable: the run may map so many bytes more than it has when it starts."""
+END_AT_ONCE = "END_AT_ONCE"
+"""Environment variable: the run ends without Python's shutdown, which takes seconds after torch has been imported."""
 _FILE_OPERATIONS = frozenset({"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"})
 _POLL_SECONDS = 0.01
 
 
 @dataclass(frozen=True)
 class Command:
-    """One process to be: a script ("train", "prepare"), its arguments, where its output goes, its environment."""
+    """One process to be: a script ("train", "prepare", "merge_g", "merge_l"), its arguments, output and environment."""
 
     script: str
     argv: Sequence[str]
@@ -58,6 +64,12 @@ class ForkedRun:
     def send(self, signal_number: int, *, to_group: bool = False) -> None:
         """Signal the process, or with `to_group` its workers too, as a terminal does."""
         (os.killpg if to_group else os.kill)(self.pid, signal_number)
+
+    def kill(self) -> None:
+        """End the process and its workers at once, if it has not ended, and wait for that."""
+        with suppress(ProcessLookupError):
+            self.send(signal.SIGKILL, to_group=True)
+        self.wait()
 
     def is_over(self) -> bool:
         """Whether the process has ended."""
@@ -130,11 +142,21 @@ def _status_file(output: Path) -> Path:
 def serve() -> None:
     """Fork a process for each command that comes in."""
     import sdxl_train
-    from finetune import prepare_buckets_latents
+    from finetune import (
+        prepare_buckets_latents,
+        sdxl_merge_captions_g_to_metadata,
+        sdxl_merge_captions_l_to_metadata,
+    )
 
     for module in ("torch.utils.tensorboard", "library.training.setup"):  # which each run would import
         importlib.import_module(module)
-    scripts = {"train": sdxl_train.main, "prepare": prepare_buckets_latents.main}
+    scripts = {
+        "train": sdxl_train.main,
+        "prepare": prepare_buckets_latents.main,
+        "merge_g": sdxl_merge_captions_g_to_metadata.main,
+        "merge_l": sdxl_merge_captions_l_to_metadata.main,
+    }
+    gc.freeze()  # or the first collection in a child copies all memory
     print("ready", flush=True)
     for line in sys.stdin:
         content = json.loads(line)
@@ -143,7 +165,10 @@ def serve() -> None:
             pid = os.fork()
             if pid == 0:
                 _prepare_process(content)
-                sys.exit(scripts[content["script"]](content["argv"]))
+                status = scripts[content["script"]](content["argv"])
+                if END_AT_ONCE in os.environ:
+                    _end_at_once(status)
+                sys.exit(status)
             print(pid, flush=True)
             _note_status(pid, _status_file(Path(content["output"])))
             os._exit(0)
@@ -155,10 +180,27 @@ def _prepare_process(content: dict[str, Any]) -> None:
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     os.environ.update(content["environment"])
+    if LIMIT_MEMORY in os.environ:
+        _limit_memory(int(os.environ[LIMIT_MEMORY]))
     if REPORT_CALL in os.environ:
         _report_first_call(os.environ[REPORT_CALL])
     if KILL_AT in os.environ:
         _kill_at(int(os.environ[KILL_AT]), os.environ[FOLDER])
+
+
+def _limit_memory(num_bytes: int) -> None:
+    import resource
+
+    import psutil
+
+    now = psutil.Process().memory_info().vms
+    resource.setrlimit(resource.RLIMIT_AS, (now + num_bytes, now + num_bytes))
+
+
+def _end_at_once(status: int) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)
 
 
 def _note_status(pid: int, file: Path) -> None:

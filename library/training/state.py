@@ -16,7 +16,14 @@ from library.config.atomic_files import replacing_folder, write_text
 from library.config.digests import DigestAbreast, WrittenDigest
 from library.config.errors import UserError
 from library.optim.rounding import RESIDUAL
-from library.sdxl.tensor_file import TensorToWrite, open_tensors, read_pickled, write_pickled, write_safetensors
+from library.sdxl.tensor_file import (
+    TensorToWrite,
+    first_line,
+    open_tensors,
+    read_pickled,
+    write_pickled,
+    write_safetensors,
+)
 from library.training.progress import (
     OPTIMIZER_FILE,
     PROGRESS_FILE,
@@ -74,10 +81,20 @@ def read_learnt(folder: Path, learnt: Resumable) -> None:
         changed = _read_weights(folder, learnt.networks, follow)
     with _checked(folder / OPTIMIZER_FILE, digests) as follow:
         content = _read_optimizer(folder / OPTIMIZER_FILE)
-        _restore_optimizer(learnt, content, folder, changed, follow)
-        _restore_schedule(learnt.lr_schedule, learnt.optimizer, content["lr_schedule"])
-        if learnt.scaler is not None and content["scaler"] is not None:
-            learnt.scaler.load_state_dict(content["scaler"])
+        try:
+            _restore_optimizer(learnt, content, folder, changed, follow)
+            _restore_schedule(learnt.lr_schedule, learnt.optimizer, content["lr_schedule"])
+            if learnt.scaler is not None and content["scaler"] is not None:
+                learnt.scaler.load_state_dict(content["scaler"])
+        except _RESTORING_ERRORS as error:
+            raise UserError(
+                f"'{folder / OPTIMIZER_FILE}' does not hold the optimizer of this run ({first_line(error)}).",
+                "Resume from another state.",
+            ) from error
+
+
+_RESTORING_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError)
+"""What an optimizer's state raises that this program did not write, or whose digest nobody noted."""
 
 
 @contextmanager
@@ -189,11 +206,23 @@ def _restore_optimizer(
         group.update({key: value for key, value in now.items() if then.get(key) != value})
         group["initial_lr"] = now["lr"]
         for parameter, state in zip(group["params"], saved_states, strict=False):
+            _require_fitting_moments(state, parameter)
             placed = {key: _placed(key, value, group, parameter.device) for key, value in state.items()}
             follow(sum(value.nbytes for value in state.values() if isinstance(value, torch.Tensor)))
             optimizer.state[parameter] = (
                 _in_present_precision(placed, parameter, learnt.narrow_keys) if parameter in changed else placed
             )
+
+
+_SHAPED_LIKE_WEIGHTS = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", RESIDUAL})
+
+
+def _require_fitting_moments(state: Mapping[str, Any], parameter: nn.Parameter) -> None:
+    """Raise `ValueError` for moments that another weight must have had."""
+    for key in _SHAPED_LIKE_WEIGHTS & state.keys():
+        shape = getattr(state[key], "shape", None)
+        if shape is not None and shape != parameter.shape:
+            raise ValueError(f"{key} of the shape {list(shape)} for a weight of {list(parameter.shape)}")
 
 
 def _restore_schedule(schedule: LambdaLR, optimizer: Optimizer, saved: dict[str, Any]) -> None:

@@ -16,7 +16,16 @@ from library.config.digests import file_digest
 from library.config.errors import UserError
 from library.optim.lr_schedules import make_lr_schedule
 from library.optim.options import ScheduleOptions
-from library.training.progress import LATEST, Progress, Setting, find_state, num_states, read_progress
+from library.training.progress import (
+    FORMAT_WITHOUT_DIGESTS,
+    LATEST,
+    PROGRESS_FILE,
+    Progress,
+    Setting,
+    find_state,
+    num_states,
+    read_progress,
+)
 from library.training.state import Resumable, group_settings, read_learnt, write_state
 
 PROGRESS = Progress(
@@ -223,3 +232,52 @@ def test_a_folder_of_another_kind_is_no_state(content: str, tmp_path: Path):
     (tmp_path / "progress.json").write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match="is not a complete state"):
         read_progress(tmp_path)
+
+
+# -- optimizers that another program wrote ----------------------------------------------------------------------------
+
+
+def of_an_earlier_version(folder: Path, content: object) -> None:
+    """Put another optimizer into a state, and make it one of those that have no digests."""
+    torch.save(content, folder / "optimizer.pt")
+    record = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
+    record = {key: value for key, value in record.items() if key not in ("digest", "digests")}
+    record |= {"format": FORMAT_WITHOUT_DIGESTS, "bytes": {}}
+    (folder / PROGRESS_FILE).write_text(json.dumps(record), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("state", 0, "exp_avg"), torch.zeros(7, 7)),
+        (("state", 1, "exp_avg_sq"), torch.zeros(())),
+        (("state", 0), None),
+        (("state", 0), [1]),
+        (("groups", 0), 5),
+        (("groups",), []),
+        (("settings",), None),
+        (("settings", 0), "a"),
+        (("lr_schedule",), 10**12),
+        (("lr_schedule", "last_epoch"), "a"),
+        (("kind",), None),
+        (("state",), 5),
+    ],
+    ids=lambda each: "-".join(map(str, each)) if isinstance(each, tuple) else "",
+)
+def test_an_optimizer_of_another_shape_or_kind_is_refused(place: tuple, value: object, tmp_path: Path):
+    folder = tmp_path / "m-state"
+    learnt = make()
+    train(learnt, range(2))
+    write_state(folder, PROGRESS, learnt)
+    content = torch.load(folder / "optimizer.pt", weights_only=True)
+    of_an_earlier_version(folder, content)
+    read_learnt(folder, make())  # as it was it is read
+
+    *outer, last = place
+    inner = content
+    for key in outer:
+        inner = inner[key]
+    inner[last] = value
+    of_an_earlier_version(folder, content)
+    with pytest.raises(UserError, match="m-state"):
+        read_learnt(folder, make())
