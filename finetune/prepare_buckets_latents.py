@@ -38,6 +38,7 @@ class PrepareOptions:
     max_resolution: str = option("512,512", "Width,height whose area no bucket exceeds; 1024,1024 for SDXL.")
     full_path: bool = option(False, "The keys of the metadata are paths, not file names without suffix.")
     recursive: bool = option(False, "Include the images of subfolders.")
+    remove_missing: bool = option(False, "Leave entries whose image is gone out of out_json.")
     skip_existing: bool = option(False, "Keep latents that were made from this image, VAE, bucket and flip.")
 
 
@@ -90,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         full_path=options.full_path,
         recursive=options.recursive,
         skip_existing=options.skip_existing,
+        remove_missing=options.remove_missing,
     )
     return EXIT_SOME_UNUSABLE if num_failed else 0
 

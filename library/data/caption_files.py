@@ -46,6 +46,9 @@ class MergeOptions:
     full_path: bool = option(False, "Use the path of each image as its key instead of the file name without suffix.")
     recursive: bool = option(False, "Include the images of subfolders.")
     caption_extension: str = _caption_extension("")
+    remove_missing: bool = option(
+        False, "Remove the entries whose image is not in train_data_dir (with --recursive, in its subfolders)."
+    )
     allow_missing: bool = option(False, "Skip images without a caption file instead of stopping.")
     debug: bool = option(False, "Print each image with its caption instead of a progress bar.")
 
@@ -82,6 +85,9 @@ def merge_captions(options: MergeOptions, column: CaptionColumn) -> None:
             "Write one beside each (it may be empty), set the right --caption_extension, or skip these images"
             " with --allow_missing.",
         )
+    removed = [key for key in metadata if key not in image_of] if options.remove_missing else []
+    for key in removed:
+        del metadata[key]
     for key, caption in captions.items():
         metadata.setdefault(key, {})[column.metadata_key] = caption
     write_metadata(options.out_json, metadata)
@@ -92,6 +98,8 @@ def merge_captions(options: MergeOptions, column: CaptionColumn) -> None:
             options.caption_extension,
             _quoted(without_caption),
         )
+    if removed:
+        log.info("Removed %d entries whose image is gone: %s", len(removed), _quoted(removed))
     num_empty = sum(not caption for caption in captions.values())
     log.info(
         "Wrote %d entries to '%s': %s of %d images, %d of them empty",

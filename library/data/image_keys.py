@@ -6,6 +6,7 @@ from pathlib import Path
 
 from library.config.errors import UserError
 from library.data.image_files import list_files, warn_of_unreadable
+from library.data.image_kinds import FORMAT_OF_SUFFIX
 
 
 def image_key(path: Path, *, full_path: bool) -> str:
@@ -19,9 +20,12 @@ def keys_of_images(images: Sequence[Path], *, full_path: bool) -> dict[str, Path
     for image in images:
         first = image_of.setdefault(image_key(image, full_path=full_path), image)
         if first is not image:
+            beside = first.parent == image.parent  # they would share their captions and latents under any key
             raise UserError(
                 f"'{first}' and '{image}' have the same key '{image_key(image, full_path=full_path)}'.",
-                "Rename or remove one of them, or use paths as keys with --full_path.",
+                "Remove one of them, or rename it together with its caption files."
+                if beside
+                else "Rename or remove one of them, or use paths as keys with --full_path.",
             )
     return image_of
 
@@ -42,32 +46,49 @@ def images_by_stem(folder: Path) -> dict[str, list[Path]]:
 
 
 def resolve_image(key: str, folder: Path, by_stem: Mapping[str, Sequence[Path]]) -> Path | None:
-    """Return the image that a metadata key refers to, None if there is no such file.
+    """Return the image that a metadata key refers to; None if there is no such file. It always lies in `folder`.
 
     A key is a file name without suffix (looked up in `by_stem`, of `images_by_stem`), or a path: absolute, or relative
-    to `folder` or to the current folder, with slashes or backslashes. Raise `UserError` if two images share the name,
-    or if the path climbs out of `folder` by "..".
+    to the current folder or to `folder`, with slashes or backslashes. A path of another place, such as another machine,
+    refers to the image of `folder` that agrees with most of its end, at least with the name. Raise `UserError` if two
+    images share the name, or if the path leads to a file elsewhere.
     """
-    named = by_stem.get(key, ())
-    if len(named) > 1:
-        raise UserError(
-            f"the key '{key}' could refer to '{named[0]}' or '{named[1]}'.",
-            "Rename one, or use paths as keys with --full_path.",
-        )
+    if key in by_stem:
+        return _only(key, by_stem[key])
+    existing = [path for path in _spelled(key, folder) if is_file(path)]
+    inside = [path for path in existing if _lies_in(path, folder)]
+    if inside:
+        return inside[0]
+    parts = _parts(key)
+    if not _is_path(key):
+        return None
+    for start in range(len(parts)):
+        if is_file(folder.joinpath(*parts[start:])):
+            return folder.joinpath(*parts[start:])
+    named = by_stem.get(_without_suffix(parts[-1]), ()) if parts else ()
     if named:
-        return named[0]
-    spellings = [Path(key), Path(key.replace("\\", "/"))]
-    candidates = [start / path for path in spellings for start in (Path(), folder)]
-    found = [path for path in candidates if is_file(path)]
-    inside = [path for path in found if ".." not in path.parts or _lies_in(path, folder)]
-    if len(set(inside)) > 1:  # an image of the folder comes before one of the current folder with the same name
-        inside.sort(key=lambda path: not _lies_in(path, folder))
-    if found and not inside:
+        return _only(key, named)
+    if existing:
         raise UserError(
-            f"the key '{key}' leads to '{found[0]}', outside the image folder '{folder}'.",
+            f"the key '{key}' leads to '{existing[0]}', outside the image folder '{folder}'.",
             "Correct the key, or name the folder that holds the image.",
         )
-    return inside[0] if inside else None
+    return None
+
+
+def resolve_cache(key: str, folder: Path) -> Path:
+    """Return where the latents of a key lie whose image is gone, by the rule of `resolve_image`; it may not exist."""
+    name = _without_suffix(key.replace("\\", "/")) + ".npz"
+    inside = [path for path in _spelled(name, folder) if _lies_in(path, folder)]
+    tails = [folder.joinpath(*_parts(name)[start:]) for start in range(len(_parts(name)))]
+    candidates = [*(inside if _is_path(key) else []), *(tails if _is_path(key) else [folder / name])]
+    return next((path for path in candidates if is_file(path)), folder / Path(name).name)
+
+
+def is_found_by_name(key: str, path: Path, folder: Path) -> bool:
+    """Return whether `path`, to which `key` was resolved, lies at another place than the key says."""
+    said = {_without_suffix(same_path(spelled)) for spelled in _spelled(key, folder)}
+    return _is_path(key) and _without_suffix(same_path(path)) not in said
 
 
 def images_of_keys(keys: Iterable[str], folder: Path) -> dict[str, Path]:
@@ -83,11 +104,42 @@ def same_path(path: Path) -> str:
 
 
 def is_file(path: Path) -> bool:
-    """Return whether the file exists; a name that no file system accepts does not."""
+    """Return whether there is such a file; what no file system accepts as a name refers to none."""
     try:
         return path.is_file()
     except OSError:  # too long
         return False
+
+
+def _only(key: str, named: Sequence[Path]) -> Path:
+    if len(named) > 1:
+        raise UserError(
+            f"the key '{key}' could refer to '{named[0]}' or '{named[1]}'.",
+            "Rename one, or create keys with --full_path.",
+        )
+    return named[0]
+
+
+def _spelled(key: str, folder: Path) -> list[Path]:
+    """Return what a key says as a path."""
+    return [start / path for path in (Path(key), Path(key.replace("\\", "/"))) for start in (Path(), folder)]
+
+
+def _is_path(key: str) -> bool:
+    return "/" in key or "\\" in key or _without_suffix(key) != key
+
+
+def _parts(key: str) -> list[str]:
+    """Return the names of a path behind its drive, its root and whatever climbs."""
+    parts = [part for part in key.replace("\\", "/").split("/") if part not in ("", ".")]
+    climbs = [index for index, part in enumerate(parts) if part == ".." or part.endswith(":")]
+    return parts[climbs[-1] + 1 :] if climbs else parts
+
+
+def _without_suffix(name: str) -> str:
+    """Return a name or path without the suffix of an image."""
+    stem, dot, suffix = name.rpartition(".")
+    return stem if f"{dot}{suffix}".lower() in FORMAT_OF_SUFFIX else name
 
 
 def _lies_in(path: Path, folder: Path) -> bool:

@@ -1,10 +1,11 @@
 """The `.npz` of latents beside each image: the format of the 2023 trainer, and what it was made from."""
 
+import logging
 import zipfile
 import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,9 +14,22 @@ from library.config.digests import digest, file_digest
 from library.config.errors import UserError
 from library.data.buckets import covering_size
 from library.data.crops import Crop, crop_to_train
-from library.sdxl.sizes import LATENT_CHANNELS, PIXELS_PER_LATENT, Size
+from library.sdxl.sizes import LATENT_CHANNELS, MAX_SIDE, PIXELS_PER_LATENT, Size
+
+log = logging.getLogger(__name__)
 
 _BYTES_AROUND = 3000  # names, sizes, digests
+_SMALL = 10_000
+_LARGEST_LATENTS = LATENT_CHANNELS * (MAX_SIDE // PIXELS_PER_LATENT) ** 2 * 8 + _SMALL
+_LARGEST_MEMBERS = {
+    "latents": _LARGEST_LATENTS,
+    "latents_flipped": _LARGEST_LATENTS,
+    "alpha_mask": MAX_SIDE**2 * 8 + _SMALL,
+    **dict.fromkeys(("original_size", "crop_ltrb", "resized_size"), _SMALL),
+    **dict.fromkeys(("image_blake2b", "vae_blake2b", "resize_interpolation"), _SMALL),
+}
+"""The arrays of a cache file, and the bytes that each may have."""
+_LARGE_STRANGER = 100_000_000
 
 # What NumPy and zipfile raise for damaged files, depending on the byte that is damaged.
 _READING_ERRORS = (
@@ -89,7 +103,8 @@ class CachedLatents:
         """Return the latents (4, h, w) of the image, or of the flipped one, which must be there."""
         if not flipped:
             return self.latents
-        assert self.latents_flipped is not None  # `CacheDemands.flip` has seen to it
+        if self.latents_flipped is None:  # `CacheDemands.flip` has seen to it, but the file may be another by now
+            raise UserError("the flipped latents are gone (--flip_aug).", "Prepare the latents with --flip_aug again.")
         return self.latents_flipped
 
     def crop(self, *, legacy: bool) -> Crop:
@@ -137,18 +152,6 @@ def cache_path(image: Path) -> Path:
     return image.with_suffix(".npz")
 
 
-def require_separate_caches(images: Iterable[Path]) -> None:
-    """Raise `UserError` naming both if two images share one cache file, as a.jpg and a.png do."""
-    image_of: dict[Path, Path] = {}
-    for image in images:
-        first = image_of.setdefault(cache_path(image), image)
-        if first != image:
-            raise UserError(
-                f"'{first}' and '{image}' would share the latents file '{cache_path(image).name}'.",
-                "Rename or remove one of them.",
-            )
-
-
 def write_cache(path: Path, cached: CachedLatents) -> None:
     """Write a cache file, whole or not at all; raise `UserError` where `path` cannot be written."""
     arrays: dict[str, np.ndarray] = {
@@ -173,14 +176,33 @@ def write_cache(path: Path, cached: CachedLatents) -> None:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
-def read_cache(path: Path) -> CachedLatents:
+def read_cache(path: Path, *, warns: bool = False) -> CachedLatents:
     """Return the content of a cache file, ours or that of another program.
 
     Raise `UserError` naming the file for damage, missing keys, wrong shapes, and latents that are NaN or Inf.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            return _from_arrays({name: file[name] for name in file.files})
+            if warns:
+                _warn_of_strangers(path, file)
+            return _from_arrays(_known_arrays(file))
+    except _READING_ERRORS as error:
+        raise UserError(
+            f"'{path}' is not a usable latent cache ({error}).", "Delete it and run prepare_buckets_latents.py again."
+        ) from error
+
+
+def bucket_of_cache(path: Path) -> Size:
+    """Return the size that a cache file was made for; reads no latents. Raise `UserError` as `read_cache`."""
+    try:
+        with np.load(path, allow_pickle=False) as file, file.zip.open("latents.npy") as member:
+            read_header = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }[np.lib.format.read_magic(member)]
+            shape, _, _ = read_header(member)
+            _, height, width = shape
+            return Size(width * PIXELS_PER_LATENT, height * PIXELS_PER_LATENT)
     except _READING_ERRORS as error:
         raise UserError(
             f"'{path}' is not a usable latent cache ({error}).", "Delete it and run prepare_buckets_latents.py again."
@@ -192,7 +214,7 @@ def read_fitting_cache(path: Path, image: Path | None, bucket: Size | None, dema
 
     Raise `UserError` naming the file for damage, as `read_cache`, and with every reason why it does not fit.
     """
-    cached = read_cache(path)
+    cached = read_cache(path, warns=True)
     image_digest = None
     if image is not None and demands.check_image and cached.is_ours:
         image_digest = file_digest(image)
@@ -203,6 +225,24 @@ def read_fitting_cache(path: Path, image: Path | None, bucket: Size | None, dema
             "Run prepare_buckets_latents.py again where the images are.",
         )
     return cached
+
+
+def _known_arrays(file: Any) -> dict[str, np.ndarray]:
+    """Return the arrays of a cache file that are read, each of a size that it can have."""
+    arrays = {}
+    for name in _LARGEST_MEMBERS.keys() & set(file.files):
+        num_bytes = file.zip.getinfo(f"{name}.npy").file_size  # what it says before it is unpacked
+        if num_bytes > _LARGEST_MEMBERS[name]:
+            raise ValueError(f"{name} would take {num_bytes} bytes")
+        arrays[name] = file[name]
+    return arrays
+
+
+def _warn_of_strangers(path: Path, file: Any) -> None:
+    sizes = {info.filename.removesuffix(".npy"): info.file_size for info in file.zip.infolist()}
+    for name in sizes.keys() - _LARGEST_MEMBERS.keys():
+        if sizes[name] > _LARGE_STRANGER:
+            log.warning("'%s' holds '%s' of %d MB, which is not read.", path, name, sizes[name] // 10**6)
 
 
 def _from_arrays(arrays: dict[str, np.ndarray]) -> CachedLatents:
@@ -235,7 +275,11 @@ def _checked_latents(latents: np.ndarray) -> np.ndarray:
         raise ValueError(f"latents are {latents.dtype} {latents.shape}, expected float32 (4, h, w)")
     if not np.isfinite(latents).all():
         raise ValueError("latents hold NaN or Inf")
-    return latents.astype(np.float32, copy=False)
+    with np.errstate(over="ignore"):
+        narrowed = latents.astype(np.float32, copy=False)
+    if not np.isfinite(narrowed).all():
+        raise ValueError("latents hold numbers that float32 cannot")
+    return narrowed
 
 
 def _checked_mask(mask: np.ndarray) -> np.ndarray:

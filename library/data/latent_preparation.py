@@ -20,6 +20,7 @@ from library.config.digests import file_digest
 from library.config.errors import UserError
 from library.data.buckets import BucketedImage
 from library.data.crops import crop_to_record
+from library.data.found_images import error_of_images
 from library.data.images import load_cropped
 from library.data.latent_cache import CachedLatents, cache_bytes, cache_path, write_cache
 from library.data.prefetch import prefetch
@@ -81,7 +82,7 @@ def encode_missing(
     """Return the images with latents for all of them, in memory or on disk as the options ask.
 
     `digest` is the VAE's, to record in the caches (None: computed from the weights as they are held). Raises
-    `UserError` for the first image that cannot be encoded.
+    `UserError` naming the images that cannot be encoded.
     """
     sources = list(dict.fromkeys(image.source for image in images if image.source and not image.has_latents))
     encoding = Encoding(options.vae_batch_size, flip=options.flip_aug, legacy_crop=options.legacy_crop_coords)
@@ -90,9 +91,11 @@ def encode_missing(
         require_disk_for_latents(options.train_data_dir, sources, encoding)
     outcomes = encode_images(sources, vae, encoding, vae_digest=digest or vae_digest(vae))
     encoded: dict[BucketedImage | None, tuple[Path | CachedLatents, str]] = {}
+    errors: list[UserError] = []
     for outcome in tqdm(outcomes, "encoding latents", len(sources), unit="image", disable=None if sources else True):
         if outcome.error is not None:
-            raise outcome.error
+            errors.append(outcome.error)
+            continue
         if outcome.redone_in_float32:
             log.warning("'%s': NaN in the VAE's precision, encoded in float32.", outcome.image.path)
         assert outcome.cached is not None
@@ -101,6 +104,8 @@ def encode_missing(
             latents = cache_path(outcome.image.path)
             write_cache(latents, outcome.cached)
         encoded[outcome.image] = latents, outcome.cached.content_digest
+    if errors:
+        raise error_of_images(errors)
     return [_with_latents(image, encoded.get(image.source)) for image in images]
 
 

@@ -13,7 +13,7 @@ from library.config.errors import UserError, listed
 from library.data.captions import CaptionPair, variants_of
 from library.data.metadata_lines import is_lines, read_lines, write_lines
 from library.data.strict_json import parse_json, shown
-from library.sdxl.sizes import MAX_ASPECT, MAX_SIDE, MIN_SIDE, Size
+from library.sdxl.sizes import MAX_ASPECT, MAX_SIDE, MIN_SIDE, PIXELS_PER_LATENT, Size
 
 Entry = dict[str, Any]
 Metadata = dict[str, Entry]
@@ -149,8 +149,13 @@ def is_reg(entry: Entry) -> bool:
 
 
 def train_resolution(entry: Entry) -> Size | None:
-    """Return the bucket that was chosen for the image; None before buckets were prepared."""
-    return Size(*entry[TRAIN_RESOLUTION]) if TRAIN_RESOLUTION in entry else None
+    """Return the bucket that was chosen for the image, in whole latent cells; None before buckets were prepared.
+
+    Files of 2023 hold sizes such as 818x1281, of which the VAE leaves 816x1280.
+    """
+    if TRAIN_RESOLUTION not in entry:
+        return None
+    return Size(*(side - side % PIXELS_PER_LATENT for side in entry[TRAIN_RESOLUTION]))
 
 
 def with_train_resolution(entry: Entry, size: Size) -> Entry:

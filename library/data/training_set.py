@@ -1,7 +1,7 @@
 """Metadata, images and caches to the list of images to train on."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -9,21 +9,20 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from library.config.digests import digest, file_digest
-from library.config.errors import UserError, listed
+from library.config.errors import UserError
 from library.config.magnitudes import MOST_VISITS
 from library.data.buckets import BucketAssignment, BucketedImage, covering_size
+from library.data.cache_files import cache_finder
 from library.data.captions import CaptionPair
 from library.data.crops import LEGACY_CROP_NOTICE, Crop, crop_to_train
-from library.data.image_keys import images_by_stem, is_file, resolve_image
-from library.data.image_kinds import FORMAT_OF_SUFFIX
+from library.data.found_images import FoundImage, error_of_images, notices, require_usable
+from library.data.image_keys import images_by_stem, is_file, resolve_cache, resolve_image
 from library.data.images import read_size
 from library.data.latent_cache import (
     CacheDemands,
     CachedLatents,
-    cache_path,
     read_cache,
     read_fitting_cache,
-    require_separate_caches,
 )
 from library.data.metadata import (
     Entry,
@@ -80,9 +79,18 @@ class TrainingImage:
         return Kind(self.subset.dataset, self.bucket, self.has_latents)
 
     def read_latents(self) -> CachedLatents:
-        """Return the cached latents. Raise `UserError` if their file is no longer usable."""
+        """Return the cached latents. Raise `UserError` if their file is no longer usable, or is another by now."""
         assert self.latents is not None
-        return read_cache(self.latents) if isinstance(self.latents, Path) else self.latents
+        if not isinstance(self.latents, Path):
+            return self.latents
+        cached = read_cache(self.latents)
+        if cached.bucket != self.bucket or self.content_digest not in (None, cached.content_digest):
+            other = "of another image" if cached.bucket == self.bucket else f"for {cached.bucket}, not {self.bucket}"
+            raise UserError(
+                f"'{self.latents}' was replaced while training: it holds latents {other}.",
+                "Start again, or restore the latents and continue from a saved state.",
+            )
+        return cached
 
     def fingerprint(self) -> str:
         """Return a digest of captions, bucket, the image, and whether its latents are cached.
@@ -101,30 +109,17 @@ class TrainingImage:
         return digest(with_lengths, _FINGERPRINT_BYTES).hex()
 
 
-class FoundImage(NamedTuple):
-    """An image of the metadata: its file, None if only its cache is there, and where its cache is or would be.
-
-    `bucket` is the one the metadata names, None where it names none.
-    """
-
-    key: str
-    captions: CaptionPair
-    subset: Subset
-    bucket: Size | None
-    file: Path | None
-    cache: Path
-    loss_weight: float
-
-
 def find_training_images(subsets: Sequence[Subset]) -> list[FoundImage]:
-    """Return every image of the subsets with its files; reads the metadata and lists the folders, but no image.
+    """Return every image of the subsets with its files; reads the metadata, lists the folders and opens no network.
 
-    Raise `UserError` naming the images that lack a caption, or that have neither image file nor cache.
+    Raise `UserError` naming the images of a subset that lack a caption, or else all that have neither a usable image
+    file nor a usable cache, or no bucket; report what else the user should know.
     """
-    return [image for subset in subsets for image in _find_images_of(subset)]
+    is_alone = len(subsets) == 1
+    return [image for subset in subsets for image in _find_images_of(subset, is_alone=is_alone)]
 
 
-def _find_images_of(subset: Subset) -> list[FoundImage]:
+def _find_images_of(subset: Subset, *, is_alone: bool) -> list[FoundImage]:
     path, folder = subset.metadata_file, subset.image_dir
     assert path is not None  # checked by problems()
     metadata = read_metadata(path)
@@ -141,15 +136,11 @@ def _find_images_of(subset: Subset) -> list[FoundImage]:
             f"Lower --dataset_repeats: an epoch may have {MOST_VISITS}. --max_train_steps decides how long a run is.",
         )
     by_stem = images_by_stem(folder)
-    file_of = {key: resolve_image(key, folder, by_stem) for key in metadata}
-    require_separate_caches(path for path in file_of.values() if path is not None)
-    found = [_found(key, entry, file_of[key], subset) for key, entry in metadata.items()]
-    missing = [image.key for image in found if image.file is None and not is_file(image.cache)]
-    if missing:
-        raise UserError(
-            f"{len(missing)} images of '{path}' are not in '{folder}': {listed(missing)}.",
-            "Check --train_data_dir, or remove them from the metadata.",
-        )
+    find_cache = cache_finder()
+    found = [_found(key, entry, subset, by_stem, find_cache) for key, entry in metadata.items()]
+    require_usable(found, subset)
+    for notice in notices(found, subset, by_stem, is_alone=is_alone):
+        log.info("%s", notice)
     return found
 
 
@@ -165,13 +156,19 @@ def read_training_set(
     if legacy_crop:
         log.warning(LEGACY_CROP_NOTICE)
     images: list[TrainingImage] = []
+    errors: list[UserError] = []
     for each in tqdm(found, desc="reading the training set", unit="image", disable=None):
         demands = CacheDemands(vae_digest, flip=each.subset.augmentation.flip_aug, check_image=check_images)
-        cached = _read_if_fitting(each, demands)
-        if cached is not None:
-            images.append(_from_cache(each, cached, legacy=legacy_crop))
-        else:
-            images.append(_from_file(each, legacy=legacy_crop))
+        try:
+            cached = _read_if_fitting(each, demands)
+            if cached is None:
+                images.append(_from_file(each, legacy=legacy_crop))
+            else:
+                images.append(_from_cache(each, cached, legacy=legacy_crop))
+        except UserError as error:
+            errors.append(error)
+    if errors:
+        raise error_of_images(errors)
     return images
 
 
@@ -180,8 +177,15 @@ def fingerprints(images: Iterable[TrainingImage]) -> dict[str, str]:
     return {image.key: image.fingerprint() for image in images}
 
 
-def _found(key: str, entry: Entry, file: Path | None, subset: Subset) -> FoundImage:
-    cache = _cache_without_image(key, subset.image_dir) if file is None else cache_path(file)
+def _found(
+    key: str,
+    entry: Entry,
+    subset: Subset,
+    by_stem: Mapping[str, Sequence[Path]],
+    find_cache: Callable[[Path], Path],
+) -> FoundImage:
+    file = resolve_image(key, subset.image_dir, by_stem)
+    cache = find_cache(resolve_cache(key, subset.image_dir) if file is None else file)
     separators = subset.captions.rules_l.caption_separator, subset.captions.rules_g.caption_separator
     captions = captions_of(entry, one_caption=subset.one_caption, separators=separators)
     weight = loss_weight(entry) * subset.loss_weight
@@ -235,16 +239,3 @@ def _from_file(found: FoundImage, *, legacy: bool) -> TrainingImage:
         crop=crop_to_train(bucket, resized, size, legacy=legacy),
         source=BucketedImage(found.file, size, assignment),
     )
-
-
-def _cache_without_image(key: str, folder: Path) -> Path:
-    """Return where the cache of an image lies whose file is missing (only the latents were copied to this machine).
-
-    A key that is a path may have been written on another machine, so the file name alone is looked up as well.
-    """
-    path = Path(key.replace("\\", "/"))
-    name = path.with_suffix(".npz") if path.suffix.lower() in FORMAT_OF_SUFFIX else Path(f"{path}.npz")
-    if ".." in name.parts:  # nothing outside the folder may be read
-        name = Path(name.name)
-    candidates = [folder / name, name, folder / name.name] if len(name.parts) > 1 else [folder / name]
-    return next((candidate for candidate in candidates if is_file(candidate)), candidates[0])

@@ -10,6 +10,7 @@ import pytest
 from library.config.digests import file_digest
 from library.config.errors import UserError
 from library.data.buckets import covering_size
+from library.data.cache_files import require_separate_caches
 from library.data.crops import crop_to_record, crop_to_train
 from library.data.latent_cache import (
     CacheDemands,
@@ -17,7 +18,6 @@ from library.data.latent_cache import (
     cache_path,
     read_cache,
     read_fitting_cache,
-    require_separate_caches,
     write_cache,
 )
 from library.sdxl.sizes import Size
@@ -125,7 +125,7 @@ def test_the_cache_lies_beside_its_picture_under_the_same_stem():
 
 def test_two_pictures_that_would_share_a_cache_are_both_named():
     require_separate_caches([Path("a/1.png"), Path("b/1.png"), Path("a/2.png"), Path("a/1.png")])
-    with pytest.raises(UserError, match=r"'1.jpg' and '1.png' would share the latents file '1.npz'.*Rename"):
+    with pytest.raises(UserError, match=r"'1.jpg' and '1.png' would share the latents file '1.npz'.*rename"):
         require_separate_caches([Path("1.jpg"), Path("1.png")])
 
 

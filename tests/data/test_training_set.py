@@ -59,10 +59,10 @@ def test_captions_and_order_are_those_of_the_metadata(folder):
 
 
 def test_caches_that_were_copied_to_another_machine_are_found_by_a_path_of_the_first_one(folder):
-    folder.add_cache(folder.images / "01.png")
-    folder.add_cache(folder.images / "deep" / "02.png")
-    keys = ["/elsewhere/01.png", "C:\\pictures\\01.png", "deep/02.png", str(folder.images / "deep" / "02.jpg")]
-    assert [image.latents.stem for image in folder.read(keys)] == ["01", "01", "02", "02"]
+    for name in ("01.png", "03.png", "deep/02.png", "deep/04.png"):
+        folder.add_cache(folder.images / name)
+    keys = ["/elsewhere/01.png", "C:\\pictures\\03.png", "deep/02.png", "/elsewhere/my/deep/04.jpg"]
+    assert [image.latents.stem for image in folder.read(keys)] == ["01", "03", "02", "04"]
 
 
 def test_a_cache_in_the_current_folder_is_not_taken_for_one_of_the_set(folder, monkeypatch):

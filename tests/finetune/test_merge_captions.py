@@ -148,6 +148,21 @@ def test_allow_missing_writes_the_rest_and_names_what_it_left_out(folder, existi
     assert f"Left out 2 images without .caption: '{missing[0]}', '{missing[1]}'" in capsys.readouterr().out
 
 
+@BOTH
+def test_entries_of_images_that_are_gone_are_removed_on_request(script, folder, existing, capsys):
+    add_image(folder, "01.png", **{EXTENSIONS[script][1:]: "a cat"})
+    assert script.main([str(folder), str(existing), "--remove_missing"]) == 0
+    assert set(content_of(existing)) == {"01"}
+    assert "Removed 1 entries whose image is gone: 'old'" in capsys.readouterr().out
+
+
+def test_an_image_without_a_caption_is_not_gone(folder, existing):
+    add_image(folder, "old.png")
+    add_image(folder, "01.png", caption="a cat")
+    assert merge_g.main([str(folder), str(existing), "--remove_missing", "--allow_missing"]) == 0
+    assert set(content_of(existing)) == {"old", "01"}
+
+
 def test_images_with_a_caption_for_one_encoder_only_are_named_once_others_have_both(folder, capsys):
     metadata = folder / "meta.json"
     add_image(folder, "01.png", caption="a cat", txt="photo")
@@ -190,13 +205,18 @@ def test_not_a_single_caption_is_a_mistake_even_if_some_may_miss(folder, existin
 
 @BOTH
 @pytest.mark.parametrize(
-    ("names", "flags"), [(("a.jpg", "a.png"), []), (("x/a.png", "y/a.png"), ["--recursive"])], ids=["suffix", "folder"]
+    ("names", "flags", "remedy"),
+    [
+        (("a.jpg", "a.png"), [], "rename it together with its caption files"),
+        (("x/a.png", "y/a.png"), ["--recursive"], "--full_path"),
+    ],
+    ids=["suffix", "folder"],
 )
-def test_two_images_of_one_key_are_both_named(script, folder, existing, capsys, names, flags):
+def test_two_images_of_one_key_are_both_named(script, folder, existing, capsys, names, flags, remedy):
     suffix = EXTENSIONS[script][1:]
     images = [add_image(folder, name, **{suffix: "a cat"}) for name in names]
     message = f"'{images[0]}' and '{images[1]}' have the same key 'a'"
-    assert_refused(script, [folder, existing, *flags], existing, capsys, message, "--full_path")
+    assert_refused(script, [folder, existing, *flags], existing, capsys, message, remedy)
 
 
 @BOTH

@@ -155,14 +155,14 @@ def test_the_metadata_is_kept_with_the_bucket_added_and_the_table_counts(folder,
     written = json.loads(folder.out_json.read_text(encoding="utf-8"))
     assert written["tall"] == extra | {"train_resolution": [64, 64]}
     assert folder.resolutions() == {"wide": [128, 32], "wide too": [128, 32], "tall": [64, 64]}
-    errors = [abs(4 - 4), abs(4 - 3.75), abs(1 - 0.75)]
     assert capsys.readouterr().out.splitlines() == [
         f"wrote 3 entries, 3 of them with latents, to '{folder.out_json}'",
         "buckets:",
         "  bucket       images",
         "  64x64             1",
         "  128x32            2",
-        f"3 images (0 had their latents), mean aspect error {sum(errors) / 3:.4f}",
+        "3 images (0 had their latents); about 10 % of each image is cropped away;"
+        " most: 'tall.png' 25 %, 'wide too.png' 6 %",
     ]
 
 
@@ -220,9 +220,38 @@ def test_what_has_no_counterpart_is_listed(folder, capsys):
     assert folder.prepare() == 0
     printed = capsys.readouterr().out
     assert f"1 images without metadata are left out:\n  {folder.images / 'lonely.png'}\n" in printed
-    assert "2 entries of the metadata without an image stay as they are:\n  gone\n  gone too\n" in printed
+    stay = "2 entries of the metadata without an image stay as they are (see --remove_missing):"
+    assert f"{stay}\n  gone\n  gone too\n" in printed
     assert folder.caches() == ["a.npz", "b.npz"]
     assert folder.resolutions() == {"a": [64, 64], "b": [64, 64], "gone": None, "gone too": None}
+
+
+def test_entries_without_an_image_are_removed_on_request(folder, capsys):
+    folder.add("a.png")
+    folder.captions_for("a", *(f"gone {number:02}" for number in range(12)))
+    assert folder.prepare("--remove_missing") == 0
+    printed = capsys.readouterr().out
+    assert "12 entries without an image are removed:\n  gone 00\n" in printed
+    assert "gone 09\n  and 2 more\n" in printed
+    assert folder.resolutions() == {"a": [64, 64]}
+
+
+def test_keys_that_are_paths_of_another_place_are_found_by_name(folder, capsys):
+    for name in ("a.png", "deep/b.png", "deep/c.png"):
+        folder.add(name)
+    folder.captions_for("/old/my set/a.png", "C:\\old\\deep\\b.png", str(folder.images / "deep" / "c.png"))
+    assert folder.prepare("--recursive", "--full_path") == 0
+    assert "2 keys are paths of another place; their images were found by name" in capsys.readouterr().out
+    assert list(folder.resolutions().values()) == [[64, 64]] * 3
+    assert folder.caches() == ["a.npz", "deep/b.npz", "deep/c.npz"]
+
+
+def test_two_keys_of_another_place_do_not_share_an_image(folder, capsys):
+    folder.add("a.png")
+    folder.captions_for("/old/x/a.png", "/old/y/a.png")
+    assert folder.prepare("--full_path") == 2
+    assert "several keys of the metadata lead to one image" in capsys.readouterr().err
+    assert folder.caches() == []
 
 
 def test_the_cache_lies_beside_the_picture_under_its_stem(folder):
@@ -231,15 +260,27 @@ def test_the_cache_lies_beside_the_picture_under_its_stem(folder):
     assert folder.caches() == [cache_path(image).name] == ["01.v2.npz"]
 
 
-def test_jsonl_leads_to_its_images_wherever_they_are_and_json_is_written(folder, capsys):
+def test_jsonl_does_not_lead_to_images_elsewhere(folder, capsys):
+    folder.add("01.png")
+    elsewhere = folder.add("../elsewhere/03.png").resolve()
+    in_json = folder.root / "meta.jsonl"
+    lines = [{"image_path": path, "captionG": "a", "captionL": "b"} for path in ("01.png", str(elsewhere))]
+    in_json.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    arguments = [folder.images, in_json, folder.out_json, folder.model]
+    assert script.main([str(argument) for argument in arguments]) == 2
+    assert "outside the image folder" in capsys.readouterr().err
+    assert not list(folder.root.rglob("*.npz"))
+
+
+def test_jsonl_leads_to_its_images_and_json_is_written(folder, capsys):
     folder.add("01.png")
     folder.add("deep/01.png")
-    elsewhere = folder.add("../elsewhere/03.png").resolve()
+    folder.add("deep/03.png")
     folder.add("unlisted.png")
     lines = [
         {"image_path": "01.png", "caption": "a", "tags": "b"},
         {"image_path": "deep\\01.png", "caption": "a", "tags": "b"},
-        {"image_path": str(elsewhere), "captionG": "a", "captionL": "b"},
+        {"image_path": str(folder.images / "deep" / "03.png"), "captionG": "a", "captionL": "b"},
         {"image_path": "gone.png", "caption": "a"},
     ]
     written = json.loads(folder.prepare_lines(lines))
@@ -247,14 +288,13 @@ def test_jsonl_leads_to_its_images_wherever_they_are_and_json_is_written(folder,
     assert written == {
         "01.png": {"caption": "a", "tags": "b"} | bucket,
         "deep\\01.png": {"caption": "a", "tags": "b"} | bucket,
-        str(elsewhere): {"captionG": "a", "captionL": "b"} | bucket,
+        str(folder.images / "deep" / "03.png"): {"captionG": "a", "captionL": "b"} | bucket,
         "gone.png": {"caption": "a"},
     }
-    assert folder.caches() == ["01.npz", "deep/01.npz"]
-    assert elsewhere.with_suffix(".npz").is_file()
+    assert folder.caches() == ["01.npz", "deep/01.npz", "deep/03.npz"]
     said = capsys.readouterr().out
     assert f"1 images without metadata are left out:\n  {folder.images / 'unlisted.png'}" in said
-    assert "1 entries of the metadata without an image stay as they are:\n  gone.png" in said
+    assert "1 entries of the metadata without an image stay as they are (see --remove_missing):\n  gone.png" in said
 
 
 def test_jsonl_is_written_where_the_name_says_so(folder):

@@ -89,7 +89,10 @@ def test_the_preparation_names_a_bad_picture_and_prepares_the_others(
 def test_a_folder_named_like_a_picture_is_no_picture(in_folder, tiny_sdxl: Path, capsys):
     Path("images/bad.png").mkdir()
     assert prepare(tiny_sdxl) == 0
-    assert "1 entries of the metadata without an image stay as they are:\n  bad" in capsys.readouterr().out
+    assert (
+        "1 entries of the metadata without an image stay as they are (see --remove_missing):\n  bad"
+        in capsys.readouterr().out
+    )
     assert "1 images of 'meta.json' are not in 'images': bad" in train(tiny_sdxl, capsys)
 
 

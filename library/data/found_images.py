@@ -1,0 +1,132 @@
+"""The images that the metadata asks for, as they were found: all that is wrong with them at once, and what is odd."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from library.config.errors import UserError, listed
+from library.data.captions import CaptionPair
+from library.data.image_keys import is_file, is_found_by_name
+from library.data.images import read_size
+from library.data.latent_cache import bucket_of_cache, cache_path
+from library.data.subsets import Subset
+from library.sdxl.sizes import Size
+
+
+class FoundImage(NamedTuple):
+    """An image of the metadata: its file, None if only its cache is there, and where its cache is or would be.
+
+    `bucket` is the one the metadata names, None where it names none.
+    """
+
+    key: str
+    captions: CaptionPair
+    subset: Subset
+    bucket: Size | None
+    file: Path | None
+    cache: Path
+    loss_weight: float
+
+
+def require_usable(found: Sequence[FoundImage], subset: Subset) -> None:
+    """Raise one `UserError` that names every image that cannot be trained, as far as its first bytes tell."""
+    in_json, folder = subset.metadata_file, subset.image_dir
+    _require_own_files(found, folder)
+    problems: list[UserError] = []
+    missing = [image.key for image in found if image.file is None and not is_file(image.cache)]
+    if missing:
+        problems.append(
+            UserError(
+                f"{len(missing)} images of '{in_json}' are not in '{folder}': {listed(missing)}.",
+                "Check --train_data_dir, or remove them from the metadata: the scripts that make it have"
+                " --remove_missing.",
+            )
+        )
+    broken = [error for image in found if (error := _problem(image)) is not None]
+    if broken:
+        problems.append(error_of_images(broken))
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise UserError("\n  ".join(["the training set is not complete:", *map(str, problems)]))
+
+
+def error_of_images(errors: Sequence[UserError]) -> UserError:
+    """Return one error for those of several images."""
+    if len(errors) == 1:
+        return errors[0]
+    remedies = dict.fromkeys(error.remedy for error in errors)
+    return UserError(
+        f"{len(errors)} images cannot be used: {listed([error.problem.rstrip('.') for error in errors])}.",
+        " ".join(list(remedies)[:3]),
+    )
+
+
+def notices(
+    found: Sequence[FoundImage], subset: Subset, by_stem: Mapping[str, Sequence[Path]], *, is_alone: bool
+) -> Iterator[str]:
+    """Yield what the user should know of images that can be trained; `is_alone` says that there are no others."""
+    folder, resolution = subset.image_dir, subset.rule.max_resolution
+    moved = [f"'{each.key}'" for each in found if is_found_by_name(each.key, each.file or each.cache, folder)]
+    if moved:
+        yield f"{len(moved)} keys are paths of another place; found by name in '{folder}': {listed(moved)}"
+    used = {image.file for image in found}
+    unused = [f"'{path.name}'" for paths in by_stem.values() for path in paths if path not in used]
+    if unused and is_alone:
+        yield f"{len(unused)} images of '{folder}' are not in the metadata and are not trained: {listed(unused)}"
+    prepared = [image.bucket for image in found if image.bucket is not None]
+    if not prepared:
+        return
+    new = [f"'{image.key}'" for image in found if image.bucket is None and not is_file(image.cache)]
+    if new:
+        yield (
+            f"{len(new)} images have no bucket, unlike the others, and are trained at the resolution "
+            f"{resolution}: {listed(new)}. Run prepare_buckets_latents.py again to prepare them."
+        )
+    largest = max(prepared, key=lambda bucket: bucket.area)
+    if not resolution.area / 2 < largest.area <= resolution.area:
+        yield (
+            f"the metadata was prepared for other sizes than the resolution {resolution}: its largest bucket is "
+            f"{largest}. Images are trained at the size that was prepared."
+        )
+
+
+def _require_own_files(found: Iterable[FoundImage], folder: Path) -> None:
+    """Raise `UserError` if two images share a cache, or two keys an image that one of them does not name."""
+    first_of: dict[Path, FoundImage] = {}
+    for image in found:
+        where = image.cache if image.file is None else cache_path(image.file)
+        first = first_of.setdefault(where, image)
+        if first is image:
+            continue
+        if first.file == image.file:
+            place = image.file or image.cache
+            if not any(is_found_by_name(each.key, place, folder) for each in (first, image)):
+                continue  # one image, two captions
+            raise UserError(
+                f"the keys '{first.key}' and '{image.key}' both lead to '{place}'.",
+                "Remove one of them from the metadata.",
+            )
+        raise UserError(
+            f"'{first.file or first.cache}' and '{image.file or image.cache}' would share the latents file"
+            f" '{where.name}'.",
+            "Remove one of them, or rename it together with its caption files.",
+        )
+
+
+def _problem(image: FoundImage) -> UserError | None:
+    try:
+        if image.file is None and is_file(image.cache):
+            bucket = bucket_of_cache(image.cache)
+            if image.bucket not in (None, bucket):
+                return UserError(
+                    f"'{image.cache}' does not fit: it is for {bucket}, not {image.bucket}.",
+                    "Run prepare_buckets_latents.py again where the images are.",
+                )
+        elif image.file is not None and not is_file(image.cache):
+            size = read_size(image.file)
+            if image.bucket is None:
+                image.subset.rule.assign(size)
+    except UserError as error:
+        return error
+    return None
