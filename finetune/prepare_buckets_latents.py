@@ -17,6 +17,7 @@ from library.config.errors import exits_on_user_error
 from library.config.kohya_spellings import PREPARE_SPELLINGS
 from library.config.magnitudes import MOST_IMAGES_AT_ONCE, MOST_WORKERS
 from library.config.options import option, parse_options, positional
+from library.data.augmentation import RESIZE_INTERPOLATION_HELP, RESIZE_INTERPOLATIONS, interpolation_of
 from library.data.buckets import BucketOptions, parse_resolution
 
 DESCRIPTION = "Sort images into buckets and write the latents of each beside it (.npz)."
@@ -39,7 +40,9 @@ class PrepareOptions:
     full_path: bool = option(False, "The keys of the metadata are paths, not file names without suffix.")
     recursive: bool = option(False, "Include the images of subfolders.")
     remove_missing: bool = option(False, "Leave entries whose image is gone out of out_json.")
-    skip_existing: bool = option(False, "Keep latents that were made from this image, VAE, bucket and flip.")
+    skip_existing: bool = option(
+        False, "Keep latents that were made from this image, VAE, bucket, flip and interpolation."
+    )
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class LatentOptions:
     mixed_precision: str = option("no", "Precision of the VAE.", choices=("no", "fp16", "bf16"))
     flip_aug: bool = option(False, "Also encode each image flipped, for --flip_aug in training.")
     alpha_mask: bool = option(False, "Keep the transparency of each image with its latents.")
+    resize_interpolation: str | None = option(None, RESIZE_INTERPOLATION_HELP, choices=RESIZE_INTERPOLATIONS)
     legacy_crop_coords: bool = option(False, "Record the crop as kohya's trainers do, on the wrong axis.")
 
 
@@ -92,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         recursive=options.recursive,
         skip_existing=options.skip_existing,
         remove_missing=options.remove_missing,
+        resize_interpolation=interpolation_of(latents.resize_interpolation),
     )
     return EXIT_SOME_UNUSABLE if num_failed else 0
 

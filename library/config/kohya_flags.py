@@ -44,16 +44,9 @@ _OTHER_TRAINING: dict[str, str] = {
 
 _IMAGES: dict[str, str] = {
     **dict.fromkeys(
-        ("--color_aug", "--random_crop", "--face_crop_aug_range"),
-        "changes each image at every step, so its latents could not be cached. Add changed copies of the images "
-        "to the set, or use --flip_aug.",
-    ),
-    **dict.fromkeys(
         ("--alpha_mask", "--masked_loss"),
         "the loss cannot be masked yet: transparent parts are trained as white. Crop the images to what matters.",
     ),
-    "--resize_interpolation": "the resampling filter is fixed, so that latents from every machine agree. Resize the "
-    "images beforehand to use another one.",
 }
 
 _LOSS: dict[str, str] = {

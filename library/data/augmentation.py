@@ -1,8 +1,9 @@
 """What may vary in an image from visit to visit, and which part of it a visit shows."""
 
+import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -13,8 +14,15 @@ from library.data.caption_draws import CaptionDraw, choice, drawn_numbers
 from library.data.crops import Crop, true_crop_ltrb
 from library.sdxl.sizes import Size
 
+log = logging.getLogger(__name__)
+
 RESIZE_INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box")
 """The names of `--resize_interpolation`, those of kohya's trainers."""
+
+RESIZE_INTERPOLATION_HELP = (
+    "Interpolation that resizes images to their buckets. Default: area to shrink, lanczos to enlarge. linear is "
+    "bilinear, cubic is bicubic. Latents that were made with another one are stale."
+)
 
 _SAME_INTERPOLATION = {"linear": "bilinear", "cubic": "bicubic"}
 
@@ -104,6 +112,20 @@ def face_in(path: Path, size: Size) -> Face | None:
     face = Face(*map(int, match.groups()))
     fits = face.x <= size.width and face.y <= size.height and face.width <= size.width and face.height <= size.height
     return face if fits and min(face) > 0 else None
+
+
+def require_faces(images: Iterable[BucketedImage]) -> None:
+    """Report how many of the images to crop around faces tell theirs. Raise `UserError` if none of them does."""
+    faces = [face_in(image.path, image.size) for image in images]
+    num_faces = len(faces) - faces.count(None)
+    if faces and num_faces == 0:
+        raise UserError(
+            "--face_crop_aug_range: no name of an image tells where its face is.",
+            "Name images name_x_y_width_height.jpg with centre and size of the face in pixels, such as "
+            "anna_512_300_180_200.jpg, or leave out the flag.",
+        )
+    if num_faces < len(faces):
+        log.info("%d of %d images are named for a face; the others are cropped without one", num_faces, len(faces))
 
 
 def drawn_part(source: BucketedImage, augmentation: Augmentation, draw: CaptionDraw) -> Part:

@@ -34,12 +34,16 @@ class Captioning:
     num_steps: int
     texts: CachedTexts = NO_TEXTS
 
+    def draws(self, images: Sequence[TrainingImage], micro_batch: MicroBatch) -> list[CaptionDraw]:
+        """Return what the random numbers of each image of a micro-batch depend on."""
+        return [
+            CaptionDraw(self.seed, micro_batch.epoch, image.key, occurrence, micro_batch.steps_done, self.num_steps)
+            for image, occurrence in zip(images, micro_batch.occurrences, strict=True)
+        ]
+
     def final_texts(self, images: Sequence[TrainingImage], micro_batch: MicroBatch) -> Iterator[FinalTexts]:
         """Yield the final texts of each image of a micro-batch."""
-        for image, occurrence in zip(images, micro_batch.occurrences, strict=True):
-            draw = CaptionDraw(
-                self.seed, micro_batch.epoch, image.key, occurrence, micro_batch.steps_done, self.num_steps
-            )
+        for image, draw in zip(images, self.draws(images, micro_batch), strict=True):
             yield final_texts(image.captions, image.subset.captions, draw)
 
     def of(self, images: Sequence[TrainingImage], micro_batch: MicroBatch) -> TextBatch:

@@ -14,9 +14,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from library.config.errors import UserError
+from library.data.augmented_images import load_augmented
+from library.data.caption_draws import CaptionDraw
 from library.data.captioning import Captioning
+from library.data.crops import Crop
 from library.data.epoch_order import EpochOrder, MicroBatch
-from library.data.images import load_cropped
 from library.data.latent_preparation import pixels_to_tensor
 from library.data.prefetch import prefetch
 from library.data.subsets import LoaderOptions
@@ -94,15 +96,16 @@ class CaptionedImages(Dataset[Batch]):
 
     def __getitem__(self, micro_batch: MicroBatch) -> Batch:
         images = [self.images[index] for index in micro_batch.indices]
-        flips = micro_batch.flips
-        samples = torch.stack([_sample(image, flip) for image, flip in zip(images, flips, strict=True)])
+        draws = self._captioning.draws(images, micro_batch)
+        visits = [_visit(*each) for each in zip(images, draws, micro_batch.flips, strict=True)]
+        samples = torch.stack([visit.sample for visit in visits])
         texts = self._captioning.of(images, micro_batch)
         return Batch(
             latents=samples if images[0].has_latents else None,
             pixels=None if images[0].has_latents else samples,
             tokens=texts.tokens,
             original_sizes=torch.tensor([_height_width(image.size) for image in images]),
-            crop_top_lefts=torch.tensor([_top_left(image, flip) for image, flip in zip(images, flips, strict=True)]),
+            crop_top_lefts=torch.tensor([visit.crop_top_left for visit in visits]),
             target_sizes=torch.tensor([_height_width(image.bucket) for image in images]),
             encoded=texts.encoded,
             weights=texts.weights,
@@ -232,14 +235,23 @@ def _unchanged(item: Any) -> Any:
     return item
 
 
-def _sample(image: TrainingImage, flip: bool) -> torch.Tensor:
-    """Return latents [4, h, w], or pixels [3, H, W] where none are cached."""
+class _Visit(NamedTuple):
+    """Latents [4, h, w], or pixels [3, H, W] where none are cached, and the crop that they are."""
+
+    sample: torch.Tensor
+    crop_top_left: list[float]
+
+
+def _visit(image: TrainingImage, draw: CaptionDraw, flip: bool) -> _Visit:
     if image.has_latents:
-        return torch.from_numpy(np.ascontiguousarray(image.read_latents().in_direction(flipped=flip)))
+        latents = torch.from_numpy(np.ascontiguousarray(image.read_latents().in_direction(flipped=flip)))
+        return _Visit(latents, _top_left(image.crop, flip))
     assert image.source is not None
-    bucket, resized, _ = image.source.assignment
-    pixels = pixels_to_tensor(load_cropped(image.source.path, resized, bucket).pixels)
-    return pixels.flip(-1) if flip else pixels
+    augmentation = image.subset.augmentation
+    array, crop = load_augmented(image.source, augmentation, draw)
+    pixels = pixels_to_tensor(array)
+    # A centre crop may be conditioned on as a legacy one.
+    return _Visit(pixels.flip(-1) if flip else pixels, _top_left(crop if augmentation.moves_crop else image.crop, flip))
 
 
 def _loss_weights(images: Sequence[TrainingImage]) -> torch.Tensor | None:
@@ -251,5 +263,5 @@ def _height_width(size: Size) -> list[float]:
     return [float(size.height), float(size.width)]
 
 
-def _top_left(image: TrainingImage, flip: bool) -> list[float]:
-    return [float(image.crop.top), float(image.crop.left_flipped if flip else image.crop.left)]
+def _top_left(crop: Crop, flip: bool) -> list[float]:
+    return [float(crop.top), float(crop.left_flipped if flip else crop.left)]

@@ -43,6 +43,7 @@ def prepare_folder(
     recursive: bool,
     skip_existing: bool,
     remove_missing: bool = False,
+    resize_interpolation: str | None = None,
 ) -> int:
     """Write latents beside the images of `folder` and their buckets into `out_json`; return how many images failed.
 
@@ -60,7 +61,7 @@ def prepare_folder(
     torch.nn.Module.to(vae, "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, vae_dtype))
 
     problems: list[str] = []
-    images = dict(_assign(path_of, rule, problems))
+    images = dict(_assign(path_of, rule, resize_interpolation, problems))
     kept = set(_still_fitting(images.values(), encoding, digest)) if skip_existing else set()
     to_encode = [image for image in images.values() if image not in kept]
     require_disk_for_latents(folder, to_encode, encoding)
@@ -128,11 +129,13 @@ def _report_missing(metadata: Metadata, known: dict[str, Path], *, remove_missin
     _report_names("entries without an image are removed", missing)
 
 
-def _assign(path_of: dict[str, Path], rule: BucketRule, problems: list[str]) -> Iterator[tuple[str, BucketedImage]]:
+def _assign(
+    path_of: dict[str, Path], rule: BucketRule, resize_interpolation: str | None, problems: list[str]
+) -> Iterator[tuple[str, BucketedImage]]:
     for key, path in path_of.items():
         try:
             size = read_size(path)
-            yield key, BucketedImage(path, size, rule.assign(size))
+            yield key, BucketedImage(path, size, rule.assign(size), resize_interpolation)
         except UnusableImage as error:
             problems.append(str(error))
         except UserError as error:
@@ -140,14 +143,15 @@ def _assign(path_of: dict[str, Path], rule: BucketRule, problems: list[str]) -> 
 
 
 def _still_fitting(images: Iterable[BucketedImage], encoding: Encoding, digest: str) -> Iterator[BucketedImage]:
-    demands = CacheDemands(
-        vae_digest=digest,
-        flip=encoding.flip,
-        alpha_mask=encoding.alpha_mask,
-        legacy_crop=encoding.legacy_crop,
-        only_ours=True,
-    )
     for image in tqdm(images, "checking latents", unit="image"):
+        demands = CacheDemands(
+            vae_digest=digest,
+            flip=encoding.flip,
+            alpha_mask=encoding.alpha_mask,
+            legacy_crop=encoding.legacy_crop,
+            only_ours=True,
+            resize_interpolation=image.resize_interpolation,
+        )
         path = cache_path(image.path)
         if not path.is_file():
             continue

@@ -33,13 +33,15 @@ def require_usable(found: Sequence[FoundImage], subset: Subset) -> None:
     in_json, folder = subset.metadata_file, subset.image_dir
     _require_own_files(found, folder)
     problems: list[UserError] = []
-    missing = [image.key for image in found if image.file is None and not is_file(image.cache)]
+    needs_pixels = subset.augmentation.changes_pixels
+    missing = [image.key for image in found if image.file is None and (needs_pixels or not is_file(image.cache))]
     if missing:
+        latents = " Latents alone do not serve where pixels change at every visit." if needs_pixels else ""
         problems.append(
             UserError(
                 f"{len(missing)} images of '{in_json}' are not in '{folder}': {listed(missing)}.",
                 "Check --train_data_dir, or remove them from the metadata: the scripts that make it have"
-                " --remove_missing.",
+                f" --remove_missing.{latents}",
             )
         )
     broken = [error for image in found if (error := _problem(image)) is not None]

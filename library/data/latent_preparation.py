@@ -3,7 +3,7 @@
 import logging
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -79,18 +79,19 @@ def require_disk_for_latents(folder: Path, images: Iterable[BucketedImage], enco
 def encode_missing(
     images: Sequence[TrainingImage], vae: AutoencoderKL, options: TrainingSetOptions, *, digest: str | None = None
 ) -> list[TrainingImage]:
-    """Return the images with latents for all of them, in memory or on disk as the options ask.
+    """Return the images with latents, in memory or on disk as the options ask, unless their pixels change.
 
     `digest` is the VAE's, to record in the caches (None: computed from the weights as they are held). Raises
     `UserError` naming the images that cannot be encoded.
     """
-    sources = list(dict.fromkeys(image.source for image in images if image.source and not image.has_latents))
+    lacking = [image for image in images if not image.has_latents and not image.subset.augmentation.changes_pixels]
+    sources = list(dict.fromkeys(image.source for image in lacking if image.source is not None))
     encoding = Encoding(options.vae_batch_size, flip=options.flip_aug, legacy_crop=options.legacy_crop_coords)
     if options.cache_latents_to_disk:
         assert options.train_data_dir is not None  # checked by problems()
         require_disk_for_latents(options.train_data_dir, sources, encoding)
     outcomes = encode_images(sources, vae, encoding, vae_digest=digest or vae_digest(vae))
-    encoded: dict[BucketedImage | None, tuple[Path | CachedLatents, str]] = {}
+    encoded: dict[BucketedImage, tuple[Path | CachedLatents, str]] = {}
     errors: list[UserError] = []
     for outcome in tqdm(outcomes, "encoding latents", len(sources), unit="image", disable=None if sources else True):
         if outcome.error is not None:
@@ -106,13 +107,15 @@ def encode_missing(
         encoded[outcome.image] = latents, outcome.cached.content_digest
     if errors:
         raise error_of_images(errors)
-    return [_with_latents(image, encoded.get(image.source)) for image in images]
+    return [_with_latents(image, encoded) for image in images]
 
 
-def _with_latents(image: TrainingImage, encoded: tuple[Path | CachedLatents, str] | None) -> TrainingImage:
-    if encoded is None:
+def _with_latents(
+    image: TrainingImage, encoded: Mapping[BucketedImage, tuple[Path | CachedLatents, str]]
+) -> TrainingImage:
+    if image.source is None or image.has_latents or image.subset.augmentation.changes_pixels:
         return image
-    latents, content_digest = encoded
+    latents, content_digest = encoded[image.source]
     return replace(image, latents=latents, content_digest=content_digest)
 
 

@@ -8,7 +8,13 @@ from typing import ClassVar
 from library.config.errors import UserError
 from library.config.magnitudes import MOST_BATCHES, MOST_IMAGES_AT_ONCE, MOST_WORKERS
 from library.config.options import option
-from library.data.augmentation import Augmentation
+from library.data.augmentation import (
+    RESIZE_INTERPOLATION_HELP,
+    RESIZE_INTERPOLATIONS,
+    Augmentation,
+    interpolation_of,
+    parse_face_range,
+)
 from library.data.buckets import BucketRule, parse_resolution
 from library.data.caption_draws import Encoder
 from library.data.caption_options import CAPTION_EXTENSIONS, CaptionOptions, caption_extension, resolve
@@ -34,6 +40,18 @@ class TrainingSetOptions:
     )
     dataset_repeats: int = option(1, "Repeats of each image per epoch.", least=1, most=MOST_BATCHES)
     flip_aug: bool = option(False, "Flip each image horizontally with probability 0.5.")
+    color_aug: bool = option(
+        False, "Change hue or gamma of each image a little at random. Its latents cannot be cached."
+    )
+    random_crop: bool = option(
+        False, "Crop each image at a random position, not at its centre. Its latents cannot be cached."
+    )
+    face_crop_aug_range: str | None = option(
+        None,
+        "Crop around the face that an image is named for (name_x_y_width_height.jpg; x, y: its centre, in pixels), at "
+        "random between least and most times as large as the face: 2.0,4.0. Its latents cannot be cached.",
+    )
+    resize_interpolation: str | None = option(None, RESIZE_INTERPOLATION_HELP, choices=RESIZE_INTERPOLATIONS)
     cache_latents: bool = option(
         False, "Encode images without prepared latents before training, and keep the latents in memory."
     )
@@ -79,6 +97,18 @@ class TrainingSetOptions:
         return tuple(encoder for encoder, is_demanded in demanded.items() if is_demanded)
 
     @property
+    def augmentation(self) -> Augmentation:
+        """What the flags let vary in an image. Raise `UserError` for a range of faces that is none."""
+        face_range = self.face_crop_aug_range
+        return Augmentation(
+            flip_aug=self.flip_aug,
+            color_aug=self.color_aug,
+            random_crop=self.random_crop,
+            face_crop_aug_range=None if face_range is None else parse_face_range(face_range),
+            resize_interpolation=interpolation_of(self.resize_interpolation),
+        )
+
+    @property
     def caches_texts(self) -> bool:
         """Whether the captions of both encoders are encoded before training, as far as that is possible."""
         only_demanded = bool(self.demanded_text_caches)
@@ -98,6 +128,26 @@ class TrainingSetOptions:
             parse_resolution(self.resolution)
         except UserError as error:
             yield f"--resolution: {error}"
+        yield from self._augmentation_problems()
+
+    def _augmentation_problems(self) -> Iterator[str]:
+        try:
+            augmentation = self.augmentation
+        except UserError as error:
+            yield f"--face_crop_aug_range: {error}"
+            return
+        flags = [f"--{flag}" for flag in ("color_aug", "random_crop", "face_crop_aug_range") if getattr(self, flag)]
+        if self.caches_latents and augmentation.changes_pixels:
+            cached = "--cache_latents" if self.cache_latents else "--cache_latents_to_disk"
+            yield (
+                f"{cached} cannot work with {' and '.join(flags)}: the pixels differ at every visit, and with them the "
+                f"latents. Leave out {cached}, or {' and '.join(flags)}."
+            )
+        if self.legacy_crop_coords and augmentation.moves_crop:
+            yield (
+                "--legacy_crop_coords cannot work with --random_crop or --face_crop_aug_range: its coordinates do not "
+                "tell where the crop lies. Leave out one of them."
+            )
 
 
 @dataclass(frozen=True)
@@ -161,7 +211,7 @@ def subset_of_flags(
         captions=resolve([vars(captions)]),
         extension_l=caption_extension([vars(captions)], "l"),
         extension_g=caption_extension([vars(captions)], "g"),
-        augmentation=Augmentation(flip_aug=training_set.flip_aug),
+        augmentation=training_set.augmentation,
     )
 
 

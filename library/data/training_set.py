@@ -11,6 +11,7 @@ from tqdm import tqdm
 from library.config.digests import digest, file_digest
 from library.config.errors import UserError
 from library.config.magnitudes import MOST_VISITS
+from library.data.augmentation import require_faces
 from library.data.buckets import BucketAssignment, BucketedImage, covering_size
 from library.data.cache_files import cache_finder
 from library.data.captions import CaptionPair
@@ -150,7 +151,8 @@ def read_training_set(
     """Return the images with size, bucket and crop, and with their cache where it fits the image, VAE and bucket.
 
     Each cache is read once. A cache that no longer fits is reported, and its image is to be encoded again; without
-    `check_images` the image beside it is not read for that. Raise `UserError` for a cache that does not fit where the
+    `check_images` the image beside it is not read for that. Where pixels change from visit to visit, caches have no
+    use. Raise `UserError` for a cache that does not fit where the
     image is gone, and for an image that cannot be used.
     """
     if legacy_crop:
@@ -158,9 +160,15 @@ def read_training_set(
     images: list[TrainingImage] = []
     errors: list[UserError] = []
     for each in tqdm(found, desc="reading the training set", unit="image", disable=None):
-        demands = CacheDemands(vae_digest, flip=each.subset.augmentation.flip_aug, check_image=check_images)
+        augmentation = each.subset.augmentation
+        demands = CacheDemands(
+            vae_digest,
+            flip=augmentation.flip_aug,
+            check_image=check_images,
+            resize_interpolation=augmentation.resize_interpolation,
+        )
         try:
-            cached = _read_if_fitting(each, demands)
+            cached = None if augmentation.changes_pixels else _read_if_fitting(each, demands)
             if cached is None:
                 images.append(_from_file(each, legacy=legacy_crop))
             else:
@@ -169,6 +177,11 @@ def read_training_set(
             errors.append(error)
     if errors:
         raise error_of_images(errors)
+    require_faces(
+        image.source
+        for image in images
+        if image.source is not None and image.subset.augmentation.face_crop_aug_range is not None
+    )
     return images
 
 
@@ -237,5 +250,5 @@ def _from_file(found: FoundImage, *, legacy: bool) -> TrainingImage:
         size=size,
         bucket=bucket,
         crop=crop_to_train(bucket, resized, size, legacy=legacy),
-        source=BucketedImage(found.file, size, assignment),
+        source=BucketedImage(found.file, size, assignment, found.subset.augmentation.resize_interpolation),
     )

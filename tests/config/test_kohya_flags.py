@@ -50,7 +50,7 @@ SCRIPTS = [
         "prepare_buckets_latents",
         PREPARE_REPLACED,
         PREPARE_REFUSED,
-        {"--alpha_mask", "--legacy_crop_coords"},
+        {"--alpha_mask", "--legacy_crop_coords", "--resize_interpolation"},
     ),
     (
         "finetune.sdxl_merge_captions_g_to_metadata",

@@ -13,7 +13,10 @@ from PIL import Image
 
 from library.config.errors import UserError
 from library.config.options import problems_of
+from library.data.augmentation import Augmentation
+from library.data.augmented_images import load_augmented
 from library.data.buckets import BucketAssignment, BucketedImage
+from library.data.caption_draws import CaptionDraw
 from library.data.caption_tokens import tokenize_captions_of
 from library.data.captioning import Captioning
 from library.data.crops import Crop
@@ -25,7 +28,7 @@ from library.data.resizing import resize_and_crop
 from library.data.subsets import LoaderOptions
 from library.sdxl.sizes import Size
 from library.sdxl.tokenizers import PAD_G, PAD_L, tokenize
-from tests.training_images import captioned, image_of, micro_batch, rules_of_length, with_rules
+from tests.training_images import captioned, image_of, micro_batch, rules_of_length, subset_of, with_rules
 
 REPOSITORY = Path(__file__).parents[2]
 # Neither square nor symmetric: shrunk to 97x48, where 8 columns go on the left and 9 on the right.
@@ -89,6 +92,26 @@ def test_uncached_pictures_come_as_pixels_resized_cropped_and_mirrored(tmp_path)
     assert torch.equal(mirrored, plain.flip(-1))
 
 
+def test_what_varies_in_a_picture_is_drawn_for_its_visit_alone(tmp_path):
+    augmentation = Augmentation(color_aug=True, random_crop=True)
+    images = [replace(uncached(tmp_path, name), subset=subset_of(augmentation=augmentation)) for name in "ab"]
+    images[0] = replace(images[0], subset=subset_of(augmentation=replace(augmentation, color_aug=False)))
+    dataset = captioned(images, seed=5)
+    occurrences, flips = (0, 2, 1), (False, True, False)
+    batch = dataset[micro_batch((0, 1, 0), flips, epoch=3, occurrences=occurrences)]
+    for number, index in enumerate((0, 1, 0)):
+        image = images[index]
+        draw = CaptionDraw(5, 3, image.key, occurrences[number])
+        pixels, crop = load_augmented(image.source, image.subset.augmentation, draw)
+        expected = pixels[:, ::-1] if flips[number] else pixels
+        np.testing.assert_array_equal(((batch.pixels[number] + 1) * 127.5).round().permute(1, 2, 0), expected)
+        left = crop.left_flipped if flips[number] else crop.left
+        assert batch.crop_top_lefts[number].tolist() == [crop.top, left]
+        alone = dataset[micro_batch((index,), flips[number : number + 1], epoch=3, occurrences=(occurrences[number],))]
+        assert torch.equal(alone.pixels[0], batch.pixels[number])
+    assert not torch.equal(batch.pixels[0], batch.pixels[2])
+
+
 @pytest.mark.parametrize("make", [cached, uncached])
 def test_sizes_are_height_first_and_the_crop_follows_the_direction(tmp_path, make):
     image = make(tmp_path)
@@ -130,7 +153,7 @@ def test_moving_a_batch_moves_every_tensor_and_nothing_else(tmp_path):
 def test_pictures_with_and_without_latents_are_of_different_kinds_and_so_are_buckets(tmp_path):
     images = [cached(tmp_path, "a"), uncached(tmp_path, "b"), cached(tmp_path, "c", in_memory=True)]
     images.append(replace(images[0], bucket=Size(48, 80)))
-    with_latents, without, in_memory, other_bucket = captioned(images, 1).kinds
+    with_latents, without, in_memory, other_bucket = [image.kind for image in images]
     assert with_latents == in_memory
     assert len({with_latents, without, other_bucket}) == 3
 
