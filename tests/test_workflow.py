@@ -127,9 +127,7 @@ def test_there_are_four_commands():
 
 def test_metadata_holds_both_captions_and_then_the_bucket(workflow: Workflow):
     captions = json.loads((workflow.my_set / "meta_cap.json").read_text(encoding="utf-8"))
-    assert captions == {
-        name: {"captionG": caption_g, "captionL": caption_l} for name, (caption_g, caption_l) in CAPTIONS.items()
-    }
+    assert {key: (entry["captionG"], entry["captionL"]) for key, entry in captions.items()} == CAPTIONS
     prepared = json.loads((workflow.my_set / "meta_lat.json").read_text(encoding="utf-8"))
     assert prepared == {
         name: {**entry, "train_resolution": workflow.scale.buckets[name]} for name, entry in captions.items()

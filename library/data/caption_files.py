@@ -11,6 +11,7 @@ from tqdm import tqdm
 from library.config.errors import UserError, listed
 from library.config.leftovers import remove_leftovers
 from library.config.options import option, positional
+from library.data.caption_sources import CaptionSource, read_caption
 from library.data.image_files import find_images
 from library.data.image_keys import images_of_keys, keys_of_images, same_path
 from library.data.metadata import (
@@ -20,7 +21,6 @@ from library.data.metadata import (
     Metadata,
     keys_without_caption,
     read_metadata,
-    read_utf8,
     write_metadata,
 )
 from library.data.metadata_lines import is_lines
@@ -77,7 +77,7 @@ def merge_captions(options: MergeOptions, column: CaptionColumn) -> None:
     images = find_images(options.train_data_dir, recursive=options.recursive)
     metadata = _metadata_to_extend(options)
     image_of = _images_by_key(images, metadata, options)
-    captions, without_caption = _read_captions(image_of, options)
+    captions, sources, without_caption = _read_captions(image_of, options)
     if without_caption and not (options.allow_missing and captions):
         raise UserError(
             f"{len(without_caption)} of {len(images)} images have no {options.caption_extension} file:"
@@ -89,7 +89,7 @@ def merge_captions(options: MergeOptions, column: CaptionColumn) -> None:
     for key in removed:
         del metadata[key]
     for key, caption in captions.items():
-        metadata.setdefault(key, {})[column.metadata_key] = caption
+        metadata.setdefault(key, {}).update({column.metadata_key: caption, column.source_key: str(sources[key])})
     write_metadata(options.out_json, metadata)
     if without_caption:
         log.info(
@@ -136,19 +136,22 @@ def _images_by_key(images: Sequence[Path], metadata: Metadata, options: MergeOpt
     }
 
 
-def _read_captions(image_of: Mapping[str, Path], options: MergeOptions) -> tuple[dict[str, str], list[Path]]:
-    """Return the caption of each key, and the images that have no caption file."""
+def _read_captions(
+    image_of: Mapping[str, Path], options: MergeOptions
+) -> tuple[dict[str, str], dict[str, CaptionSource], list[Path]]:
+    """Return the caption of each key, what it was read from, and the images that have no caption file."""
     captions: dict[str, str] = {}
+    sources: dict[str, CaptionSource] = {}
     without_caption = []
     for key, image in tqdm(image_of.items(), desc="captions", unit="image", disable=options.debug):
         caption_file = image.parent / f"{image.stem}{options.caption_extension}"
         if not caption_file.exists():
             without_caption.append(image)
             continue
-        captions[key] = read_utf8(caption_file).strip()
+        captions[key], sources[key] = read_caption(caption_file, options.caption_extension)
         if options.debug:
             log.info("%s: %s", image, captions[key])
-    return captions, without_caption
+    return captions, sources, without_caption
 
 
 def _quoted(paths: Sequence[Path | str]) -> str:

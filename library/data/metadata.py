@@ -41,6 +41,11 @@ class CaptionColumn:
     fallback_key: str
     caption_extension: str
 
+    @property
+    def source_key(self) -> str:
+        """The metadata key that records which file the caption was read from."""
+        return f"{self.metadata_key}_source"
+
 
 COLUMN_L = CaptionColumn("L", "captionL", TAGS, ".txt")
 COLUMN_G = CaptionColumn("G", "captionG", CAPTION, ".caption")
@@ -88,7 +93,16 @@ def captions_of(entry: Entry, *, one_caption: bool = False, separators: tuple[st
     """
     if one_caption:
         return CaptionPair(*(_joined(entry, separator) for separator in separators))
-    return CaptionPair(_variants_for(entry, COLUMN_L), _variants_for(entry, COLUMN_G))
+    variants_l, variants_g = variants_for(entry, COLUMN_L), variants_for(entry, COLUMN_G)
+    if variants_l is None or variants_g is None:
+        raise KeyError((COLUMN_L if variants_l is None else COLUMN_G).metadata_key)
+    return CaptionPair(variants_l, variants_g)
+
+
+def variants_for(entry: Entry, column: CaptionColumn) -> tuple[str, ...] | None:
+    """Return the captions of an entry for one encoder, or None if there is none."""
+    source = _source(entry, column, one_caption=False)
+    return None if source is None else _lines(_tags(entry) if source == TAGS else entry[source])
 
 
 def keys_without_caption(
@@ -116,7 +130,8 @@ def require_captions(metadata: Mapping[str, Entry], path: Path, *, one_caption: 
         raise UserError(
             f"'{path}': {len(lacking)} images have no {column.letter} caption: {listed(lacking)}.",
             f"Write their caption files (which may be empty), run finetune/{script} and the preparation again, "
-            f"or remove these images from the metadata.{joint}",
+            "or remove these images from the metadata. --update_captions reads caption files that are there now."
+            f"{joint}",
         )
 
 
@@ -185,13 +200,6 @@ def _from_lines(path: Path) -> Metadata:
         _check_entry(entry, where)
         metadata[key] = entry
     return metadata
-
-
-def _variants_for(entry: Entry, column: CaptionColumn) -> tuple[str, ...]:
-    source = _source(entry, column, one_caption=False)
-    if source is None:
-        raise KeyError(column.metadata_key)
-    return _lines(_tags(entry) if source == TAGS else entry[source])
 
 
 def _source(entry: Entry, column: CaptionColumn, *, one_caption: bool) -> str | None:

@@ -64,6 +64,11 @@ class TrainingSetOptions:
         "Train both encoders with the same caption: 'caption' of the metadata followed by 'tags'. Otherwise L reads "
         "'captionL' or else 'tags', G reads 'captionG' or else 'caption'.",
     )
+    update_captions: bool = option(
+        False,
+        "Before training, write caption files that have changed since they were merged into --in_json, and add images "
+        "with new caption files to it. With --resume, other images and captions than those of the state are accepted.",
+    )
     cache_text_encoder_outputs: bool = option(
         False,
         "Encode each distinct text of the captions once before training, and keep the outputs in memory: of each "
@@ -124,6 +129,11 @@ class TrainingSetOptions:
             yield "--in_json is missing: name the metadata file, made with the scripts of finetune/."
         elif not self.in_json.is_file():
             yield f"--in_json: there is no file '{self.in_json}'; make it with the scripts of finetune/."
+        if self.update_captions and self.one_caption:
+            yield (
+                "--update_captions reads a caption file for each encoder, --one_caption a caption that both share: "
+                "leave one of them off."
+            )
         try:
             parse_resolution(self.resolution)
         except UserError as error:

@@ -14,6 +14,7 @@ from library.config.magnitudes import MOST_VISITS
 from library.data.augmentation import require_faces
 from library.data.buckets import BucketAssignment, BucketedImage, covering_size
 from library.data.cache_files import cache_finder
+from library.data.caption_sources import warn_of_changed_captions
 from library.data.captions import CaptionPair
 from library.data.crops import LEGACY_CROP_NOTICE, Crop, crop_to_train
 from library.data.found_images import FoundImage, error_of_images, notices, require_usable
@@ -142,6 +143,9 @@ def _find_images_of(subset: Subset, *, is_alone: bool) -> list[FoundImage]:
     require_usable(found, subset)
     for notice in notices(found, subset, by_stem, is_alone=is_alone):
         log.info("%s", notice)
+    if not subset.one_caption:
+        file_of = {image.key: image.file for image in found}
+        warn_of_changed_captions(path, metadata, file_of, (subset.extension_l, subset.extension_g))
     return found
 
 

@@ -14,16 +14,18 @@ from torch import nn
 from library.config.errors import UserError
 from library.config.leftovers import remove_leftovers
 from library.data.caption_draws import Encoder
+from library.data.caption_sources import update_captions
 from library.data.caption_tokens import TokenTable, cut_captions, tokenize_captions_of
 from library.data.captioning import Captioning
 from library.data.dataset import Batch, CaptionedImages, make_loader
 from library.data.epoch_order import BatchShape, EpochOrder
 from library.data.latent_preparation import encode_missing
-from library.data.subsets import LoaderOptions, TrainingSetOptions
+from library.data.subsets import LoaderOptions, Subset, TrainingSetOptions
 from library.data.text_cache import FOLDER_NAME, NO_TEXTS, CachedTexts, encode_texts
 from library.data.training_set import FoundImage, TrainingImage, fingerprints, read_training_set
 from library.sdxl.architecture import SdxlModel
 from library.sdxl.latents import encode_pixels_finite
+from library.training.accelerator import make_accelerator
 from library.training.failures import explained_out_of_memory
 from library.training.offload import on_device
 from library.training.plan import Plan
@@ -52,6 +54,15 @@ class PreparedSet(NamedTuple):
         return [network for network, needed in is_needed.items() if needed]
 
 
+def take_captions_over(options: TrainingOptions, subsets: Sequence[Subset]) -> None:
+    """Write changed caption files into the metadata, by the main process; the others may read it afterwards."""
+    accelerator = make_accelerator(options.precision, options.tracking.trackers, options.tracking.logging_dir)
+    with accelerator.main_process_first():
+        for subset in subsets if accelerator.is_main_process else []:
+            if subset.metadata_file is not None:
+                update_captions(subset.metadata_file, subset.image_dir, (subset.extension_l, subset.extension_g))
+
+
 def prepare_set(
     options: TrainingOptions,
     found: list[FoundImage],
@@ -75,7 +86,8 @@ def prepare_set(
     now = fingerprints(images)
     notes += cut_captions(images, tokens)
     if options.resume.resume is not None:
-        notes += check_images(progress.setting.images, now, anyway=options.resume.resume_anyway)
+        anyway = options.resume.resume_anyway or options.training_set.update_captions
+        notes += check_images(progress.setting.images, now, anyway=anyway)
     for note in notes:
         log.info(note)
     progress.setting = replace(progress.setting, images=now)

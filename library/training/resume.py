@@ -20,13 +20,15 @@ _DECIDE_THE_COURSE = frozenset(
         *("pretrained_model_name_or_path", "vae", "train_text_encoder", "optimizer_type"),
         *("color_aug", "random_crop", "face_crop_aug_range", "resize_interpolation"),
         *("mixed_precision", "full_bf16", "bf16_rounding", "legacy_text_projection", "legacy_crop_coords"),
-        "transposed_text_projection",
+        *("transposed_text_projection", "one_caption"),
     }
 )
 """Options that change the rest of the run, beside all rules of captions."""
 
 _CAPTION_RULES = described_rules(PairRules()).keys()
-_ABOUT_RESUMING = frozenset({"resume", "resume_anyway", "console_log_level", "console_log_file", "console_log_simple"})
+_ABOUT_RESUMING = frozenset(
+    {"resume", "resume_anyway", "update_captions", "console_log_level", "console_log_file", "console_log_simple"}
+)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from library.training.loss_watch import require_finite
 from library.training.offload import on_device, place_networks
 from library.training.plan import Occasion, Plan
 from library.training.precision import PrecisionOptions
-from library.training.preparation import latents_of, make_plan, prepare_set
+from library.training.preparation import latents_of, make_plan, prepare_set, take_captions_over
 from library.training.progress import Progress
 from library.training.run_options import RunOptions, TrainingOptions
 from library.training.sampling import SampledRun, Sampling
@@ -105,6 +105,8 @@ class Run:
 def set_up(options: TrainingOptions, stop: StopRequest) -> Run:
     """Load model and training set and return the parts of the run. Raise `UserError` for whatever is missing."""
     subsets = options.subsets()
+    if options.training_set.update_captions:
+        take_captions_over(options, subsets)
     found = find_training_images(subsets)  # before a model is loaded in vain
     cached_encoders = report_captions(
         options.training_set, subsets, found, trains_unet=options.trains_unet, trained=options.trained_encoders

@@ -42,6 +42,7 @@ SCRIPTS = [
             "--one_caption",
             "--resume_anyway",
             "--sample_grid",
+            "--update_captions",
             "--transposed_text_projection",
         },
     ),

@@ -10,6 +10,7 @@ from PIL import Image
 
 from finetune import sdxl_merge_captions_g_to_metadata as merge_g
 from finetune import sdxl_merge_captions_l_to_metadata as merge_l
+from library.config.digests import digest
 
 REPOSITORY = Path(__file__).parent.parent.parent
 GOLDEN = REPOSITORY / "tests" / "golden"
@@ -23,7 +24,12 @@ def golden(name):
 
 
 def content_of(path):
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The entries without the records of the files that their captions are from."""
+    metadata = json.loads(path.read_text(encoding="utf-8"))
+    return {
+        key: {name: value for name, value in entry.items() if not name.endswith("_source")}
+        for key, entry in metadata.items()
+    }
 
 
 def add_image(folder, name, **captions):
@@ -178,11 +184,28 @@ def test_jsonl_is_extended_under_its_own_paths(folder):
     images = [add_image(folder, name, txt=name) for name in ("01.png", "deep/01.png", "02.png")]
     out.write_text(f'{{"image_path": "01.png", "captionG": "a"}}\n{{"image_path": {json.dumps(str(images[1]))}}}\n')
     assert merge_l.main([str(folder), str(out), "--recursive"]) == 0
-    assert [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] == [
+    written = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    sizes = [line.pop("captionL_source").split()[1] for line in written]
+    assert sizes == ["6", "11", "6"]
+    assert written == [
         {"image_path": "01.png", "captionG": "a", "captionL": "01.png"},
         {"image_path": str(images[1]), "captionL": "deep/01.png"},
         {"image_path": "02.png", "captionL": "02.png"},
     ]
+
+
+def test_the_file_of_each_caption_is_recorded(folder):
+    image = add_image(folder, "01.png", txt=" a cat \n", caption="b")
+    out = folder.parent / "meta.json"
+    assert merge_l.main([str(folder), str(out)]) == 0
+    assert merge_g.main([str(folder), str(out)]) == 0
+    state = image.with_suffix(".txt").stat()
+    assert json.loads(out.read_text(encoding="utf-8"))["01"] == {
+        "captionL": "a cat",
+        "captionL_source": f".txt 8 {state.st_mtime_ns} {digest([b'a cat'], 8).hex()}",
+        "captionG": "b",
+        "captionG_source": f".caption 1 {image.with_suffix('.caption').stat().st_mtime_ns} {digest([b'b'], 8).hex()}",
+    }
 
 
 # What is refused
