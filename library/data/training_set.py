@@ -9,7 +9,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from library.config.digests import digest, file_digest
-from library.config.errors import UserError
+from library.config.errors import UserError, listed
 from library.config.magnitudes import MOST_VISITS
 from library.data.augmentation import require_faces
 from library.data.buckets import BucketAssignment, BucketedImage, covering_size
@@ -29,6 +29,7 @@ from library.data.latent_cache import (
 from library.data.metadata import (
     Entry,
     captions_of,
+    is_reg,
     loss_weight,
     read_metadata,
     require_captions,
@@ -128,6 +129,12 @@ def _find_images_of(subset: Subset, *, is_alone: bool) -> list[FoundImage]:
     if not metadata:
         raise UserError(f"'{path}' has no images.", "Make it with the scripts of finetune/.")
     require_captions(metadata, path, one_caption=subset.one_caption)
+    marked = [key for key, entry in metadata.items() if is_reg(entry)]
+    if marked:
+        raise UserError(
+            f"'{path}': {len(marked)} images are marked as regularization images: {listed(marked)}.",
+            "These are not offered yet; remove is_reg, or the images.",
+        )
     sources = sentence_of_sources(metadata, one_caption=subset.one_caption)
     if sources is not None:
         log.info("%s", sources)

@@ -98,6 +98,12 @@ def test_metadata_of_sd_scripts_is_read_as_it_is_and_its_sources_are_named(folde
     }
 
 
+def test_regularization_images_are_refused_by_name(folder):
+    folder.add("a.png")
+    with pytest.raises(UserError, match="1 images are marked as regularization images: a"):
+        folder.read({"a": folder.entry() | {"is_reg": True}})
+
+
 # Missing things
 
 
