@@ -12,8 +12,8 @@ from benchmarks.fuzz_readers import READERS, Reader, read_damaged
 from tests.conftest import forget_accelerator
 from tests.forked_runs import RunServer
 
-NUM_RUNS = 8
-NUM_READINGS = 50
+NUM_RUNS = 6
+NUM_READINGS = 40
 
 
 @pytest.fixture(scope="module")
