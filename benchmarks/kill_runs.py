@@ -1,22 +1,27 @@
-"""Kill runs at random moments, restart them until they are done, and compare the outcome with undisturbed runs.
+"""Kill runs inside writes and at random moments, restart them until they are done, and compare the outcome.
 
-    python benchmarks/kill_runs.py [--num_kills 120] [--seed 0]
+    python benchmarks/kill_runs.py [--num_kills 100] [--seed 0] [--settings plain "kahan with Lion"]
 
-Each round prepares latents and then trains the tiny SDXL, saving model and state after every step. Every process is
-killed by SIGKILL, after a random time or just before a random file operation, and then started again with
---skip_existing or --resume latest. The result goes to benchmarks/results/kill_runs.{json,txt}. Needs POSIX.
+Each round trains the tiny SDXL in one of the settings, saving model and state after every step; the plain one prepares
+latents first. Every process is killed by SIGKILL and started again with --skip_existing or --resume latest. Half of the
+kills are aimed at a write: the folder is watched, and a temporary file that appears is the signal. The others come just
+before a random file operation, or after a random time. What is left at the end is compared, bit for bit, with a run
+that nobody disturbed. The result goes to benchmarks/results/kill_runs_settings.{json,txt}. Needs POSIX.
 """
 
 import argparse
+import itertools
 import json
+import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +41,43 @@ from tests.outcome import Outcome, differences, outcome_of
 
 NUM_IMAGES = 5
 MOST_ATTEMPTS = 100
+MOST_SECONDS = 900.0
+"""How long an undisturbed process may take on a busy machine."""
+LAST_SECONDS = 20.0
+"""How long the other process of a run may take to notice that one was killed; then it is killed, as a launcher does."""
 _BUCKETS = ("--min_bucket_reso=64", "--max_bucket_reso=128", "--bucket_reso_steps=64")
 _PHASE_OF_SUFFIX = {".npz": "latents", ".safetensors": "model", ".png": "image", ".json": "metadata"}
+_NARROW = ("--mixed_precision=bf16", "--full_bf16")
+_ACCUMULATING = ("--train_batch_size=2", "--gradient_accumulation_steps=2")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a run trains: its flags, its number of processes, and whether the preparation is killed as well."""
+
+    flags: tuple[str, ...]
+    num_processes: int = 1
+    prepares: bool = False
+
+
+PLAIN = Setting(("--cache_latents_to_disk", "--flip_aug", *_ACCUMULATING), prepares=True)
+SETTINGS = {
+    "plain": PLAIN,
+    "clipping with the fused step": Setting(
+        (
+            *("--optimizer_type=Adafactor", "--optimizer_args", "scale_parameter=False", "relative_step=False"),
+            *("warmup_init=False", "--fused_backward_pass", "--max_grad_norm=0.01", *_NARROW),
+        )
+    ),
+    "kahan with Lion": Setting(("--optimizer_type=Lion", *_NARROW, "--bf16_rounding=kahan", "--train_batch_size=2")),
+    "two processes, bf16, accumulation": Setting(
+        ("--mixed_precision=bf16", "--gradient_accumulation_steps=2"), num_processes=2
+    ),
+    "text and latents cached": Setting(
+        ("--cache_latents", "--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", "--train_batch_size=2")
+    ),
+    "8-bit AdamW": Setting(("--optimizer_type=AdamW8bit", "--train_batch_size=2")),
+}
 
 
 @dataclass(frozen=True)
@@ -52,10 +92,11 @@ class Kill:
 class KillExperiment:
     """A set of images to prepare and train on, in `folder`, and the outcome of both undisturbed."""
 
-    def __init__(self, server: RunServer, folder: Path, *, num_steps: int):
+    def __init__(self, server: RunServer, folder: Path, *, num_steps: int, setting: Setting = PLAIN):
         self._server = server
         self._folder = folder
         self._num_steps = num_steps
+        self._setting = setting
         self._model = folder / "tiny.safetensors"
         write_random_sdxl(self._model, TINY, torch.float16, seed=0)
         _make_images(folder / "set")
@@ -74,12 +115,12 @@ class KillExperiment:
         shutil.copytree(self._folder / "set", folder / "set")
         argv = [folder / "set" / "images", folder / "set" / "meta_cap.json", folder / "meta_lat.json", self._model]
         prepare = [*map(str, argv), "--max_resolution=64,64", *_BUCKETS, "--flip_aug", "--skip_existing"]
-        kills = list(self._until_done("prepare", prepare, folder, chance))
+        kills = list(self._until_done("prepare", prepare, folder, chance if self._setting.prepares else None))
         prepared = outcome_of(folder, images=folder / "set")
         metadata = json.loads((folder / "meta_lat.json").read_text(encoding="utf-8"))
 
         for cache in list((folder / "set" / "images").glob("*.npz"))[::2]:
-            cache.unlink()  # the trainer makes these again
+            cache.unlink()  # the trainer makes these again, or encodes them in each step
         kills += self._until_done("train", self._training(folder), folder, chance)
         trained = outcome_of(folder / "output", folder / "logs", folder / "set")
         return {f"prepared {name}": thing for name, thing in prepared.items()} | trained | {"meta": metadata}, kills
@@ -89,15 +130,11 @@ class KillExperiment:
             *(f"--pretrained_model_name_or_path={self._model}", f"--in_json={folder / 'meta_lat.json'}"),
             *(f"--train_data_dir={folder / 'set' / 'images'}", f"--output_dir={folder / 'output'}"),
             *(f"--logging_dir={folder / 'logs'}", "--output_name=m", "--resolution=64,64", *_BUCKETS),
-            *("--cache_latents_to_disk", "--flip_aug", "--train_batch_size=2", "--gradient_accumulation_steps=2"),
-            *(
-                f"--max_train_steps={self._num_steps}",
-                "--save_every_n_steps=1",
-                "--save_last_n_steps=1",
-                "--save_state",
-            ),
-            *("--save_every_n_epochs=2", f"--sample_prompts={self._folder / 'prompt.txt'}", "--sample_every_n_steps=2"),
+            *(f"--max_train_steps={self._num_steps}", "--save_every_n_steps=1", "--save_last_n_steps=1"),
+            *("--save_state", "--save_every_n_epochs=2"),
+            *(f"--sample_prompts={self._folder / 'prompt.txt'}", "--sample_every_n_steps=2"),
             *("--seed=7", "--learning_rate=1e-3", "--lr_scheduler=cosine", "--max_data_loader_n_workers=0"),
+            *self._setting.flags,
         ]
 
     def _until_done(
@@ -112,32 +149,87 @@ class KillExperiment:
             if chance is not None and script == "train":
                 command.append(f"--max_data_loader_n_workers={chance.choice([0, 2])}")
             said = folder.with_name(f"{folder.name} {script} {attempt}.txt")
-            aim, run = self._start(script, command, folder, said, chance)
-            if (status := run.wait()) == 0:
+            aim, runs = self._start(script, command, folder, said, chance)
+            statuses = [run.wait(MOST_SECONDS) for run in runs]
+            if statuses[0] == 0:
                 return
-            if status != -signal.SIGKILL:
-                raise RuntimeError(f"attempt {attempt} of {folder} ended with {status}: {run.said}")
-            yield Kill(script, aim, _phase(folder, run.said))
+            if -signal.SIGKILL not in statuses:
+                raise CannotRun(f"status {statuses}: {runs[0].said}")
+            yield Kill(script, aim, _phase(folder, runs[0].said))
         raise RuntimeError(f"{folder} is not done after {MOST_ATTEMPTS} attempts")
 
     def _start(
         self, script: str, argv: Sequence[str], folder: Path, said: Path, chance: random.Random | None
-    ) -> tuple[str, ForkedRun]:
-        """Start a run; if there is a `chance`, aim a kill at it."""
+    ) -> tuple[str, list[ForkedRun]]:
+        """Start the processes of a run; if there is a `chance`, aim a kill at one of them."""
         if chance is None:
-            return "", self._server.start(Command(script, argv, said))
-        if chance.random() < 0.5:
+            return "", self._start_processes(script, argv, said)
+        kind = chance.choice(["write", "write", "operation", "time"])
+        if kind == "operation":
             number = chance.randrange(1, 16 if script == "prepare" else 160)
             aimed = {KILL_AT: str(number), FOLDER: str(folder)}
-            return f"before file operation {number}", self._server.start(Command(script, argv, said, aimed))
-        seconds = chance.uniform(0.2, 3 if script == "prepare" else 6)
-        run = self._server.start(Command(script, argv, said))
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and not run.is_over():
-            time.sleep(0.002)
-        if not run.is_over():
-            run.send(signal.SIGKILL)
-        return f"after {seconds:.2f} s", run
+            runs = self._start_processes(script, argv, said, aimed)
+            aim = f"before file operation {number}"
+            wait_for_end(runs)
+        else:
+            runs = self._start_processes(script, argv, said)
+            victim = chance.choice(runs)
+            if kind == "write":
+                number, delay = chance.randrange(1, 4 if script == "prepare" else 12), chance.uniform(0, 0.03)
+                aim = f"{1000 * delay:.0f} ms after temporary file {number} appeared"
+                wait_for_temporary_file(folder, number, victim)
+                time.sleep(delay)
+            else:
+                seconds = chance.uniform(0.2, 3 if script == "prepare" else 6)
+                aim = f"after {seconds:.2f} s"
+                victim.wait_or_go_on(seconds)
+            if not victim.is_over():
+                victim.send(signal.SIGKILL)
+            aim += "" if victim is runs[0] else ", the second process"
+        for run in runs:
+            if not run.wait_or_go_on(LAST_SECONDS):
+                run.send(signal.SIGKILL)
+        return aim, runs
+
+    def _start_processes(
+        self, script: str, argv: Sequence[str], said: Path, aimed: Mapping[str, str] | None = None
+    ) -> list[ForkedRun]:
+        if script == "prepare" or self._setting.num_processes == 1:
+            return [self._server.start(Command(script, argv, said, aimed or {}))]
+        together = {"WORLD_SIZE": str(self._setting.num_processes), "MASTER_ADDR": "127.0.0.1"}
+        together |= {"MASTER_PORT": str(_free_port())}
+        runs = []
+        for rank in range(self._setting.num_processes):
+            environment = together | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | dict((rank == 0 and aimed) or {})
+            runs.append(
+                self._server.start(Command(script, argv, said.with_name(f"{said.stem} {rank}.txt"), environment))
+            )
+        return runs
+
+
+def wait_for_end(runs: Sequence[ForkedRun]) -> None:
+    """Wait until one of the processes has ended."""
+    while not any(run.is_over() for run in runs):
+        time.sleep(_POLL_SECONDS)
+
+
+def wait_for_temporary_file(folder: Path, number: int, run: ForkedRun) -> None:
+    """Wait until `number` temporary files and folders have appeared in `folder`, or until the run is over."""
+    seen: set[str] = set()
+    while len(seen) < number and not run.is_over():
+        for place, folders, files in os.walk(folder):
+            seen |= {f"{place}/{name}" for name in (*folders, *files) if name.endswith(PARTIAL_SUFFIX)}
+        time.sleep(_POLL_SECONDS)
+
+
+_POLL_SECONDS = 0.0005
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def _make_images(folder: Path) -> None:
@@ -168,49 +260,82 @@ def _phase(folder: Path, said: str) -> str:
     return "a step, or between two files" if "steps an epoch" in said else "start"
 
 
-def run_kills(num_kills: int, seed: int, num_steps: int) -> dict[str, Any]:
-    """Run rounds of kills until there are `num_kills`; return all figures."""
+class CannotRun(Exception):
+    """A run ended by itself, with an error."""
+
+
+def run_kills(
+    num_kills: int, minutes: float, seed: int, num_steps: int, names: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """Run rounds of kills, setting by setting, until there are `num_kills` or time is up; yield the figures so far."""
     from benchmarks.ceilings import machine
 
     chance = random.Random(seed)
     rounds: list[dict[str, Any]] = []
-    kills: list[Kill] = []
+    things_compared: dict[str, int] = {}
+    unable: dict[str, str] = {}
+    experiments: dict[str, KillExperiment] = {}
+    started = time.monotonic()
     with RunServer() as server, tempfile.TemporaryDirectory() as folder:
-        experiment = KillExperiment(server, Path(folder), num_steps=num_steps)
-        while len(kills) < num_kills:
-            killed, different = experiment.killed_round(f"round {len(rounds) + 1}", chance)
-            kills += killed
-            rounds.append({"kills": [vars(kill) for kill in killed], "differences": different})
-            print(f"round {len(rounds)}: {len(kills)} kills so far, differences: {different or 'none'}", flush=True)
-    return {
-        "machine": machine(),
-        "seed": seed,
-        "num_steps": num_steps,
-        "num_kills": len(kills),
-        "kills_by_phase": dict(Counter(f"{kill.script}: {kill.phase}" for kill in kills).most_common()),
-        "things_compared": len(experiment.expected),
-        "undisturbed_seconds": round(experiment.seconds, 1),
-        "num_rounds_that_differ": sum(bool(each["differences"]) for each in rounds),
-        "rounds": rounds,
-    }
+        for name in itertools.cycle(names):
+            passed = (time.monotonic() - started) / 60
+            if sum(len(each["kills"]) for each in rounds) >= num_kills or passed > minutes or len(unable) == len(names):
+                return
+            if name in unable:
+                continue
+            if name not in experiments:
+                (Path(folder) / name).mkdir()
+                try:
+                    experiments[name] = KillExperiment(
+                        server, Path(folder) / name, num_steps=num_steps, setting=SETTINGS[name]
+                    )
+                except CannotRun as error:
+                    unable[name] = str(error)
+                    print(f"{name} does not run here: {error}", flush=True)
+                    continue
+                things_compared[name] = len(experiments[name].expected)
+                print(f"{name}: undisturbed in {experiments[name].seconds:.0f} s", flush=True)
+            killed, different = experiments[name].killed_round(f"round {len(rounds) + 1}", chance)
+            rounds.append({"setting": name, "kills": [vars(kill) for kill in killed], "differences": different})
+            print(f"round {len(rounds)}, {name}: {len(killed)} kills, differences: {different or 'none'}", flush=True)
+            kills = [kill for each in rounds for kill in each["kills"]]
+            yield {
+                "machine": machine(),
+                "seed": seed,
+                "num_steps": num_steps,
+                "minutes": round((time.monotonic() - started) / 60, 1),
+                "num_kills": len(kills),
+                "kills_by_phase": dict(Counter(f"{kill['script']}: {kill['phase']}" for kill in kills).most_common()),
+                "things_compared": things_compared,
+                "settings_that_do_not_run": unable,
+                "num_rounds_that_differ": sum(bool(each["differences"]) for each in rounds),
+                "rounds": rounds,
+            }
 
 
 def table(result: dict[str, Any]) -> str:
     """Return the result as text."""
+    rounds = result["rounds"]
     lines = [
         machine_line(result["machine"]),
         "",
-        f"{result['num_kills']} kills in {len(result['rounds'])} rounds of preparing and training "
-        f"({result['num_steps']} steps), seed {result['seed']}",
-        f"{result['num_rounds_that_differ']} rounds differ from the undisturbed one "
-        f"in any of {result['things_compared']} things: models, states, images, curves, latents, metadata",
+        f"{result['num_kills']} kills in {len(rounds)} rounds of training ({result['num_steps']} steps), "
+        f"seed {result['seed']}, {result['minutes']} minutes",
+        f"{result['num_rounds_that_differ']} rounds differ from the undisturbed one of their setting in any of "
+        f"{min(result['things_compared'].values())} to {max(result['things_compared'].values())} things: models, "
+        "states, images, curves, latents, metadata",
         "",
-        *(f"{count:5} kills hit   {phase}" for phase, count in result["kills_by_phase"].items()),
-        "",
-        *(
-            f"round {number}: {len(each['kills']):2} kills, {', '.join(each['differences']) or 'bit for bit the same'}"
-            for number, each in enumerate(result["rounds"], start=1)
-        ),
+    ]
+    for name in result["things_compared"]:
+        own = [each for each in rounds if each["setting"] == name]
+        num_kills = sum(len(each["kills"]) for each in own)
+        lines.append(f"{num_kills:5} kills in {len(own):2} rounds   {name}")
+    lines += [f"      does not run here: {name}" for name in result["settings_that_do_not_run"]]
+    lines += ["", *(f"{count:5} kills hit   {phase}" for phase, count in result["kills_by_phase"].items()), ""]
+    lines += [
+        f"round {number}: {each['setting']}, {len(each['kills'])} kills, "
+        f"{', '.join(each['differences']) or 'bit for bit the same'}"
+        for number, each in enumerate(rounds, start=1)
     ]
     return "\n".join(lines) + "\n"
 
@@ -218,15 +343,21 @@ def table(result: dict[str, Any]) -> str:
 def main() -> int:
     """Kill, compare and write the figures; return 1 if anything differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num_kills", type=int, default=120)
-    parser.add_argument("--num_steps", type=int, default=6)
+    parser.add_argument("--num_kills", type=int, default=100)
+    parser.add_argument("--minutes", type=float, default=60, help="begin no round after this time")
+    parser.add_argument("--num_steps", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--name", default="kill_runs_settings", help="name of the files of figures")
     arguments = parser.parse_args()
-    result = run_kills(arguments.num_kills, arguments.seed, arguments.num_steps)
-    write_result(arguments.results / "kill_runs", result, table(result))
-    print(table(result))
-    return 1 if result["num_rounds_that_differ"] else 0
+    num_differ = 0
+    for result in run_kills(
+        arguments.num_kills, arguments.minutes, arguments.seed, arguments.num_steps, arguments.settings
+    ):
+        write_result(arguments.results / arguments.name, result, table(result))  # what is known by now
+        num_differ = result["num_rounds_that_differ"]
+    return 1 if num_differ else 0
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -19,6 +20,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run from anywhere, find library/
@@ -90,6 +93,13 @@ class ForkedRun:
             if time.monotonic() > deadline or (self.is_over() and not condition()):
                 raise TimeoutError(f"the run has not {what}: {self.said}")
             time.sleep(_POLL_SECONDS)
+
+    def wait_or_go_on(self, seconds: float) -> bool:
+        """Wait for its end, but no longer than `seconds`; return whether it has ended."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not self.is_over():
+            time.sleep(_POLL_SECONDS)
+        return self.is_over()
 
     def wait(self, timeout: float = 120) -> int:
         """Its exit status once it has ended; that of a killed process is minus the signal's number."""
@@ -182,6 +192,7 @@ def _prepare_process(content: dict[str, Any]) -> None:
     os.environ.update(content["environment"])
     if LIMIT_MEMORY in os.environ:
         _limit_memory(int(os.environ[LIMIT_MEMORY]))
+    tqdm.set_lock(threading.RLock())  # its own: one that all forks share stays locked when a killed one holds it
     if REPORT_CALL in os.environ:
         _report_first_call(os.environ[REPORT_CALL])
     if KILL_AT in os.environ:

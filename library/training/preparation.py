@@ -98,7 +98,7 @@ def _folders_written(options: TrainingSetOptions, found: list[FoundImage]) -> se
     """The folders among the images that this run writes into."""
     folders = {image.cache.parent for image in found} if options.cache_latents_to_disk else set()
     if options.cache_text_encoder_outputs_to_disk and options.train_data_dir is not None:
-        folders.add(options.train_data_dir / FOLDER_NAME)
+        folders.update((options.train_data_dir / FOLDER_NAME).glob("*/"))  # one of each encoder
     return folders
 
 

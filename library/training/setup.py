@@ -77,7 +77,7 @@ class Run:
     @contextmanager
     def begun(self) -> Iterator[None]:
         """Begin the run; within the block, save what was learnt before an error ends it."""
-        with saved_before_errors(self._save_after_error):
+        with self.tracker.shown(), saved_before_errors(self._save_after_error):
             occasion = self.plan.occasion(self.progress, is_resumed=self.is_resumed)
             for event in self.events:
                 event.after_step(occasion, None)

@@ -172,6 +172,14 @@ class Tracker:
         self._bar.update()
 
     @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Close the progress bar at the end of the block, however it ends."""
+        try:
+            yield
+        finally:
+            self._bar.close()
+
+    @contextmanager
     def untimed(self) -> Iterator[None]:
         """Do not count the time of the block (samples, saves) as training time."""
         started = time.perf_counter()
