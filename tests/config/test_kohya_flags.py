@@ -51,21 +51,21 @@ SCRIPTS = [
         "prepare_buckets_latents",
         PREPARE_REPLACED,
         PREPARE_REFUSED,
-        {"--alpha_mask", "--legacy_crop_coords", "--resize_interpolation"},
+        {"--alpha_mask", "--legacy_crop_coords", "--remove_missing", "--resize_interpolation"},
     ),
     (
         "finetune.sdxl_merge_captions_g_to_metadata",
         "sdxl_merge_captions_g_to_metadata",
         {},
         {},
-        {"--allow_missing", "--caption_extention"},
+        {"--allow_missing", "--caption_extention", "--remove_missing"},
     ),
     (
         "finetune.sdxl_merge_captions_l_to_metadata",
         "sdxl_merge_captions_l_to_metadata",
         {},
         {},
-        {"--allow_missing"},
+        {"--allow_missing", "--remove_missing"},
     ),
 ]
 SCRIPT_NAMES = [name for name, *_ in SCRIPTS]
