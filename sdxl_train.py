@@ -38,9 +38,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     )
     options.console.start()
+    if options.run.dry_run is not None:
+        return dry_run_of(options)
     run = options.output_dir, options.save.output_name
     with run_lock(*run), listening_for_stop(*run, has_company=partial(other_runs, *run)) as stop:
         return train(options, stop)
+
+
+def dry_run_of(options: TrainingOptions) -> int:
+    """Show what would be trained, and return the exit status."""
+    from library.training.dry_run import dry_run
+
+    return dry_run(options)
 
 
 def train(options: TrainingOptions, stop: StopRequest) -> int:

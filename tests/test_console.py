@@ -20,6 +20,8 @@ SAVING = [rf"saving {NAME}", rf"saved {NAME}( and {NAME})?"]
 TRAINING = [
     rf"loading {NAME}",
     rf"{NUMBER} images in {NUMBER} batches, {NUMBER} steps per epoch, {NUMBER} steps in {NUMBER} epochs, seed {NUMBER}",
+    r"captions: L from \S.* \(\d+ different\), G from \S.* \(\d+ different\)",
+    r"trained: U-Net; frozen: L, G \(a frozen L learns no new style words: docs/separate-captions.md\)",
     r"text encoder [LG]: \d+ different captions, .*",
     *SAVING,
 ]

@@ -38,8 +38,6 @@ _OTHER_TRAINING: dict[str, str] = {
     "and pass it as --in_json; --config_file takes a TOML file of options.",
     "--dataset_class": "would run a custom class in place of the dataset. Write a metadata file and pass it as "
     "--in_json.",
-    "--debug_dataset": "shows batches instead of training. finetune/prepare_buckets_latents.py prints the bucket "
-    "table and every image that could not be used.",
 }
 
 _IMAGES: dict[str, str] = {

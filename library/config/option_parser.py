@@ -56,6 +56,8 @@ def _settings(each: "Option") -> dict[str, Any]:
         settings["metavar"] = f"{{{','.join(map(str, each.choices))}}}"
     if each.is_switch:
         settings |= {"nargs": "?", "const": True}
+    if each.bare is not None:
+        settings |= {"nargs": "?", "const": each.bare}
     if not each.is_positional:
         settings |= {"default": each.default, "dest": each.name}
     return settings

@@ -28,12 +28,14 @@ def option(
     nargs: str | int | None = None,
     least: float | None = None,
     most: float | None = None,
+    bare: Any = None,
 ) -> Any:
     """Return a dataclass field that becomes the flag `--<field name>`.
 
     The type of the field decides which values it takes: `str`, `int`, `float`, `bool` (a switch), `Path`, a `list` of
     one of them (`nargs` "*" by default), each also as `X | None`. `choices` are values of that type; `aliases` are
     other flags with the same meaning, dashes included. A number must lie between `least` and `most`, both included.
+    `bare` is the value of the flag where it stands alone.
     """
     metadata = {
         "help": help,
@@ -42,6 +44,7 @@ def option(
         "nargs": nargs,
         "least": least,
         "most": most,
+        "bare": bare,
     }
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -70,6 +73,7 @@ class Option:
     neutral: tuple[str, ...] = ()  # values that mean the same as leaving the flag out
     least: float | None = None
     most: float | None = None
+    bare: Any = None
 
     @property
     def flag(self) -> str:
@@ -165,6 +169,7 @@ def _option_of(field: dataclasses.Field, annotation: Any) -> Option:
         nargs=said.get("nargs") or ("*" if is_list else None),
         least=said.get("least"),
         most=said.get("most"),
+        bare=said.get("bare"),
     )
 
 

@@ -29,8 +29,8 @@ from library.samples.prompts import SamplePrompt
 from library.sdxl.architecture import LATENT_SCALE
 from library.sdxl.latents import decode_latents
 from library.sdxl.prediction import SDXL_PREDICTION
-from library.sdxl.text_encoding import TextConditioning, encode_captions
-from library.sdxl.tokenizers import num_chunks_needed, tokenize_captions
+from library.sdxl.text_encoding import UNWEIGHTED, TextConditioning, TextWeights, encode_captions
+from library.sdxl.tokenizers import CHUNK_TOKENS, num_chunks_needed, tokenize_captions
 
 _SCHEDULERS: dict[str, tuple[type, dict[str, Any]]] = {
     # Latents are not confined to -1..1: clipping them, as kohya's trainers do for ddim, greys the image.
@@ -57,8 +57,9 @@ def _already_there(*networks: nn.Module) -> AbstractContextManager[None]:
 class SamplingNetworks:
     """The networks that draw an image; the U-Net returns float32.
 
-    The others may be elsewhere: they are called only within `at_hand(network, ...)`, which holds them on the U-Net's
-    device.
+    With `zeros_l` or `zeros_g` an empty negative prompt is zero features of that encoder (for G also a zero pooled
+    vector), as dropped captions are in training. The others may be elsewhere: they are called only within
+    `at_hand(network, ...)`, which holds them on the U-Net's device.
     """
 
     unet: UNet2DConditionModel
@@ -66,6 +67,8 @@ class SamplingNetworks:
     text_encoder_l: nn.Module
     text_encoder_g: nn.Module
     at_hand: Callable[..., AbstractContextManager[None]] = _already_there
+    zeros_l: bool = False
+    zeros_g: bool = False
 
 
 def make_sampling_scheduler(name: str) -> Any:
@@ -160,6 +163,21 @@ def _encode_prompts(
     captions_g = [prompt.prompt_g for prompt in prompts] + [prompt.negative_g for prompt in prompts]
     num_chunks = max(min_chunks, *(num_chunks_needed(caption) for caption in captions_l + captions_g))
     tokens = tokenize_captions(captions_l, captions_g, num_chunks).to(networks.unet.device)
-    both = encode_captions(networks.text_encoder_l, networks.text_encoder_g, tokens)
+    weights = _weights_of_negatives(networks, prompts, num_positions=CHUNK_TOKENS * num_chunks + 2)
+    both = encode_captions(networks.text_encoder_l, networks.text_encoder_g, tokens, weights=weights)
     (hidden, unwanted_hidden), (pooled, unwanted_pooled) = (tensor.float().chunk(2) for tensor in both)
     return TextConditioning(hidden, pooled), TextConditioning(unwanted_hidden, unwanted_pooled)
+
+
+def _weights_of_negatives(
+    networks: SamplingNetworks, prompts: Sequence[SamplePrompt], *, num_positions: int
+) -> TextWeights:
+    """Return the weights of prompts and negative prompts: 0 for an empty negative prompt that is to be zeros."""
+    if not (networks.zeros_l or networks.zeros_g):
+        return UNWEIGHTED
+    kept = [1.0] * len(prompts)
+    kept_l = torch.tensor(kept + [float(not (networks.zeros_l and not each.negative_l)) for each in prompts])
+    kept_g = torch.tensor(kept + [float(not (networks.zeros_g and not each.negative_g)) for each in prompts])
+    device = networks.unet.device
+    weights_l, weights_g = (each[:, None].expand(-1, num_positions).to(device) for each in (kept_l, kept_g))
+    return TextWeights(weights_l, weights_g, kept_g.to(device))

@@ -1,7 +1,7 @@
 """What learns: the trained networks, and the steps that update their weights."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -48,7 +48,7 @@ class Learner:
     """The networks as the loop calls them, those `trained` among them, and the optimizer over `parameters`.
 
     `settings` are those of the optimizer's parameter groups as the options set them. `fused` is there if weights are
-    updated within the backward pass.
+    updated within the backward pass. `freeze_after` has the last step of networks that are not trained to the end.
     """
 
     accelerator: Accelerator
@@ -66,13 +66,18 @@ class Learner:
     watch: LossWatch
     step_loss: StepLoss
     narrow_keys: frozenset[str]
+    freeze_after: Mapping[str, int] = field(default_factory=dict)
     is_between_steps: bool = True
     _rates: dict[str, float] = field(default_factory=dict)
     _fused_norm: float | None = None
+    _frozen: set[str] = field(default_factory=set)
 
     @contextmanager
     def accumulating(self, batch: Batch, step: int) -> Iterator[None]:
         """The block that runs a micro-batch of step `step`: its gradient is exchanged only if it completes the step."""
+        for name, last in self.freeze_after.items():
+            if step > last:
+                self._freeze(name)
         with (
             exchange_gradients(self.accelerator, self.trained.values(), now=batch.completes_step),
             explained_out_of_memory(f"in step {step}", batch),
@@ -148,6 +153,16 @@ class Learner:
             for parameter, weights in zip(self.parameters, to_train_on, strict=True):
                 parameter.data.copy_(weights)
 
+    def _freeze(self, name: str) -> None:
+        """Train a network no longer: it is called past the exchange of gradients, and its weights have none."""
+        if name in self._frozen:
+            return
+        self._frozen.add(name)
+        network = self.accelerator.unwrap_model(self.trained[name])
+        network.requires_grad_(False)
+        network.eval()
+        setattr(self, name, network)
+
     def _update(self, step: int) -> float | None:
         """Clip and update the weights unless the backward pass did; return the gradient norm if it was computed.
 
@@ -167,7 +182,8 @@ class Learner:
         return grad_norm
 
     def _current_rates(self) -> dict[str, float]:
-        return {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+        rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+        return rates | dict.fromkeys(self._frozen, 0.0)
 
 
 def make_learner(
@@ -180,6 +196,7 @@ def make_learner(
     trains_g: bool,
     num_steps: int,
     seed: int,
+    freeze_after: Mapping[str, int] | None = None,
     rounding: str = NEAREST,
     max_bad_steps: int = 1,
 ) -> Learner:
@@ -214,6 +231,7 @@ def make_learner(
         max_grad_norm=optimizer_options.max_grad_norm,
         watch=LossWatch(max_bad_steps),
         step_loss=StepLoss(accelerator),
+        freeze_after=freeze_after or {},
         narrow_keys=narrow_keys,
     )
 

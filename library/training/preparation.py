@@ -150,25 +150,42 @@ def make_plan(
 ) -> Plan:
     """Return the steps of this process over the images; `--max_train_epochs`, if given, decides their number."""
     images = prepared.images
-    shape = BatchShape(
-        accumulation_steps=run_options.gradient_accumulation_steps,
+    order = make_order(
+        images,
+        run_options,
+        seed,
         num_processes=accelerator.num_processes,
         process_index=accelerator.process_index,
     )
-    order = EpochOrder(
+    num_steps = num_steps_of(run_options, order)
+    dataset = CaptionedImages(images, Captioning(prepared.tokens, seed, num_steps, prepared.texts))
+    loader = make_loader(dataset, order, loader_options, accelerator.device)
+    return Plan(loader, order, len(images), num_steps, accelerator.device, accelerator.process_index)
+
+
+def make_order(
+    images: Sequence[TrainingImage], options: RunOptions, seed: int, *, num_processes: int, process_index: int
+) -> EpochOrder:
+    """Return the order in which one of `num_processes` sees the images."""
+    return EpochOrder(
         [image.kind for image in images],
-        shape,
+        BatchShape(
+            accumulation_steps=options.gradient_accumulation_steps,
+            num_processes=num_processes,
+            process_index=process_index,
+        ),
         seed=seed,
         num_repeats=[image.subset.num_repeats for image in images],
         flip=[image.subset.augmentation.flip_aug for image in images],
         batch_sizes={image.kind: image.subset.batch_size for image in images},
     )
-    num_steps = run_options.max_train_steps
-    if run_options.max_train_epochs is not None:
-        num_steps = run_options.max_train_epochs * order.steps_per_epoch
-    dataset = CaptionedImages(images, Captioning(prepared.tokens, seed, num_steps, prepared.texts))
-    loader = make_loader(dataset, order, loader_options, accelerator.device)
-    return Plan(loader, order, len(images), num_steps, accelerator.device, accelerator.process_index)
+
+
+def num_steps_of(options: RunOptions, order: EpochOrder) -> int:
+    """Return the optimizer steps of the run; `--max_train_epochs`, if given, decides."""
+    if options.max_train_epochs is not None:
+        return options.max_train_epochs * order.steps_per_epoch
+    return options.max_train_steps
 
 
 def latents_of(batch: Batch, vae: AutoencoderKL) -> torch.Tensor:

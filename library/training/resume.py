@@ -19,6 +19,7 @@ _DECIDE_THE_COURSE = frozenset(
         *("train_batch_size", "gradient_accumulation_steps", "num_processes", "dataset_repeats", "flip_aug", "seed"),
         *("pretrained_model_name_or_path", "vae", "train_text_encoder", "optimizer_type"),
         *("color_aug", "random_crop", "face_crop_aug_range", "resize_interpolation"),
+        *("stop_training_te1", "stop_training_te2"),
         *("mixed_precision", "full_bf16", "bf16_rounding", "legacy_text_projection", "legacy_crop_coords"),
         *("transposed_text_projection", "one_caption"),
     }

@@ -1,5 +1,6 @@
 """All options of a training run, class by class, and what cannot work between them."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -46,6 +47,12 @@ class RunOptions:
         False, "Recompute activations in the backward pass: much less memory, slower."
     )
     train_text_encoder: bool = option(False, "Train the text encoders as well.")
+    stop_training_te1: float | None = option(
+        None, "Freeze text encoder L after this many optimizer steps. Below 1 it is a fraction of all steps."
+    )
+    stop_training_te2: float | None = option(
+        None, "Freeze text encoder G after this many optimizer steps. Below 1 it is a fraction of all steps."
+    )
     max_bad_steps: int = option(
         1,
         "Stop after this many consecutive steps with a loss of NaN or Inf; their updates are skipped.",
@@ -55,7 +62,29 @@ class RunOptions:
     seed: int | None = option(
         None, "Seed of everything random. Default: drawn at random and reported.", least=0, most=MOST_SEED
     )
+    dry_run: int | None = option(
+        None,
+        "Train nothing: show what this many images would be trained as in the first three epochs, and the totals of "
+        "the set.",
+        bare=12,
+        least=1,
+        aliases=["--debug_dataset"],
+    )
+    dry_run_report: Path | None = option(
+        None, "Write the dry run to this file: .html shows the images on a page, .jsonl has a line for every image."
+    )
     sdpa: bool = option(True, "Use torch's scaled_dot_product_attention, which is always on.", choices=(True,))
+
+    def problems(self) -> Iterator[str]:
+        """Yield what is wrong with these values, one sentence each."""
+        if self.dry_run_report is not None and self.dry_run is None:
+            yield "--dry_run_report needs --dry_run; add it."
+        if self.dry_run_report is not None and self.dry_run_report.suffix.lower() not in (".html", ".htm", ".jsonl"):
+            yield f"--dry_run_report is '{self.dry_run_report}'; its name must end in .html or .jsonl."
+        for flag in ("stop_training_te1", "stop_training_te2"):
+            value = getattr(self, flag)
+            if value is not None and not 0 < value < math.inf:
+                yield f"--{flag} is {value}; it must be a number of steps, or a fraction of all steps, above 0."
 
 
 DEFAULT_BACKEND = "inductor"
@@ -152,6 +181,11 @@ class TrainingOptions:
     def _text_rate(self, rate: float | None) -> float:
         return self.optimizer.learning_rate if rate is None else rate
 
+    def freeze_after(self, num_steps: int) -> dict[str, int]:
+        """Return the last step, of `num_steps`, that trains each text encoder which is not trained to the end."""
+        last = {"text_encoder_l": self.run.stop_training_te1, "text_encoder_g": self.run.stop_training_te2}
+        return {name: int(at * num_steps if at < 1 else at) for name, at in last.items() if at is not None}
+
     @property
     def resolution(self) -> Size:
         """The training resolution."""
@@ -179,6 +213,9 @@ class TrainingOptions:
 
     def conflicts(self) -> Iterator[str]:
         """Yield what is wrong between classes, one sentence each."""
+        for flag, is_trained in (("stop_training_te1", self.trains_l), ("stop_training_te2", self.trains_g)):
+            if getattr(self.run, flag) is not None and not is_trained:
+                yield f"--{flag} has no effect on an encoder that is not trained; add --train_text_encoder."
         for flag in ("learning_rate_te1", "learning_rate_te2"):
             if getattr(self.optimizer, flag) is not None and not self.run.train_text_encoder:
                 yield f"--{flag} has no effect without --train_text_encoder; add it or leave the rate out."

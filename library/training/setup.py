@@ -15,6 +15,7 @@ from torch import nn
 
 from library.data.caption_draws import Encoder
 from library.data.caption_report import report_captions
+from library.data.caption_rules import ZEROS, PairRules
 from library.data.dataset import Batch
 from library.data.subsets import Subset
 from library.data.training_set import FoundImage, find_training_images
@@ -139,6 +140,7 @@ def _set_up(
         trains_g=options.trains_g,
         num_steps=plan.num_steps,
         seed=progress.seed,
+        freeze_after=options.freeze_after(plan.num_steps),
         rounding=options.precision.rounding,
         max_bad_steps=options.run.max_bad_steps,
     )
@@ -149,7 +151,7 @@ def _set_up(
     tracker = _make_tracker(options.tracking, plan, progress, accelerator)
     compile_regions(model.unet, options.compilation, accelerator.device)
     checkpoints = _make_checkpoints(options, model, learner, progress, tracker, state, stop)
-    sampling = _make_sampling(options, model, learner, progress, tracker, stop.is_made)
+    sampling = _make_sampling(options, model, learner, progress, tracker, stop.is_made, subsets[0].captions)
     return Run(
         plan=plan,
         progress=progress,
@@ -255,6 +257,7 @@ def _make_sampling(
     progress: Progress,
     tracker: Tracker,
     is_stopping: Callable[[], bool],
+    captions: PairRules,
 ) -> Sampling:
     """Return what draws the sample images. accelerate wraps networks in place: the model's are the trained ones."""
     networks = SamplingNetworks(
@@ -263,6 +266,8 @@ def _make_sampling(
         model.text_encoder_l,
         model.text_encoder_g,
         at_hand=partial(on_device, model.unet.device),
+        zeros_l=captions.rules_l.dropped_caption == ZEROS,
+        zeros_g=captions.rules_g.dropped_caption == ZEROS,
     )
     run = SampledRun(
         options.output_dir,

@@ -1,0 +1,94 @@
+"""The captions of a training set in numbers: texts, encodings, lengths, and words that blur the division."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from library.data.caption_draws import Encoder
+from library.data.caption_listing import texts_to_encode, unlistable_settings
+from library.data.caption_tokens import TokenTable
+from library.data.captions import first_texts
+from library.data.training_set import TrainingImage
+
+BIN = 25
+"""Tokens in one bar of the histogram."""
+
+_WORD = re.compile(r"\w{3,}")
+_MOST_WORDS = 20
+
+
+@dataclass(frozen=True)
+class EncoderSummary:
+    """The captions of one encoder.
+
+    `num_texts` distinct texts can be met, None where they are drawn at each visit; as many are encoded before training
+    if the encoder is cached. `histogram` counts captions by tokens, `BIN` to a bar.
+    """
+
+    num_captions: int
+    num_texts: int | None
+    is_cached: bool
+    num_empty: int
+    histogram: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class CaptionSummary:
+    """The captions of both encoders; `shared_words` stand in both captions of so many images, most frequent first."""
+
+    encoder_l: EncoderSummary
+    encoder_g: EncoderSummary
+    num_pairs: int
+    shared_words: tuple[tuple[str, int], ...]
+
+    @property
+    def num_encodings(self) -> int:
+        """How many texts are encoded before training."""
+        return sum(each.num_texts or 0 for each in (self.encoder_l, self.encoder_g) if each.is_cached)
+
+
+def summarize(
+    images: Sequence[TrainingImage], tokens: TokenTable, cached: Sequence[Encoder], seed: int
+) -> CaptionSummary:
+    """Return the summary, in one pass over the images for each encoder; `seed` is that of the run."""
+    words: Counter[str] = Counter()
+    for image in images:
+        first = first_texts(image.captions, image.subset.captions)
+        words.update(_words(first.text_l) & _words(first.text_g))
+    return CaptionSummary(
+        _of_encoder(images, tokens, "l", "l" in cached, seed),
+        _of_encoder(images, tokens, "g", "g" in cached, seed),
+        num_pairs=len({image.captions for image in images}),
+        shared_words=tuple(words.most_common(_MOST_WORDS)),
+    )
+
+
+def _of_encoder(
+    images: Sequence[TrainingImage], tokens: TokenTable, encoder: Encoder, is_cached: bool, seed: int
+) -> EncoderSummary:
+    can_be_listed = not any(unlistable_settings(image.subset.captions.of(encoder)) for image in images)
+    texts: set[str] = set()
+    bars: Counter[int] = Counter()
+    num_empty = 0
+    for image in images:
+        rules = image.subset.captions
+        first = first_texts(image.captions, rules).of(encoder)
+        num_tokens = tokens.num_tokens(first, rules.of(encoder))
+        bars[num_tokens // BIN] += 1
+        num_empty += not first
+        if can_be_listed and (is_cached or not rules.of(encoder).enable_wildcard):
+            texts.update(texts_to_encode(image.captions, rules, encoder, seed=seed, key=image.key))
+    histogram = tuple(bars[index] for index in range(max(bars, default=-1) + 1))
+    is_listed = can_be_listed and bool(texts)
+    return EncoderSummary(
+        num_captions=len({image.captions.of(encoder) for image in images}),
+        num_texts=len(texts) if is_listed else None,
+        is_cached=is_cached,
+        num_empty=num_empty,
+        histogram=histogram,
+    )
+
+
+def _words(text: str) -> set[str]:
+    return {word.casefold() for word in _WORD.findall(text)}
