@@ -28,6 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere, find library/
 
+import torch
 from PIL import Image
 
 import sdxl_train
@@ -167,6 +168,7 @@ def outcome_in_process(main: Callable[[Sequence[str]], int], argv: Sequence[str]
     receiving, sending = context.Pipe(duplex=False)
 
     def run() -> None:
+        torch.set_num_threads(1)  # those of the parent are not here, and OpenMP would wait for them
         resource.setrlimit(resource.RLIMIT_AS, (_BYTES_OF_A_RUN, _BYTES_OF_A_RUN))
         sending.send(outcome_of(main, argv))
 
