@@ -34,8 +34,6 @@ _OTHER_TRAINING: dict[str, str] = {
     "it off.",
     "--conditioning_data_dir": "conditioning images belong to ControlNet and masked training, which are not offered. "
     "Leave it off.",
-    "--dataset_config": "files of data subsets are not read. Merge the captions of all folders into one metadata file "
-    "and pass it as --in_json; --config_file takes a TOML file of options.",
     "--dataset_class": "would run a custom class in place of the dataset. Write a metadata file and pass it as "
     "--in_json.",
 }
@@ -169,7 +167,7 @@ OTHER_TRAINERS: dict[str, str] = {
     ),
     **dict.fromkeys(
         (
-            *("--prior_loss_weight", "--stop_text_encoder_training", "--stop_text_encoder_training_pct"),
+            *("--stop_text_encoder_training", "--stop_text_encoder_training_pct"),
             *("--no_token_padding", "--class_tokens", "--instance_prompt", "--class_prompt"),
         ),
         _DREAMBOOTH_ADVICE,

@@ -14,7 +14,6 @@ NEUTRAL_REFUSED: dict[str, tuple[str, ...]] = {
     "--huber_c": ("0.1",),
     "--huber_scale": ("1",),
     "--zero_stage": ("2",),
-    "--prior_loss_weight": ("1",),
     "--factor": ("-1",),
     "--LoRA_type": ("Standard",),
 }

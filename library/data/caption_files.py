@@ -1,6 +1,7 @@
 """Caption files beside the images to a metadata file."""
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +22,14 @@ from library.data.metadata import (
     Metadata,
     keys_without_caption,
     read_metadata,
+    read_utf8,
     write_metadata,
 )
 from library.data.metadata_lines import is_lines
 
 log = logging.getLogger(__name__)
+
+_NUMBERS_OF_FACE = re.compile(r"(_\d+){4}$")
 
 
 def _caption_extension(default: str) -> Any:
@@ -118,6 +122,41 @@ def merge_captions(options: MergeOptions, column: CaptionColumn) -> None:
                 each.metadata_key,
                 _quoted(lacking),
             )
+
+
+def entries_of_folder(
+    folder: Path, extension_l: str, extension_g: str, class_tokens: str | None = None
+) -> dict[Path, dict[str, Any]]:
+    """Return an entry, as metadata has it, for each image of a folder, from the caption files beside it.
+
+    An image without a file has `class_tokens` as its caption. As in kohya's trainers, the file of a face image
+    `name_x_y_width_height.jpg` may have the name without the numbers. Raise `UserError` naming the images that have no
+    caption.
+    """
+    entries: dict[Path, dict[str, Any]] = {}
+    for column, extension in ((COLUMN_L, extension_l), (COLUMN_G, extension_g)):
+        without_caption = []
+        for image in entries or find_images(folder, recursive=False):
+            caption = _caption_beside(image, extension, class_tokens)
+            if caption is None:
+                without_caption.append(image)
+            entries.setdefault(image, {})[column.metadata_key] = caption
+        if without_caption:
+            raise UserError(
+                f"{len(without_caption)} of {len(entries)} images of '{folder}' have no {extension} file:"
+                f" {_quoted([image.name for image in without_caption])}.",
+                "Write one beside each (it may be empty), or set caption_extension, or class_tokens, the caption "
+                "of images without a file.",
+            )
+    return entries
+
+
+def _caption_beside(image: Path, extension: str, if_missing: str | None) -> str | None:
+    for stem in dict.fromkeys((image.stem, _NUMBERS_OF_FACE.sub("", image.stem))):
+        file = image.parent / f"{stem}{extension}"
+        if file.is_file():
+            return read_utf8(file).strip()
+    return if_missing
 
 
 def _metadata_to_extend(options: MergeOptions) -> Metadata:

@@ -147,9 +147,9 @@ def cache_bytes(bucket: Size, *, flip: bool = False, alpha_mask: bool = False) -
     return num_numbers * np.dtype(np.float32).itemsize + _BYTES_AROUND
 
 
-def cache_path(image: Path) -> Path:
-    """Return the cache file of an image: beside it, with the same stem."""
-    return image.with_suffix(".npz")
+def cache_path(image: Path, bucket: Size | None = None) -> Path:
+    """Return the cache file of an image: beside it, with the same stem, and `bucket` if its name tells it."""
+    return image.with_suffix(".npz") if bucket is None else image.with_name(f"{image.stem}_{bucket}.npz")
 
 
 def write_cache(path: Path, cached: CachedLatents) -> None:

@@ -86,10 +86,13 @@ def encode_missing(
     """
     lacking = [image for image in images if not image.has_latents and not image.subset.augmentation.changes_pixels]
     sources = list(dict.fromkeys(image.source for image in lacking if image.source is not None))
-    encoding = Encoding(options.vae_batch_size, flip=options.flip_aug, legacy_crop=options.legacy_crop_coords)
+    subset_of = {image.source: image.subset for image in lacking}
+    flip = any(image.subset.augmentation.flip_aug for image in lacking)
+    encoding = Encoding(options.vae_batch_size, flip=flip, legacy_crop=options.legacy_crop_coords)
     if options.cache_latents_to_disk:
-        assert options.train_data_dir is not None  # checked by problems()
-        require_disk_for_latents(options.train_data_dir, sources, encoding)
+        for folder in {subset.image_dir for subset in subset_of.values()}:
+            of_folder = [source for source in sources if subset_of[source].image_dir == folder]
+            require_disk_for_latents(folder, of_folder, encoding)
     outcomes = encode_images(sources, vae, encoding, vae_digest=digest or vae_digest(vae))
     encoded: dict[BucketedImage, tuple[Path | CachedLatents, str]] = {}
     errors: list[UserError] = []
@@ -102,7 +105,8 @@ def encode_missing(
         assert outcome.cached is not None
         latents: Path | CachedLatents = outcome.cached
         if options.cache_latents_to_disk:
-            latents = cache_path(outcome.image.path)
+            names_bucket = subset_of[outcome.image].names_bucket
+            latents = cache_path(outcome.image.path, outcome.image.assignment.bucket if names_bucket else None)
             write_cache(latents, outcome.cached)
         encoded[outcome.image] = latents, outcome.cached.content_digest
     if errors:

@@ -39,6 +39,14 @@ class TrainingSetOptions:
         False, "Sort images without prepared latents into buckets. Otherwise crop them to --resolution."
     )
     dataset_repeats: int = option(1, "Repeats of each image per epoch.", least=1, most=MOST_BATCHES)
+    dataset_config: Path | None = option(
+        None,
+        "Read folders of images, and how each is trained, from this TOML or JSON file in place of --train_data_dir and "
+        "--in_json. Other flags are the defaults of what it leaves out.",
+    )
+    prior_loss_weight: float = option(
+        1.0, "Multiply the loss of the regularization images (is_reg) of --dataset_config by this.", least=0
+    )
     flip_aug: bool = option(False, "Flip each image horizontally with probability 0.5.")
     color_aug: bool = option(
         False, "Change hue or gamma of each image a little at random. Its latents cannot be cached."
@@ -83,7 +91,7 @@ class TrainingSetOptions:
     cache_text_encoder_outputs_to_disk: bool = option(
         False,
         "As --cache_text_encoder_outputs, but write the outputs to the folder text_encoder_outputs in "
-        "--train_data_dir. With a form for one encoder, write the outputs of that one.",
+        "--train_data_dir, or beside --dataset_config. With a form for one encoder, write the outputs of that one.",
     )
     skip_cache_check: bool = option(False, "Trust each .npz without reading its image to see whether it still fits.")
     legacy_crop_coords: bool = option(
@@ -119,16 +127,16 @@ class TrainingSetOptions:
         only_demanded = bool(self.demanded_text_caches)
         return self.cache_text_encoder_outputs or (self.cache_text_encoder_outputs_to_disk and not only_demanded)
 
+    @property
+    def folder(self) -> Path:
+        """The folder for what is written beside the whole set."""
+        folder = self.train_data_dir if self.dataset_config is None else self.dataset_config.parent
+        assert folder is not None  # checked by problems()
+        return folder
+
     def problems(self) -> Iterator[str]:
         """Yield a sentence for each value that cannot work."""
-        if self.train_data_dir is None:
-            yield "--train_data_dir is missing: name the folder of the images."
-        elif not self.train_data_dir.is_dir():
-            yield f"--train_data_dir: there is no folder '{self.train_data_dir}'; name the folder of the images."
-        if self.in_json is None:
-            yield "--in_json is missing: name the metadata file, made with the scripts of finetune/."
-        elif not self.in_json.is_file():
-            yield f"--in_json: there is no file '{self.in_json}'; make it with the scripts of finetune/."
+        yield from self._source_problems() if self.dataset_config is None else self._dataset_config_problems()
         if self.update_captions and self.one_caption:
             yield (
                 "--update_captions reads a caption file for each encoder, --one_caption a caption that both share: "
@@ -139,6 +147,28 @@ class TrainingSetOptions:
         except UserError as error:
             yield f"--resolution: {error}"
         yield from self._augmentation_problems()
+
+    def _dataset_config_problems(self) -> Iterator[str]:
+        assert self.dataset_config is not None
+        if not self.dataset_config.is_file():
+            yield f"--dataset_config: there is no file '{self.dataset_config}'; check the path."
+        for name in ("train_data_dir", "in_json"):
+            if getattr(self, name) is not None:
+                yield f"--{name} and --dataset_config exclude each other: the file names all folders. Keep one of them."
+        if self.update_captions:
+            yield "--update_captions needs --in_json: --dataset_config reads captions at each start; leave it off."
+
+    def _source_problems(self) -> Iterator[str]:
+        if self.prior_loss_weight != 1:
+            yield "--prior_loss_weight needs --dataset_config, whose key is_reg marks the regularization images."
+        if self.train_data_dir is None:
+            yield "--train_data_dir is missing: name the folder of the images."
+        elif not self.train_data_dir.is_dir():
+            yield f"--train_data_dir: there is no folder '{self.train_data_dir}'; name the folder of the images."
+        if self.in_json is None:
+            yield "--in_json is missing: name the metadata file, made with the scripts of finetune/."
+        elif not self.in_json.is_file():
+            yield f"--in_json: there is no file '{self.in_json}'; make it with the scripts of finetune/."
 
     def _augmentation_problems(self) -> Iterator[str]:
         try:
@@ -188,7 +218,9 @@ class Subset:
     `dataset` numbers the data set that the subset belongs to: images of different data sets share no batch, those of
     one have its `batch_size`, and the buckets of its `rule`. Without a `metadata_file` the captions are read from the
     files beside the images, which end in `extension_l` and `extension_g`; with `one_caption` both encoders read one.
-    The loss of each sample is multiplied by `loss_weight`; an image with `is_reg` is a regularization image.
+    `class_tokens` is the caption of an image without a file. The loss of each sample is multiplied by `loss_weight`;
+    an image with `is_reg` is a regularization image. With `names_bucket` a cache is named with its bucket.
+    A subset that `is_of_file` is described by a data set file, not by flags.
     """
 
     image_dir: Path
@@ -204,6 +236,9 @@ class Subset:
     augmentation: Augmentation = field(default_factory=Augmentation)
     loss_weight: float = 1.0
     is_reg: bool = False
+    class_tokens: str | None = None
+    names_bucket: bool = False
+    is_of_file: bool = False
 
 
 def subset_of_flags(
@@ -228,9 +263,9 @@ def subset_of_flags(
 def described_subsets(subsets: Sequence[Subset]) -> dict[str, str]:
     """Return every setting of the subsets as text, by a name: what runs are compared by.
 
-    One subset is described by the rules of its captions, since the options describe the rest.
+    A subset of flags is described by the rules of its captions, since the options describe the rest.
     """
-    if len(subsets) == 1:
+    if len(subsets) == 1 and not subsets[0].is_of_file:
         return described_rules(subsets[0].captions)
     described: dict[str, str] = {}
     for number, subset in enumerate(subsets):

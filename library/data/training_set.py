@@ -17,6 +17,7 @@ from library.data.cache_files import cache_finder
 from library.data.caption_sources import warn_of_changed_captions
 from library.data.captions import CaptionPair
 from library.data.crops import LEGACY_CROP_NOTICE, Crop, crop_to_train
+from library.data.folder_images import find_images_of_folder, in_bucket, with_distinct_keys
 from library.data.found_images import FoundImage, error_of_images, notices, require_usable
 from library.data.image_keys import images_by_stem, is_file, resolve_cache, resolve_image
 from library.data.images import read_size
@@ -119,12 +120,16 @@ def find_training_images(subsets: Sequence[Subset]) -> list[FoundImage]:
     file nor a usable cache, or no bucket; report what else the user should know.
     """
     is_alone = len(subsets) == 1
-    return [image for subset in subsets for image in _find_images_of(subset, is_alone=is_alone)]
+    found = [image for subset in subsets for image in _find_images_of(subset, is_alone=is_alone)]
+    return found if is_alone else with_distinct_keys(found)
 
 
 def _find_images_of(subset: Subset, *, is_alone: bool) -> list[FoundImage]:
     path, folder = subset.metadata_file, subset.image_dir
-    assert path is not None  # checked by problems()
+    if path is None:
+        found = find_images_of_folder(subset)
+        _require_countable(len(found), subset, folder)
+        return found
     metadata = read_metadata(path)
     if not metadata:
         raise UserError(f"'{path}' has no images.", "Make it with the scripts of finetune/.")
@@ -138,12 +143,7 @@ def _find_images_of(subset: Subset, *, is_alone: bool) -> list[FoundImage]:
     sources = sentence_of_sources(metadata, one_caption=subset.one_caption)
     if sources is not None:
         log.info("%s", sources)
-    num_visits = len(metadata) * subset.num_repeats
-    if num_visits > MOST_VISITS:
-        raise UserError(
-            f"{subset.num_repeats} repeats of the images of '{path}' make an epoch of {num_visits} images.",
-            f"Lower --dataset_repeats: an epoch may have {MOST_VISITS}. --max_train_steps decides how long a run is.",
-        )
+    _require_countable(len(metadata), subset, path)
     by_stem = images_by_stem(folder)
     find_cache = cache_finder()
     found = [_found(key, entry, subset, by_stem, find_cache) for key, entry in metadata.items()]
@@ -156,6 +156,15 @@ def _find_images_of(subset: Subset, *, is_alone: bool) -> list[FoundImage]:
     return found
 
 
+def _require_countable(num_images: int, subset: Subset, source: Path) -> None:
+    num_visits = num_images * subset.num_repeats
+    if num_visits > MOST_VISITS:
+        raise UserError(
+            f"{subset.num_repeats} repeats of the images of '{source}' make an epoch of {num_visits} images.",
+            f"Lower --dataset_repeats: an epoch may have {MOST_VISITS}. --max_train_steps decides how long a run is.",
+        )
+
+
 def read_training_set(
     found: Sequence[FoundImage], vae_digest: str, *, check_images: bool = True, legacy_crop: bool = False
 ) -> list[TrainingImage]:
@@ -163,8 +172,7 @@ def read_training_set(
 
     Each cache is read once. A cache that no longer fits is reported, and its image is to be encoded again; without
     `check_images` the image beside it is not read for that. Where pixels change from visit to visit, caches have no
-    use. Raise `UserError` for a cache that does not fit where the
-    image is gone, and for an image that cannot be used.
+    use. Raise `UserError` for a cache that does not fit where the image is gone, and for an image that cannot be used.
     """
     if legacy_crop:
         log.warning(LEGACY_CROP_NOTICE)
@@ -179,11 +187,12 @@ def read_training_set(
             resize_interpolation=augmentation.resize_interpolation,
         )
         try:
-            cached = None if augmentation.changes_pixels else _read_if_fitting(each, demands)
+            placed = in_bucket(each)
+            cached = None if augmentation.changes_pixels else _read_if_fitting(placed, demands)
             if cached is None:
-                images.append(_from_file(each, legacy=legacy_crop))
+                images.append(_from_file(placed, legacy=legacy_crop))
             else:
-                images.append(_from_cache(each, cached, legacy=legacy_crop))
+                images.append(_from_cache(placed, cached, legacy=legacy_crop))
         except UserError as error:
             errors.append(error)
     if errors:
@@ -247,7 +256,7 @@ def _from_file(found: FoundImage, *, legacy: bool) -> TrainingImage:
     """Return the image without latents, in the bucket that the metadata names, or else the one of the rule."""
     assert found.file is not None  # or its cache would have been used, or refused
     size = read_size(found.file)
-    if found.bucket is None:
+    if found.bucket is None or found.subset.metadata_file is None:
         assignment = found.subset.rule.assign(size)
     else:
         resized = covering_size(found.bucket, size)

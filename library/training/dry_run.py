@@ -189,10 +189,10 @@ class _Preview:
         if encoder not in self._cached:
             return "each step"
         options = self._options.training_set
-        if not options.cache_text_encoder_outputs_to_disk or options.train_data_dir is None:
+        if not options.cache_text_encoder_outputs_to_disk:
             return "cached at the start"
         ids = torch.tensor(self._tokens.read(text, rules.of(encoder), encoder).ids)
-        folder = options.train_data_dir / FOLDER_NAME
+        folder = options.folder / FOLDER_NAME
         return "cached" if any(folder.glob(f"{encoder}-*/{tokens_digest(ids)}.safetensors")) else "missing"
 
     def _latents(self, image: TrainingImage, found: FoundImage) -> str:

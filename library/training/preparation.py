@@ -20,6 +20,7 @@ from library.data.captioning import Captioning
 from library.data.dataset import Batch, CaptionedImages, make_loader
 from library.data.epoch_order import BatchShape, EpochOrder
 from library.data.latent_preparation import encode_missing
+from library.data.regularization import repeats_of
 from library.data.subsets import LoaderOptions, Subset, TrainingSetOptions
 from library.data.text_cache import FOLDER_NAME, NO_TEXTS, CachedTexts, encode_texts
 from library.data.training_set import FoundImage, TrainingImage, fingerprints, read_training_set
@@ -97,8 +98,8 @@ def prepare_set(
 def _folders_written(options: TrainingSetOptions, found: list[FoundImage]) -> set[Path]:
     """The folders among the images that this run writes into."""
     folders = {image.cache.parent for image in found} if options.cache_latents_to_disk else set()
-    if options.cache_text_encoder_outputs_to_disk and options.train_data_dir is not None:
-        folders.update((options.train_data_dir / FOLDER_NAME).glob("*/"))  # one of each encoder
+    if options.cache_text_encoder_outputs_to_disk:
+        folders.update((options.folder / FOLDER_NAME).glob("*/"))  # one of each encoder
     return folders
 
 
@@ -129,8 +130,7 @@ def _texts(
 ) -> tuple[CachedTexts, list[str]]:
     if not cached_encoders:
         return NO_TEXTS, []
-    folder = options.training_set.train_data_dir
-    assert folder is not None  # checked by problems()
+    folder = options.training_set.folder
     cached_l = model.text_encoder_l if "l" in cached_encoders else None
     cached_g = model.text_encoder_g if "g" in cached_encoders else None
     networks = [network for network in (cached_l, cached_g) if network is not None]
@@ -175,7 +175,7 @@ def make_order(
             process_index=process_index,
         ),
         seed=seed,
-        num_repeats=[image.subset.num_repeats for image in images],
+        num_repeats=repeats_of(images),
         flip=[image.subset.augmentation.flip_aug for image in images],
         batch_sizes={image.kind: image.subset.batch_size for image in images},
     )

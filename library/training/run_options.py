@@ -13,6 +13,7 @@ from library.config.options import ConfigFileOptions, option, problems_of
 from library.data.buckets import BucketOptions, BucketRule, parse_resolution
 from library.data.caption_draws import Encoder
 from library.data.caption_options import CaptionOptions
+from library.data.dataset_config import read_dataset_config
 from library.data.subsets import LoaderOptions, Subset, TrainingSetOptions, subset_of_flags
 from library.diffusion.options import NoiseOptions
 from library.optim.options import OptimizerOptions, ScheduleOptions
@@ -197,7 +198,11 @@ class TrainingOptions:
         return self.buckets.rule(self.resolution, enabled=self.training_set.enable_bucket)
 
     def subsets(self) -> list[Subset]:
-        """Return what is trained on. Raise `UserError` for a file of protected tags that cannot be read."""
+        """Return what is trained on. Raise `UserError` for files and data sets that cannot work."""
+        if self.training_set.dataset_config is not None:
+            return read_dataset_config(
+                self.training_set.dataset_config, self.training_set, self.loader, self.captions, self.buckets
+            )
         return [subset_of_flags(self.training_set, self.loader, self.captions, self.bucket_rule)]
 
     @property

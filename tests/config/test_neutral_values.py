@@ -166,7 +166,7 @@ def test_off_on_the_command_line_overrides_the_file(arguments: list[str], in_fol
 
 @pytest.mark.parametrize(
     ("flag", "value"),
-    [("clip_skip", "3"), ("zero_stage", "3"), ("prior_loss_weight", "0.5"), ("network_dim", "8"), ("v2", "true")],
+    [("clip_skip", "3"), ("zero_stage", "3"), ("factor", "4"), ("network_dim", "8"), ("v2", "true")],
 )
 def test_any_other_value_of_a_refused_flag_has_its_reason(flag: str, value: str, in_folder: list[str]):
     Path("options.toml").write_text(f"{flag} = {value}", encoding="utf-8")

@@ -1,0 +1,64 @@
+"""The images of folders without metadata: captions from the files beside them, buckets from the rule of the subset."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from library.config.errors import UserError
+from library.data.cache_files import cache_finder
+from library.data.caption_files import entries_of_folder
+from library.data.found_images import FoundImage, require_usable
+from library.data.image_keys import is_file
+from library.data.images import read_size
+from library.data.latent_cache import bucket_of_cache, cache_path
+from library.data.metadata import captions_of
+from library.data.subsets import Subset
+from library.sdxl.sizes import Size
+
+
+def find_images_of_folder(subset: Subset) -> list[FoundImage]:
+    """Return the images of a subset without metadata. Raise `UserError` naming those that cannot be trained."""
+    entries = entries_of_folder(subset.image_dir, subset.extension_l, subset.extension_g, subset.class_tokens)
+    find_cache = cache_finder()
+    separators = subset.captions.rules_l.caption_separator, subset.captions.rules_g.caption_separator
+    found = [
+        FoundImage(
+            key=file.stem,
+            captions=captions_of(entry, one_caption=False, separators=separators),
+            subset=subset,
+            bucket=None,
+            file=file,
+            cache=find_cache(file),
+            loss_weight=subset.loss_weight,
+        )
+        for file, entry in entries.items()
+    ]
+    require_usable(found, subset)
+    return found
+
+
+def with_distinct_keys(found: Iterable[FoundImage]) -> list[FoundImage]:
+    """Return the images, a number behind the key where an image of another subset has the same one."""
+    counts: dict[str, int] = {}
+    images = []
+    for image in found:
+        counts[image.key] = number = counts.get(image.key, 0) + 1
+        images.append(image if number == 1 else image._replace(key=f"{image.key} ({number})"))
+    return images
+
+
+def in_bucket(found: FoundImage) -> FoundImage:
+    """Return an image of a folder without metadata with its bucket and the cache file for that, others as they are."""
+    if found.subset.metadata_file is not None or found.file is None:
+        return found
+    bucket, cache = found.subset.rule.assign(read_size(found.file)).bucket, found.cache
+    if found.subset.names_bucket:
+        named = cache_path(found.file, bucket)
+        cache = named if is_file(named) or not _is_of_bucket(cache, bucket) else cache
+    return found._replace(bucket=bucket, cache=cache)
+
+
+def _is_of_bucket(cache: Path, bucket: Size) -> bool:
+    try:
+        return is_file(cache) and bucket_of_cache(cache) == bucket
+    except UserError:  # a damaged one, beside which another is written
+        return False

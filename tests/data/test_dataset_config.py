@@ -1,0 +1,228 @@
+"""Data set files: every value against the reference, what is refused, and captions beside the images."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from library.config.errors import UserError
+from library.data.buckets import BucketOptions
+from library.data.caption_options import CaptionOptions
+from library.data.dataset_config import read_dataset_config
+from library.data.regularization import balanced_repeats, repeats_of
+from library.data.subsets import LoaderOptions, Subset, TrainingSetOptions, described_subsets
+from library.data.training_set import find_training_images
+from library.sdxl.sizes import Size
+
+CASES = json.loads((Path(__file__).parents[1] / "golden" / "dataset_config.json").read_text(encoding="utf-8"))["cases"]
+NOT_OFFERED = {  # the key that this program refuses, or what is missing, in files that the reference reads
+    "pictures_settings": "alpha_mask is not offered",
+    "finetuning_captions": "alpha_mask is not offered",
+    "alpha_masks_with_masked_loss": "alpha_mask is not offered",
+    "general_only": r"there are no \[\[datasets\]\]",
+}
+READ_HERE = {"mixed_subsets"}  # refused there; metadata and caption files may be mixed here
+
+
+def read(text: str, folder: Path, *, name: str = "sets.toml", **flags: Any) -> list[Subset]:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    classes = (TrainingSetOptions, LoaderOptions, CaptionOptions, BucketOptions)
+    options = [each(**{key: value for key, value in flags.items() if hasattr(each, key)}) for each in classes]
+    return read_dataset_config(path, *options)
+
+
+def make_folders(case: dict[str, Any]) -> None:
+    for dataset in case.get("datasets", []):
+        for subset in dataset["subsets"]:
+            if subset.get("image_dir"):
+                Path(subset["image_dir"]).mkdir(parents=True, exist_ok=True)
+            if subset.get("metadata_file"):
+                Path(subset["metadata_file"]).write_text("{}")
+    Path("a").mkdir(exist_ok=True)
+
+
+@pytest.fixture
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+ACCEPTED = [c for c in CASES if "error" not in c and c["name"] not in NOT_OFFERED]
+
+
+@pytest.mark.parametrize("case", ACCEPTED, ids=lambda case: case["name"])
+def test_every_value_is_that_of_the_reference(case: dict[str, Any], in_folder: Path):
+    make_folders(case)
+    said = [flag.lstrip("-").partition("=") for flag in case["flags"]]
+    flags = {
+        key: True if not is_set else int(text) if "_n_" in key or "repeats" in key else text
+        for key, is_set, text in said
+    }
+    subsets = iter(read(case["toml"], in_folder, **flags))
+    for number, dataset in enumerate(case["datasets"]):
+        params = dataset["params"]
+        for expected in dataset["subsets"]:
+            subset = next(subsets)
+            assert (subset.dataset, subset.batch_size) == (number, params["batch_size"])
+            rule = subset.rule
+            assert rule.max_resolution == Size(*params["resolution"])
+            if params["enable_bucket"]:
+                assert (rule.min_bucket_reso, rule.max_bucket_reso, rule.bucket_reso_steps, rule.no_upscale) == tuple(
+                    params[f"{name}"]
+                    for name in ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale")
+                )
+            assert rule.enabled == params["enable_bucket"]
+            assert subset.num_repeats == expected["num_repeats"]
+            assert subset.is_reg == expected.get("is_reg", False)
+            assert subset.class_tokens == expected.get("class_tokens")
+            augmentation = subset.augmentation
+            for key in ("flip_aug", "color_aug", "random_crop", "resize_interpolation"):
+                assert getattr(augmentation, key) == expected[key]
+            face_range = expected["face_crop_aug_range"]
+            assert augmentation.face_crop_aug_range == (None if face_range is None else tuple(face_range))
+            if expected.get("image_dir"):
+                assert subset.image_dir == Path(expected["image_dir"])
+            if expected.get("caption_extension", ".caption") != ".caption":
+                assert subset.extension_l == subset.extension_g == expected["caption_extension"]
+            for rules in (subset.captions.rules_l, subset.captions.rules_g):
+                assert rules.shuffle_caption == expected["shuffle_caption"]
+                assert rules.keep_tokens == expected["keep_tokens"]
+                assert rules.enable_wildcard == expected["enable_wildcard"]
+                assert (rules.caption_prefix or None) == expected["caption_prefix"]
+                assert (rules.caption_suffix or None) == expected["caption_suffix"]
+                assert rules.caption_separator == expected["caption_separator"]
+                assert rules.caption_tag_dropout_rate == expected["caption_tag_dropout_rate"]
+                assert rules.token_warmup_step == expected["token_warmup_step"]
+            assert subset.captions.dropout.caption_dropout_rate == expected["caption_dropout_rate"]
+    assert next(subsets, None) is None
+
+
+REFUSED = [c for c in CASES if "error" in c and c["name"] not in READ_HERE]
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case["name"])
+def test_what_the_reference_refuses_is_refused_by_the_same_keys(case: dict[str, Any], in_folder: Path):
+    make_folders(case)
+    with pytest.raises(UserError) as raised:
+        read(case["toml"], in_folder)
+    for each in case.get("errors", []):
+        name = next((part for part in reversed(each["path"]) if not part.isdecimal()), "")
+        assert name in str(raised.value)
+
+
+@pytest.mark.parametrize("name", NOT_OFFERED)
+def test_what_is_not_offered_is_refused(name: str, in_folder: Path):
+    [case] = [case for case in CASES if case["name"] == name]
+    make_folders(case)
+    with pytest.raises(UserError, match=NOT_OFFERED[name]):
+        read(case["toml"], in_folder)
+
+
+def toml(subset: str = "", dataset: str = "", general: str = "") -> str:
+    return f'[general]\n{general}\n[[datasets]]\n{dataset}\n[[datasets.subsets]]\nimage_dir = "a"\n{subset}\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (toml("shufle_caption = true"), "line 7: .* no key 'shufle_caption'. Did you mean shuffle_caption"),
+        (toml("batch_size = 2"), "line 7: .* no key 'batch_size'; it belongs to .general. or ..datasets.."),
+        (toml("caption_dropout_rate_l = 1.5"), "line 7: caption_dropout_rate_l is 1.5; it must lie between 0 and 1"),
+        (toml("caption_dropout_rate_l = 0.7", general="caption_dropout_rate = 0.5"), "add up to 1.2"),
+        (toml('protected_tags = "none.txt"'), "cannot read 'none.txt'"),
+        (toml('[[datasets.subsets]]\nimage_dir = "a"'), "names '.*' 2 times"),
+        (toml('[[datasets.subsets]]\nimage_dir = "b"'), "there is no folder 'b'"),
+        (toml("is_reg = true"), "regularization images only"),
+        ("[[datasets]]\nresolution = 64\n", "has no ..datasets.subsets.."),
+        ("[general\n", "cannot be read"),
+    ],
+)
+def test_a_mistake_is_named_with_its_place(text: str, message: str, in_folder: Path):
+    (in_folder / "a").mkdir()
+    with pytest.raises(UserError, match=message):
+        read(text, in_folder)
+
+
+def test_the_nearest_level_decides_for_each_encoder(in_folder: Path):
+    (in_folder / "a").mkdir()
+    [subset] = read(toml("shuffle_caption_l = true", "shuffle_caption = false\nkeep_tokens_g = 2"), in_folder)
+    assert subset.captions.rules_l.shuffle_caption and not subset.captions.rules_g.shuffle_caption
+    assert (subset.captions.rules_l.keep_tokens, subset.captions.rules_g.keep_tokens) == (0, 2)
+
+
+def test_json_says_the_same_and_a_folder_is_found_beside_the_file(tmp_path: Path):
+    (tmp_path / "a").mkdir()
+    text = json.dumps({"datasets": [{"resolution": 512, "subsets": [{"image_dir": "a", "num_repeats": 2}]}]})
+    [of_json] = read(text, tmp_path, name="sets.json")
+    assert of_json.image_dir == tmp_path / "a"
+    assert [of_json] == read(toml("num_repeats = 2", "resolution = 512"), tmp_path)
+
+
+def test_a_run_is_compared_by_what_the_file_resolves_to(in_folder: Path):
+    (in_folder / "a").mkdir()
+    described = [
+        described_subsets(read(text, in_folder)) for text in (toml("num_repeats = 2"), toml(general="num_repeats = 2"))
+    ]
+    assert described[0] == described[1]
+    assert described[0] != described_subsets(read(toml("num_repeats = 3"), in_folder))
+
+
+def images(folder: Path, *names: str) -> None:
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        Image.new("RGB", (64, 64)).save(folder / name)
+
+
+def test_captions_are_read_beside_the_images(in_folder: Path):
+    images(in_folder / "a", "one.png", "two_10_10_8_8.png")
+    (in_folder / "a" / "one.txt").write_text(" style \n")
+    (in_folder / "a" / "two.caption").write_text("a face\nsomebody")
+    found = find_training_images(read(toml('class_tokens = "man"'), in_folder))
+    assert [tuple(image.captions) for image in found] == [
+        (("style",), ("man",)),
+        (("man",), ("a face", "somebody")),
+    ]
+
+
+def test_images_without_captions_are_named(in_folder: Path):
+    images(in_folder / "a", *[f"{number:02}.png" for number in range(12)])
+    with pytest.raises(UserError, match=r"12 of 12 images of 'a' have no .txt file: '00.png'.* and 2 more"):
+        find_training_images(read(toml(), in_folder))
+
+
+def test_an_image_of_two_data_sets_is_two_entries(in_folder: Path):
+    images(in_folder / "a", "one.png")
+    text = (
+        toml('class_tokens = "x"', "resolution = 64")
+        + toml('class_tokens = "x"', "resolution = 128").partition("\n\n")[2]
+    )
+    subsets = read(text, in_folder)
+    assert [image.key for image in find_training_images(subsets)] == ["one", "one (2)"]
+    assert all(subset.names_bucket for subset in subsets)
+
+
+@pytest.mark.parametrize(
+    ("repeats", "num_visits", "expected"),
+    [
+        ([1, 1, 1], 7, [3, 2, 2]),
+        ([2, 2, 2], 3, [2, 2, 0]),
+        ([2, 2], 4, [2, 2]),
+        ([1], 5, [5]),
+    ],
+)
+def test_regularization_images_are_repeated_until_they_are_as_many(repeats, num_visits, expected):
+    assert balanced_repeats(repeats, num_visits) == expected
+
+
+def test_regularization_images_are_balanced_and_weighted(in_folder: Path):
+    images(in_folder / "a", "one.png", "two.png")
+    images(in_folder / "r", "three.png")
+    text = toml(
+        'class_tokens = "x"\nnum_repeats = 3\n[[datasets.subsets]]\nimage_dir = "r"\nis_reg = true\nclass_tokens = "y"'
+    )
+    found = find_training_images(read(text, in_folder, prior_loss_weight=0.25))
+    assert repeats_of(found) == [3, 3, 6]
+    assert [image.loss_weight for image in found] == [1.0, 1.0, 0.25]
