@@ -86,7 +86,12 @@ def test_two_subsets_with_cached_texts_dropout_and_shuffled_tags_train_resume_an
     two_folders, tiny_sdxl: Path, capsys
 ):
     Path("prompts.txt").write_text("a cat --e dusk --w 64 --h 64 --s 1 --d 3\na dog --e noon\n", encoding="utf-8")
-    flags = ("--cache_text_encoder_outputs_l", "--cache_text_encoder_outputs_g", "--save_every_n_steps=3", "--save_state")
+    flags = (
+        "--cache_text_encoder_outputs_l",
+        "--cache_text_encoder_outputs_g",
+        "--save_every_n_steps=3",
+        "--save_state",
+    )
     samples = ("--sample_prompts=prompts.txt", "--sample_grid")
     whole = run_of_file(tiny_sdxl, "whole", *flags, *samples)
     said = capsys.readouterr().out

@@ -58,6 +58,7 @@ def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], P
 
 
 def read(argv: Sequence[str]) -> TrainingOptions:
+    Path("my set/sd_xl_base_1.0.safetensors").touch()
     return TrainingOptions(*parse_options(OPTION_CLASSES, argv, description="", spellings=TRAINER_SPELLINGS))
 
 

@@ -25,6 +25,7 @@ NEUTRAL: dict[str, tuple[str, ...]] = {
     "--resolution": ("None", ""),
     "--max_token_length": ("75",),
     "--dynamo_backend": ("no",),
+    "--dry_run": ("false", "no", "off", "0"),  # a switch there, --debug_dataset
     "--adaptive_noise_scale": ("0",),
     **dict.fromkeys(
         (
