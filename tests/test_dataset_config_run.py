@@ -1,5 +1,6 @@
 """The tiny SDXL trained from a data set file: no metadata, several subsets and resolutions, cached and resumed."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -116,3 +117,35 @@ def test_a_dry_run_reads_the_file_too(two_folders, tiny_sdxl: Path, capsys):
     assert "latents are missing" in capsys.readouterr().out
     assert len(Path("dry.jsonl").read_text(encoding="utf-8").splitlines()) == 3
     assert not Path("output").exists()
+
+
+def test_folders_named_by_repeats_are_read_as_sd_scripts_reads_them(two_folders, tiny_sdxl: Path, capsys):
+    for old, new in (("tags", "data/3_red cat"), ("photos", "reg/1_cat")):
+        Path(new).parent.mkdir()
+        Path(old).rename(new)
+    file = min(Path("data/3_red cat").glob("*.txt"))
+    for suffix in (".txt", ".caption"):
+        file.with_suffix(suffix).unlink()
+    forget_accelerator()
+    argv = [f"--pretrained_model_name_or_path={tiny_sdxl}", "--output_dir=out", "--output_name=m", "--seed=7"]
+    argv += [
+        "--train_data_dir=data",
+        "--reg_data_dir=reg",
+        "--prior_loss_weight=0.5",
+        "--resolution=128",
+        *BUCKET_FLAGS,
+    ]
+    assert (
+        sdxl_train.main([*argv, "--resolution=128", "--enable_bucket", "--dry_run", "--dry_run_report=dry.jsonl"]) == 0
+    )
+    said = capsys.readouterr().out
+    assert "3 images in 12 batches, 12 steps per epoch" in said  # two images three times, one as often as both
+    texts = {
+        json.loads(line)["key"]: json.loads(line)["visits"][0]["caption_l"]["text"]
+        for line in Path("dry.jsonl").read_text(encoding="utf-8").splitlines()
+    }
+    assert texts[file.stem] == "red cat"
+    assert sorted(texts.values())[1:] == ["tag 0, dusk, grain, soft", "tag 1, dusk, grain, soft"]
+    forget_accelerator()
+    assert sdxl_train.main([*argv, "--in_json=meta.json"]) == 2
+    assert "--reg_data_dir cannot be used with --in_json" in capsys.readouterr().err

@@ -14,7 +14,8 @@ from library.data.captions import CaptionPair, variants_of
 from library.data.crops import Crop
 from library.data.dataset import CaptionedImages
 from library.data.epoch_order import MicroBatch
-from library.data.subsets import LoaderOptions, Subset, TrainingSetOptions, subset_of_flags
+from library.data.loader_options import LoaderOptions
+from library.data.subsets import Subset, TrainingSetOptions, subset_of_flags
 from library.data.text_cache import NO_TEXTS, CachedTexts
 from library.data.training_set import TrainingImage, find_training_images, read_training_set
 from library.sdxl.sizes import Size

@@ -28,8 +28,6 @@ _OTHER_MODEL: dict[str, str] = {
 }
 
 _OTHER_TRAINING: dict[str, str] = {
-    "--reg_data_dir": "regularization images belong to DreamBooth training. Merge such images, with their "
-    "captions, into --in_json like all others.",
     "--cache_info": "speeds up the search through DreamBooth folders. Here --in_json already lists the images; leave "
     "it off.",
     "--conditioning_data_dir": "conditioning images belong to ControlNet and masked training, which are not offered. "

@@ -20,8 +20,8 @@ from library.data.captioning import Captioning
 from library.data.crops import Crop
 from library.data.epoch_order import EpochOrder, MicroBatch
 from library.data.latent_preparation import pixels_to_tensor
+from library.data.loader_options import LoaderOptions
 from library.data.prefetch import prefetch
-from library.data.subsets import LoaderOptions
 from library.data.training_set import TrainingImage
 from library.sdxl.device_copies import to_device
 from library.sdxl.sizes import Size

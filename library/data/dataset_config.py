@@ -12,7 +12,8 @@ from library.data.augmentation import Augmentation, interpolation_of, parse_face
 from library.data.buckets import BucketOptions, parse_resolution
 from library.data.caption_options import CaptionOptions, caption_extension, resolve, rule_problems
 from library.data.dataset_schema import WITHOUT_EFFECT, converted, read_tables
-from library.data.subsets import LoaderOptions, Subset, TrainingSetOptions
+from library.data.loader_options import LoaderOptions
+from library.data.subsets import Subset, TrainingSetOptions
 
 log = logging.getLogger(__name__)
 

@@ -1,12 +1,12 @@
 """What the user asks to train on, and in which batches: the flags describe one subset."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import ClassVar
 
 from library.config.errors import UserError
-from library.config.magnitudes import MOST_BATCHES, MOST_IMAGES_AT_ONCE, MOST_WORKERS
+from library.config.magnitudes import MOST_BATCHES, MOST_IMAGES_AT_ONCE
 from library.config.options import option
 from library.data.augmentation import (
     RESIZE_INTERPOLATION_HELP,
@@ -19,7 +19,10 @@ from library.data.buckets import BucketRule, parse_resolution
 from library.data.caption_draws import Encoder
 from library.data.caption_options import CAPTION_EXTENSIONS, CaptionOptions, caption_extension, resolve
 from library.data.caption_rules import PairRules, described_rules
+from library.data.loader_options import LoaderOptions
+from library.data.repeat_folders import RepeatFolder, repeat_folders
 
+_OR_FOLDERS = ", or sort the images into folders of --train_data_dir named as 10_name"
 SUBSET_MARK = "subset "
 """How the names of settings of one subset of several begin, where runs are compared."""
 
@@ -30,7 +33,14 @@ class TrainingSetOptions:
 
     _argument_group_name: ClassVar[str] = "Training set"
 
-    train_data_dir: Path | None = option(None, "Folder of the images and their latents (.npz).")
+    train_data_dir: Path | None = option(
+        None,
+        "Folder of the images and their latents (.npz). Without --in_json, a folder of folders named as 10_name: "
+        "repeats, and the caption of images without caption files.",
+    )
+    reg_data_dir: Path | None = option(
+        None, "Folder of such folders with regularization images, repeated until they are as many as the others."
+    )
     in_json: Path | None = option(
         None, "Metadata file (JSON or JSONL) with the captions and, from prepare_buckets_latents.py, the buckets."
     )
@@ -45,7 +55,7 @@ class TrainingSetOptions:
         "--in_json. Other flags are the defaults of what it leaves out.",
     )
     prior_loss_weight: float = option(
-        1.0, "Multiply the loss of the regularization images (is_reg) of --dataset_config by this.", least=0
+        1.0, "Multiply the loss of regularization images, of --reg_data_dir or marked by is_reg, by this.", least=0
     )
     flip_aug: bool = option(False, "Flip each image horizontally with probability 0.5.")
     color_aug: bool = option(
@@ -152,23 +162,33 @@ class TrainingSetOptions:
         assert self.dataset_config is not None
         if not self.dataset_config.is_file():
             yield f"--dataset_config: there is no file '{self.dataset_config}'; check the path."
-        for name in ("train_data_dir", "in_json"):
+        for name in ("train_data_dir", "in_json", "reg_data_dir"):
             if getattr(self, name) is not None:
                 yield f"--{name} and --dataset_config exclude each other: the file names all folders. Keep one of them."
         if self.update_captions:
             yield "--update_captions needs --in_json: --dataset_config reads captions at each start; leave it off."
 
     def _source_problems(self) -> Iterator[str]:
-        if self.prior_loss_weight != 1:
-            yield "--prior_loss_weight needs --dataset_config, whose key is_reg marks the regularization images."
+        if self.prior_loss_weight != 1 and self.reg_data_dir is None:
+            yield "--prior_loss_weight needs --reg_data_dir, or --dataset_config, whose key is_reg marks such images."
         if self.train_data_dir is None:
             yield "--train_data_dir is missing: name the folder of the images."
         elif not self.train_data_dir.is_dir():
             yield f"--train_data_dir: there is no folder '{self.train_data_dir}'; name the folder of the images."
         if self.in_json is None:
-            yield "--in_json is missing: name the metadata file, made with the scripts of finetune/."
+            yield from self._folder_problems()
+        elif self.reg_data_dir is not None:
+            yield "--reg_data_dir cannot be used with --in_json; leave out one of them, or use --dataset_config."
         elif not self.in_json.is_file():
             yield f"--in_json: there is no file '{self.in_json}'; make it with the scripts of finetune/."
+
+    def _folder_problems(self) -> Iterator[str]:
+        if self.train_data_dir is None or not repeat_folders(self.train_data_dir):
+            yield f"--in_json is missing: name the metadata file, made with the scripts of finetune/{_OR_FOLDERS}."
+        if self.reg_data_dir is not None and not repeat_folders(self.reg_data_dir):
+            yield f"--reg_data_dir: there is no folder named as 1_name in '{self.reg_data_dir}'."
+        if self.update_captions:
+            yield "--update_captions needs --in_json; captions beside the images are read at each start. Leave it off."
 
     def _augmentation_problems(self) -> Iterator[str]:
         try:
@@ -191,27 +211,6 @@ class TrainingSetOptions:
 
 
 @dataclass(frozen=True)
-class LoaderOptions:
-    """How batches are made."""
-
-    _argument_group_name: ClassVar[str] = "Batches"
-
-    train_batch_size: int = option(1, "Images per forward pass, in each process.", least=1, most=MOST_IMAGES_AT_ONCE)
-    max_data_loader_n_workers: int = option(
-        8,
-        "Worker processes that prefetch batches. 0 uses a thread of the training process.",
-        least=0,
-        most=MOST_WORKERS,
-    )
-    persistent_data_loader_workers: bool = option(False, "Keep the workers alive between epochs.")
-
-    def problems(self) -> Iterator[str]:
-        """Yield a sentence for each value that cannot work."""
-        if self.persistent_data_loader_workers and self.max_data_loader_n_workers == 0:
-            yield "--persistent_data_loader_workers needs --max_data_loader_n_workers of 1 or more."
-
-
-@dataclass(frozen=True)
 class Subset:
     """Images of one folder that are treated alike.
 
@@ -220,7 +219,7 @@ class Subset:
     files beside the images, which end in `extension_l` and `extension_g`; with `one_caption` both encoders read one.
     `class_tokens` is the caption of an image without a file. The loss of each sample is multiplied by `loss_weight`;
     an image with `is_reg` is a regularization image. With `names_bucket` a cache is named with its bucket.
-    A subset that `is_of_file` is described by a data set file, not by flags.
+    A subset that `is_of_file` is described by a data set file or the name of its folder, not by flags alone.
     """
 
     image_dir: Path
@@ -239,6 +238,30 @@ class Subset:
     class_tokens: str | None = None
     names_bucket: bool = False
     is_of_file: bool = False
+
+
+def subsets_of_flags(
+    training_set: TrainingSetOptions, loader: LoaderOptions, captions: CaptionOptions, rule: BucketRule
+) -> list[Subset]:
+    """Return what the command line describes: one subset, or without metadata one for each folder named as 10_name."""
+    subset = subset_of_flags(training_set, loader, captions, rule)
+    if training_set.in_json is not None:
+        return [subset]
+    assert training_set.train_data_dir is not None  # checked by problems()
+    images = [_of_repeat_folder(subset, each) for each in repeat_folders(training_set.train_data_dir)]
+    regular = replace(subset, is_reg=True, loss_weight=training_set.prior_loss_weight)
+    folders = [] if training_set.reg_data_dir is None else repeat_folders(training_set.reg_data_dir)
+    return images + [_of_repeat_folder(regular, each) for each in folders]
+
+
+def _of_repeat_folder(subset: Subset, folder: RepeatFolder) -> Subset:
+    return replace(
+        subset,
+        image_dir=folder.path,
+        num_repeats=folder.num_repeats * subset.num_repeats,
+        class_tokens=folder.class_tokens,
+        is_of_file=True,
+    )
 
 
 def subset_of_flags(

@@ -20,8 +20,9 @@ from library.data.captioning import Captioning
 from library.data.dataset import Batch, CaptionedImages, make_loader
 from library.data.epoch_order import BatchShape, EpochOrder
 from library.data.latent_preparation import encode_missing
+from library.data.loader_options import LoaderOptions
 from library.data.regularization import repeats_of
-from library.data.subsets import LoaderOptions, Subset, TrainingSetOptions
+from library.data.subsets import Subset, TrainingSetOptions
 from library.data.text_cache import FOLDER_NAME, NO_TEXTS, CachedTexts, encode_texts
 from library.data.training_set import FoundImage, TrainingImage, fingerprints, read_training_set
 from library.sdxl.architecture import SdxlModel

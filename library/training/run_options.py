@@ -14,7 +14,8 @@ from library.data.buckets import BucketOptions, BucketRule, parse_resolution
 from library.data.caption_draws import Encoder
 from library.data.caption_options import CaptionOptions
 from library.data.dataset_config import read_dataset_config
-from library.data.subsets import LoaderOptions, Subset, TrainingSetOptions, subset_of_flags
+from library.data.loader_options import LoaderOptions
+from library.data.subsets import Subset, TrainingSetOptions, subsets_of_flags
 from library.diffusion.options import NoiseOptions
 from library.optim.options import OptimizerOptions, ScheduleOptions
 from library.samples.options import SampleOptions
@@ -203,7 +204,7 @@ class TrainingOptions:
             return read_dataset_config(
                 self.training_set.dataset_config, self.training_set, self.loader, self.captions, self.buckets
             )
-        return [subset_of_flags(self.training_set, self.loader, self.captions, self.bucket_rule)]
+        return subsets_of_flags(self.training_set, self.loader, self.captions, self.bucket_rule)
 
     @property
     def trains_unet(self) -> bool:

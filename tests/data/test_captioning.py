@@ -15,7 +15,7 @@ from library.data.crops import Crop
 from library.data.dataset import CaptionedImages, make_loader
 from library.data.epoch_order import BatchShape, EpochOrder
 from library.data.latent_cache import CachedLatents
-from library.data.subsets import LoaderOptions
+from library.data.loader_options import LoaderOptions
 from library.data.text_cache import encode_texts
 from library.data.training_set import TrainingImage
 from library.sdxl.architecture import SdxlModel

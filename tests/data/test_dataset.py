@@ -24,8 +24,8 @@ from library.data.dataset import Batch, CaptionedImages, make_loader
 from library.data.epoch_order import BatchShape, EpochOrder
 from library.data.images import load_rgb
 from library.data.latent_cache import CachedLatents, write_cache
+from library.data.loader_options import LoaderOptions
 from library.data.resizing import resize_and_crop
-from library.data.subsets import LoaderOptions
 from library.sdxl.sizes import Size
 from library.sdxl.tokenizers import PAD_G, PAD_L, tokenize
 from tests.training_images import captioned, image_of, micro_batch, rules_of_length, subset_of, with_rules

@@ -11,8 +11,9 @@ from library.config.errors import UserError
 from library.data.buckets import BucketOptions
 from library.data.caption_options import CaptionOptions
 from library.data.dataset_config import read_dataset_config
+from library.data.loader_options import LoaderOptions
 from library.data.regularization import balanced_repeats, repeats_of
-from library.data.subsets import LoaderOptions, Subset, TrainingSetOptions, described_subsets
+from library.data.subsets import Subset, TrainingSetOptions, described_subsets
 from library.data.training_set import find_training_images
 from library.sdxl.sizes import Size
 

@@ -23,8 +23,9 @@ from library.data.caption_options import CaptionOptions
 from library.data.image_keys import images_by_stem, resolve_image
 from library.data.images import load_rgb_and_alpha, read_size
 from library.data.latent_cache import CachedLatents, read_cache, write_cache
+from library.data.loader_options import LoaderOptions
 from library.data.metadata import read_metadata, write_metadata
-from library.data.subsets import LoaderOptions, TrainingSetOptions, subset_of_flags
+from library.data.subsets import TrainingSetOptions, subset_of_flags
 from library.data.training_set import find_training_images
 from library.samples.prompts import SAMPLERS, read_prompt_file
 from library.sdxl.tensor_file import open_tensors

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import sdxl_train
 from library.training.run_options import OPTION_CLASSES, RunOptions
@@ -18,7 +19,7 @@ def refused(tmp_path: Path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("model.safetensors").write_text("nothing", encoding="utf-8")
     Path("images").mkdir()
-    Path("images", "01.png").touch()
+    Image.new("RGB", (64, 64)).save("images/01.png")
     Path("meta.json").write_text('{"01": {"captionL": "", "captionG": ""}}', encoding="utf-8")
 
     def run(*flags: str, leave_out: str = "", loads: bool = False) -> str:
@@ -47,7 +48,11 @@ def test_a_command_without_mistakes_goes_on_to_load_the_model(refused):
             "--pretrained_model_name_or_path is missing: name the SDXL checkpoint to start from.",
         ),
         ("--output_dir", "--output_dir is missing: name the folder for the models."),
-        ("--in_json", "--in_json is missing: name the metadata file, made with the scripts of finetune/."),
+        (
+            "--in_json",
+            "--in_json is missing: name the metadata file, made with the scripts of finetune/, or sort the images into "
+            "folders of --train_data_dir named as 10_name.",
+        ),
         ("--train_data_dir", "--train_data_dir is missing: name the folder of the images."),
     ],
 )
