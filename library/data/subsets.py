@@ -38,9 +38,6 @@ class TrainingSetOptions:
         "Folder of the images and their latents (.npz). Without --in_json, a folder of folders named as 10_name: "
         "repeats, and the caption of images without caption files.",
     )
-    reg_data_dir: Path | None = option(
-        None, "Folder of such folders with regularization images, repeated until they are as many as the others."
-    )
     in_json: Path | None = option(
         None, "Metadata file (JSON or JSONL) with the captions and, from prepare_buckets_latents.py, the buckets."
     )
@@ -49,6 +46,9 @@ class TrainingSetOptions:
         False, "Sort images without prepared latents into buckets. Otherwise crop them to --resolution."
     )
     dataset_repeats: int = option(1, "Repeats of each image per epoch.", least=1, most=MOST_BATCHES)
+    reg_data_dir: Path | None = option(
+        None, "Folder of folders named as 1_name, regularization images: repeated until they are as many as the others."
+    )
     dataset_config: Path | None = option(
         None,
         "Read folders of images, and how each is trained, from this TOML or JSON file in place of --train_data_dir and "
