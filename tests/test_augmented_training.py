@@ -12,6 +12,8 @@ from finetune import prepare_buckets_latents
 from library.training import preparation
 from tests.conftest import BUCKET_FLAGS, PHOTOGRAPHS, PreparedSet, Run, base_flags, forget_accelerator, merge_captions
 
+pytestmark = pytest.mark.slow  # a run for each; tests/data has the same draws without training
+
 FACE = {"astronaut": "astronaut_64_30_40_40"}
 ALL = (
     *("--color_aug", "--random_crop", "--face_crop_aug_range=1.2,2.0", "--flip_aug", "--resize_interpolation=cubic"),
@@ -70,7 +72,7 @@ def test_workers_change_nothing(train, named_set: PreparedSet, whole_run: Run):
     assert_same_weights(with_workers, whole_run)
 
 
-@pytest.mark.parametrize("step", [4, 8])
+@pytest.mark.parametrize("step", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_run_that_is_resumed_in_an_epoch_goes_on_as_it_would_have(train, named_set, whole_run: Run, step: int):
     state = whole_run.output / f"m-step{step:08d}-state"
     resumed = train(*of(named_set), *ALL, "--max_train_steps=9", f"--resume={state}", "--max_data_loader_n_workers=2")
@@ -89,6 +91,7 @@ def test_the_pixels_of_a_visit_are_the_same_in_any_batch(train, named_set: Prepa
     assert one == two
 
 
+@pytest.mark.slow  # a run of four epochs; tests/data/test_augmentation.py has the draws
 def test_every_epoch_varies(train, named_set: PreparedSet, encoded):
     train(*of(named_set), "--random_crop", "--color_aug", "--enable_bucket", "--max_train_epochs=4")
     assert len(encoded) == 12

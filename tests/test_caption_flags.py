@@ -9,6 +9,10 @@ import torch
 
 from tests.conftest import PreparedSet, Run
 
+pytestmark = (
+    pytest.mark.slow
+)  # two runs for each; tests/data/test_captioning.py compares the same texts without training
+
 Train = Callable[..., Run]
 Rewritten = Callable[[Callable[[str, str], tuple[str | list[str], str | list[str]]]], str]
 
@@ -57,6 +61,7 @@ SAME = [  # flags, and what they make of the captions of L and G
 ]
 
 
+@pytest.mark.slow  # two runs each; tests/data/test_captioning.py compares the same texts without training
 @pytest.mark.parametrize(("flags", "change"), SAME)
 def test_a_flag_trains_what_captions_written_like_that_train(train: Train, rewritten: Rewritten, flags, change):
     if flags == ["--enable_wildcard"]:  # equal lines, of which one is drawn

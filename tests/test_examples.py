@@ -123,7 +123,7 @@ def test_every_key_of_an_example_is_the_name_of_a_flag(name):
 
 
 @pytest.mark.trains
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])])
 def test_an_example_trains(name, copied, tiny_sdxl, capsys):
     my_set = copied(name)
     for file, changes in SMALL.items():

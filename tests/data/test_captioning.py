@@ -194,7 +194,7 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("on_disk", [False, True], ids=["memory", "disk"])
+@pytest.mark.parametrize("on_disk", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["memory", "disk"])
 @pytest.mark.parametrize("row", ROWS)
 def test_cached_outputs_are_those_of_the_encoders_bit_for_bit(row: str, on_disk: bool, model: SdxlModel, tmp_path):
     dropout = CaptionDropout(0.2, 0.2, 0.2)

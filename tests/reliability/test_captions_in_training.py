@@ -39,14 +39,14 @@ def assert_equal(one: Run, other: Run) -> None:
 
 def test_a_resumed_run_makes_the_texts_of_the_run_that_went_on(train, varied_set: list[str]):
     flags = [*varied_set, *EVERYTHING, "--save_every_n_steps=3", "--save_state"]
-    whole = train(*flags, "--max_train_steps=8")
+    whole = train(*flags, "--max_train_steps=5")
     forget_accelerator()
     state = whole.output / "m-step00000003-state"
-    resumed = train(*flags, "--max_train_steps=8", f"--resume={state}")
+    resumed = train(*flags, "--max_train_steps=5", f"--resume={state}")
     assert_equal(resumed, whole)
     assert resumed.logged("loss/current") == whole.logged("loss/current")[3:]
-    plain = train(*varied_set, "--cache_latents", "--dataset_repeats=2", "--train_batch_size=2", "--max_train_steps=8")
-    assert plain.logged("loss/current") != whole.logged("loss/current")
+    plain = train(*varied_set, "--cache_latents", "--dataset_repeats=2", "--train_batch_size=2", "--max_train_steps=1")
+    assert plain.logged("loss/current") != whole.logged("loss/current")[:1]
 
 
 def test_a_killed_run_ends_as_one_that_was_left_alone(
@@ -58,7 +58,7 @@ def test_a_killed_run_ends_as_one_that_was_left_alone(
             "--output_name=m",
             "--resolution=128,128",
             "--seed=7",
-            "--max_train_steps=8",
+            "--max_train_steps=5",
             f"--learning_rate={RATE}",
         )
         saved = ("--save_every_n_steps=2", "--save_state", "--optimizer_type=torch.optim.SGD")
@@ -68,7 +68,7 @@ def test_a_killed_run_ends_as_one_that_was_left_alone(
     whole = run_server("train", argv(tmp_path / "whole"))
     assert whole.wait() == 0
     killed = run_server("train", argv(tmp_path / "killed"))
-    killed.wait_until_said("4/8")
+    killed.wait_until_said("3/5")
     killed.send(signal.SIGKILL, to_group=True)
     killed.wait()
     again = run_server("train", [*argv(tmp_path / "killed"), "--resume=latest"])

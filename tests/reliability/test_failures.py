@@ -19,7 +19,10 @@ from library.training.progress import read_progress
 from library.training.run_lock import run_lock
 from tests.conftest import BUCKET_FLAGS, PreparedSet, base_flags, forget_accelerator
 
-pytestmark = pytest.mark.trains
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.trains,
+]  # processes that fail in the middle of a run, each with seconds of waiting
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -12,8 +12,10 @@ from benchmarks.fuzz_readers import READERS, Reader, read_damaged
 from tests.conftest import forget_accelerator
 from tests.forked_runs import RunServer
 
-NUM_RUNS = 6
-NUM_READINGS = 40
+pytestmark = pytest.mark.slow  # runs of whole scripts
+
+NUM_RUNS = 3
+NUM_READINGS = 25
 
 
 @pytest.fixture(scope="module")

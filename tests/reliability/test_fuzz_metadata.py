@@ -10,6 +10,7 @@ from benchmarks.fuzz_metadata import damaged, fuzz
 
 @pytest.mark.heavy
 @pytest.mark.trains
+@pytest.mark.slow  # all four scripts for each file
 def test_damaged_metadata_ends_with_success_or_one_line_of_error(tmp_path: Path):
     result = fuzz(tmp_path / "set", seed=3, num_cases=6)
     assert result["num_files"] == 6

@@ -16,6 +16,8 @@ from library.sdxl.diffusers_folder import read_diffusers_folder, read_diffusers_
 from library.sdxl.model_source import ModelOptions, load_model
 from library.sdxl.weight_names import PREFIX_L, PREFIX_VAE
 
+pytestmark = pytest.mark.slow  # whole models are written and read for each
+
 HALF = ModelDtypes(torch.float16, torch.float16, torch.float16, torch.float16)
 NETWORKS = ["unet", "vae", "text_encoder_l", "text_encoder_g"]
 PROJECTION = "conditioner.embedders.1.model.text_projection"
