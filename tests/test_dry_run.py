@@ -145,3 +145,10 @@ def test_a_browser_shows_the_page(hostile_page: Path):
     assert "<title>Dry run</title>" in shown  # which a script of a caption would have changed
     assert shown.count('class="card image"') == 3
     assert shown.count("<del>") == 9  # three images in three epochs
+
+
+def test_latents_that_training_would_make_again_are_not_said_to_fit(dry):
+    _, said, _ = dry("--dry_run", "--resize_interpolation=nearest")
+    assert said.count("latents are stale: ") == 3
+    _, said, _ = dry("--dry_run", "--random_crop")
+    assert said.count("latents have no use: pixels change at every visit") == 3

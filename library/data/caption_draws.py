@@ -9,6 +9,8 @@ from library.config.digests import digest
 Encoder = Literal["l", "g"]
 """One of the two text encoders, as the flags spell it."""
 
+ENCODERS: tuple[Encoder, Encoder] = ("l", "g")
+
 Stream = Literal["l", "g", "both", "image"]
 """Whose numbers these are: those of one encoder, one set for both, or those of the pixels."""
 

@@ -3,11 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from library.config.errors import UserError, listed
-from library.data.caption_draws import Encoder
+from library.data.caption_draws import ENCODERS, Encoder
 from library.data.caption_rules import CaptionDropout, CaptionRules, PairRules
 from library.data.captions import CaptionPair
 
-_ENCODERS: tuple[Encoder, Encoder] = ("l", "g")
 _LONGEST_TAG = 8
 """Words; a longer piece between separators is taken for part of a sentence."""
 
@@ -15,7 +14,7 @@ _LONGEST_TAG = 8
 def caption_notices(captions: Mapping[str, CaptionPair], rules: PairRules) -> list[str]:
     """Return what should worry the user about the captions of some images, by key, under the rules they share."""
     notices = list(_dropout_notices(rules.dropout))
-    for encoder in _ENCODERS:
+    for encoder in ENCODERS:
         own = rules.of(encoder)
         variants = [pair.of(encoder) for pair in captions.values()]
         notices += _settings_notices(own, encoder)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeVar
 
 from library.config.errors import UserError
 from library.config.options import option
-from library.data.caption_draws import Encoder
+from library.data.caption_draws import ENCODERS, Encoder
 from library.data.caption_rules import EMPTY, ZEROS, CaptionDropout, CaptionRules, PairRules
 
 Level = Mapping[str, Any]
@@ -21,7 +21,6 @@ None says nothing.
 SEPARATE, SHARED = "separate", "shared"
 CAPTION_EXTENSIONS: Mapping[Encoder, str] = {"l": ".txt", "g": ".caption"}
 _ROUNDING = 1e-9  # 0.7 + 0.2 + 0.1 is not 1 in floats
-_ENCODERS: tuple[Encoder, Encoder] = ("l", "g")
 
 _Options = TypeVar("_Options")
 
@@ -40,7 +39,7 @@ def _with_forms_for_one_encoder(option_class: type[_Options]) -> type[_Options]:
         field = getattr(option_class, name)
         if not (isinstance(field, dataclasses.Field) and field.metadata.get("is_per_encoder")):
             continue
-        for encoder in _ENCODERS:
+        for encoder in ENCODERS:
             form = option(None, f"--{name} for encoder {encoder.upper()} alone.", choices=field.metadata["choices"])
             setattr(option_class, f"{name}_{encoder}", form)
             annotations[f"{name}_{encoder}"] = annotation
@@ -195,7 +194,7 @@ def rule_problems(rules: PairRules, dashes: str = "") -> Iterator[str]:
             f"{dashes}caption_dropout_rate, {dashes}caption_dropout_rate_l and {dashes}caption_dropout_rate_g add up "
             f"to {total:.4g}; their events exclude each other, so the sum must be 1 or less."
         )
-    for encoder in _ENCODERS:
+    for encoder in ENCODERS:
         yield from _encoder_problems(rules.of(encoder), encoder, dashes)
     both_choose_lines = rules.rules_l.enable_wildcard and rules.rules_g.enable_wildcard
     if rules.shared and both_choose_lines and rules.rules_l.caption_variants != rules.rules_g.caption_variants:

@@ -1,20 +1,18 @@
 """What the start of a run says about its captions, which encoders it can cache, and the captions it refuses."""
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from library.config.errors import UserError, listed
-from library.data.caption_draws import Encoder
+from library.data.caption_draws import ENCODERS, Encoder
 from library.data.caption_listing import require_listable, unlistable_settings
 from library.data.caption_notices import caption_notices, dropout_sentence, require_paired_lines
-from library.data.caption_rules import CaptionRules, PairRules
+from library.data.caption_rules import CaptionRules
 from library.data.captions import CaptionPair
 from library.data.subsets import Subset, TrainingSetOptions
 from library.data.training_set import FoundImage
 
 log = logging.getLogger(__name__)
-
-_ENCODERS: tuple[Encoder, Encoder] = ("l", "g")
 
 
 def report_captions(
@@ -30,8 +28,9 @@ def report_captions(
     `trained` are the encoders that are. Raise `UserError` as `encoders_to_cache` and `check_captions` do.
     """
     cached, sentences = encoders_to_cache(options, subsets, trained)
-    notices = check_captions(found, cached)
-    for sentence in (*captions_sentences(subsets, found), *sentences):
+    groups = _by_subset(found)
+    notices = check_captions(groups, cached)
+    for sentence in (*captions_sentences(groups), *sentences):
         log.info(sentence)
     for notice in notices:
         log.warning(notice)
@@ -48,7 +47,7 @@ def encoders_to_cache(
     """
     cached, sentences = [], []
     subsets, trained = list(subsets), list(trained)
-    for encoder in _ENCODERS:
+    for encoder in ENCODERS:
         is_demanded = encoder in options.demanded_text_caches
         if not (options.caches_texts or is_demanded):
             continue
@@ -69,14 +68,19 @@ def encoders_to_cache(
     return cached, sentences
 
 
-def check_captions(found: Sequence[FoundImage], cached: Iterable[Encoder]) -> list[str]:
+_Captions = Sequence[tuple[Subset, Mapping[str, CaptionPair]]]
+"""The captions of each subset, by image key."""
+
+
+def check_captions(groups: _Captions, cached: Iterable[Encoder]) -> list[str]:
     """Return what should worry the user about the captions of the images and their rules.
 
     Raise `UserError` for captions that their rules cannot treat: lines that do not go together, and texts of the
     encoders to be `cached` that are too many to be listed.
     """
     notices: list[str] = []
-    for rules, captions in _by_rules(found):
+    for subset, captions in groups:
+        rules = subset.captions
         require_paired_lines(captions, rules)
         for encoder in cached:
             require_listable(captions, rules, encoder)
@@ -84,12 +88,11 @@ def check_captions(found: Sequence[FoundImage], cached: Iterable[Encoder]) -> li
     return list(dict.fromkeys(notices))
 
 
-def captions_sentences(subsets: Sequence[Subset], found: Sequence[FoundImage]) -> Iterator[str]:
+def captions_sentences(groups: _Captions) -> Iterator[str]:
     """Yield for each subset where its captions come from and what changes them, and how often they are dropped."""
-    for subset in subsets:
-        captions = [image.captions for image in found if image.subset is subset]
-        parts = [_encoder_part(subset, captions, encoder) for encoder in _ENCODERS]
-        where = "" if len(subsets) == 1 else f" of '{subset.image_dir}'"
+    for subset, captions in groups:
+        parts = [_encoder_part(subset, captions.values(), encoder) for encoder in ENCODERS]
+        where = "" if len(groups) == 1 else f" of '{subset.image_dir}'"
         yield f"captions{where}: {', '.join(parts)}"
         dropped = dropout_sentence(subset.captions.dropout)
         if dropped:
@@ -113,16 +116,15 @@ def _obstacles(encoder: Encoder, subsets: Iterable[Subset], *, is_trained: bool)
     return [f"--{name}" for name in dict.fromkeys(names)]
 
 
-def _by_rules(found: Sequence[FoundImage]) -> Iterator[tuple[PairRules, dict[str, CaptionPair]]]:
-    subsets = {id(image.subset): image.subset for image in found}
-    captions: dict[int, dict[str, CaptionPair]] = {number: {} for number in subsets}
+def _by_subset(found: Sequence[FoundImage]) -> list[tuple[Subset, dict[str, CaptionPair]]]:
+    groups: dict[int, tuple[Subset, dict[str, CaptionPair]]] = {}  # by identity: equal subsets stay apart
     for image in found:
-        captions[id(image.subset)][image.key] = image.captions
-    for number, subset in subsets.items():
-        yield subset.captions, captions[number]
+        _, captions = groups.setdefault(id(image.subset), (image.subset, {}))
+        captions[image.key] = image.captions
+    return list(groups.values())
 
 
-def _encoder_part(subset: Subset, captions: Sequence[CaptionPair], encoder: Encoder) -> str:
+def _encoder_part(subset: Subset, captions: Iterable[CaptionPair], encoder: Encoder) -> str:
     rules = subset.captions.of(encoder)
     source = str(subset.metadata_file)
     if subset.metadata_file is None:

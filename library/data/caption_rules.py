@@ -70,6 +70,12 @@ class CaptionDropout:
         """How often at least one of the two captions is dropped."""
         return self.caption_dropout_rate + self.caption_dropout_rate_l + self.caption_dropout_rate_g
 
+    @property
+    def table(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        """How often L's caption is kept (first row) or dropped, with G's kept (first column) or dropped."""
+        kept = 1 - self.total_rate
+        return (kept, self.caption_dropout_rate_g), (self.caption_dropout_rate_l, self.caption_dropout_rate)
+
     @cached_property
     def has_epochs(self) -> bool:
         """Whether captions are dropped in whole epochs."""

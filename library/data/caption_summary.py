@@ -5,10 +5,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from library.data.caption_draws import Encoder
+from library.data.caption_draws import ENCODERS, Encoder
 from library.data.caption_listing import texts_to_encode, unlistable_settings
 from library.data.caption_tokens import TokenTable
-from library.data.captions import first_texts
+from library.data.captions import first_text
 from library.data.training_set import TrainingImage
 
 BIN = 25
@@ -54,8 +54,8 @@ def summarize(
     """Return the summary, in one pass over the images for each encoder; `seed` is that of the run."""
     words: Counter[str] = Counter()
     for image in images:
-        first = first_texts(image.captions, image.subset.captions)
-        words.update(_words(first.text_l) & _words(first.text_g))
+        in_l, in_g = (_words(first_text(image.captions, image.subset.captions, encoder)) for encoder in ENCODERS)
+        words.update(in_l & in_g)
     return CaptionSummary(
         _of_encoder(images, tokens, "l", "l" in cached, seed),
         _of_encoder(images, tokens, "g", "g" in cached, seed),
@@ -73,7 +73,7 @@ def _of_encoder(
     num_empty = 0
     for image in images:
         rules = image.subset.captions
-        first = first_texts(image.captions, rules).of(encoder)
+        first = first_text(image.captions, rules, encoder)
         num_tokens = tokens.num_tokens(first, rules.of(encoder))
         bars[num_tokens // BIN] += 1
         num_empty += not first

@@ -11,9 +11,9 @@ import torch
 from tqdm import tqdm
 
 from library.config.errors import listed
-from library.data.caption_draws import Encoder
+from library.data.caption_draws import ENCODERS, Encoder
 from library.data.caption_rules import CaptionRules
-from library.data.captions import first_texts
+from library.data.captions import first_text
 from library.data.training_set import TrainingImage
 from library.sdxl.prompt_weights import position_weights, weighted_token_ids
 from library.sdxl.tokenizers import CHUNK_TOKENS, PAD_G, PAD_L, in_chunks, token_ids
@@ -102,29 +102,27 @@ def tokenize_captions_of(images: Sequence[TrainingImage]) -> TokenTable:
 
     Its texts have the chunks of the longest --max_token_length that any encoder is given.
     """
-    limits = {image.subset.captions.of(encoder).max_token_length for image in images for encoder in _PADDING}
+    limits = {image.subset.captions.of(encoder).max_token_length for image in images for encoder in ENCODERS}
     return tokenize_texts(_unweighted_texts(images), num_chunks=max(limits) // CHUNK_TOKENS)
 
 
 def _unweighted_texts(images: Iterable[TrainingImage]) -> Iterable[str]:
     for image in images:
         rules = image.subset.captions
-        texts = first_texts(image.captions, rules)
-        if not rules.rules_l.weighted_captions:
-            yield texts.text_l
-        if not rules.rules_g.weighted_captions:
-            yield texts.text_g
+        for encoder in ENCODERS:
+            if not rules.of(encoder).weighted_captions:
+                yield first_text(image.captions, rules, encoder)
 
 
 def cut_captions(images: Sequence[TrainingImage], tokens: TokenTable) -> list[str]:
     """Return a sentence for each encoder whose captions do not all fit: how many, the longest ones, the remedy."""
     sentences = []
-    for encoder in _PADDING:
+    for encoder in ENCODERS:
         cut: dict[str, tuple[int, int]] = {}
         for image in images:
             rules = image.subset.captions
             own = rules.of(encoder)
-            num_tokens = tokens.num_tokens(first_texts(image.captions, rules).of(encoder), own)
+            num_tokens = tokens.num_tokens(first_text(image.captions, rules, encoder), own)
             if num_tokens > own.max_token_length:
                 cut[image.key] = num_tokens, own.max_token_length
         if cut:

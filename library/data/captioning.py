@@ -1,6 +1,6 @@
 """What the encoders read at each visit of an image: final texts, their tokens and weights, and what is cached."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -34,21 +34,15 @@ class Captioning:
     num_steps: int
     texts: CachedTexts = NO_TEXTS
 
-    def draws(self, images: Sequence[TrainingImage], micro_batch: MicroBatch) -> list[CaptionDraw]:
-        """Return what the random numbers of each image of a micro-batch depend on."""
-        return [
-            CaptionDraw(self.seed, micro_batch.epoch, image.key, occurrence, micro_batch.steps_done, self.num_steps)
-            for image, occurrence in zip(images, micro_batch.occurrences, strict=True)
-        ]
+    def draw(self, image: TrainingImage, micro_batch: MicroBatch, place: int) -> CaptionDraw:
+        """Return what the random numbers of an image depend on, which is at `place` in a micro-batch."""
+        occurrence = micro_batch.occurrences[place]
+        return CaptionDraw(self.seed, micro_batch.epoch, image.key, occurrence, micro_batch.steps_done, self.num_steps)
 
-    def final_texts(self, images: Sequence[TrainingImage], micro_batch: MicroBatch) -> Iterator[FinalTexts]:
-        """Yield the final texts of each image of a micro-batch."""
-        for image, draw in zip(images, self.draws(images, micro_batch), strict=True):
-            yield final_texts(image.captions, image.subset.captions, draw)
-
-    def of(self, images: Sequence[TrainingImage], micro_batch: MicroBatch) -> TextBatch:
+    def of(self, images: Sequence[TrainingImage], draws: Sequence[CaptionDraw]) -> TextBatch:
         """Return the inputs of the text encoders for the images of a micro-batch."""
-        texts = list(self.final_texts(images, micro_batch))
+        visits = zip(images, draws, strict=True)
+        texts = [final_texts(image.captions, image.subset.captions, draw) for image, draw in visits]
         read_l, zeros_l = self._read(images, texts, "l")
         read_g, zeros_g = self._read(images, texts, "g")
         tokens = CaptionTokens(_ids(read_l), _ids(read_g))

@@ -68,11 +68,9 @@ def final_texts(
     return FinalTexts(text_l, text_g, dropped_l, dropped_g)
 
 
-def first_texts(captions: CaptionPair, rules: PairRules) -> FinalTexts:
-    """Return the texts without chance, for validation: first variant, first option, no tag moved or missing."""
-    text_l = undropped_text(captions.variants_l, rules, "l", _WITHOUT_CHANCE, numbers_without_chance)
-    text_g = undropped_text(captions.variants_g, rules, "g", _WITHOUT_CHANCE, numbers_without_chance)
-    return FinalTexts(text_l, text_g, dropped_l=False, dropped_g=False)
+def first_text(captions: CaptionPair, rules: PairRules, encoder: Encoder) -> str:
+    """Return the text of one encoder without chance: first variant, first option, no tag moved or missing."""
+    return undropped_text(captions.of(encoder), rules, encoder, _WITHOUT_CHANCE, numbers_without_chance)
 
 
 def undropped_text(

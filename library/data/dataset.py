@@ -96,10 +96,10 @@ class CaptionedImages(Dataset[Batch]):
 
     def __getitem__(self, micro_batch: MicroBatch) -> Batch:
         images = [self.images[index] for index in micro_batch.indices]
-        draws = self._captioning.draws(images, micro_batch)
+        draws = [self._captioning.draw(image, micro_batch, place) for place, image in enumerate(images)]
         visits = [_visit(*each) for each in zip(images, draws, micro_batch.flips, strict=True)]
         samples = torch.stack([visit.sample for visit in visits])
-        texts = self._captioning.of(images, micro_batch)
+        texts = self._captioning.of(images, draws)
         return Batch(
             latents=samples if images[0].has_latents else None,
             pixels=None if images[0].has_latents else samples,

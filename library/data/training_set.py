@@ -179,16 +179,11 @@ def read_training_set(
     images: list[TrainingImage] = []
     errors: list[UserError] = []
     for each in tqdm(found, desc="reading the training set", unit="image", disable=None):
-        augmentation = each.subset.augmentation
-        demands = CacheDemands(
-            vae_digest,
-            flip=augmentation.flip_aug,
-            check_image=check_images,
-            resize_interpolation=augmentation.resize_interpolation,
-        )
         try:
             placed = in_bucket(each)
-            cached = None if augmentation.changes_pixels else _read_if_fitting(placed, demands)
+            cached = None
+            if not each.subset.augmentation.changes_pixels:
+                cached = _read_if_fitting(placed, cache_demands(each.subset, vae_digest, check_image=check_images))
             if cached is None:
                 images.append(_from_file(placed, legacy=legacy_crop))
             else:
@@ -203,6 +198,16 @@ def read_training_set(
         if image.source is not None and image.subset.augmentation.face_crop_aug_range is not None
     )
     return images
+
+
+def cache_demands(subset: Subset, vae_digest: str, *, check_image: bool = True) -> CacheDemands:
+    """Return what the caches of a subset must agree with to be used."""
+    return CacheDemands(
+        vae_digest,
+        flip=subset.augmentation.flip_aug,
+        check_image=check_image,
+        resize_interpolation=subset.augmentation.resize_interpolation,
+    )
 
 
 def fingerprints(images: Iterable[TrainingImage]) -> dict[str, str]:

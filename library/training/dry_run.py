@@ -16,17 +16,18 @@ from library.data.caption_rules import PairRules
 from library.data.caption_summary import summarize
 from library.data.caption_tokens import TokenTable, cut_captions, tokenize_captions_of
 from library.data.captioning import Captioning
-from library.data.captions import FinalTexts
+from library.data.captions import FinalTexts, final_texts
 from library.data.epoch_order import MicroBatch
-from library.data.latent_cache import CacheDemands, cache_bytes, read_fitting_cache
+from library.data.folder_images import in_bucket
+from library.data.latent_cache import cache_bytes, read_fitting_cache
 from library.data.text_cache import FOLDER_NAME, tokens_digest
-from library.data.training_set import FoundImage, TrainingImage, find_training_images, read_training_set
+from library.data.training_set import FoundImage, TrainingImage, cache_demands, find_training_images
 from library.sdxl.latents import vae_digest
 from library.sdxl.model_source import load_vae
 from library.training.dry_run_facts import ImageFacts, ReadCaption, SetFacts, Visit
 from library.training.dry_run_page import page
 from library.training.dry_run_text import image_lines, set_lines
-from library.training.preparation import make_order, num_steps_of
+from library.training.preparation import make_order, num_steps_of, read_images
 from library.training.run_options import TrainingOptions
 
 log = logging.getLogger(__name__)
@@ -46,10 +47,7 @@ def dry_run(options: TrainingOptions) -> int:
     source = options.model.vae or options.model.pretrained_model_name_or_path
     assert source is not None  # checked by problems()
     digest = vae_digest(load_vae(source, None))
-    training_set = options.training_set
-    images = read_training_set(
-        found, digest, check_images=not training_set.skip_cache_check, legacy_crop=training_set.legacy_crop_coords
-    )
+    images = read_images(options.training_set, found, digest)
     tokens = tokenize_captions_of(images)
     seed = _SEED_IF_NONE if options.run.seed is None else options.run.seed
     preview = _Preview(options, found, images, tokens, seed, digest, cached)
@@ -123,7 +121,7 @@ class _Preview:
         """Yield the facts of some images."""
         visits = self._visits(indices)
         for index in indices:
-            image, found = self._images[index], self._found[index]
+            image, found = self._images[index], in_bucket(self._found[index])
             file = found.file
             resized = image.source.assignment.resized if image.source is not None else None
             yield ImageFacts(
@@ -152,9 +150,8 @@ class _Preview:
         return visits
 
     def _visit(self, image: TrainingImage, micro_batch: MicroBatch, place: int) -> Visit:
-        images = [self._images[index] for index in micro_batch.indices]
-        texts = list(self._captioning.final_texts(images, micro_batch))[place]
         rules = image.subset.captions
+        texts = final_texts(image.captions, rules, self._captioning.draw(image, micro_batch, place))
         return Visit(
             epoch=micro_batch.epoch,
             is_flipped=micro_batch.flips[place],
@@ -200,9 +197,10 @@ class _Preview:
             return "fit"
         if not found.cache.is_file():
             return "are missing"
-        demands = CacheDemands(self._vae_digest, flip=image.subset.augmentation.flip_aug)
+        if image.subset.augmentation.changes_pixels:
+            return "have no use: pixels change at every visit"
         try:
-            read_fitting_cache(found.cache, found.file, found.bucket, demands)
+            read_fitting_cache(found.cache, found.file, found.bucket, cache_demands(found.subset, self._vae_digest))
         except UserError as error:
             return f"are stale: {error.problem}"
         return "fit"

@@ -10,7 +10,7 @@ from library.config.errors import UserError
 from library.data.caption_summary import BIN, EncoderSummary
 from library.data.images import load_rgb
 from library.training.dry_run_facts import ImageFacts, ReadCaption, SetFacts, Visit
-from library.training.dry_run_text import disk_line
+from library.training.dry_run_text import disk_line, encoder_sentence
 
 _LONGEST_SIDE = 320  # of an image on the page, in pixels
 
@@ -47,7 +47,7 @@ def page(facts: SetFacts, images: Sequence[ImageFacts]) -> str:
 
 
 def _totals(facts: SetFacts, num_shown: int) -> Iterator[str]:
-    summary, dropout = facts.captions, facts.dropout
+    summary = facts.captions
     yield "<h1>Dry run</h1>"
     yield (
         f'<p class="note">{facts.num_images} images, {facts.steps_per_epoch} steps per epoch, {facts.num_steps} steps '
@@ -64,13 +64,13 @@ def _totals(facts: SetFacts, num_shown: int) -> Iterator[str]:
         f"encodings before training.</p><p>Words in both captions of an image, which blur the division: {words}</p>"
         "</div>"
     )
-    kept = 1 - dropout.total_rate
+    rows = "".join(
+        f"<tr><th>{name}</th><td>{100 * rates[0]:.2f} %</td><td>{100 * rates[1]:.2f} %</td></tr>"
+        for name, rates in zip(("L kept", "L dropped"), facts.dropout.table, strict=True)
+    )
     yield (
         '<div class="card"><h2>Captions dropped</h2><table class="dropout"><tr><th></th><th>G kept</th>'
-        f"<th>G dropped</th></tr><tr><th>L kept</th><td>{100 * kept:.2f} %</td>"
-        f"<td>{100 * dropout.caption_dropout_rate_g:.2f} %</td></tr><tr><th>L dropped</th>"
-        f"<td>{100 * dropout.caption_dropout_rate_l:.2f} %</td><td>{100 * dropout.caption_dropout_rate:.2f} %</td></tr>"
-        "</table></div></div>"
+        f"<th>G dropped</th></tr>{rows}</table></div></div>"
     )
 
 
@@ -81,12 +81,7 @@ def _encoder(name: str, encoder: EncoderSummary) -> str:
         f'<div class="bar"><i style="width:{100 * count / most:.1f}%"></i></div><span>{count}</span></div>'
         for index, count in enumerate(encoder.histogram)
     )
-    texts = "drawn at each visit" if encoder.num_texts is None else f"{encoder.num_texts} texts"
-    cached = "cached" if encoder.is_cached else "encoded in each step"
-    return (
-        f'<div class="card {name.lower()}"><h2>{name}</h2><p>{encoder.num_captions} different captions, {texts}, '
-        f"{cached}, {encoder.num_empty} empty</p>{rows}</div>"
-    )
+    return f'<div class="card {name.lower()}"><h2>{name}</h2><p>{encoder_sentence(encoder)}</p>{rows}</div>'
 
 
 def _image(image: ImageFacts) -> str:

@@ -29,7 +29,7 @@ def set_lines(facts: SetFacts) -> Iterator[str]:
     )
     summary = facts.captions
     for name, encoder in (("L", summary.encoder_l), ("G", summary.encoder_g)):
-        yield _encoder_line(name, encoder)
+        yield f"{name}: {encoder_sentence(encoder)}"
         yield from _histogram(encoder)
     yield f"{summary.num_pairs} different pairs of captions, {summary.num_encodings} encodings before training"
     if summary.shared_words:
@@ -41,12 +41,9 @@ def set_lines(facts: SetFacts) -> Iterator[str]:
 
 def dropout_lines(dropout: CaptionDropout) -> Iterator[str]:
     """Yield the 2x2 table of whole captions that are dropped at random."""
-    both, alone_l = dropout.caption_dropout_rate, dropout.caption_dropout_rate_l
-    alone_g = dropout.caption_dropout_rate_g
-    kept = 1 - dropout.total_rate
     yield "captions dropped    G kept   G dropped"
-    yield f"  L kept         {100 * kept:>7.2f} %   {100 * alone_g:>7.2f} %"
-    yield f"  L dropped      {100 * alone_l:>7.2f} %   {100 * both:>7.2f} %"
+    for name, rates in zip(("L kept   ", "L dropped"), dropout.table, strict=True):
+        yield f"  {name}      {100 * rates[0]:>7.2f} %   {100 * rates[1]:>7.2f} %"
 
 
 def disk_line(facts: SetFacts) -> str:
@@ -58,10 +55,11 @@ def disk_line(facts: SetFacts) -> str:
     )
 
 
-def _encoder_line(name: str, encoder: EncoderSummary) -> str:
+def encoder_sentence(encoder: EncoderSummary) -> str:
+    """Return the numbers of the captions of one encoder."""
     texts = "drawn at each visit" if encoder.num_texts is None else f"{encoder.num_texts} texts"
     cached = "cached" if encoder.is_cached else "encoded in each step"
-    return f"{name}: {encoder.num_captions} different captions, {texts}, {cached}, {encoder.num_empty} empty"
+    return f"{encoder.num_captions} different captions, {texts}, {cached}, {encoder.num_empty} empty"
 
 
 def _histogram(encoder: EncoderSummary) -> Iterator[str]:

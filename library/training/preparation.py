@@ -107,17 +107,18 @@ def _folders_written(options: TrainingSetOptions, found: list[FoundImage]) -> se
 def _images(
     options: TrainingOptions, found: list[FoundImage], vae: AutoencoderKL, digest: str, device: torch.device
 ) -> list[TrainingImage]:
-    training_set = options.training_set
-    images = read_training_set(
-        found,
-        digest,
-        check_images=not training_set.skip_cache_check,
-        legacy_crop=training_set.legacy_crop_coords,
-    )
+    images = read_images(options.training_set, found, digest)
     if not options.training_set.caches_latents or all(image.has_latents for image in images):
         return images
     with explained_out_of_memory("while pictures are encoded"), on_device(device, vae):
         return encode_missing(images, vae, options.training_set, digest=digest)
+
+
+def read_images(options: TrainingSetOptions, found: Sequence[FoundImage], digest: str) -> list[TrainingImage]:
+    """Return the images as they are found, before anything is encoded; `digest` is the VAE's."""
+    return read_training_set(
+        found, digest, check_images=not options.skip_cache_check, legacy_crop=options.legacy_crop_coords
+    )
 
 
 def _texts(
@@ -168,8 +169,9 @@ def make_order(
     images: Sequence[TrainingImage], options: RunOptions, seed: int, *, num_processes: int, process_index: int
 ) -> EpochOrder:
     """Return the order in which one of `num_processes` sees the images."""
+    kinds = [image.kind for image in images]
     return EpochOrder(
-        [image.kind for image in images],
+        kinds,
         BatchShape(
             accumulation_steps=options.gradient_accumulation_steps,
             num_processes=num_processes,
@@ -178,7 +180,7 @@ def make_order(
         seed=seed,
         num_repeats=repeats_of(images),
         flip=[image.subset.augmentation.flip_aug for image in images],
-        batch_sizes={image.kind: image.subset.batch_size for image in images},
+        batch_sizes={kind: image.subset.batch_size for kind, image in zip(kinds, images, strict=True)},
     )
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from library.data.caption_draws import CaptionDraw
 from library.data.caption_rules import CaptionDropout, CaptionRules, PairRules
-from library.data.captions import CaptionPair, final_texts, first_texts, split_wildcards, variants_of
+from library.data.captions import CaptionPair, final_texts, first_text, split_wildcards, variants_of
 
 TAGS = "1girl, solo, red hair, blue eyes, smile, park, sky, tree"
 PAIR = CaptionPair((TAGS,), (TAGS,))
@@ -299,4 +299,5 @@ def test_without_chance_the_first_of_everything_is_used_whole():
         CaptionDropout(caption_dropout_rate=1.0, caption_dropout_every_n_epochs=1),
     )
     captions = CaptionPair(("{a|b} c,d , e", "other"), ("x,y,z",))
-    assert first_texts(captions, rules) == ("style, a c, d, e", "x, y, z", False, False)
+    assert first_text(captions, rules, "l") == "style, a c, d, e"
+    assert first_text(captions, rules, "g") == "x, y, z"
