@@ -178,6 +178,7 @@ def serve() -> None:
                 status = scripts[content["script"]](content["argv"])
                 if END_AT_ONCE in os.environ:
                     _end_at_once(status)
+                gc.unfreeze()  # or triton prints what is never collected as leaked, behind the last words of the run
                 sys.exit(status)
             print(pid, flush=True)
             _note_status(pid, _status_file(Path(content["output"])))
