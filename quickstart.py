@@ -49,7 +49,7 @@ class QuickstartError(Exception):
 
 @dataclass(frozen=True)
 class Environment:
-    """A virtual environment: a folder with a Python and packages of its own."""
+    """A virtual environment: a folder with its Python and packages."""
 
     folder: Path
 
@@ -283,7 +283,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Do what the command line says; gives the exit status."""
+    """Do what the command line says; return the exit status."""
     try:
         require_python(sys.version_info[:3])
         arguments, for_pytest = parse_arguments(argv)

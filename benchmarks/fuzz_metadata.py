@@ -14,9 +14,7 @@ import contextlib
 import copy
 import itertools
 import json
-import multiprocessing
 import random
-import resource
 import shutil
 import sys
 import tempfile
@@ -28,17 +26,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere, find library/
 
-import torch
 from PIL import Image
 
 import sdxl_train
 from benchmarks.ceilings import machine
-from benchmarks.fuzz_options import Outcome, make_folder, outcome_of
+from benchmarks.fuzz_options import make_folder
+from benchmarks.fuzz_outcomes import Outcome, outcome_in_process, outcome_of
 from benchmarks.result_files import RESULTS, machine_line, write_result
 from finetune import prepare_buckets_latents, sdxl_merge_captions_g_to_metadata, sdxl_merge_captions_l_to_metadata
 
 _SECONDS_OF_A_RUN = 120.0
-_BYTES_OF_A_RUN = 12 * 2**30
 _EXIT_SOME_UNUSABLE = "some images unusable"
 
 SIZES: tuple[object, ...] = (
@@ -162,26 +159,6 @@ def commands(name: str, draw: random.Random) -> dict[str, tuple[Callable[[Sequen
     }
 
 
-def outcome_in_process(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> Outcome:
-    """Call the entry point of a script in a process and wait two minutes for it."""
-    context = multiprocessing.get_context("fork")
-    receiving, sending = context.Pipe(duplex=False)
-
-    def run() -> None:
-        torch.set_num_threads(1)  # those of the parent are not here, and OpenMP would wait for them
-        resource.setrlimit(resource.RLIMIT_AS, (_BYTES_OF_A_RUN, _BYTES_OF_A_RUN))
-        sending.send(outcome_of(main, argv))
-
-    process = context.Process(target=run)
-    process.start()
-    outcome = receiving.recv() if receiving.poll(_SECONDS_OF_A_RUN) else Outcome("endless")
-    process.join(1.0)
-    if process.is_alive():
-        process.kill()
-        process.join()
-    return outcome
-
-
 def strangers() -> list[str]:
     """Return the files that no command may have made."""
     allowed = ("images", "pristine", "output", "meta", "merged", "prepared", "model.safetensors", "secret.png")
@@ -202,8 +179,10 @@ def fuzz(folder: Path, *, seed: int, seconds: float = float("inf"), num_cases: i
             num_files += 1
             for script, (main, argv) in commands(name, draw).items():
                 _start_again(name, content)
-                call = outcome_of if script.startswith("merge") else outcome_in_process
-                outcome = call(main, argv)
+                if script.startswith("merge"):
+                    outcome = outcome_of(main, argv)
+                else:
+                    outcome = outcome_in_process(main, argv, seconds=_SECONDS_OF_A_RUN)
                 if script == "prepare" and outcome.name == "message" and outcome.details.startswith("status 1: "):
                     outcome = Outcome(_EXIT_SOME_UNUSABLE)
                 if strangers():

@@ -13,14 +13,11 @@ import contextlib
 import io
 import itertools
 import json
-import multiprocessing
 import random
-import resource
 import shutil
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,154 +31,39 @@ import torch
 from PIL import Image
 
 import sdxl_train
+from benchmarks.fuzz_outcomes import outcome_in_process, outcome_of
 from benchmarks.result_files import RESULTS, machine_line, write_result
 from demo.random_sdxl import TINY, write_random_sdxl
 from finetune import prepare_buckets_latents, sdxl_merge_captions_g_to_metadata, sdxl_merge_captions_l_to_metadata
-from library.config.errors import EXIT_USER_ERROR, exits_on_user_error
+from library.config.errors import exits_on_user_error
 from library.config.kohya_spellings import PREPARE_SPELLINGS, TRAINER_SPELLINGS
 from library.config.options import Option, options_of, parse_options
 from library.config.spellings import Spellings
 from library.training.run_options import TrainingOptions
 
 ABSURD = (
-    *(
-        "",
-        " ",
-        "0",
-        "-0",
-        "1",
-        "-1",
-        "2",
-        "7",
-        "0.5",
-        "-0.5",
-        "1.5",
-        "1e-300",
-        "1e300",
-        "1e400",
-        "-1e400",
-        "nan",
-        "inf",
-    ),
-    *(
-        "-inf",
-        "None",
-        "none",
-        "null",
-        "true",
-        "false",
-        "True",
-        "yes",
-        "on",
-        "0x10",
-        "1_000",
-        "٣",
-        "½",
-        "1e",
-        "--",
-        "-",
-        "-x",
-    ),
-    *(str(2**31), str(2**32), str(2**63), str(2**64), str(10**12), str(10**18), "9" * 400, "9" * 5000, "1" + "0" * 309),
-    *("a", "ä", "猫", "\U0001f600", "a b", " a ", "a,b", ",", ";", "'", '"', "a\nb", "a\tb", "a\x1b[2Jb", "\u202eabc"),
-    *("a\0b", "\ud800", "a" * 300, "a" * 5000, ".", "..", "../..", "/", "//", "/dev/null", "~", "C:\\a", "NUL"),
-    *(
-        "con.txt",
-        "*",
-        "?",
-        "a/b",
-        "images",
-        "images/01.png",
-        "meta_lat.json",
-        "model.safetensors",
-        "nothing",
-        "[]",
-        "{}",
-    ),
-    *(
-        "[1]",
-        "1,1",
-        "64,64",
-        "0,0",
-        "-64,64",
-        "64,64,64",
-        "10000000,64",
-        "64x64",
-        "1024,1024",
-        "a=1",
-        "a=",
-        "=1",
-        "betas=1",
-    ),
-    *(
-        "betas=(1,2)",
-        "betas=[]",
-        "weight_decay=nan",
-        "foreach=True",
-        "fused=True",
-        "amsgrad=False,",
-        "lr=1",
-        "eps=None",
-    ),
-    *(
-        "a=__import__('os')",
-        "a=" + "(" * 200,
-        "latest",
-        "stop",
-        "euler_a",
-        "l2",
-        "bf16",
-        "fp16",
-        "no",
-        "all",
-        "AdamW8bit",
-    ),
-    *(
-        "Prodigy",
-        "Adafactor",
-        "torch.optim.SGD",
-        "torch.optim.Muon",
-        "torch.nn.Linear",
-        "os.system",
-        "setup.X",
-        "a.b.C",
-    ),
-    *(
-        "cosine",
-        "constant_with_warmup",
-        "ckpt",
-        "diffusers",
-        ",".join(["1e-6"] * 23),
-        ",".join(["nan"] * 23),
-        "tensorboard",
-    ),
+    *("", " ", "0", "-0", "1", "-1", "2", "7", "0.5", "-0.5", "1.5", "1e-300", "1e300", "1e400", "-1e400", "nan"),
+    *("inf", "-inf", "None", "none", "null", "true", "false", "True", "yes", "on", "0x10", "1_000", "٣", "½"),
+    *("1e", "--", "-", "-x", str(2**31), str(2**32), str(2**63), str(2**64), str(10**12), str(10**18), "9" * 400),
+    *("9" * 5000, "1" + "0" * 309, "a", "ä", "猫", "\U0001f600", "a b", " a ", "a,b", ",", ";", "'", '"', "a\nb"),
+    *("a\tb", "a\x1b[2Jb", "\u202eabc", "a\0b", "\ud800", "a" * 300, "a" * 5000, ".", "..", "../..", "/", "//"),
+    *("/dev/null", "~", "C:\\a", "NUL", "con.txt", "*", "?", "a/b", "images", "images/01.png", "meta_lat.json"),
+    *("model.safetensors", "nothing", "[]", "{}", "[1]", "1,1", "64,64", "0,0", "-64,64", "64,64,64"),
+    *("10000000,64", "64x64", "1024,1024", "a=1", "a=", "=1", "betas=1", "betas=(1,2)", "betas=[]"),
+    *("weight_decay=nan", "foreach=True", "fused=True", "amsgrad=False,", "lr=1", "eps=None"),
+    *("a=__import__('os')", "a=" + "(" * 200, "latest", "stop", "euler_a", "l2", "bf16", "fp16", "no", "all"),
+    *("AdamW8bit", "Prodigy", "Adafactor", "torch.optim.SGD", "torch.optim.Muon", "torch.nn.Linear", "os.system"),
+    *("setup.X", "a.b.C", "cosine", "constant_with_warmup", "ckpt", "diffusers", ",".join(["1e-6"] * 23)),
+    *(",".join(["nan"] * 23), "tensorboard"),
 )
 FILE_VALUES: tuple[object, ...] = (
-    *(
-        True,
-        False,
-        0,
-        1,
-        -1,
-        10**18,
-        2**63 - 1,
-        0.5,
-        1e300,
-        float("nan"),
-        float("inf"),
-        [],
-        [[]],
-        [1, "a"],
-        ["a=1"],
-        [""],
-    ),
-    *({}, {"a": 1}, ["a", True], "None", "", "1", "0.5", "true"),
+    *(True, False, 0, 1, -1, 10**18, 2**63 - 1, 0.5, 1e300, float("nan"), float("inf")),
+    *([], [[]], [1, "a"], ["a=1"], [""], {}, {"a": 1}, ["a", True], "None", "", "1", "0.5", "true"),
 )
 _ESCAPES = ("/", "\\", "~", "..")
 """In values that could name a path outside of the folder: such commands are checked, not run."""
 _NOT_RUN = ("--torch_compile", "--config_file")  # the first compiles for minutes
 _SECONDS_OF_A_RUN = 60.0
-_BYTES_OF_A_RUN = 12 * 2**30
 _ENDS = ("--output_config",)  # writes a file and ends: no command to check
 
 
@@ -303,54 +185,6 @@ def _file_of(pair: Sequence[str], draw: random.Random) -> str:
     return "--config_file=options.toml"
 
 
-# -- outcomes ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a case ended: "success", "refused", or what is wrong with it."""
-
-    name: str
-    details: str = ""
-
-
-def outcome_of(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> Outcome:
-    """Call the entry point of a script, or what checks its options, in the current folder."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
-            status = main(argv)
-    except SystemExit as ending:
-        return Outcome("help") if ending.code == 0 else Outcome("exit", f"status {ending.code}")
-    except BaseException:  # noqa: BLE001 (the point of it: anything else than a message is a finding)
-        return Outcome("exception", traceback.format_exc())
-    if status == 0:
-        return Outcome("success")
-    errors = [line for line in said.getvalue().splitlines() if line.startswith("error: ")]
-    if status == EXIT_USER_ERROR and len(errors) == 1 and "Traceback" not in said.getvalue():
-        return Outcome("refused")
-    return Outcome("message", f"status {status}: {said.getvalue()}")
-
-
-def outcome_of_run(case: Case) -> Outcome:
-    """Run a command of the trainer for one step, in a process of its kind, and wait a minute for it."""
-    context = multiprocessing.get_context("fork")
-    receiving, sending = context.Pipe(duplex=False)
-
-    def run() -> None:
-        resource.setrlimit(resource.RLIMIT_AS, (_BYTES_OF_A_RUN, _BYTES_OF_A_RUN))
-        sending.send(outcome_of(case.script.module.main, [*case.argv, "--max_train_steps=1"]))
-
-    process = context.Process(target=run)
-    process.start()
-    process.join(_SECONDS_OF_A_RUN)
-    if process.is_alive():
-        process.kill()
-        process.join()
-        return Outcome("endless")
-    return receiving.recv() if receiving.poll() else Outcome("killed", f"status {process.exitcode}")
-
-
 def fuzz(
     folder: Path, *, seed: int, seconds: float = float("inf"), num_cases: int = sys.maxsize, with_runs: bool = True
 ) -> dict[str, object]:
@@ -366,7 +200,8 @@ def fuzz(
                 break
             outcomes = {"checked": outcome_of(case.script.check, case.argv)}
             if with_runs and case.can_be_run and outcomes["checked"].name == "success":
-                outcomes["run"] = outcome_of_run(case)
+                argv = [*case.argv, "--max_train_steps=1"]
+                outcomes["run"] = outcome_in_process(case.script.module.main, argv, seconds=_SECONDS_OF_A_RUN)
             for kind, outcome in outcomes.items():
                 counts[f"{case.script.name}, {kind}: {outcome.name}"] += 1
                 if outcome.name not in ("success", "refused", "help"):

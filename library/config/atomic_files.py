@@ -148,7 +148,7 @@ def _refusal(what: str, error: BaseException, of_file: CannotWrite | None = None
     if not isinstance(error, OSError):
         assert of_file is not None
         return CannotWrite(f"cannot write {what}: {error}.", of_file.remedy, is_temporary=of_file.is_temporary)
-    # On Windows "access denied" is said of files that another program has open, too.
+    # Windows denies access to files that another program has open, too.
     is_temporary = error.errno in _PASSING_ERRORS or (os.name == "nt" and error.errno == errno.EACCES)
     remedy = _REMEDIES.get(error.errno or 0, "Check that the folder is there, and its disk.")
     return CannotWrite(f"cannot write {what}: {error.strerror or error}.", remedy, is_temporary=is_temporary)

@@ -78,3 +78,16 @@ def folder(tmp_path):
     made = TrainingFolder(tmp_path / "my set ü")
     made.images.mkdir(parents=True)
     return made
+
+
+@pytest.fixture
+def write_metadata_file(tmp_path: Path):
+    """`write_metadata_file(name, bytes or text)` returns the path of the file."""
+
+    def write(name: str, content: str | bytes) -> Path:
+        path = tmp_path / "my set" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write

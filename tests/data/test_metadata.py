@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,16 +29,9 @@ GOLDEN = Path(__file__).parent.parent / "golden"
 
 
 @pytest.fixture
-def meta(tmp_path):
-    """A function that writes bytes or text to the metadata file and gives its path."""
-
-    def write(content):
-        path = tmp_path / "my set" / "méta.json"
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return path
-
-    return write
+def meta(write_metadata_file):
+    """A function that writes bytes or text to the metadata file and returns its path."""
+    return partial(write_metadata_file, "méta.json")
 
 
 # Reading

@@ -1,6 +1,7 @@
 """Metadata of one JSON object a line: what is read, what is refused, what is written."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,16 +13,9 @@ from library.data.metadata_lines import read_lines
 
 
 @pytest.fixture
-def lines(tmp_path):
+def lines(write_metadata_file):
     """A function that writes bytes or text to the metadata file and returns its path."""
-
-    def write(content):
-        path = tmp_path / "my set" / "méta.JSONL"
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return path
-
-    return write
+    return partial(write_metadata_file, "méta.JSONL")
 
 
 def test_each_line_is_an_image_with_the_path_as_its_key(lines):

@@ -43,3 +43,13 @@ def free_port() -> Callable[[], int]:
             return probe.getsockname()[1]
 
     return find
+
+
+@pytest.fixture
+def folder_without_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A current folder in which the model is no model: a message about anything else comes before it is opened."""
+    monkeypatch.chdir(tmp_path)
+    Path("images").mkdir()
+    Path("images/01.png").write_bytes(b"no image")
+    Path("model.safetensors").write_bytes(b"no model")
+    Path("meta.json").write_text('{"01": {"captionL": "", "captionG": ""}}', encoding="utf-8")

@@ -18,14 +18,7 @@ COMMANDS = {
 SCRIPTS = pytest.mark.parametrize("script", COMMANDS, ids=lambda script: script.__name__.rpartition(".")[-1])
 
 
-@pytest.fixture(autouse=True)
-def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A current folder in which the model is no model: a message about anything else comes before it is opened."""
-    monkeypatch.chdir(tmp_path)
-    Path("images").mkdir()
-    Path("images/01.png").write_bytes(b"no picture")
-    Path("model.safetensors").write_bytes(b"no model")
-    Path("meta.json").write_text('{"01": {"captionL": "", "captionG": ""}}', encoding="utf-8")
+pytestmark = pytest.mark.usefixtures("folder_without_model")
 
 
 @SCRIPTS

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.damaged_bytes import damages_of
-from benchmarks.fuzz_files import KINDS, Fuzz, fault_of, make_whole_files
+from benchmarks.fuzz_files import Fuzz, fault_of
+from benchmarks.fuzz_kinds import KINDS, make_whole_files
 from benchmarks.fuzz_readers import READERS, Reader, read_damaged
 from tests.conftest import forget_accelerator
 from tests.forked_runs import RunServer

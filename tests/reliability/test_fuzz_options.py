@@ -1,10 +1,14 @@
 """A short form of benchmarks/fuzz_options.py: two absurd options at a time are understood, or refused in one line."""
 
+import os
+import signal
+import threading
 from pathlib import Path
 
 import pytest
 
-from benchmarks.fuzz_options import Case, Script, fuzz, outcome_of, scripts
+from benchmarks.fuzz_options import Case, Script, fuzz, scripts
+from benchmarks.fuzz_outcomes import outcome_in_process, outcome_of
 
 
 def test_pairs_of_absurd_options_end_with_success_or_one_line_of_error(tmp_path: Path):
@@ -37,6 +41,24 @@ def _says_two_things(argv: object) -> int:
 )
 def test_anything_else_is_a_finding(main, outcome: str):
     assert outcome_of(main, []).name == outcome
+
+
+def _is_killed(argv: object) -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return 0
+
+
+def _never_ends(argv: object) -> int:
+    threading.Event().wait()
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("main", "seconds", "outcome"),
+    [(_is_killed, 60, "killed"), (_never_ends, 0.2, "endless"), (lambda argv: 0, 60, "success")],
+)
+def test_a_process_that_is_lost_or_does_not_end_is_a_finding(main, seconds: float, outcome: str):
+    assert outcome_in_process(main, [], seconds=seconds).name == outcome
 
 
 def test_a_command_that_could_write_elsewhere_is_not_run():
