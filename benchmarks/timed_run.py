@@ -171,7 +171,7 @@ def _watch_loop(clock: StepClock) -> None:
 
     Tracker.after_step = log_and_end_step  # type: ignore[method-assign]
     Checkpoints.after_step = lambda *arguments: None  # type: ignore[method-assign]
-    setup._check_disk = lambda *arguments: None
+    setup.check_disk = lambda *arguments: None
 
 
 def _timed(clock: StepClock, function: Callable[..., Any], name: str) -> Callable[..., Any]:

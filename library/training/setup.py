@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -15,38 +14,30 @@ from torch import nn
 
 from library.data.caption_draws import Encoder
 from library.data.caption_report import report_captions
-from library.data.caption_rules import ZEROS, PairRules
 from library.data.dataset import Batch
 from library.data.subsets import Subset
 from library.data.training_set import FoundImage, find_training_images
 from library.diffusion.objective import Objective
-from library.samples.sampler import SamplingNetworks
 from library.sdxl.architecture import SdxlModel
-from library.sdxl.checkpoint_file import write_single_file
-from library.sdxl.diffusers_folder import write_diffusers_folder
 from library.sdxl.latents import vae_digest
 from library.sdxl.model_source import ModelOptions, load_model
-from library.sdxl.model_spec import model_spec
 from library.training.accelerator import make_accelerator
 from library.training.checkpoints import Checkpoints
 from library.training.compilation import compile_regions
-from library.training.disk_space import bytes_of, bytes_of_state, require_disk_for_saves
-from library.training.distribution import any_process, one_writer
+from library.training.distribution import any_process
 from library.training.failures import saved_before_errors
-from library.training.learner import Learner, StepReport, enable_gradient_checkpointing, make_learner
-from library.training.loss_watch import require_finite
-from library.training.offload import on_device, place_networks
+from library.training.learner import Learner, StepReport
+from library.training.offload import place_networks
+from library.training.optimization import enable_gradient_checkpointing, make_learner
+from library.training.outputs import check_disk, make_checkpoints, make_sampling, make_tracker
 from library.training.plan import Occasion, Plan
 from library.training.precision import PrecisionOptions
 from library.training.preparation import latents_of, make_plan, prepare_set, take_captions_over
 from library.training.progress import Progress
 from library.training.run_options import RunOptions, TrainingOptions
-from library.training.sampling import SampledRun, Sampling
-from library.training.saves import last_name
 from library.training.starting_point import load_state, starting_point, without_damaged_states
-from library.training.state import write_state
 from library.training.stopping import StopRequest
-from library.training.tracking import Tracker, TrackingOptions
+from library.training.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -147,11 +138,11 @@ def _set_up(
     if state is not None:
         load_state(state, learner.resumable(), accelerator)
     if accelerator.is_main_process:
-        _check_disk(options, model, learner, plan, progress)
-    tracker = _make_tracker(options.tracking, plan, progress, accelerator)
+        check_disk(options, model, learner, plan, progress)
+    tracker = make_tracker(options.tracking, plan, progress, accelerator)
     compile_regions(model.unet, options.compilation, accelerator.device)
-    checkpoints = _make_checkpoints(options, model, learner, progress, tracker, state, stop)
-    sampling = _make_sampling(options, model, learner, progress, tracker, stop.is_made, subsets[0].captions)
+    checkpoints = make_checkpoints(options, model, learner, progress, tracker, state, stop)
+    sampling = make_sampling(options, model, learner, progress, tracker, stop.is_made, subsets[0].captions)
     return Run(
         plan=plan,
         progress=progress,
@@ -185,114 +176,3 @@ def _load_model(
         if run.gradient_checkpointing:
             enable_gradient_checkpointing(network)
     return model, digest
-
-
-def _make_tracker(options: TrackingOptions, plan: Plan, progress: Progress, accelerator: Accelerator) -> Tracker:
-    tracker = Tracker(
-        accelerator,
-        options,
-        options.run_folder(datetime.fromisoformat(progress.started)),
-        num_steps=plan.num_steps,
-        steps_per_epoch=plan.order.steps_per_epoch,
-        steps_done=progress.step,
-        losses=progress.losses,
-    )
-    log.info("%s, seed %d", plan, progress.seed)
-    return tracker
-
-
-def _make_checkpoints(
-    options: TrainingOptions,
-    model: SdxlModel,
-    learner: Learner,
-    progress: Progress,
-    tracker: Tracker,
-    state: Path | None,
-    stop: StopRequest,
-) -> Checkpoints:
-    """Return what saves models, in the format the options ask for, and states; saving is not timed as training."""
-    source_is_diffusers = not Path(str(options.model.pretrained_model_name_or_path)).is_file()
-    file_format = options.save.format(source_is_diffusers=source_is_diffusers)
-    dtype = options.precision.save_dtype
-
-    def write_model(path: Path) -> None:
-        require_finite(learner.trained)
-        with learner.final_weights():
-            if file_format == "diffusers":
-                write_diffusers_folder(path, model, dtype)
-            else:
-                write_single_file(path, model, dtype, _header(options))
-
-    def write_state_of(folder: Path, progress: Progress) -> None:
-        write_state(folder, replace(progress, losses=tracker.losses), learner.resumable())
-
-    return Checkpoints(
-        options.save,
-        progress,
-        suffix="" if file_format == "diffusers" else f".{file_format}",
-        write_model=tracker.untimed()(write_model),
-        write_state=tracker.untimed()(write_state_of),
-        one_writer=partial(one_writer, learner.accelerator),
-        waiting=stop.waiting,
-        resumed_from=state,
-    )
-
-
-def _header(options: TrainingOptions) -> dict[str, str]:
-    """Return the header of a saved model."""
-    trained = options.noise.timestep_range
-    return model_spec(
-        options.model_spec,
-        name=last_name(options.save.output_name),
-        resolution=options.resolution,
-        timesteps=None if options.noise.trains_all_timesteps else (trained.start, trained.stop),
-        now=datetime.now().astimezone(),
-    )
-
-
-def _make_sampling(
-    options: TrainingOptions,
-    model: SdxlModel,
-    learner: Learner,
-    progress: Progress,
-    tracker: Tracker,
-    is_stopping: Callable[[], bool],
-    captions: PairRules,
-) -> Sampling:
-    """Return what draws the sample images. accelerate wraps networks in place: the model's are the trained ones."""
-    networks = SamplingNetworks(
-        model.unet,
-        model.vae,
-        model.text_encoder_l,
-        model.text_encoder_g,
-        at_hand=partial(on_device, model.unet.device),
-        zeros_l=captions.rules_l.dropped_caption == ZEROS,
-        zeros_g=captions.rules_g.dropped_caption == ZEROS,
-    )
-    run = SampledRun(
-        options.output_dir,
-        options.save.output_name,
-        options.resolution,
-        progress.seed,
-        since=datetime.fromisoformat(progress.started),
-    )
-    return Sampling(
-        options.sample,
-        networks,
-        tracker,
-        run,
-        is_stopping=is_stopping,
-        final_weights=learner.final_weights,
-        one_writer=partial(one_writer, learner.accelerator),
-    )
-
-
-def _check_disk(options: TrainingOptions, model: SdxlModel, learner: Learner, plan: Plan, progress: Progress) -> None:
-    """Raise `UserError` unless the disk holds what the rest of this run saves."""
-    require_disk_for_saves(
-        options.save,
-        model_bytes=bytes_of(model.networks, options.precision.save_dtype),
-        state_bytes=bytes_of_state(options.optimizer, learner.trained.values(), options.precision.rounding),
-        steps=range(progress.step + 1, plan.num_steps + 1),
-        steps_per_epoch=plan.order.steps_per_epoch,
-    )

@@ -1,0 +1,142 @@
+"""The optimizer over what is trained: parameter groups, schedule, and how weights are stepped."""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
+from torch import nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from library.config.errors import UserError
+from library.optim.fused_backward import FusedBackward
+from library.optim.lr_schedules import make_lr_schedule
+from library.optim.optimizer_probe import keys_in_bfloat16, treats_each_alone
+from library.optim.optimizers import make_optimizer, make_parameter_groups, tried
+from library.optim.options import NEAREST, OptimizerOptions, ScheduleOptions
+from library.optim.rounding import Rounder
+from library.optim.stepping import Stepper
+from library.sdxl.architecture import SdxlModel
+from library.sdxl.weight_names import unet_name
+from library.training.distribution import prepare
+from library.training.learner import Learner
+from library.training.loss_watch import LossWatch, StepLoss
+from library.training.state import group_settings
+
+
+def make_learner(
+    model: SdxlModel,
+    accelerator: Accelerator,
+    optimizer_options: OptimizerOptions,
+    schedule_options: ScheduleOptions,
+    *,
+    trains_l: bool,
+    trains_g: bool,
+    num_steps: int,
+    seed: int,
+    freeze_after: Mapping[str, int] | None = None,
+    rounding: str = NEAREST,
+    max_bad_steps: int = 1,
+) -> Learner:
+    """Return the optimizer over what is trained, both as accelerate runs them; `seed` and `rounding` are for bfloat16.
+
+    Raise `UserError` if the optimizer has to step in the backward pass but cannot.
+    """
+    groups = _parameter_groups(model, optimizer_options, trains_l=trains_l, trains_g=trains_g)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    optimizer = make_optimizer(groups, optimizer_options)
+    narrow_keys = _narrow_keys(parameters, optimizer_options, accelerator.device)
+    stepper = _make_stepper(optimizer, optimizer_options, accelerator, Rounder(rounding, parameters, seed), narrow_keys)
+    settings = group_settings(optimizer)  # before the schedule changes the rates
+    lr_schedule = make_lr_schedule(optimizer, schedule_options, num_steps)
+    networks: dict[str, nn.Module] = {"unet": model.unet}
+    networks |= {"text_encoder_l": model.text_encoder_l} if trains_l else {}
+    networks |= {"text_encoder_g": model.text_encoder_g} if trains_g else {}
+    trained, optimizer = prepare(accelerator, networks, optimizer)
+    fused = optimizer_options.fused_backward_pass
+    return Learner(
+        accelerator=accelerator,
+        unet=trained["unet"],
+        text_encoder_l=trained.get("text_encoder_l", model.text_encoder_l),
+        text_encoder_g=trained.get("text_encoder_g", model.text_encoder_g),
+        trained=trained,
+        parameters=parameters,
+        optimizer=optimizer,
+        settings=settings,
+        lr_schedule=lr_schedule,
+        stepper=stepper,
+        fused=FusedBackward(stepper, optimizer_options.max_grad_norm) if fused else None,
+        max_grad_norm=optimizer_options.max_grad_norm,
+        watch=LossWatch(max_bad_steps),
+        step_loss=StepLoss(accelerator),
+        freeze_after=freeze_after or {},
+        narrow_keys=narrow_keys,
+    )
+
+
+def _parameter_groups(
+    model: SdxlModel, options: OptimizerOptions, *, trains_l: bool, trains_g: bool
+) -> list[dict[str, Any]]:
+    # L's last block and norm take no part: its features come from the block before.
+    last_block = f"layers.{model.text_encoder_l.config.num_hidden_layers - 1}."
+    parameters_l = [
+        parameter
+        for name, parameter in model.text_encoder_l.named_parameters()
+        if last_block not in name and "final_layer_norm" not in name
+    ]
+    return make_parameter_groups(
+        options,
+        unet=[(unet_name(name), parameter) for name, parameter in model.unet.named_parameters()],
+        text_encoder_l=parameters_l if trains_l else (),
+        text_encoder_g=model.text_encoder_g.parameters() if trains_g else (),
+    )
+
+
+def _narrow_keys(parameters: Sequence[nn.Parameter], options: OptimizerOptions, device: torch.device) -> frozenset[str]:
+    """Return the keys of the optimizer's state that it keeps in bfloat16 where weights are bfloat16."""
+    if all(parameter.dtype != torch.bfloat16 for parameter in parameters):
+        return frozenset()
+    with tried(options.optimizer_type):
+        return keys_in_bfloat16(partial(make_optimizer, options=options), device)
+
+
+def _make_stepper(
+    optimizer: Optimizer,
+    options: OptimizerOptions,
+    accelerator: Accelerator,
+    rounder: Rounder,
+    narrow_keys: frozenset[str],
+) -> Stepper:
+    """Return the stepper: in chunks, or all at once if the optimizer's parameters depend on one another."""
+    make = partial(make_optimizer, options=options)
+    with tried(options.optimizer_type):
+        each_alone = treats_each_alone(make, accelerator.device)
+    if options.fused_backward_pass and not each_alone:
+        raise UserError(
+            f"--fused_backward_pass cannot work with {type(optimizer).__name__}, which needs all gradients before it "
+            "updates the first weight.",
+            "Choose another --optimizer_type, such as Adafactor, or leave out --fused_backward_pass.",
+        )
+    if options.fused_backward_pass and accelerator.num_processes > 1:
+        raise UserError(
+            "--fused_backward_pass cannot work with several processes: each gradient would be used before the others "
+            "have contributed theirs.",
+            "Train with one process, or leave out --fused_backward_pass.",
+        )
+    if each_alone:
+        return Stepper(optimizer, rounder, narrow_keys)
+    return Stepper(optimizer, rounder, narrow_keys, elements_per_chunk=math.inf)
+
+
+def enable_gradient_checkpointing(network: UNet2DConditionModel | PreTrainedModel) -> None:
+    """Recompute the network's activations in the backward pass instead of keeping them."""
+    if isinstance(network, UNet2DConditionModel):
+        network.enable_gradient_checkpointing()
+    elif hasattr(network, "activation_checkpointing_enable"):  # newer releases of transformers
+        network.activation_checkpointing_enable()
+    else:
+        network.gradient_checkpointing_enable()
