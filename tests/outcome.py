@@ -71,9 +71,9 @@ def _files(output_dir: Path) -> Iterator[tuple[str, Any]]:
 
 def _state(folder: Path) -> Any:
     progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
-    optimizer = torch.load(folder / "optimizer.pt", weights_only=True)
+    others = {path.name: torch.load(path, weights_only=True) for path in sorted(folder.glob("*.pt"))}
     place = [progress[key] for key in ("seed", "step", "epoch", "step_in_epoch", "losses")]
-    return place, progress["setting"]["images"], load_file(folder / "weights.safetensors"), optimizer
+    return place, progress["setting"]["images"], load_file(folder / "weights.safetensors"), others
 
 
 def _curves(logs: Path) -> Iterator[tuple[str, Any]]:

@@ -20,7 +20,7 @@ from library.sdxl.text_encoding import TextConditioning
 from library.training.distribution import exchange_gradients
 from library.training.failures import explained_out_of_memory
 from library.training.loss_watch import LossWatch, StepLoss
-from library.training.state import Resumable
+from library.training.state import Kept, Resumable
 
 
 @dataclass(frozen=True)
@@ -116,12 +116,11 @@ class Learner:
         self.watch.check_gradient(step, grad_norm)
         return StepReport(loss, self._rates, grad_norm)
 
-    def resumable(self) -> Resumable:
-        """Return what a state holds of all this."""
+    def resumable(self, others: Mapping[str, Kept] | None = None) -> Resumable:
+        """Return what a state holds of all this, and of `others` that change while training."""
         networks = {name: self.accelerator.unwrap_model(network) for name, network in self.trained.items()}
-        return Resumable(
-            networks, self.optimizer, self.settings, self.lr_schedule, self.accelerator.scaler, self.narrow_keys
-        )
+        moved = self.optimizer, self.settings, self.lr_schedule, self.accelerator.scaler, self.narrow_keys
+        return Resumable(networks, *moved, others or {})
 
     @contextmanager
     def final_weights(self) -> Iterator[None]:

@@ -26,7 +26,7 @@ from library.training.progress import Progress
 from library.training.run_options import TrainingOptions
 from library.training.sampling import SampledRun, Sampling
 from library.training.saves import last_name
-from library.training.state import write_state
+from library.training.state import Resumable, write_state
 from library.training.stopping import StopRequest
 from library.training.tracking import Tracker, TrackingOptions
 
@@ -52,6 +52,7 @@ def make_checkpoints(
     options: TrainingOptions,
     model: SdxlModel,
     learner: Learner,
+    learnt: Resumable,
     progress: Progress,
     tracker: Tracker,
     state: Path | None,
@@ -71,7 +72,7 @@ def make_checkpoints(
                 write_single_file(path, model, dtype, _header(options))
 
     def write_state_of(folder: Path, progress: Progress) -> None:
-        write_state(folder, replace(progress, losses=tracker.losses), learner.resumable())
+        write_state(folder, replace(progress, losses=tracker.losses), learnt)
 
     return Checkpoints(
         options.save,

@@ -36,6 +36,7 @@ from library.training.preparation import latents_of, make_plan, prepare_set, tak
 from library.training.progress import Progress
 from library.training.run_options import RunOptions, TrainingOptions
 from library.training.starting_point import load_state, starting_point, without_damaged_states
+from library.training.state import Kept
 from library.training.stopping import StopRequest
 from library.training.tracking import Tracker
 
@@ -135,13 +136,15 @@ def _set_up(
         rounding=options.precision.rounding,
         max_bad_steps=options.run.max_bad_steps,
     )
+    others: dict[str, Kept] = {}  # what changes beside weights and optimizer, by the name of its file in a state
+    learnt = learner.resumable(others)
     if state is not None:
-        load_state(state, learner.resumable(), accelerator)
+        load_state(state, learnt, accelerator)
     if accelerator.is_main_process:
         check_disk(options, model, learner, plan, progress)
     tracker = make_tracker(options.tracking, plan, progress, accelerator)
     compile_regions(model.unet, options.compilation, accelerator.device)
-    checkpoints = make_checkpoints(options, model, learner, progress, tracker, state, stop)
+    checkpoints = make_checkpoints(options, model, learner, learnt, progress, tracker, state, stop)
     sampling = make_sampling(options, model, learner, progress, tracker, stop.is_made, subsets[0].captions)
     return Run(
         plan=plan,

@@ -1,11 +1,12 @@
 """The saved state of a run: everything it needs to continue as if it had never stopped, written and read back."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -34,7 +35,19 @@ from library.training.progress import (
     read_record,
 )
 
+log = logging.getLogger(__name__)
+
 _OPTIMIZER_KEYS = {"kind", "state", "groups", "settings", "lr_schedule", "scaler"}
+
+
+class Kept(Protocol):
+    """What a state keeps beside weights and optimizer: a dictionary of tensors and plain values, out and in again."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is to be saved: tensors, numbers and texts in dictionaries and lists."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> object:
+        """Take over what was saved. Its tensors are on the CPU and mapped from the file: they have to be copied."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +56,8 @@ class Resumable:
 
     `settings` are the settings of the optimizer's parameter groups under the current options: where they differ from
     those the state was saved with, the current ones hold for the rest of the run. `narrow_keys` are the keys of the
-    optimizer's state that it keeps in bfloat16 beside bfloat16 weights.
+    optimizer's state that it keeps in bfloat16 beside bfloat16 weights. `others` are saved under their names, each as
+    a file with a digest; what a state does not hold begins where the run continues.
     """
 
     networks: Mapping[str, nn.Module]
@@ -52,6 +66,7 @@ class Resumable:
     lr_schedule: LambdaLR
     scaler: torch.amp.GradScaler | None = None
     narrow_keys: frozenset[str] = frozenset()
+    others: Mapping[str, Kept] = field(default_factory=dict)
 
 
 def group_settings(optimizer: Optimizer) -> list[dict[str, Any]]:
@@ -61,10 +76,13 @@ def group_settings(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 def write_state(folder: Path, progress: Progress, learnt: Resumable) -> None:
     """Write a state, completely or not at all; weights are streamed. Raise `CannotWrite` if that is impossible."""
-    digests = {name: WrittenDigest() for name in (WEIGHTS_FILE, OPTIMIZER_FILE)}
+    others = {_file_of(name): other for name, other in learnt.others.items()}
+    digests = {name: WrittenDigest() for name in (WEIGHTS_FILE, OPTIMIZER_FILE, *others)}
     with replacing_folder(folder, marker=PROGRESS_FILE) as unfinished:
         write_safetensors(unfinished / WEIGHTS_FILE, _weights(learnt.networks), {"format": "pt"}, digests[WEIGHTS_FILE])
         write_pickled(unfinished / OPTIMIZER_FILE, _optimizer_state(learnt), digests[OPTIMIZER_FILE])
+        for name, other in others.items():
+            write_pickled(unfinished / name, other.state_dict(), digests[name])
         sizes = {name: (unfinished / name).stat().st_size for name in digests}
         record = StateRecord(progress, sizes, {name: each.hex() for name, each in digests.items()})
         write_text(unfinished / PROGRESS_FILE, record.as_text())
@@ -91,6 +109,30 @@ def read_learnt(folder: Path, learnt: Resumable) -> None:
                 f"'{folder / OPTIMIZER_FILE}' does not hold the optimizer of this run ({first_line(error)}).",
                 "Resume from another state.",
             ) from error
+    _read_others(folder, learnt.others, digests)
+
+
+def _file_of(name: str) -> str:
+    return f"{name}.pt"
+
+
+def _read_others(folder: Path, others: Mapping[str, Kept], digests: Mapping[str, str]) -> None:
+    """Load what a state holds beside weights and optimizer, and say what it lacks and what is not continued."""
+    files = {_file_of(name): other for name, other in others.items()}
+    for name in digests.keys() - files.keys() - {WEIGHTS_FILE, OPTIMIZER_FILE}:
+        log.warning("'%s' is not continued by this run, and its next states are without it", folder / name)
+    for name, other in files.items():
+        if name not in digests:
+            log.warning("'%s' holds no %s: what it would hold begins at the step of the state", folder, name)
+            continue
+        with _checked(folder / name, digests):
+            try:
+                other.load_state_dict(read_pickled(folder / name))
+            except _RESTORING_ERRORS as error:
+                raise UserError(
+                    f"'{folder / name}' does not belong to this run ({first_line(error)}).",
+                    "Resume from another state, or with the options of the run that saved it.",
+                ) from error
 
 
 _RESTORING_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError)

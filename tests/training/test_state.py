@@ -175,6 +175,42 @@ def test_a_state_of_another_precision_learns_on_as_the_optimizer_keeps_it_there(
     assert all(weights.isfinite().all() for weights in train(resumed, range(3, 6)))
 
 
+def with_others(**sizes: int) -> Resumable:
+    """What learns, with other things that change beside it: layers of these sizes, already trained."""
+    torch.manual_seed(1)
+    return replace(make(), others={name: nn.Linear(size, 2) for name, size in sizes.items()})
+
+
+def test_what_else_changes_is_saved_and_read_back_bit_for_bit(tmp_path: Path):
+    saved, read = with_others(ema=3, loss_weights=5), with_others(loss_weights=5, ema=3)
+    write_state(tmp_path / "m-state", PROGRESS, saved)
+    read_learnt(tmp_path / "m-state", read)
+    for name, other in saved.others.items():
+        assert all(torch.equal(*pair) for pair in zip(other.parameters(), read.others[name].parameters(), strict=True))
+
+
+def test_damage_to_what_else_a_state_holds_is_noticed(tmp_path: Path):
+    write_state(tmp_path / "m-state", PROGRESS, with_others(ema=300))
+    path = tmp_path / "m-state" / "ema.pt"
+    for bit in random.Random(0).sample(range(8 * path.stat().st_size), 20):
+        flip_bit(path, bit)
+        with pytest.raises(UserError, match=r"m-state' is damaged: ema.pt is not as it was written"):
+            read_learnt(path.parent, with_others(ema=300))
+        flip_bit(path, bit)
+    with pytest.raises(UserError, match=r"ema.pt' does not belong to this run \(Error\(s\) in loading"):
+        read_learnt(path.parent, with_others(ema=3))
+
+
+def test_what_a_state_lacks_begins_and_what_it_has_too_much_ends_and_both_are_named(tmp_path: Path, caplog):
+    write_state(tmp_path / "m-state", PROGRESS, with_others(ema=3))
+    other = with_others(loss_weights=5)
+    before = other.others["loss_weights"].weight.detach().clone()
+    read_learnt(tmp_path / "m-state", other)
+    assert torch.equal(other.others["loss_weights"].weight, before)
+    assert f"'{tmp_path / 'm-state'}' holds no loss_weights.pt" in caplog.text
+    assert f"'{tmp_path / 'm-state' / 'ema.pt'}' is not continued by this run" in caplog.text
+
+
 def test_latest_is_the_newest_whole_state_of_this_run(tmp_path: Path, capsys):
     for name, step, run in (("a-state", 3, "m"), ("b-state", 4, "m"), ("c-state", 20, "other"), ("d-state", 30, "m")):
         write_state(tmp_path / name, replace(PROGRESS, step=step, setting=Setting({"output_name": run})), make())
