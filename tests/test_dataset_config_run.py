@@ -144,7 +144,8 @@ def test_folders_named_by_repeats_are_read_as_sd_scripts_reads_them(two_folders,
         json.loads(line)["key"]: json.loads(line)["visits"][0]["caption_l"]["text"]
         for line in Path("dry.jsonl").read_text(encoding="utf-8").splitlines()
     }
-    assert texts[file.stem] == "red cat"
+    assert texts[f"3_red cat/{file.stem}"] == "red cat"
+    assert [key for key in texts if key.startswith("reg/1_cat/")]
     assert sorted(texts.values())[1:] == ["tag 0, dusk, grain, soft", "tag 1, dusk, grain, soft"]
     forget_accelerator()
     assert sdxl_train.main([*argv, "--in_json=meta.json"]) == 2

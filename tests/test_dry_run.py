@@ -13,7 +13,7 @@ import sdxl_train
 from library.data.buckets import BucketOptions
 from library.data.caption_options import CaptionOptions, resolve
 from library.data.epoch_order import BatchShape, EpochOrder
-from library.data.subsets import TrainingSetOptions
+from library.data.training_set_options import TrainingSetOptions
 from library.sdxl.sizes import Size
 from library.sdxl.tokenizers import END_TOKEN, token_ids
 from tests.conftest import BUCKET_FLAGS, PreparedSet, base_flags, forget_accelerator

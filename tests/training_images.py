@@ -14,10 +14,12 @@ from library.data.captions import CaptionPair, variants_of
 from library.data.crops import Crop
 from library.data.dataset import CaptionedImages
 from library.data.epoch_order import MicroBatch
+from library.data.flag_subsets import subset_of_flags
 from library.data.loader_options import LoaderOptions
-from library.data.subsets import Subset, TrainingSetOptions, subset_of_flags
+from library.data.subsets import Subset
 from library.data.text_cache import NO_TEXTS, CachedTexts
 from library.data.training_set import TrainingImage, find_training_images, read_training_set
+from library.data.training_set_options import TrainingSetOptions
 from library.sdxl.sizes import Size
 
 RULE = BucketRule(Size(64, 64), 64, 64, 64, no_upscale=False)

@@ -13,6 +13,7 @@ from library.config.messages import start_logging
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
+_MOST_LINES = 10
 _LEAST_LIKENESS = 0.75
 """Of a misspelt name to the one that is meant: one or two letters, not a name that merely shares some."""
 
@@ -74,6 +75,14 @@ def error_of_problems(problems: Sequence[str]) -> UserError:
     if len(problems) == 1:
         return UserError(problems[0])
     return UserError("\n  ".join([f"{len(problems)} problems with the options:", *problems]))
+
+
+def error_of_errors(what: str, errors: Sequence[UserError]) -> UserError:
+    """Return one error for several: their number, `what` they are about, and ten of them at most, one on each line."""
+    if len(errors) == 1:
+        return errors[0]
+    more = [f"and {len(errors) - _MOST_LINES} more"] if len(errors) > _MOST_LINES else []
+    return UserError("\n  ".join([f"{len(errors)} {what}:", *map(str, errors[:_MOST_LINES]), *more]))
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -28,12 +28,8 @@ _OTHER_MODEL: dict[str, str] = {
 }
 
 _OTHER_TRAINING: dict[str, str] = {
-    "--cache_info": "speeds up the search through DreamBooth folders. Here --in_json already lists the images; leave "
-    "it off.",
     "--conditioning_data_dir": "conditioning images belong to ControlNet and masked training, which are not offered. "
     "Leave it off.",
-    "--dataset_class": "would run a custom class in place of the dataset. Write a metadata file and pass it as "
-    "--in_json.",
 }
 
 _IMAGES: dict[str, str] = {

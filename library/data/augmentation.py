@@ -53,7 +53,12 @@ class Augmentation:
     @property
     def changes_pixels(self) -> bool:
         """Whether pixels change from visit to visit by more than a flip, so that latents cannot be cached."""
-        return self.color_aug or self.moves_crop
+        return bool(self.of_pixels)
+
+    @property
+    def of_pixels(self) -> list[str]:
+        """The names of what changes pixels from visit to visit by more than a flip."""
+        return [name for name in ("color_aug", "random_crop", "face_crop_aug_range") if getattr(self, name)]
 
 
 class Face(NamedTuple):

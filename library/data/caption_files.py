@@ -133,21 +133,23 @@ def entries_of_folder(
     `name_x_y_width_height.jpg` may have the name without the numbers. Raise `UserError` naming the images that have no
     caption.
     """
-    entries: dict[Path, dict[str, Any]] = {}
+    entries: dict[Path, dict[str, Any]] = {image: {} for image in find_images(folder, recursive=False)}
+    problems = []
     for column, extension in ((COLUMN_L, extension_l), (COLUMN_G, extension_g)):
-        without_caption = []
-        for image in entries or find_images(folder, recursive=False):
-            caption = _caption_beside(image, extension, class_tokens)
-            if caption is None:
-                without_caption.append(image)
-            entries.setdefault(image, {})[column.metadata_key] = caption
-        if without_caption:
-            raise UserError(
-                f"{len(without_caption)} of {len(entries)} images of '{folder}' have no {extension} file:"
-                f" {_quoted([image.name for image in without_caption])}.",
-                "Write one beside each (it may be empty), or set caption_extension, or class_tokens, the caption "
-                "of images without a file.",
+        for image, entry in entries.items():
+            entry[column.metadata_key] = _caption_beside(image, extension, class_tokens)
+        lacking = [image.name for image, entry in entries.items() if entry[column.metadata_key] is None]
+        if lacking:
+            problems.append(
+                f"{len(lacking)} of {len(entries)} images of '{folder}' have no {extension} file, which is the caption "
+                f"of {column.letter}: {_quoted(lacking)}"
             )
+    if problems:
+        raise UserError(
+            f"{'; '.join(problems)}.",
+            "Write one beside each (it may be empty), or set caption_extension, or class_tokens, the caption of images "
+            "without a file.",
+        )
     return entries
 
 

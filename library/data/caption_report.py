@@ -9,8 +9,9 @@ from library.data.caption_listing import require_listable, unlistable_settings
 from library.data.caption_notices import caption_notices, dropout_sentence, require_paired_lines
 from library.data.caption_rules import CaptionRules
 from library.data.captions import CaptionPair
-from library.data.subsets import Subset, TrainingSetOptions
+from library.data.subsets import Subset
 from library.data.training_set import FoundImage
+from library.data.training_set_options import TrainingSetOptions
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ def captions_sentences(groups: _Captions) -> Iterator[str]:
     """Yield for each subset where its captions come from and what changes them, and how often they are dropped."""
     for subset, captions in groups:
         parts = [_encoder_part(subset, captions.values(), encoder) for encoder in ENCODERS]
-        where = "" if len(groups) == 1 else f" of '{subset.image_dir}'"
+        where = "" if len(groups) == 1 else f" of '{subset.image_dir}'{' (regularization)' if subset.is_reg else ''}"
         yield f"captions{where}: {', '.join(parts)}"
         dropped = dropout_sentence(subset.captions.dropout)
         if dropped:
@@ -126,8 +127,8 @@ def _by_subset(found: Sequence[FoundImage]) -> list[tuple[Subset, dict[str, Capt
 
 def _encoder_part(subset: Subset, captions: Iterable[CaptionPair], encoder: Encoder) -> str:
     rules = subset.captions.of(encoder)
-    source = str(subset.metadata_file)
-    if subset.metadata_file is None:
+    source = str(subset.source)
+    if subset.reads_folder:
         source = f"*{subset.extension_l if encoder == 'l' else subset.extension_g}"
     num_different = len({pair.of(encoder) for pair in captions})
     said = [f"{num_different} different", *_changes(rules)]

@@ -1,6 +1,7 @@
 """A data set file (TOML or JSON, in the schema of kohya's trainers) to the subsets that it describes."""
 
 import logging
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +14,9 @@ from library.data.buckets import BucketOptions, parse_resolution
 from library.data.caption_options import CaptionOptions, caption_extension, resolve, rule_problems
 from library.data.dataset_schema import WITHOUT_EFFECT, converted, read_tables
 from library.data.loader_options import LoaderOptions
-from library.data.subsets import Subset, TrainingSetOptions
+from library.data.subsets import Subset
+from library.data.training_set_options import TrainingSetOptions
+from library.sdxl.sizes import Size
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +49,10 @@ def read_dataset_config(
             except UserError as error:
                 problems.append(f"'{path}': {error}")
                 continue
-            problems += [f"'{path}': {problem}" for problem in rule_problems(subsets[-1].captions)]
-    problems += [f"'{path}': {problem}" for problem in _folder_problems(subsets)]
+            own = [*rule_problems(subsets[-1].captions), *training_set.crop_problems(subsets[-1].augmentation)]
+            problems += [f"'{path}': {problem}" for problem in own]
+    of_all = [*_folder_problems(subsets), *training_set.cache_problems([subset.augmentation for subset in subsets])]
+    problems += [f"'{path}': {problem}" for problem in of_all]
     if problems:
         raise error_of_problems(list(dict.fromkeys(problems)))
     said = {
@@ -56,6 +61,10 @@ def read_dataset_config(
     for key in WITHOUT_EFFECT:
         if key in said:
             log.info("'%s': %s has no effect: %s", path, key, WITHOUT_EFFECT[key])
+    for subset in subsets if training_set.caches_latents else []:
+        if subset.augmentation.changes_pixels:
+            names = " and ".join(subset.augmentation.of_pixels)
+            log.info("'%s': images of '%s' are encoded in every step, because of %s", path, subset.image_dir, names)
     return _with_names_of_caches(subsets)
 
 
@@ -70,7 +79,7 @@ def _level_of_flags(
         "resolution": training_set.resolution,
         "enable_bucket": training_set.enable_bucket,
         **{name: getattr(training_set, name) for name in AUGMENTATION_KEYS},
-        "prior_loss_weight": training_set.prior_loss_weight,
+        "cache_info": training_set.cache_info,
     }
 
 
@@ -94,11 +103,12 @@ def _subset(path: Path, dataset: int, levels: Sequence[Level], training_set: Tra
             for name in ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale")
         }
     )
-    is_reg, face_range = decided("is_reg", False), decided("face_crop_aug_range")
-    return Subset(
+    face_range = decided("face_crop_aug_range")
+    rule = buckets.rule(parse_resolution(",".join(map(str, sides))), enabled=decided("enable_bucket"))
+    subset = Subset(
         image_dir=metadata_file.parent if folder is None and metadata_file else _located(path, folder),
         metadata_file=metadata_file,
-        rule=buckets.rule(parse_resolution(",".join(map(str, sides))), enabled=decided("enable_bucket")),
+        rule=rule,
         dataset=dataset,
         batch_size=decided("batch_size"),
         num_repeats=decided("num_repeats"),
@@ -113,11 +123,25 @@ def _subset(path: Path, dataset: int, levels: Sequence[Level], training_set: Tra
             face_crop_aug_range=None if face_range is None else _face_range(face_range),
             resize_interpolation=interpolation_of(decided("resize_interpolation")),
         ),
-        loss_weight=float(decided("loss_weight", 1.0)) * (decided("prior_loss_weight") if is_reg else 1.0),
-        is_reg=is_reg,
+        loss_weight=float(decided("loss_weight", 1.0)),
         class_tokens=decided("class_tokens"),
         is_of_file=True,
+        prior_loss_weight=training_set.prior_loss_weight,
+        cache_info=decided("cache_info"),
+        key_prefix=_key_prefix(folder, metadata, rule.max_resolution, training_set),
     )
+    return subset.as_regularization() if decided("is_reg", False) else subset
+
+
+def _key_prefix(folder: str | None, metadata: str | None, resolution: Size, training_set: TrainingSetOptions) -> str:
+    """Return what tells the images of a subset from those of others, whichever these are.
+
+    That is the folder as it is written, and the resolution if it is not that of the command line.
+    """
+    written = folder if metadata is None or folder is not None else os.path.dirname(metadata)  # noqa: PTH120  # as text
+    place = os.path.normpath(written or ".").replace("\\", "/")
+    size = "" if resolution == parse_resolution(training_set.resolution) else f"{resolution} "
+    return f"{size}{place}/" if place != "." else size
 
 
 def _face_range(said: str | Sequence[float]) -> tuple[float, float]:

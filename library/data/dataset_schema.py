@@ -72,7 +72,6 @@ _SUBSET_ONLY_KEYS: Mapping[str, Value] = {
 }
 
 WITHOUT_EFFECT: Mapping[str, str] = {
-    "cache_info": "folders are listed at each start",
     "custom_attributes": "no other program reads the data set",
     "network_multiplier": "it belongs to LoRA training",
     "validation_seed": "no images are split off for validation",

@@ -32,25 +32,34 @@ def find_images_of_folder(subset: Subset) -> list[FoundImage]:
         )
         for file, entry in entries.items()
     ]
-    require_usable(found, subset)
-    return found
+    return require_usable(found, subset)
 
 
 def with_distinct_keys(found: Iterable[FoundImage]) -> list[FoundImage]:
-    """Return the images, a number behind the key where an image of another subset has the same one."""
+    """Return the images, the prefix of their subset before each key.
+
+    So a key, and all that is drawn for it, stays the same whatever subsets are added. Only what several data sets take
+    from one folder for one resolution is numbered.
+    """
     counts: dict[str, int] = {}
     images = []
     for image in found:
-        counts[image.key] = number = counts.get(image.key, 0) + 1
-        images.append(image if number == 1 else image._replace(key=f"{image.key} ({number})"))
+        key = f"{image.subset.key_prefix}{image.key}"
+        counts[key] = number = counts.get(key, 0) + 1
+        images.append(image._replace(key=key if number == 1 else f"{key} ({number})"))
     return images
 
 
 def in_bucket(found: FoundImage) -> FoundImage:
-    """Return an image of a folder without metadata with its bucket and the cache file for that, others as they are."""
-    if found.subset.metadata_file is not None or found.file is None:
+    """Return an image with its bucket and the cache file for that.
+
+    Images of metadata stay as they are, unless their caches are named with the bucket.
+    """
+    if found.file is None or not (found.subset.reads_folder or found.subset.names_bucket):
         return found
-    bucket, cache = found.subset.rule.assign(read_size(found.file)).bucket, found.cache
+    cache, bucket = found.cache, found.bucket
+    if bucket is None:
+        bucket = found.subset.rule.assign(found.size or read_size(found.file)).bucket
     if found.subset.names_bucket:
         named = cache_path(found.file, bucket)
         cache = named if is_file(named) or not _is_of_bucket(cache, bucket) else cache

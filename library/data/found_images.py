@@ -7,7 +7,7 @@ from typing import NamedTuple
 from library.config.errors import UserError, listed
 from library.data.captions import CaptionPair
 from library.data.image_keys import is_file, is_found_by_name
-from library.data.images import read_size
+from library.data.image_sizes import ImageSizes
 from library.data.latent_cache import bucket_of_cache, cache_path
 from library.data.subsets import Subset
 from library.sdxl.sizes import Size
@@ -26,11 +26,15 @@ class FoundImage(NamedTuple):
     file: Path | None
     cache: Path
     loss_weight: float
+    size: Size | None = None
 
 
-def require_usable(found: Sequence[FoundImage], subset: Subset) -> None:
-    """Raise one `UserError` that names every image that cannot be trained, as far as its first bytes tell."""
-    in_json, folder = subset.metadata_file, subset.image_dir
+def require_usable(found: Sequence[FoundImage], subset: Subset) -> list[FoundImage]:
+    """Return the images, with their sizes where these are needed and no cache tells them.
+
+    Raise one `UserError` that names every image that cannot be trained, as far as its first bytes tell.
+    """
+    in_json, folder = subset.source, subset.image_dir
     _require_own_files(found, folder)
     problems: list[UserError] = []
     needs_pixels = subset.augmentation.changes_pixels
@@ -44,13 +48,21 @@ def require_usable(found: Sequence[FoundImage], subset: Subset) -> None:
                 f" --remove_missing.{latents}",
             )
         )
-    broken = [error for image in found if (error := _problem(image)) is not None]
+    sizes = ImageSizes(on_disk=subset.cache_info)
+    usable, broken = [], []
+    for image in found:
+        try:
+            usable.append(_checked(image, sizes))
+        except UserError as error:
+            broken.append(error)
+    sizes.save()
     if broken:
         problems.append(error_of_images(broken))
     if len(problems) == 1:
         raise problems[0]
     if problems:
         raise UserError("\n  ".join(["the training set is not complete:", *map(str, problems)]))
+    return usable
 
 
 def error_of_images(errors: Sequence[UserError]) -> UserError:
@@ -116,19 +128,18 @@ def _require_own_files(found: Iterable[FoundImage], folder: Path) -> None:
         )
 
 
-def _problem(image: FoundImage) -> UserError | None:
-    try:
-        if image.file is None and is_file(image.cache):
-            bucket = bucket_of_cache(image.cache)
-            if image.bucket not in (None, bucket):
-                return UserError(
-                    f"'{image.cache}' does not fit: it is for {bucket}, not {image.bucket}.",
-                    "Run prepare_buckets_latents.py again where the images are.",
-                )
-        elif image.file is not None and not is_file(image.cache):
-            size = read_size(image.file)
-            if image.bucket is None:
-                image.subset.rule.assign(size)
-    except UserError as error:
-        return error
-    return None
+def _checked(image: FoundImage, sizes: ImageSizes) -> FoundImage:
+    """Return the image with its size, if that is needed. Raise `UserError` for one that cannot be trained."""
+    if image.file is None and is_file(image.cache):
+        bucket = bucket_of_cache(image.cache)
+        if image.bucket not in (None, bucket):
+            raise UserError(
+                f"'{image.cache}' does not fit: it is for {bucket}, not {image.bucket}.",
+                "Run prepare_buckets_latents.py again where the images are.",
+            )
+    elif image.file is not None and (image.subset.reads_folder or not is_file(image.cache)):
+        size = sizes.of(image.file)
+        if image.bucket is None:
+            image.subset.rule.assign(size)
+        return image._replace(size=size)
+    return image

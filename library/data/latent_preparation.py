@@ -24,8 +24,8 @@ from library.data.found_images import error_of_images
 from library.data.images import load_cropped
 from library.data.latent_cache import CachedLatents, cache_bytes, cache_path, write_cache
 from library.data.prefetch import prefetch
-from library.data.subsets import TrainingSetOptions
 from library.data.training_set import TrainingImage
+from library.data.training_set_options import TrainingSetOptions
 from library.sdxl.latents import encode_pixels_finite, vae_digest
 from library.sdxl.sizes import Size
 

@@ -3,13 +3,13 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from library.config.atomic_files import write_text
-from library.config.errors import UserError, listed
+from library.config.errors import UserError, error_of_errors, listed
 from library.data.captions import CaptionPair, variants_of
 from library.data.metadata_lines import is_lines, read_lines, write_lines
 from library.data.strict_json import parse_json, shown
@@ -68,7 +68,7 @@ def read_metadata(path: Path) -> Metadata:
     if not isinstance(content, dict):
         raise UserError(f"'{path}': expected an object of image keys, got {shown(content)}.", "Pass a metadata file.")
     for key, entry in content.items():
-        _check_entry(entry, where=f"'{path}', image '{key}'")
+        check_entry(entry, where=f"'{path}', image '{key}'")
     return content
 
 
@@ -113,26 +113,33 @@ def keys_without_caption(
 
 
 def require_captions(metadata: Mapping[str, Entry], path: Path, *, one_caption: bool = False) -> None:
-    """Raise `UserError` naming the entries of the file `path` that lack a caption."""
-    for column in (COLUMN_L, COLUMN_G):
-        lacking = keys_without_caption(metadata, column, one_caption=one_caption)
-        if not lacking:
-            continue
-        if one_caption:
-            raise UserError(
-                f"'{path}': {len(lacking)} images have neither '{CAPTION}' nor '{TAGS}': {listed(lacking)}.",
-                f"Add one of them, or train '{COLUMN_L.metadata_key}' and '{COLUMN_G.metadata_key}' without "
-                "--one_caption.",
-            )
-        script = f"sdxl_merge_captions_{column.letter.lower()}_to_metadata.py"
-        has_other = any(_is_caption(metadata[key].get(name)) for key in lacking for name in (CAPTION, TAGS))
-        joint = f" --one_caption trains '{CAPTION}' and '{TAGS}' for both encoders." if has_other else ""
-        raise UserError(
-            f"'{path}': {len(lacking)} images have no {column.letter} caption: {listed(lacking)}.",
-            f"Write their caption files (which may be empty), run finetune/{script} and the preparation again, "
-            "or remove these images from the metadata. --update_captions reads caption files that are there now."
-            f"{joint}",
+    """Raise `UserError` naming the entries of the file `path` that lack a caption, encoder by encoder."""
+    errors = [
+        _error_without_caption(metadata, lacking, column, path, one_caption=one_caption)
+        for column in (COLUMN_L, COLUMN_G)
+        if (lacking := keys_without_caption(metadata, column, one_caption=one_caption))
+    ]
+    if errors:
+        raise error_of_errors(f"encoders lack captions in '{path}'", errors[:1] if one_caption else errors)
+
+
+def _error_without_caption(
+    metadata: Mapping[str, Entry], lacking: Sequence[str], column: CaptionColumn, path: Path, *, one_caption: bool
+) -> UserError:
+    if one_caption:
+        return UserError(
+            f"'{path}': {len(lacking)} images have neither '{CAPTION}' nor '{TAGS}': {listed(lacking)}.",
+            f"Add one of them, or train '{COLUMN_L.metadata_key}' and '{COLUMN_G.metadata_key}' without --one_caption.",
         )
+    script = f"sdxl_merge_captions_{column.letter.lower()}_to_metadata.py"
+    has_other = any(_is_caption(metadata[key].get(name)) for key in lacking for name in (CAPTION, TAGS))
+    joint = f" --one_caption trains '{CAPTION}' and '{TAGS}' for both encoders." if has_other else ""
+    return UserError(
+        f"'{path}': {len(lacking)} images have no {column.letter} caption: {listed(lacking)}.",
+        f"Write their caption files (which may be empty), run finetune/{script} and the preparation again, "
+        "or remove these images from the metadata. --update_captions reads caption files that are there now."
+        f"{joint}",
+    )
 
 
 def sentence_of_sources(metadata: Mapping[str, Entry], *, one_caption: bool = False) -> str | None:
@@ -197,7 +204,7 @@ def _from_lines(path: Path) -> Metadata:
         where = f"'{path}', line {number}"
         if key in metadata:
             raise UserError(f"{where}: an earlier line has the same image path '{key}'.", "Remove one of the two.")
-        _check_entry(entry, where)
+        check_entry(entry, where)
         metadata[key] = entry
     return metadata
 
@@ -245,7 +252,8 @@ def _is_caption(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(isinstance(text, str) for text in value))
 
 
-def _check_entry(entry: Any, where: str) -> None:
+def check_entry(entry: Any, where: str) -> None:
+    """Raise `UserError`, naming the place `where`, for an entry with captions or values of the wrong kind."""
     if not isinstance(entry, dict):
         raise UserError(f"{where}: expected an object of captions, got {shown(entry)}.", "Correct the entry.")
     for key in (COLUMN_L.metadata_key, COLUMN_G.metadata_key):

@@ -29,7 +29,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
             for number, line in enumerate(file, start=1):
                 text = _decoded(line, path, number).rstrip()
                 if text:
-                    yield number, *_path_and_entry(parse_json(text, f"'{path}'", _REMEDY, line=number), path, number)
+                    content = parse_json(text, f"'{path}'", _REMEDY, line=number)
+                    yield number, *path_and_entry(content, f"'{path}', line {number}")
     except OSError as error:
         raise UserError(f"cannot read '{path}': {error.strerror or error}.", "Check the path.") from error
 
@@ -50,8 +51,8 @@ def _decoded(line: bytes, path: Path, number: int) -> str:
         ) from error
 
 
-def _path_and_entry(content: Any, path: Path, number: int) -> tuple[str, dict[str, Any]]:
-    where = f"'{path}', line {number}"
+def path_and_entry(content: Any, where: str) -> tuple[str, dict[str, Any]]:
+    """Return image path and rest of an object. Raise `UserError`, naming the place `where`, if it has no path."""
     if not isinstance(content, dict):
         raise UserError(f"{where}: expected an object with '{IMAGE_PATH}', got {shown(content)}.", "Correct the line.")
     image_path = content.pop(IMAGE_PATH, None)

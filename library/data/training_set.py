@@ -1,7 +1,7 @@
 """Metadata, images and caches to the list of images to train on."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -9,34 +9,18 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from library.config.digests import digest, file_digest
-from library.config.errors import UserError, listed
+from library.config.errors import UserError, error_of_errors
 from library.config.magnitudes import MOST_VISITS
 from library.data.augmentation import require_faces
 from library.data.buckets import BucketAssignment, BucketedImage, covering_size
-from library.data.cache_files import cache_finder
-from library.data.caption_sources import warn_of_changed_captions
 from library.data.captions import CaptionPair
 from library.data.crops import LEGACY_CROP_NOTICE, Crop, crop_to_train
 from library.data.folder_images import find_images_of_folder, in_bucket, with_distinct_keys
-from library.data.found_images import FoundImage, error_of_images, notices, require_usable
-from library.data.image_keys import images_by_stem, is_file, resolve_cache, resolve_image
+from library.data.found_images import FoundImage, error_of_images
+from library.data.image_keys import is_file
 from library.data.images import read_size
-from library.data.latent_cache import (
-    CacheDemands,
-    CachedLatents,
-    read_cache,
-    read_fitting_cache,
-)
-from library.data.metadata import (
-    Entry,
-    captions_of,
-    is_reg,
-    loss_weight,
-    read_metadata,
-    require_captions,
-    sentence_of_sources,
-    train_resolution,
-)
+from library.data.latent_cache import CacheDemands, CachedLatents, read_cache, read_fitting_cache
+from library.data.metadata_images import find_images_of_metadata
 from library.data.subsets import Subset
 from library.sdxl.sizes import Size
 
@@ -97,7 +81,7 @@ class TrainingImage:
         return cached
 
     def fingerprint(self) -> str:
-        """Return a digest of captions, bucket, the image, and whether its latents are cached.
+        """Return a digest of captions, bucket, the image, whether its latents are cached and what it is for.
 
         The image file is read unless the latents are cached. Raise `UserError` if it cannot be read.
         """
@@ -107,7 +91,7 @@ class TrainingImage:
             assert self.content_digest is not None
             content, kind = self.content_digest, "latents"
         captions = ("\n".join(variants) for variants in self.captions)
-        parts = (*captions, str(self.bucket), kind, content)
+        parts = (*captions, str(self.bucket), kind, content, *["regularization"] * self.subset.is_reg)
         encoded = [part.encode("utf-8", errors="surrogatepass") for part in parts]
         with_lengths = (half for part in encoded for half in (len(part).to_bytes(8, "little"), part))
         return digest(with_lengths, _FINGERPRINT_BYTES).hex()
@@ -116,52 +100,48 @@ class TrainingImage:
 def find_training_images(subsets: Sequence[Subset]) -> list[FoundImage]:
     """Return every image of the subsets with its files; reads the metadata, lists the folders and opens no network.
 
-    Raise `UserError` naming the images of a subset that lack a caption, or else all that have neither a usable image
-    file nor a usable cache, or no bucket; report what else the user should know.
+    Raise `UserError` naming, of all subsets, the images that lack a caption, or else those that have neither a usable
+    image file nor a usable cache, or no bucket; report what else the user should know.
     """
     is_alone = len(subsets) == 1
-    found = [image for subset in subsets for image in _find_images_of(subset, is_alone=is_alone)]
-    return found if is_alone else with_distinct_keys(found)
+    found: list[FoundImage] = []
+    errors: list[UserError] = []
+    for subset in subsets:
+        try:
+            images = find_images_of_folder(subset) if subset.reads_folder else find_images_of_metadata(subset, is_alone)
+            _require_countable(len(images), subset)
+            found += images
+        except UserError as error:
+            errors.append(error)
+    if errors:
+        raise error_of_errors("subsets cannot be trained", errors)
+    _require_others_than_regularization(found, subsets)
+    return with_distinct_keys(found)
 
 
-def _find_images_of(subset: Subset, *, is_alone: bool) -> list[FoundImage]:
-    path, folder = subset.metadata_file, subset.image_dir
-    if path is None:
-        found = find_images_of_folder(subset)
-        _require_countable(len(found), subset, folder)
-        return found
-    metadata = read_metadata(path)
-    if not metadata:
-        raise UserError(f"'{path}' has no images.", "Make it with the scripts of finetune/.")
-    require_captions(metadata, path, one_caption=subset.one_caption)
-    marked = [key for key, entry in metadata.items() if is_reg(entry)]
-    if marked:
-        raise UserError(
-            f"'{path}': {len(marked)} images are marked as regularization images: {listed(marked)}.",
-            "These are not offered yet; remove is_reg, or the images.",
-        )
-    sources = sentence_of_sources(metadata, one_caption=subset.one_caption)
-    if sources is not None:
-        log.info("%s", sources)
-    _require_countable(len(metadata), subset, path)
-    by_stem = images_by_stem(folder)
-    find_cache = cache_finder()
-    found = [_found(key, entry, subset, by_stem, find_cache) for key, entry in metadata.items()]
-    require_usable(found, subset)
-    for notice in notices(found, subset, by_stem, is_alone=is_alone):
-        log.info("%s", notice)
-    if not subset.one_caption:
-        file_of = {image.key: image.file for image in found}
-        warn_of_changed_captions(path, metadata, file_of, (subset.extension_l, subset.extension_g))
-    return found
-
-
-def _require_countable(num_images: int, subset: Subset, source: Path) -> None:
+def _require_countable(num_images: int, subset: Subset) -> None:
     num_visits = num_images * subset.num_repeats
     if num_visits > MOST_VISITS:
         raise UserError(
-            f"{subset.num_repeats} repeats of the images of '{source}' make an epoch of {num_visits} images.",
+            f"{subset.num_repeats} repeats of the images of '{subset.source or subset.image_dir}' make an epoch of "
+            f"{num_visits} images.",
             f"Lower --dataset_repeats: an epoch may have {MOST_VISITS}. --max_train_steps decides how long a run is.",
+        )
+
+
+def _require_others_than_regularization(found: Sequence[FoundImage], subsets: Sequence[Subset]) -> None:
+    for dataset in {subset.dataset for subset in subsets}:
+        members = [image.subset for image in found if image.subset.dataset == dataset]
+        if members and all(subset.is_reg for subset in members):
+            raise UserError(
+                f"all images of '{members[0].source or members[0].image_dir}' are regularization images (is_reg).",
+                "Add the images to train on.",
+            )
+    is_weighted = any(subset.prior_loss_weight != 1 for subset in subsets)
+    if is_weighted and not any(image.subset.is_reg for image in found):
+        raise UserError(
+            "--prior_loss_weight has no effect: no image is marked as a regularization image.",
+            "Mark them by is_reg, or leave the flag out.",
         )
 
 
@@ -185,7 +165,7 @@ def read_training_set(
             if not each.subset.augmentation.changes_pixels:
                 cached = _read_if_fitting(placed, cache_demands(each.subset, vae_digest, check_image=check_images))
             if cached is None:
-                images.append(_from_file(placed, legacy=legacy_crop))
+                images.append(_from_file(each, legacy=legacy_crop))
             else:
                 images.append(_from_cache(placed, cached, legacy=legacy_crop))
         except UserError as error:
@@ -213,21 +193,6 @@ def cache_demands(subset: Subset, vae_digest: str, *, check_image: bool = True) 
 def fingerprints(images: Iterable[TrainingImage]) -> dict[str, str]:
     """Return the fingerprint of each image by its key, to notice on resuming that images or captions have changed."""
     return {image.key: image.fingerprint() for image in images}
-
-
-def _found(
-    key: str,
-    entry: Entry,
-    subset: Subset,
-    by_stem: Mapping[str, Sequence[Path]],
-    find_cache: Callable[[Path], Path],
-) -> FoundImage:
-    file = resolve_image(key, subset.image_dir, by_stem)
-    cache = find_cache(resolve_cache(key, subset.image_dir) if file is None else file)
-    separators = subset.captions.rules_l.caption_separator, subset.captions.rules_g.caption_separator
-    captions = captions_of(entry, one_caption=subset.one_caption, separators=separators)
-    weight = loss_weight(entry) * subset.loss_weight
-    return FoundImage(key, captions, subset, train_resolution(entry), file, cache, weight)
 
 
 def _read_if_fitting(found: FoundImage, demands: CacheDemands) -> CachedLatents | None:
@@ -260,8 +225,8 @@ def _from_cache(found: FoundImage, cached: CachedLatents, *, legacy: bool) -> Tr
 def _from_file(found: FoundImage, *, legacy: bool) -> TrainingImage:
     """Return the image without latents, in the bucket that the metadata names, or else the one of the rule."""
     assert found.file is not None  # or its cache would have been used, or refused
-    size = read_size(found.file)
-    if found.bucket is None or found.subset.metadata_file is None:
+    size = found.size or read_size(found.file)
+    if found.bucket is None:
         assignment = found.subset.rule.assign(size)
     else:
         resized = covering_size(found.bucket, size)

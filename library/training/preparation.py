@@ -22,9 +22,10 @@ from library.data.epoch_order import BatchShape, EpochOrder
 from library.data.latent_preparation import encode_missing
 from library.data.loader_options import LoaderOptions
 from library.data.regularization import repeats_of
-from library.data.subsets import Subset, TrainingSetOptions
+from library.data.subsets import Subset
 from library.data.text_cache import FOLDER_NAME, NO_TEXTS, CachedTexts, encode_texts
 from library.data.training_set import FoundImage, TrainingImage, fingerprints, read_training_set
+from library.data.training_set_options import TrainingSetOptions
 from library.sdxl.architecture import SdxlModel
 from library.sdxl.latents import encode_pixels_finite
 from library.training.accelerator import make_accelerator
@@ -98,7 +99,7 @@ def prepare_set(
 
 def _folders_written(options: TrainingSetOptions, found: list[FoundImage]) -> set[Path]:
     """The folders among the images that this run writes into."""
-    folders = {image.cache.parent for image in found} if options.cache_latents_to_disk else set()
+    folders = {image.cache.parent for image in found if options.cache_latents_to_disk or image.subset.cache_info}
     if options.cache_text_encoder_outputs_to_disk:
         folders.update((options.folder / FOLDER_NAME).glob("*/"))  # one of each encoder
     return folders

@@ -14,8 +14,10 @@ from library.data.buckets import BucketOptions, BucketRule, parse_resolution
 from library.data.caption_draws import Encoder
 from library.data.caption_options import CaptionOptions
 from library.data.dataset_config import read_dataset_config
+from library.data.flag_subsets import subsets_of_flags
 from library.data.loader_options import LoaderOptions
-from library.data.subsets import Subset, TrainingSetOptions, subsets_of_flags
+from library.data.subsets import Subset
+from library.data.training_set_options import TrainingSetOptions
 from library.diffusion.options import NoiseOptions
 from library.optim.options import OptimizerOptions, ScheduleOptions
 from library.samples.options import SampleOptions

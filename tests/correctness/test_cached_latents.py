@@ -15,7 +15,7 @@ from finetune import prepare_buckets_latents
 from library.data.buckets import BucketRule
 from library.data.dataset import CaptionedImages
 from library.data.latent_preparation import encode_missing
-from library.data.subsets import TrainingSetOptions
+from library.data.training_set_options import TrainingSetOptions
 from library.sdxl.latents import vae_digest
 from library.sdxl.sizes import Size
 from library.training.preparation import latents_of

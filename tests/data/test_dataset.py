@@ -233,7 +233,7 @@ from library.data.crops import Crop
 from library.data.dataset import make_loader
 from library.data.epoch_order import BatchShape, EpochOrder
 from library.data.latent_cache import CachedLatents
-from library.data.subsets import LoaderOptions
+from library.data.loader_options import LoaderOptions
 from library.sdxl.sizes import Size
 from tests.training_images import captioned, image_of
 

@@ -13,8 +13,9 @@ from library.data.caption_options import CaptionOptions
 from library.data.dataset_config import read_dataset_config
 from library.data.loader_options import LoaderOptions
 from library.data.regularization import balanced_repeats, repeats_of
-from library.data.subsets import Subset, TrainingSetOptions, described_subsets
+from library.data.subsets import Subset, described_subsets
 from library.data.training_set import find_training_images
+from library.data.training_set_options import TrainingSetOptions
 from library.sdxl.sizes import Size
 
 CASES = json.loads((Path(__file__).parents[1] / "golden" / "dataset_config.json").read_text(encoding="utf-8"))["cases"]
@@ -190,19 +191,47 @@ def test_captions_are_read_beside_the_images(in_folder: Path):
 
 def test_images_without_captions_are_named(in_folder: Path):
     images(in_folder / "a", *[f"{number:02}.png" for number in range(12)])
-    with pytest.raises(UserError, match=r"12 of 12 images of 'a' have no .txt file: '00.png'.* and 2 more"):
-        find_training_images(read(toml(), in_folder))
+    images(in_folder / "b", "x.png", "y.png")
+    (in_folder / "b" / "x.txt").write_text("style")
+    with pytest.raises(UserError) as raised:
+        find_training_images(read(toml('[[datasets.subsets]]\nimage_dir = "b"'), in_folder))
+    of_a, of_b = str(raised.value).split("\n")[1:]
+    assert "12 of 12 images of 'a' have no .txt file, which is the caption of L: '00.png', '01.png'" in of_a
+    assert "'09.png' and 2 more; 12 of 12 images of 'a' have no .caption file, which is the caption of G: " in of_a
+    assert "1 of 2 images of 'b' have no .txt file, which is the caption of L: 'y.png'; 2 of 2 images of 'b'" in of_b
 
 
-def test_an_image_of_two_data_sets_is_two_entries(in_folder: Path):
+def keys_of(text: str, in_folder: Path) -> list[str]:
+    return [image.key for image in find_training_images(read(text, in_folder))]
+
+
+def test_the_key_of_an_image_stays_the_same_whatever_subsets_are_added(in_folder: Path):
+    for name in ("a", "b"):
+        images(in_folder / name, "one.png")
+    at_64 = toml('class_tokens = "x"', "resolution = 64")
+    at_128 = at_64.replace("64", "128").partition("\n\n")[2]
+    with_b = at_64.replace("image_dir", 'image_dir = "b"\nclass_tokens = "y"\n[[datasets.subsets]]\nimage_dir')
+    assert keys_of(at_64, in_folder) == ["64x64 a/one"]
+    assert keys_of(with_b, in_folder) == ["64x64 b/one", "64x64 a/one"]
+    assert keys_of(with_b + at_128, in_folder) == ["64x64 b/one", "64x64 a/one", "128x128 a/one"]
+    assert keys_of(toml('class_tokens = "x"', general="resolution = 1024"), in_folder) == ["a/one"]
+    assert all(subset.names_bucket for subset in read(at_64 + at_128, in_folder))
+
+
+def test_latents_of_a_subset_whose_pixels_change_are_not_cached_and_that_is_told(in_folder: Path, capsys):
+    for name in ("a", "b"):
+        images(in_folder / name, "one.png")
+    text = toml('[[datasets.subsets]]\nimage_dir = "b"\ncolor_aug = true')
+    read(text, in_folder, cache_latents=True)
+    assert "images of 'b' are encoded in every step, because of color_aug" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--cache_latents cannot work with --color_aug"):
+        read(toml("color_aug = true"), in_folder, cache_latents=True)
+
+
+def test_legacy_coordinates_of_a_random_crop_are_refused_in_a_file_too(in_folder: Path):
     images(in_folder / "a", "one.png")
-    text = (
-        toml('class_tokens = "x"', "resolution = 64")
-        + toml('class_tokens = "x"', "resolution = 128").partition("\n\n")[2]
-    )
-    subsets = read(text, in_folder)
-    assert [image.key for image in find_training_images(subsets)] == ["one", "one (2)"]
-    assert all(subset.names_bucket for subset in subsets)
+    with pytest.raises(UserError, match="--legacy_crop_coords cannot work with --random_crop"):
+        read(toml("random_crop = true"), in_folder, legacy_crop_coords=True)
 
 
 @pytest.mark.parametrize(

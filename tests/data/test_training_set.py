@@ -11,8 +11,9 @@ from library.config.options import problems_of
 from library.data.buckets import BucketAssignment, BucketedImage
 from library.data.crops import Crop, crop_to_train
 from library.data.latent_cache import CachedLatents
-from library.data.subsets import TrainingSetOptions
+from library.data.regularization import repeats_of
 from library.data.training_set import fingerprints
+from library.data.training_set_options import TrainingSetOptions
 from library.sdxl.sizes import Size
 from tests.training_images import image_of
 
@@ -98,10 +99,31 @@ def test_metadata_of_sd_scripts_is_read_as_it_is_and_its_sources_are_named(folde
     }
 
 
-def test_regularization_images_are_refused_by_name(folder):
+def test_regularization_images_of_metadata_are_balanced_and_weighted(folder):
+    for name in "abc":
+        folder.add(f"{name}.png")
+    marked = folder.entry() | {"is_reg": True, "loss_weight": 3}
+    images = folder.read(
+        {"a": folder.entry(), "b": marked, "c": folder.entry()}, dataset_repeats=3, prior_loss_weight=0.5
+    )
+    assert repeats_of(images) == [3, 6, 3]
+    assert [image.loss_weight for image in images] == [1.0, 1.5, 1.0]
+    unmarked = folder.read({"a": folder.entry(), "b": folder.entry(), "c": folder.entry()})
+    assert [image.fingerprint() == other.fingerprint() for image, other in zip(images, unmarked, strict=True)] == [
+        True,
+        False,
+        True,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("is_reg", "message"),
+    [(True, "all images of '.*meta.json' are regularization images"), (False, "--prior_loss_weight has no effect")],
+)
+def test_regularization_images_alone_and_a_weight_for_none_are_refused(folder, is_reg, message):
     folder.add("a.png")
-    with pytest.raises(UserError, match="1 images are marked as regularization images: a"):
-        folder.read({"a": folder.entry() | {"is_reg": True}})
+    with pytest.raises(UserError, match=message):
+        folder.read({"a": folder.entry() | {"is_reg": is_reg}}, prior_loss_weight=0.5)
 
 
 # Missing things
@@ -115,9 +137,10 @@ def test_images_without_a_caption_are_listed_with_the_script_to_run(folder, lett
     metadata = {f"{number:02}": dict(lacking) for number in range(13)} | {"fine": folder.entry()}
     with pytest.raises(UserError) as caught:
         folder.read(metadata)
-    assert f"13 images have no {letter} caption: 00, 01, 02" in caught.value.problem
-    assert caught.value.problem.endswith("09 and 3 more.")
-    assert f"finetune/sdxl_merge_captions_{letter.lower()}_to_metadata.py" in caught.value.remedy
+    for each in "L" if "captionG" in lacking else "G" if "captionL" in lacking else "LG":
+        assert f"13 images have no {each} caption: 00, 01, 02" in str(caught.value)
+    assert "09 and 3 more." in str(caught.value)
+    assert f"finetune/sdxl_merge_captions_{letter.lower()}_to_metadata.py" in str(caught.value)
 
 
 def test_images_with_neither_picture_nor_cache_are_listed(folder):

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from library.config.leftovers import PARTIAL_SUFFIX, remove_leftovers, temporary_path
-from library.data.subsets import TrainingSetOptions
 from library.data.text_cache import FOLDER_NAME
+from library.data.training_set_options import TrainingSetOptions
 from library.training.preparation import _folders_written
 
 

@@ -1,0 +1,58 @@
+"""What flags describe as subsets: one, or one for each folder named 10_name."""
+
+from dataclasses import replace
+
+from library.data.buckets import BucketRule
+from library.data.caption_options import CaptionOptions, caption_extension, resolve
+from library.data.loader_options import LoaderOptions
+from library.data.repeat_folders import RepeatFolder, repeat_folders
+from library.data.subsets import Subset
+from library.data.training_set_options import TrainingSetOptions
+
+
+def subsets_of_flags(
+    training_set: TrainingSetOptions, loader: LoaderOptions, captions: CaptionOptions, rule: BucketRule
+) -> list[Subset]:
+    """Return what the command line describes: one subset, or without metadata one for each folder named as 10_name."""
+    subset = subset_of_flags(training_set, loader, captions, rule)
+    if not subset.reads_folder:
+        return [subset]
+    assert training_set.train_data_dir is not None  # checked by problems()
+    subsets = [_of_repeat_folder(subset, each, "") for each in repeat_folders(training_set.train_data_dir)]
+    regular, of_regular = subset.as_regularization(), training_set.reg_data_dir
+    if of_regular is not None:
+        subsets += [_of_repeat_folder(regular, each, f"{of_regular.name}/") for each in repeat_folders(of_regular)]
+    return subsets
+
+
+def _of_repeat_folder(subset: Subset, folder: RepeatFolder, place: str) -> Subset:
+    return replace(
+        subset,
+        image_dir=folder.path,
+        num_repeats=folder.num_repeats * subset.num_repeats,
+        class_tokens=folder.class_tokens,
+        key_prefix=f"{place}{folder.path.name}/",
+        is_of_file=True,
+    )
+
+
+def subset_of_flags(
+    training_set: TrainingSetOptions, loader: LoaderOptions, captions: CaptionOptions, rule: BucketRule
+) -> Subset:
+    """Return the one subset that the command line describes. Raise `UserError` for unreadable protected tags."""
+    assert training_set.train_data_dir is not None  # checked by problems()
+    return Subset(
+        image_dir=training_set.train_data_dir,
+        metadata_file=training_set.in_json,
+        rule=rule,
+        one_caption=training_set.one_caption,
+        batch_size=loader.train_batch_size,
+        num_repeats=training_set.dataset_repeats,
+        captions=resolve([vars(captions)]),
+        extension_l=caption_extension([vars(captions)], "l"),
+        extension_g=caption_extension([vars(captions)], "g"),
+        augmentation=training_set.augmentation,
+        prior_loss_weight=training_set.prior_loss_weight,
+        cache_info=training_set.cache_info,
+        dataset_class=training_set.dataset_class,
+    )
