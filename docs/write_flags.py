@@ -7,6 +7,7 @@ from types import ModuleType
 # Run as a script, Python looks for modules beside this file only; the scripts lie one folder up.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import sdxl_gen_img
 import sdxl_train
 from docs.flags_page import ScriptFlags, render_flags_page
 from finetune import (
@@ -15,7 +16,7 @@ from finetune import (
     sdxl_merge_captions_l_to_metadata,
 )
 from library.config.atomic_files import write_text
-from library.config.kohya_spellings import PREPARE_SPELLINGS, TRAINER_SPELLINGS
+from library.config.kohya_spellings import GENERATE_SPELLINGS, PREPARE_SPELLINGS, TRAINER_SPELLINGS
 from library.config.spellings import Spellings
 
 FLAGS_PAGE = Path(__file__).with_name("flags.md")
@@ -25,6 +26,7 @@ SCRIPTS: list[tuple[ModuleType, Spellings]] = [
     (sdxl_merge_captions_l_to_metadata, Spellings()),
     (prepare_buckets_latents, PREPARE_SPELLINGS),
     (sdxl_train, TRAINER_SPELLINGS),
+    (sdxl_gen_img, GENERATE_SPELLINGS),
 ]
 
 

@@ -184,3 +184,27 @@ TRAINER_REFUSED: dict[str, str] = {
 }
 
 PREPARE_REFUSED: dict[str, str] = {"--v2": _OTHER_MODEL["--v2"]}
+
+GENERATE_REPLACED: dict[str, str] = {
+    "--n_iter": "--images_per_prompt",
+    "--xformers": "--sdpa",
+    "--diffusers_xformers": "--sdpa",
+}
+
+GENERATE_REFUSED: dict[str, str] = {
+    "--v2": _OTHER_MODEL["--v2"],
+    "--clip_skip": _OTHER_MODEL["--clip_skip"],
+    **dict.fromkeys(
+        ("--network_module", "--network_weights", "--network_mul", "--network_merge", "--textual_inversion_embeddings"),
+        "LoRAs and embeddings are not read. Merge a LoRA into the model first, or draw with ComfyUI or a WebUI.",
+    ),
+    **dict.fromkeys(
+        ("--image_path", "--mask_path", "--strength", "--control_net_models", "--guide_image_path"),
+        "images are drawn from prompts alone here. Draw with ComfyUI, which opens the workflow in each image.",
+    ),
+    **dict.fromkeys(
+        ("--highres_fix_scale", "--highres_fix_steps", "--deep_shrink_depth", "--gradual_latent_timesteps"),
+        "images are drawn at one size, as the samples of a run. Draw with ComfyUI, which opens the workflow in each "
+        "image.",
+    ),
+}

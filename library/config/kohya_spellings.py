@@ -1,6 +1,13 @@
 """The spellings of kohya's trainers for each script: the tables of flags, and the values that ask for nothing."""
 
-from library.config.kohya_flags import PREPARE_REFUSED, PREPARE_REPLACED, TRAINER_REFUSED, TRAINER_REPLACED
+from library.config.kohya_flags import (
+    GENERATE_REFUSED,
+    GENERATE_REPLACED,
+    PREPARE_REFUSED,
+    PREPARE_REPLACED,
+    TRAINER_REFUSED,
+    TRAINER_REPLACED,
+)
 from library.config.kohya_gui import GUI_ONLY
 from library.config.spellings import Spellings
 from library.config.wishes import TRAINER_WISHES
@@ -58,3 +65,4 @@ TRAINER_SPELLINGS = Spellings(
     wishes=TRAINER_WISHES,
 )
 PREPARE_SPELLINGS = Spellings(replaced=PREPARE_REPLACED, refused=PREPARE_REFUSED)
+GENERATE_SPELLINGS = Spellings(replaced=GENERATE_REPLACED, refused=GENERATE_REFUSED)

@@ -27,14 +27,17 @@ _UNQUOTED = re.compile(r'(?!")[^,:\r\n]*')
 
 @dataclass(frozen=True)
 class PictureRecord:
-    """How an image was drawn; `step` counts optimizer steps, `model_name` is the output name of the run or empty."""
+    """How an image was drawn: `model_name` is the output name of the run, or that of the model's file, or empty.
+
+    `step` counts optimizer steps; None for an image that no run has drawn.
+    """
 
     prompt: SamplePrompt
     sampler: str
     width: int
     height: int
     seed: int
-    step: int
+    step: int | None
     model_name: str
 
 
@@ -95,7 +98,7 @@ def parameters_text(record: PictureRecord) -> str:
         "Seed": record.seed,
         "Size": f"{record.width}x{record.height}",
         "Model": _quoted(record.model_name),
-        "Training step": record.step,
+        **({} if record.step is None else {"Training step": record.step}),
         "Prompt L": _quoted(prompt.prompt_l),
     }
     if prompt.negative_l != prompt.negative_g:
@@ -126,7 +129,7 @@ def save_picture(
         "guidance_scale": str(prompt.guidance_scale),
         "sampler": record.sampler,
         "size": f"{record.width}x{record.height}",
-        "training_step": str(record.step),
+        **({} if record.step is None else {"training_step": str(record.step)}),
         "model": record.model_name,
         **(more_texts or {}),
     }

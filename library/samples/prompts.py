@@ -2,11 +2,11 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from library.config.config_file import parse_toml
 from library.config.errors import UserError, nearest
@@ -18,6 +18,8 @@ MIN_SIDE, MAX_SIDE = 64, 8192  # pixels
 MAX_CHARACTERS = 10_000  # each 75 tokens are another pass through both encoders
 MAX_STEPS = 1000  # the length of the noise schedule
 MAX_SEED = 2**64 - 1  # the largest that torch.Generator takes
+
+_NO_DEFAULTS: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,16 @@ class SamplePrompt:
     shared: bool = False
 
 
-def read_prompt_file(path: Path) -> list[SamplePrompt]:
-    """Return the images that a .txt, .toml or .json file asks for, in its order.
+class _Said(NamedTuple):
+    """The settings that one image of a file names, and where they stand."""
+
+    settings: dict[str, Any]
+    line: int
+    where: str
+
+
+def read_prompt_file(path: Path, defaults: Mapping[str, Any] = _NO_DEFAULTS) -> list[SamplePrompt]:
+    """Return the images that a .txt, .toml or .json file asks for, in its order; `defaults` are for what it leaves out.
 
     Text: one image per line, as `a cat --e photographic --n ugly --w 1024`; blank lines and # comments are skipped.
     TOML: [[prompt]] tables, or kohya's [prompt] whose [[prompt.subset]] tables inherit from it. JSON: a list of
@@ -55,10 +65,15 @@ def read_prompt_file(path: Path) -> list[SamplePrompt]:
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise UserError(f"'{path}' is not a prompt file.", f"Its name must end in {', '.join(readers)}.")
-    prompts = list(reader(path, _decoded(path)))
+    prompts = [_sample_prompt(said, defaults) for said in reader(path, _decoded(path))]
     if not prompts:
         raise UserError(f"'{path}' has no prompt.", "Write one image per line, for example: a cat --n ugly --s 28")
     return prompts
+
+
+def parse_prompt_line(line: str, where: str, defaults: Mapping[str, Any] = _NO_DEFAULTS) -> SamplePrompt:
+    """Return the image that `a cat --e photographic --w 1024` asks for. Raise `UserError`, which names `where`."""
+    return _sample_prompt(_Said(_settings_of_line(line, where), 1, where), defaults)
 
 
 # -- what a prompt can say --------------------------------------------------------------------------------------------
@@ -136,8 +151,9 @@ def _checked(name: str, shown: str, raw: object, where: str) -> Any:
     return value
 
 
-def _sample_prompt(said: dict[str, Any], line: int, where: str) -> SamplePrompt:
+def _sample_prompt(found: _Said, defaults: Mapping[str, Any]) -> SamplePrompt:
     """Return the image that the settings describe, with defaults for those left out."""
+    said, line, where = {**defaults, **found.settings}, found.line, found.where
     if not said.keys() & {"prompt_g", "prompt_l"}:
         raise UserError(f"{where}: there is no prompt.", "Write the text of the image before any option.")
     texts = [text for text in said.values() if isinstance(text, str)]
@@ -165,11 +181,11 @@ def _sample_prompt(said: dict[str, Any], line: int, where: str) -> SamplePrompt:
 # -- text -------------------------------------------------------------------------------------------------------------
 
 
-def _read_text(path: Path, text: str) -> Iterator[SamplePrompt]:
+def _read_text(path: Path, text: str) -> Iterator[_Said]:
     for number, line in enumerate(re.split(r"\r\n|\r|\n", text), start=1):
         if line.strip() and not line.lstrip().startswith("#"):
             where = f"'{path}', line {number}"
-            yield _sample_prompt(_settings_of_line(line, where), number, where)
+            yield _Said(_settings_of_line(line, where), number, where)
 
 
 def _settings_of_line(line: str, where: str) -> dict[str, Any]:
@@ -205,7 +221,7 @@ def _unknown_option(word: str, where: str) -> UserError:
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
-def _read_toml(path: Path, text: str) -> Iterator[SamplePrompt]:
+def _read_toml(path: Path, text: str) -> Iterator[_Said]:
     try:
         document = parse_toml(text)
     except ValueError as error:
@@ -221,10 +237,10 @@ def _read_toml(path: Path, text: str) -> Iterator[SamplePrompt]:
     common = _settings_of_table(inherited, f"'{path}', [prompt]")
     for number, entry in enumerate(entries, start=1):
         where = f"'{path}', prompt {number}"
-        yield _sample_prompt(common | _settings_of_table(entry, where), number, where)
+        yield _Said(common | _settings_of_table(entry, where), number, where)
 
 
-def _read_json(path: Path, text: str) -> Iterator[SamplePrompt]:
+def _read_json(path: Path, text: str) -> Iterator[_Said]:
     try:
         entries = json.loads(text)
     except json.JSONDecodeError as error:
@@ -238,7 +254,7 @@ def _read_json(path: Path, text: str) -> Iterator[SamplePrompt]:
     for number, entry in enumerate(entries, start=1):
         where = f"'{path}', prompt {number}"
         said = _settings_of_line(entry, where) if isinstance(entry, str) else _settings_of_table(entry, where)
-        yield _sample_prompt(said, number, where)
+        yield _Said(said, number, where)
 
 
 def _settings_of_table(table: object, where: str) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class PrecisionOptions:
     @property
     def save_dtype(self) -> "torch.dtype | None":
         """The precision of saved weights; None keeps them as they are held."""
-        return None if self.save_precision is None else _dtype(self.save_precision)
+        return None if self.save_precision is None else dtype_of(self.save_precision)
 
     @property
     def rounding(self) -> str:
@@ -57,7 +57,7 @@ class PrecisionOptions:
 
         from library.sdxl.checkpoint_file import ModelDtypes
 
-        frozen = _dtype(self.mixed_precision)
+        frozen = dtype_of(self.mixed_precision)
         trained = torch.bfloat16 if self.full_bf16 else torch.float32
         return ModelDtypes(
             unet=trained,
@@ -81,7 +81,8 @@ class PrecisionOptions:
             yield "--mixed_precision=fp16 needs a GPU; use bf16 or no."
 
 
-def _dtype(name: str) -> "torch.dtype":
+def dtype_of(name: str) -> "torch.dtype":
+    """Return the precision that a value of `--mixed_precision` or `--save_precision` names."""
     import torch
 
     dtype: torch.dtype = getattr(torch, _DTYPES[name])

@@ -8,11 +8,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 from PIL.Image import Image
 
 from library.config.atomic_files import CannotWrite
 from library.config.digests import digest
+from library.samples.drawing import try_to_draw
 from library.samples.options import SampleOptions
 from library.samples.picture_files import (
     PictureRecord,
@@ -23,7 +23,7 @@ from library.samples.picture_files import (
     save_picture,
 )
 from library.samples.prompts import SamplePrompt
-from library.samples.sampler import SamplingNetworks, draw_picture
+from library.samples.sampler import SamplingNetworks
 from library.sdxl.sizes import Size
 from library.training.plan import Occasion
 from library.training.tracking import Tracker
@@ -138,7 +138,7 @@ class Sampling:
 
     def _draw_one(self, prompt: SamplePrompt, index: int, step: int, epoch: int | None) -> None:
         record = self._record(prompt, step, self._fresh_seed(step, index))
-        image = self._try_to_draw(record, f"prompt {prompt.line}")
+        image = try_to_draw(self._networks, record, _where(step, f"prompt {prompt.line}"))
         if image is None:
             return
         self._save(self._name(prompt, index, step, epoch), image, record)
@@ -153,9 +153,10 @@ class Sampling:
         log.info("step %d: drawing the grid of %d images", step, len(prompts))
         with self._tracker.untimed(), self._final_weights():
             pictures = [
-                self._try_to_draw(
+                try_to_draw(
+                    self._networks,
                     self._record(prompt, step, seed),
-                    f"L '{prompt.prompt_l}' with G '{prompt.prompt_g}' in the grid",
+                    _where(step, f"L '{prompt.prompt_l}' with G '{prompt.prompt_g}' in the grid"),
                     num_chunks,
                 )
                 for prompt in self._until_stop(prompts, step)
@@ -197,31 +198,10 @@ class Sampling:
             for other in () if self._run.since is None else other_drawings(self._folder / name, self._run.since):
                 other.unlink(missing_ok=True)
 
-    def _try_to_draw(self, record: PictureRecord, which: str, min_chunks: int = 1) -> Image | None:
-        """Return the image, or None after a warning that says why; `which` names its prompt."""
-        where = f"step {record.step}: the image of {which}"
-        try:
-            image = draw_picture(
-                self._networks,
-                record.prompt,
-                sampler=record.sampler,
-                width=record.width,
-                height=record.height,
-                seed=record.seed,
-                min_chunks=min_chunks,
-            )
-        except (torch.OutOfMemoryError, MemoryError):
-            log.warning(
-                "%s is not drawn: out of memory for %dx%d; lower its --w and --h", where, record.width, record.height
-            )
-            return None
-        except RuntimeError as error:  # the CPU's memory, or a kernel's: torch has no class for these
-            log.warning("%s is not drawn: %s", where, error)
-            return None
-        if image is None:
-            log.warning("%s is NaN and is not saved (fp16? add --no_half_vae)", where)
-        return image
-
     def _fresh_seed(self, step: int, index: int) -> int:
         text = f"{self._run.seed}/{step}/{index}"
         return int.from_bytes(digest([text.encode()], 4), "little")
+
+
+def _where(step: int, which: str) -> str:
+    return f"step {step}: the image of {which}"

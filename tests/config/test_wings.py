@@ -129,7 +129,7 @@ def test_a_command_line_is_answered_without_importing_torch(arguments, tmp_path)
 
 # -- limits -----------------------------------------------------------------------------------------------------------
 
-CODE = [*MODULES, REPOSITORY / "sdxl_train.py", *sorted((REPOSITORY / "finetune").glob("*.py"))]
+CODE = [*MODULES, *sorted(REPOSITORY.glob("sdxl_*.py")), *sorted((REPOSITORY / "finetune").glob("*.py"))]
 PROSE = [*CODE, REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 
