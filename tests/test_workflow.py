@@ -14,6 +14,7 @@ import pytest
 import skimage
 import torch
 from diffusers import StableDiffusionXLPipeline
+from filelock import FileLock
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -61,6 +62,10 @@ SHORT_AND_SMALL = Scale(
 )
 
 
+FINISHED = "finished"
+"""An empty file in the folder of a workflow that came to its end."""
+
+
 @dataclass(frozen=True)
 class Workflow:
     """A finished workflow: the folder that holds "my set", and its scale."""
@@ -106,14 +111,23 @@ def run_as_typed(command: str, folder: Path) -> None:
     ],
 )
 def workflow(request: pytest.FixtureRequest, tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Workflow:
-    """The four commands, run one after the other."""
-    folder = tmp_path_factory.mktemp("work folder")
-    set_up(folder, tiny_sdxl)
-    for command in commands():
-        for written, instead in request.param.changes.items():
-            command = command.replace(written, instead)
-        run_as_typed(command, folder)
-    return Workflow(folder, request.param)
+    """The four commands, run one after the other; once, though the processes of a parallel run share these tests."""
+    is_parallel = "PYTEST_XDIST_WORKER" in os.environ
+    temporary = tmp_path_factory.getbasetemp()
+    scale = request.param
+    name = f"work folder, {scale.num_steps} steps at {scale.buckets['astronaut'][0]}"
+    folder = (temporary.parent if is_parallel else temporary) / name
+    with FileLock(folder.with_suffix(".lock")):
+        if not (folder / FINISHED).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            set_up(folder, tiny_sdxl)
+            for command in commands():
+                for written, instead in scale.changes.items():
+                    command = command.replace(written, instead)
+                run_as_typed(command, folder)
+            (folder / FINISHED).touch()
+    return Workflow(folder, scale)
 
 
 def test_there_are_four_commands():

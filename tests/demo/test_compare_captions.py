@@ -21,6 +21,7 @@ def captions(images):
 
 
 @pytest.mark.trains
+@pytest.mark.slow  # two fine-tunings and two drawn sets
 def test_the_comparison_trains_with_both_kinds_of_captions_and_measures_every_case(tmp_path, capfd):
     folder = tmp_path / "my comparison"
     line = [str(folder), "--seeds=0", "--num_steps=1", "--num_pictures=6", "--scenes_per_pair=1", "--at_once=2"]
