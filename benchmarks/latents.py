@@ -31,7 +31,7 @@ from benchmarks import ceilings
 from benchmarks.result_files import RESULTS, machine_line, write_result
 from demo.random_sdxl import TINY
 from finetune import prepare_buckets_latents
-from library.data import folder_preparation, latent_preparation
+from library.data import latent_files, latent_preparation
 from library.sdxl.architecture import ARCHITECTURE_KEY, SDXL_BASE, Architecture, empty_vae
 from library.sdxl.latents import encode_pixels
 from library.sdxl.tensor_file import TensorToWrite, write_safetensors
@@ -127,11 +127,11 @@ def measured(folder: Path, vae: Path, side: int, variant: dict[str, object], dev
     for old in folder.glob("*.npz"):
         old.unlink()
     watch = Stopwatch(device)
-    unwrapped = latent_preparation.encode_pixels_finite, folder_preparation.write_cache
-    read_and_write = folder_preparation._write_latents
+    unwrapped = latent_preparation.encode_pixels_finite, latent_files.write_cache
+    read_and_write = latent_files._written
     latent_preparation.encode_pixels_finite = watch.wrapped(unwrapped[0], "vae")
-    folder_preparation.write_cache = watch.wrapped(unwrapped[1], "writing")
-    folder_preparation._write_latents = watch.wrapped_iterator(read_and_write, "all")
+    latent_files.write_cache = watch.wrapped(unwrapped[1], "writing")
+    latent_files._written = watch.wrapped_iterator(read_and_write, "all")
     flags = [f"--{name}={value}" for name, value in variant.items()]
     limits = [f"--max_resolution={side},{side}", f"--min_bucket_reso={side // 2}", f"--max_bucket_reso={side * 2}"]
     argv = [folder, folder / "meta_cap.json", folder / "meta_lat.json", vae, *limits, *flags]
@@ -139,8 +139,8 @@ def measured(folder: Path, vae: Path, side: int, variant: dict[str, object], dev
         with contextlib.redirect_stdout(io.StringIO()):
             assert prepare_buckets_latents.main([str(argument) for argument in argv]) == 0
     finally:
-        latent_preparation.encode_pixels_finite, folder_preparation.write_cache = unwrapped
-        folder_preparation._write_latents = read_and_write
+        latent_preparation.encode_pixels_finite, latent_files.write_cache = unwrapped
+        latent_files._written = read_and_write
     num_pictures = len(list(folder.glob("*.npz")))
     return Figures(" ".join(flags), num_pictures, watch.seconds["all"], watch.seconds["vae"], watch.seconds["writing"])
 

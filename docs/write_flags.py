@@ -20,29 +20,32 @@ from library.config.kohya_spellings import GENERATE_SPELLINGS, PREPARE_SPELLINGS
 from library.config.spellings import Spellings
 
 FLAGS_PAGE = Path(__file__).with_name("flags.md")
-# Each script with the spellings of other programs that it reads.
-SCRIPTS: list[tuple[ModuleType, Spellings]] = [
-    (sdxl_merge_captions_g_to_metadata, Spellings()),
-    (sdxl_merge_captions_l_to_metadata, Spellings()),
-    (prepare_buckets_latents, PREPARE_SPELLINGS),
-    (sdxl_train, TRAINER_SPELLINGS),
-    (sdxl_gen_img, GENERATE_SPELLINGS),
+
+
+def _flags_of(script: ModuleType, spellings: Spellings) -> ScriptFlags:
+    """Return the command line of a script, with the spellings of other programs that it reads."""
+    name = f"{script.__name__.replace('.', '/')}.py"
+    return ScriptFlags(name, script.DESCRIPTION, script.OPTION_CLASSES, spellings)
+
+
+SCRIPTS = [
+    _flags_of(sdxl_merge_captions_g_to_metadata, Spellings()),
+    _flags_of(sdxl_merge_captions_l_to_metadata, Spellings()),
+    _flags_of(prepare_buckets_latents, PREPARE_SPELLINGS),
+    ScriptFlags(
+        "finetune/prepare_buckets_latents.py with --dataset_config",
+        prepare_buckets_latents.DATA_SET_DESCRIPTION,
+        prepare_buckets_latents.DATA_SET_CLASSES,
+        PREPARE_SPELLINGS,
+    ),
+    _flags_of(sdxl_train, TRAINER_SPELLINGS),
+    _flags_of(sdxl_gen_img, GENERATE_SPELLINGS),
 ]
 
 
 def flags_page() -> str:
     """Return the text of docs/flags.md."""
-    return render_flags_page(
-        [
-            ScriptFlags(
-                name=f"{script.__name__.replace('.', '/')}.py",
-                description=script.DESCRIPTION,
-                option_classes=script.OPTION_CLASSES,
-                spellings=spellings,
-            )
-            for script, spellings in SCRIPTS
-        ]
-    )
+    return render_flags_page(SCRIPTS)
 
 
 def main() -> int:

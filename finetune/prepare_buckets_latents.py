@@ -2,10 +2,10 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere, find library/
 
@@ -13,14 +13,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywher
 # 3.5 billion weights than the disk spends reading them.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-from library.config.errors import exits_on_user_error
+from library.config.errors import UserError, exits_on_user_error
 from library.config.kohya_spellings import PREPARE_SPELLINGS
 from library.config.magnitudes import MOST_IMAGES_AT_ONCE, MOST_WORKERS
 from library.config.options import option, parse_options, positional
 from library.data.augmentation import RESIZE_INTERPOLATION_HELP, RESIZE_INTERPOLATIONS, interpolation_of
 from library.data.buckets import BucketOptions, parse_resolution
+from library.data.caption_options import CaptionOptions
+from library.data.dataset_config import read_dataset_config
+from library.data.loader_options import LoaderOptions
+from library.data.training_set_options import TrainingSetOptions
 
 DESCRIPTION = "Sort images into buckets and write the latents of each beside it (.npz)."
+DATA_SET_DESCRIPTION = (
+    "Write the latents of all subsets of a data set file beside their images, in the files in which sdxl_train.py with "
+    "the same --dataset_config looks for them."
+)
 EXIT_SOME_UNUSABLE = 1
 
 
@@ -61,13 +69,63 @@ class LatentOptions:
     resize_interpolation: str | None = option(None, RESIZE_INTERPOLATION_HELP, choices=RESIZE_INTERPOLATIONS)
     legacy_crop_coords: bool = option(False, "Record the crop as kohya's trainers do, on the wrong axis.")
 
+    @property
+    def of_encoding(self) -> dict[str, Any]:
+        """What an `Encoding` is made of, but for the flip."""
+        num_threads = self.max_data_loader_n_workers
+        return {
+            "batch_size": self.batch_size,
+            "alpha_mask": self.alpha_mask,
+            "legacy_crop": self.legacy_crop_coords,
+            "num_threads": None if num_threads is None else max(1, num_threads),  # one is the least that reads at all
+        }
+
+    @property
+    def vae_dtype(self) -> str:
+        """The name of torch's dtype in which the VAE works."""
+        return {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}[self.mixed_precision]
+
+
+@dataclass(frozen=True)
+class DataSetOptions:
+    """Which data set file is prepared, and what holds where it says nothing."""
+
+    _argument_group_name: ClassVar[str] = "Data set file"
+
+    model_name_or_path: str = positional("SDXL checkpoint or VAE; only its VAE is read.")
+    dataset_config: Path = option(  # it makes a field
+        Path(),
+        "TOML or JSON file of the data sets, as sdxl_train.py reads it. It replaces the folder and the metadata.",
+    )
+    resolution: str = option("1024,1024", "Training size, as width,height.", aliases=["--max_resolution"])
+    enable_bucket: bool = option(False, "Sort images into buckets. Otherwise crop them to the resolution.")
+    cache_info: bool = option(
+        False, "Write the sizes of images into their folders (image_sizes.json), for the next start of any script."
+    )
+    skip_existing: bool = option(
+        True, "Keep latents that were made from this image, VAE, bucket, flip and interpolation."
+    )
+
+    def problems(self) -> Iterator[str]:
+        """Yield a sentence for each value that cannot work."""
+        try:
+            parse_resolution(self.resolution)
+        except UserError as error:
+            yield f"--resolution: {error}"
+        if not self.dataset_config.is_file():
+            yield f"--dataset_config: there is no file '{self.dataset_config}'; check the path."
+
 
 OPTION_CLASSES = [PrepareOptions, LatentOptions, BucketOptions]
+DATA_SET_CLASSES = [DataSetOptions, LatentOptions, BucketOptions]
 
 
 @exits_on_user_error
 def main(argv: Sequence[str] | None = None) -> int:
     """Prepare the images that the command line names; return 1 if some could not be used."""
+    argv = sys.argv[1:] if argv is None else argv
+    if any(argument.partition("=")[0] == "--dataset_config" for argument in argv):
+        return prepare_data_set_file(argv)
     options, latents, bucket_options = parse_options(
         OPTION_CLASSES, argv, description=DESCRIPTION, spellings=PREPARE_SPELLINGS
     )
@@ -76,14 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from library.data.folder_preparation import prepare_folder
     from library.data.latent_preparation import Encoding
 
-    num_threads = latents.max_data_loader_n_workers
-    encoding = Encoding(
-        latents.batch_size,
-        flip=latents.flip_aug,
-        alpha_mask=latents.alpha_mask,
-        legacy_crop=latents.legacy_crop_coords,
-        num_threads=None if num_threads is None else max(1, num_threads),  # one is the least that reads at all
-    )
+    encoding = Encoding(flip=latents.flip_aug, **latents.of_encoding)
     num_failed = prepare_folder(
         options.train_data_dir,
         options.in_json,
@@ -91,12 +142,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.model_name_or_path,
         rule,
         encoding,
-        {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}[latents.mixed_precision],
+        latents.vae_dtype,
         full_path=options.full_path,
         recursive=options.recursive,
         skip_existing=options.skip_existing,
         remove_missing=options.remove_missing,
         resize_interpolation=interpolation_of(latents.resize_interpolation),
+    )
+    return EXIT_SOME_UNUSABLE if num_failed else 0
+
+
+def prepare_data_set_file(argv: Sequence[str]) -> int:
+    """Prepare the data set file that the command line names; return 1 if some images could not be used."""
+    options, latents, bucket_options = parse_options(
+        DATA_SET_CLASSES, argv, description=DATA_SET_DESCRIPTION, spellings=PREPARE_SPELLINGS
+    )
+    training_set = TrainingSetOptions(
+        dataset_config=options.dataset_config,
+        resolution=options.resolution,
+        enable_bucket=options.enable_bucket,
+        cache_info=options.cache_info,
+        flip_aug=latents.flip_aug,
+        resize_interpolation=latents.resize_interpolation,
+        legacy_crop_coords=latents.legacy_crop_coords,
+    )
+    subsets = read_dataset_config(
+        options.dataset_config, training_set, LoaderOptions(), CaptionOptions(), bucket_options
+    )
+    from library.data.data_set_preparation import prepare_data_set
+    from library.data.latent_preparation import Encoding
+
+    num_failed = prepare_data_set(
+        subsets,
+        options.model_name_or_path,
+        Encoding(**latents.of_encoding),
+        latents.vae_dtype,
+        skip_existing=options.skip_existing,
     )
     return EXIT_SOME_UNUSABLE if num_failed else 0
 

@@ -1,0 +1,143 @@
+"""A data set file prepared for training: the latents of every subset, in the files in which training looks for them."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from library.config.errors import UserError, error_of_errors
+from library.config.leftovers import remove_leftovers
+from library.data.buckets import BucketAssignment, BucketedImage, covering_size
+from library.data.cache_files import cache_finder, require_separate_caches
+from library.data.captions import CaptionPair
+from library.data.crops import LEGACY_CROP_NOTICE
+from library.data.folder_images import in_bucket
+from library.data.found_images import FoundImage
+from library.data.image_files import find_images
+from library.data.image_keys import images_by_stem, resolve_image
+from library.data.image_sizes import ImageSizes
+from library.data.latent_cache import cache_path
+from library.data.latent_files import problem_of, report_buckets, report_names, vae_to_encode, write_latents
+from library.data.latent_preparation import Encoding
+from library.data.metadata import train_resolution
+from library.data.metadata_images import metadata_of
+from library.data.subsets import Subset
+
+log = logging.getLogger(__name__)
+
+_NO_CAPTIONS = CaptionPair((), ())
+
+
+def prepare_data_set(
+    subsets: Sequence[Subset], model: str, encoding: Encoding, vae_dtype: str, *, skip_existing: bool = True
+) -> int:
+    """Write the latents of the images of all subsets beside them; return how many images failed.
+
+    With `skip_existing` latents that fit are kept. `vae_dtype` is the name of torch's dtype; the subsets say what is
+    flipped. Captions need not be there yet. Raise `UserError` for folders and metadata that cannot be read, and where
+    two subsets would write different latents to one file.
+    """
+    found = _found_images(_with_latents(subsets))
+    remove_leftovers(*dict.fromkeys(image.cache.parent for image in found))
+    if encoding.legacy_crop:
+        log.warning(LEGACY_CROP_NOTICE)
+    problems: list[str] = []
+    groups: dict[Encoding, dict[BucketedImage, Path]] = {}
+    present: dict[BucketedImage, Path] = {}
+    for image, placed in _placed(found, problems):
+        name = cache_path(image.path, image.assignment.bucket if placed.subset.names_bucket else None)
+        own = replace(encoding, flip=placed.subset.augmentation.flip_aug)
+        groups.setdefault(own, {})[image] = name
+        present[image] = placed.cache
+    _join_flips(groups, encoding)
+    _require_one_image_a_file(groups)
+    vae, digest = vae_to_encode(model, vae_dtype)
+    kept, written = write_latents(vae, digest, groups, present if skip_existing else {}, problems)
+    report_buckets(kept | written, num_kept=len(kept))
+    report_names("images could not be used", problems)
+    return len(problems)
+
+
+def _with_latents(subsets: Sequence[Subset]) -> Iterator[Subset]:
+    for subset in subsets:
+        names = " and ".join(subset.augmentation.of_pixels)
+        if names:
+            log.info("images of '%s' are encoded in every step, because of %s", subset.image_dir, names)
+        else:
+            yield subset
+
+
+def _found_images(subsets: Iterator[Subset]) -> list[FoundImage]:
+    found: list[FoundImage] = []
+    errors: list[UserError] = []
+    for subset in subsets:
+        try:
+            found += _found_in_folder(subset) if subset.reads_folder else _found_in_metadata(subset)
+        except UserError as error:
+            errors.append(error)
+    if errors:
+        raise error_of_errors("subsets cannot be prepared", errors)
+    return found
+
+
+def _found_in_folder(subset: Subset) -> list[FoundImage]:
+    files = find_images(subset.image_dir, recursive=False)
+    require_separate_caches(files)
+    find_cache = cache_finder()
+    return [FoundImage(file.stem, _NO_CAPTIONS, subset, None, file, find_cache(file), 1.0) for file in files]
+
+
+def _found_in_metadata(subset: Subset) -> list[FoundImage]:
+    by_stem = images_by_stem(subset.image_dir)
+    metadata = metadata_of(subset)
+    file_of = {key: resolve_image(key, subset.image_dir, by_stem) for key in metadata}
+    report_names(
+        f"entries of '{subset.source}' have no image in '{subset.image_dir}'",
+        [key for key, file in file_of.items() if file is None],
+    )
+    find_cache = cache_finder()
+    files = {key: file for key, file in file_of.items() if file is not None}
+    require_separate_caches(files.values())
+    return [
+        FoundImage(key, _NO_CAPTIONS, subset, train_resolution(metadata[key]), file, find_cache(file), 1.0)
+        for key, file in files.items()
+    ]
+
+
+def _placed(found: Sequence[FoundImage], problems: list[str]) -> Iterator[tuple[BucketedImage, FoundImage]]:
+    """Yield each image with its bucket, the one of training, and with the cache that training would read."""
+    sizes = {on_disk: ImageSizes(on_disk=on_disk) for on_disk in (False, True)}
+    for each in found:
+        assert each.file is not None
+        try:
+            size = sizes[each.subset.cache_info].of(each.file)
+            if each.bucket is None:
+                assignment = each.subset.rule.assign(size)
+            else:
+                assignment = BucketAssignment(
+                    each.bucket, covering_size(each.bucket, size), each.bucket.aspect - size.aspect
+                )
+            placed = in_bucket(each._replace(size=size))
+        except UserError as error:
+            problems.append(problem_of(each.file, error))
+            continue
+        yield BucketedImage(each.file, size, assignment, each.subset.augmentation.resize_interpolation), placed
+    sizes[True].save()
+
+
+def _join_flips(groups: dict[Encoding, dict[BucketedImage, Path]], encoding: Encoding) -> None:
+    """Encode an image once that one subset flips and another does not: flipped too, which serves both."""
+    flipped, plain = groups.get(replace(encoding, flip=True), {}), groups.get(replace(encoding, flip=False), {})
+    for image in flipped:
+        plain.pop(image, None)
+
+
+def _require_one_image_a_file(groups: dict[Encoding, dict[BucketedImage, Path]]) -> None:
+    image_of: dict[Path, BucketedImage] = {}
+    for image, file in (pair for cache_of in groups.values() for pair in cache_of.items()):
+        first = image_of.setdefault(file, image)
+        if first != image:
+            raise UserError(
+                f"two subsets would write different latents to '{file}'.",
+                "Let them agree in resolution, buckets and resize_interpolation, or copy the folder.",
+            )

@@ -1,0 +1,139 @@
+"""Latents of images into files: those that fit are kept, the rest is encoded; and what became of the images."""
+
+import logging
+import os
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from tqdm import tqdm
+
+from library.config.errors import UserError
+from library.data.buckets import BucketedImage
+from library.data.images import UnusableImage
+from library.data.latent_cache import CacheDemands, read_fitting_cache, write_cache
+from library.data.latent_preparation import Encoding, Outcome, encode_images, require_disk_for_latents
+from library.sdxl.latents import vae_digest
+from library.sdxl.model_source import load_vae
+
+log = logging.getLogger(__name__)
+
+_MOST_NAMES = 10
+_MOST_CROPPED = 3
+_WORTH_NAMING = 0.05  # of an image
+
+
+def vae_to_encode(model: str, dtype: str) -> tuple[AutoencoderKL, str]:
+    """Return the VAE of a model, on the GPU if there is one, in the torch dtype of that name, and its digest."""
+    vae = load_vae(model, None)
+    digest = vae_digest(vae)  # before it is narrowed to the requested precision
+    # Not diffusers' own `to`, which warns of every change of precision.
+    torch.nn.Module.to(vae, "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, dtype))
+    return vae, digest
+
+
+def write_latents(
+    vae: AutoencoderKL,
+    digest: str,
+    groups: Mapping[Encoding, Mapping[BucketedImage, Path]],
+    present: Mapping[BucketedImage, Path],
+    problems: list[str],
+) -> tuple[set[BucketedImage], set[BucketedImage]]:
+    """Write the latents of every image to its file; return the images whose latents are kept, and those written.
+
+    `groups` holds the images that are encoded alike, each with the file to write. The files of `present` are kept
+    where they were made from this image, VAE and bucket. What cannot be encoded is added to `problems`.
+    """
+    to_check = [(image, encoding) for encoding, cache_of in groups.items() for image in cache_of if image in present]
+    kept = set(_still_fitting(to_check, present, digest))
+    to_encode = {encoding: [image for image in cache_of if image not in kept] for encoding, cache_of in groups.items()}
+    _require_disk(to_encode)
+    outcomes = chain.from_iterable(
+        encode_images(images, vae, encoding, vae_digest=digest) for encoding, images in to_encode.items() if images
+    )
+    file_of = {image: file for cache_of in groups.values() for image, file in cache_of.items()}
+    total = sum(map(len, to_encode.values()))
+    return kept, set(_written(tqdm(outcomes, "encoding", total, unit="image"), file_of, problems))
+
+
+def problem_of(path: Path, error: UserError) -> str:
+    """Return the sentence on an image that cannot be used, with its name."""
+    return str(error) if isinstance(error, UnusableImage) else f"'{path}': {error}"
+
+
+def _require_disk(to_encode: Mapping[Encoding, Iterable[BucketedImage]]) -> None:
+    """Raise `UserError` unless every disk has room for the latents of its images."""
+    for encoding, images in to_encode.items():
+        of_disk: dict[int, list[BucketedImage]] = defaultdict(list)
+        device = {folder: os.stat(folder).st_dev for folder in {image.path.parent for image in images}}  # noqa: PTH116
+        for image in images:
+            of_disk[device[image.path.parent]].append(image)
+        for members in of_disk.values():
+            require_disk_for_latents(members[0].path.parent, members, encoding)
+
+
+def _still_fitting(
+    to_check: Sequence[tuple[BucketedImage, Encoding]], file_of: Mapping[BucketedImage, Path], digest: str
+) -> Iterator[BucketedImage]:
+    for image, encoding in tqdm(to_check, "checking latents", unit="image", disable=not to_check):
+        path = file_of[image]
+        demands = CacheDemands(
+            vae_digest=digest,
+            flip=encoding.flip,
+            alpha_mask=encoding.alpha_mask,
+            legacy_crop=encoding.legacy_crop,
+            only_ours=True,
+            resize_interpolation=image.resize_interpolation,
+        )
+        if not path.is_file():
+            continue
+        try:
+            read_fitting_cache(path, image.path, image.assignment.bucket, demands)
+            yield image
+        except UserError as error:
+            log.warning("%s It is encoded again.", error.problem)
+
+
+def _written(
+    outcomes: Iterable[Outcome], cache_of: Mapping[BucketedImage, Path], problems: list[str]
+) -> Iterator[BucketedImage]:
+    for outcome in outcomes:
+        if outcome.cached is None:
+            problems.append(str(outcome.error))
+            continue
+        write_cache(cache_of[outcome.image], outcome.cached)
+        yield outcome.image
+        if outcome.redone_in_float32:
+            log.warning("'%s' gave NaN or Inf in the VAE's precision and was encoded in float32.", outcome.image.path)
+
+
+def _about_crops(images: Collection[BucketedImage]) -> str:
+    """Return how much of the images is cropped away, and of which the most."""
+    if not images:
+        return ""
+    lost = [(1 - each.assignment.bucket.area / each.assignment.resized.area, each.path.name) for each in images]
+    mean = sum(share for share, _ in lost) / len(lost)
+    most = sorted(lost, reverse=True)[:_MOST_CROPPED]
+    shown = ", ".join(f"'{name}' {share * 100:.0f} %" for share, name in most if share >= _WORTH_NAMING)
+    return f"; about {mean * 100:.0f} % of each image is cropped away" + (f"; most: {shown}" if shown else "")
+
+
+def report_buckets(images: Collection[BucketedImage], num_kept: int) -> None:
+    """Report the buckets of the images that have latents, `num_kept` of which had them before."""
+    assignments = [image.assignment for image in images]
+    lines = ["  bucket       images"]
+    for bucket, count in sorted(Counter(assignment.bucket for assignment in assignments).items()):
+        lines.append(f"  {bucket!s:<11}  {count:>6}")
+    log.info("%s", "\n".join(["buckets:", *lines]))
+    log.info("%d images (%d had their latents)%s", len(assignments), num_kept, _about_crops(images))
+
+
+def report_names(what: str, names: Iterable[str]) -> None:
+    """Report how many names there are, `what` they are, and ten of them at most; nothing if there is none."""
+    names = sorted(names)
+    if names:
+        more = [f"and {len(names) - _MOST_NAMES} more"] if len(names) > _MOST_NAMES else []
+        log.info("%s", "\n  ".join([f"{len(names)} {what}:", *names[:_MOST_NAMES], *more]))
