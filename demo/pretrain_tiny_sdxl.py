@@ -126,8 +126,15 @@ def drawn_pixels(num_images: int, *, seed: int, styles: Sequence[str] = (PLAIN,)
 
 def header() -> dict[str, str]:
     """Return the header of the file."""
-    about = ModelSpecOptions(metadata_description="Tiny SDXL that draws coloured shapes, for demo and tests.")
-    return model_spec(about, name="tiny SDXL", resolution=SIZES[0], timesteps=None, now=datetime.now())
+    return model_spec(
+        ModelSpecOptions(),
+        name="tiny SDXL",
+        description="Tiny SDXL that draws coloured shapes, for demo and tests.",
+        resolution=SIZES[0],
+        timesteps=None,
+        now=datetime.now(),
+        source={},
+    )
 
 
 if __name__ == "__main__":

@@ -42,6 +42,17 @@ ANSWERS = (
         "The second number counts models.",
     ),
     Answer(
+        "save now, without stopping?",
+        "",
+        "Create an empty file named `save` in `--output_dir` (`save-NAME` where several runs share it): model and state "
+        "are saved after the current step.",
+    ),
+    Answer(
+        "lose at most ten minutes of a run that is killed?",
+        "--save_every_n_minutes=10",
+        "One model and one state, `NAME-recent`, each replaced by the next. `--resume=latest` finds the state.",
+    ),
+    Answer(
         "continue a run that was stopped or killed?",
         "--resume=latest",
         "The same command as before, and this flag. A stop saves a state; `--save_state` saves one with every model, "

@@ -38,7 +38,7 @@ class WrittenDigest:
 class WatchedFile:
     """A file opened for writing, whose bytes are hashed on their way."""
 
-    def __init__(self, file: BinaryIO, hasher: "hashlib.blake2b"):
+    def __init__(self, file: BinaryIO, hasher: "hashlib._Hash | hashlib.blake2b"):
         self._file = file
         self._hasher = hasher
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="digest")

@@ -107,7 +107,6 @@ _PRECISION_AND_MEMORY: dict[str, str] = {
 }
 
 _FILES_AND_LOGS: dict[str, str] = {
-    "--save_n_epoch_ratio": "counts saves instead of epochs. Use --save_every_n_epochs.",
     **dict.fromkeys(
         (
             "--huggingface_repo_id",
@@ -124,11 +123,6 @@ _FILES_AND_LOGS: dict[str, str] = {
     "the file as --pretrained_model_name_or_path.",
     "--tokenizer_cache_dir": "no tokenizer is downloaded: its vocabulary comes with the installed packages. Leave it "
     "off.",
-    **dict.fromkeys(
-        ("--metadata_usage_hint", "--metadata_trigger_phrase", "--metadata_merged_from"),
-        "not offered yet. Write it into --metadata_description or --metadata_tags.",
-    ),
-    "--metadata_thumbnail": "not offered yet. Add the image to the saved file with a model manager.",
     "--wandb_api_key": "a key on the command line ends up in histories and logs. Set the environment variable "
     "WANDB_API_KEY, or run 'wandb login' once.",
     "--log_tracker_config": "not offered yet. Configure the tracker with its environment variables.",

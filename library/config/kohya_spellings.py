@@ -39,6 +39,7 @@ NEUTRAL: dict[str, tuple[str, ...]] = {
             *("--pretrained_model_name_or_path", "--vae", "--resume", "--output_name", "--block_lr", "--log_prefix"),
             *("--log_tracker_name", "--wandb_run_name", "--metadata_title", "--metadata_author", "--metadata_license"),
             *("--metadata_description", "--metadata_tags", "--caption_separator", "--caption_extension"),
+            *("--metadata_usage_hint", "--metadata_trigger_phrase", "--metadata_merged_from", "--metadata_thumbnail"),
             *("--face_crop_aug_range", "--dataset_class"),
         ),
         ("",),
@@ -47,7 +48,7 @@ NEUTRAL: dict[str, tuple[str, ...]] = {
         (
             *("--max_train_epochs", "--sample_every_n_steps", "--sample_every_n_epochs", "--save_every_n_steps"),
             *("--save_every_n_epochs", "--save_last_n_steps", "--save_last_n_epochs", "--save_last_n_steps_state"),
-            "--save_last_n_epochs_state",
+            *("--save_last_n_epochs_state", "--save_n_epoch_ratio", "--save_every_n_minutes"),
         ),
         ("0",),
     ),

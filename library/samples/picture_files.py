@@ -20,7 +20,8 @@ from library.samples.sampler_names import names_of
 _TIME_FORMAT = "%Y%m%d%H%M%S"
 _TIME_DIGITS = 14
 _NAME = re.compile(
-    r"(?:.*_)?(?P<time>[0-9]{14})_e?[0-9]{6,}_(?:(?P<index>[0-9]{2,})(?:_(?P<seed>[0-9]+))?|grid)\.png", re.DOTALL
+    r"(?:.*_)?(?P<time>[0-9]{14})_e?(?P<count>[0-9]{6,})_(?:(?P<index>[0-9]{2,})(?:_(?P<seed>[0-9]+))?|grid)\.png",
+    re.DOTALL,
 )
 _UNQUOTED = re.compile(r'(?!")[^,:\r\n]*')
 
@@ -84,6 +85,22 @@ def other_drawings(path: Path, since: datetime) -> list[Path]:
     same_image = path.parent.glob(f"{escape(start)}{'[0-9]' * _TIME_DIGITS}{escape(end)}")
     earliest = f"{start}{since:{_TIME_FORMAT}}"
     return [other for other in same_image if other.name != path.name and other.name >= earliest]
+
+
+def newest_pictures(folder: Path, model_name: str | None, since: datetime) -> list[Path]:
+    """Return the images that a run drew after its first step or later, the newest first, then in the prompts' order.
+
+    `since` is when the run began.
+    """
+    prefix = "" if model_name is None else f"{model_name}_"
+    found = []
+    for path in folder.glob(f"{escape(prefix)}{'[0-9]' * _TIME_DIGITS}_*.png"):
+        match = _NAME.fullmatch(path.name)
+        if match is None or match["index"] is None or match.start("time") != len(prefix) or not int(match["count"]):
+            continue
+        if match["time"] >= f"{since:{_TIME_FORMAT}}":
+            found.append((-int(match["count"]), int(match["index"]), path))
+    return [path for *_, path in sorted(found)]
 
 
 def parameters_text(record: PictureRecord) -> str:

@@ -28,6 +28,7 @@ from library.sdxl.foreign_weights import (
     require_finite,
     warn_of_coarse_weights,
 )
+from library.sdxl.model_spec import HASH_KEY
 from library.sdxl.prediction import find_prediction, require_noise_prediction
 from library.sdxl.tensor_file import (
     TensorReader,
@@ -279,11 +280,13 @@ class _Joined:
 def write_single_file(path: Path, model: SdxlModel, dtype: torch.dtype | None, metadata: dict[str, str]) -> None:
     """Write the model as one `.safetensors` (streamed: memory for one tensor) or, by its name, one `.ckpt` file.
 
-    `dtype` is the precision in the file, None keeps what is in memory. `metadata` goes into the header (of a `.ckpt`:
-    beside the tensors), with the architecture where it is not SDXL base. Raise `UserError` where `path` cannot be
-    written.
+    `dtype` is the precision in the file, None keeps what is in memory. `metadata` goes into the header, with the hash
+    of the weights (of a `.ckpt`: beside the tensors, without hash), and the architecture where it is not SDXL base.
+    Raise `UserError` where `path` cannot be written.
     """
     if model.architecture != SDXL_BASE:
         metadata = {**metadata, ARCHITECTURE_KEY: model.architecture.to_json()}
-    write = write_pickle if path.suffix.lower() == ".ckpt" else write_safetensors
-    write(path, tensors_to_write(model, dtype), metadata)
+    if path.suffix.lower() == ".ckpt":
+        write_pickle(path, tensors_to_write(model, dtype), metadata)
+    else:
+        write_safetensors(path, tensors_to_write(model, dtype), metadata, hash_key=HASH_KEY)

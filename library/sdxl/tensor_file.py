@@ -1,5 +1,6 @@
 """Read and write files of named tensors, one tensor at a time."""
 
+import hashlib
 import json
 import pickle
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from library.config.atomic_files import replacing
-from library.config.digests import WrittenDigest
+from library.config.digests import WatchedFile, WrittenDigest
 from library.config.errors import UserError
 
 _DTYPE_NAMES = {
@@ -31,6 +32,8 @@ _DTYPE_NAMES = {
 """Types of numbers as safetensors files name them."""
 
 _HEADER_ALIGNMENT = 8
+_NO_HASH = f"0x{'0' * 64}"
+"""Stands for the hash of the weights in the header until they are written."""
 _LONGEST_REASON = 300  # characters
 _READING_ERRORS = (SafetensorError, OSError, ValueError, OverflowError, MemoryError)
 _UNPICKLING_ERRORS = (
@@ -170,21 +173,36 @@ class TensorToWrite:
 
 
 def write_safetensors(
-    path: Path, tensors: Iterable[TensorToWrite], metadata: dict[str, str], digest: WrittenDigest | None = None
+    path: Path,
+    tensors: Iterable[TensorToWrite],
+    metadata: dict[str, str],
+    digest: WrittenDigest | None = None,
+    *,
+    hash_key: str | None = None,
 ) -> None:
     """Write a safetensors file tensor by tensor, whole or not at all; holds one tensor in memory.
 
     A change of precision costs 34 MiB of extra memory for 768 MiB of weights, and 769 MiB with safetensors' own writer,
-    which takes all tensors in their final precision. Raise `UserError` if `path` cannot be written, `DoesNotFit` if it
-    cannot hold a number.
+    which takes all tensors in their final precision. With `hash_key` the metadata hold, under this key, the SHA-256 of
+    the tensors' bytes, which a thread computes as they are written; there is no `digest` then, which would be that of
+    the file before. Raise `UserError` if `path` cannot be written, `DoesNotFit` if it cannot hold a number.
     """
+    assert digest is None or hash_key is None
+    if hash_key is not None:
+        metadata = metadata | {hash_key: _NO_HASH}
     # Widest elements first keeps every tensor aligned to its element size, as the format asks.
     ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
     with replacing(path) as opened:
+        header = _header(ordered, metadata)
+        hasher = hashlib.sha256()
         file = opened if digest is None else digest.watching(opened)
-        file.write(_header(ordered, metadata))
+        file.write(header)
+        content = file if hash_key is None else WatchedFile(opened, hasher)
         for tensor in ordered:
-            file.write(raw_bytes(_made(tensor, path)))
+            content.write(raw_bytes(_made(tensor, path)))
+        if hash_key is not None:
+            opened.seek(header.index(f'"{hash_key}":"{_NO_HASH}"'.encode()) + len(f'"{hash_key}":"'))
+            opened.write(f"0x{hasher.hexdigest()}".encode())
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:

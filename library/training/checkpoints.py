@@ -18,6 +18,7 @@ from library.training.saves import Save, SaveOptions
 
 log = logging.getLogger(__name__)
 
+SECONDS_OF_MINUTE = 60.0
 RETRY_SECONDS = 60.0
 """How long a run that is over waits before it tries again to save what did not fit on the disk."""
 
@@ -30,6 +31,8 @@ class Checkpoints:
 
     `write_model(path)` and `write_state(folder, progress)` write the current weights; `suffix` is ".safetensors",
     ".ckpt" or "" for a diffusers folder. Every process calls the events; within `one_writer()` one of them writes.
+    `asked()` says whether the user asks for a save now; `agree(flag)` is true in every process if the flag is in one.
+    `tell(path)` is called with each model and state that is complete.
 
     A save that fails while the run continues (a full disk) is reported and tried again when the next one is due; the
     one before it stays. When the run is over it is tried until it succeeds, since what was learnt exists nowhere else,
@@ -47,6 +50,9 @@ class Checkpoints:
         one_writer: Callable[[], AbstractContextManager[bool]],
         waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
         resumed_from: Path | None = None,
+        asked: Callable[[], bool] = bool,
+        agree: Callable[[bool], bool] = bool,
+        tell: Callable[[Path], None] = lambda path: None,
     ):
         assert options.output_dir is not None  # checked by problems()
         self._options = options
@@ -57,16 +63,25 @@ class Checkpoints:
         self._write_state = write_state
         self._one_writer = one_writer
         self._waiting = waiting
+        self._asked = asked
+        self._agree = agree
+        self._tell = tell
+        self._last_state_at = time.monotonic()
+        self.written: dict[Path, None] = {}  # models and states of this run that are still there, in their order
         self._failed: list[Save] = []  # what they were to remove goes with the next save that is complete
         self._present_state = resumed_from  # the state of the current weights, where there is one
 
     def after_step(self, occasion: Occasion, report: object = None) -> None:
         """Save what is due on this occasion; the last one saves the final model."""
-        saves = self._due(occasion)
-        if not occasion.is_resumed and occasion.step > 0:
+        is_step = occasion.step > 0 and not occasion.is_resumed
+        is_asked = is_step and self._agree(self._asked())
+        saves = self._due(occasion, is_asked=is_asked)
+        if is_step:
             self._present_state = None
         if not saves and not occasion.is_last and not occasion.is_resumed:
             return
+        if any(save.with_state for save, _ in saves):
+            self._last_state_at = time.monotonic()
         with self._one_writer() as writes:
             if not writes:
                 return
@@ -75,7 +90,8 @@ class Checkpoints:
             for save, progress in saves:
                 self._save_if_possible(save, progress)
             if occasion.is_last:
-                self._save_at_last(self._options.save_at_end())
+                save = self._options.save_at_end()
+                self._save_at_last(replace(save, with_state=save.with_state or is_asked))
 
     def at_stop(self) -> str:
         """Save model and state of a run that is stopped before its end; return what the user is told.
@@ -116,8 +132,11 @@ class Checkpoints:
         state = newest_state(self._folder, self._options.output_name)
         return None if state is None else f'Continue from the newest state with --resume "{state}"'
 
-    def _due(self, occasion: Occasion) -> list[tuple[Save, Progress]]:
-        """Return the saves of this occasion, each with the progress that its state records."""
+    def _due(self, occasion: Occasion, *, is_asked: bool) -> list[tuple[Save, Progress]]:
+        """Return the saves of this occasion, each with the progress that its state records.
+
+        With `is_asked` the user wants a model and a state now; after the last step the final model is that.
+        """
         if occasion.step == 0:
             return []
         # A state that was saved after the last step of an epoch leaves the saves of the epoch to the resumed run.
@@ -126,8 +145,20 @@ class Checkpoints:
         by_epoch = None
         if occasion.epoch_ended is not None and not occasion.is_last and not epoch_is_saved:
             by_epoch = self._options.save_after_epoch(occasion.epoch_ended)
+        if is_asked and not occasion.is_last:
+            by_step = replace(by_step or self._options.save_at_stop(occasion.step), with_state=True)
         saves = [(by_step, self._progress)] if by_step is not None else []
-        return saves + ([(by_epoch, self._progress.in_next_epoch())] if by_epoch is not None else [])
+        saves += [(by_epoch, self._progress.in_next_epoch())] if by_epoch is not None else []
+        has_state = occasion.is_resumed or occasion.is_last or any(save.with_state for save, _ in saves)
+        if not has_state and self._minutes_are_over():
+            saves.append((self._options.save_of_minutes(), self._progress))
+        return saves
+
+    def _minutes_are_over(self) -> bool:
+        minutes = self._options.save_every_n_minutes
+        if minutes is None:
+            return False
+        return self._agree(time.monotonic() - self._last_state_at >= SECONDS_OF_MINUTE * minutes)
 
     def _remove_what_a_killed_run_left(self, occasion: Occasion) -> None:
         """Remove what the run that saved the resumed state had no time to remove."""
@@ -190,6 +221,7 @@ class Checkpoints:
                 self._save_state(save, progress)
                 self._remove_outdated(replace(save, outdated=None))
             raise
+        self._note(model)
         if save.with_state:
             self._save_state(save, progress)
         for each in (*self._failed, save):
@@ -204,12 +236,18 @@ class Checkpoints:
         self._progress.num_states += 1
         self._write_state(state, replace(progress, num_states=self._progress.num_states))
         self._present_state = state
+        self._note(state)
+
+    def _note(self, path: Path) -> None:
+        self.written[path] = None
+        self._tell(path)
 
     def _remove_outdated(self, save: Save) -> None:
-        if save.outdated is not None:
-            _remove(self._model(save.outdated))
-        if save.outdated_state is not None:
-            _remove(self._state(save.outdated_state))
+        outdated = [] if save.outdated is None else [self._model(save.outdated)]
+        outdated += [] if save.outdated_state is None else [self._state(save.outdated_state)]
+        for path in outdated:
+            self.written.pop(path, None)
+            _remove(path)
 
     def _model(self, name: str) -> Path:
         return self._folder / f"{name}{self._suffix}"

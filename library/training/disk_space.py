@@ -1,5 +1,6 @@
 """Whether the disk holds what a run is going to save, before it starts."""
 
+import glob
 from collections.abc import Iterable, Iterator
 from functools import partial
 
@@ -11,7 +12,7 @@ from library.optim.optimizer_probe import state_beside_matrix
 from library.optim.optimizers import make_optimizer
 from library.optim.options import KAHAN, NEAREST, OptimizerOptions
 from library.training.progress import STATE_SUFFIX
-from library.training.saves import SaveOptions, saved_by_count
+from library.training.saves import SaveOptions, is_counted, recent_name
 
 _PROBE_SIDE = 256  # Adafactor's sums over rows and columns are small beside a matrix this wide
 
@@ -48,16 +49,21 @@ def require_disk_for_saves(
     """Raise `UserError` unless the disk holds what a run of `steps` (from 1, those to come) saves and keeps.
 
     That is one more model and one more state than are kept: a new one lies beside the old ones until it is complete.
-    What earlier runs of the same name have left counts as kept already.
+    What earlier runs of the same name have left counts as kept already. What a `save` file will ask for is not known.
     """
     assert options.output_dir is not None  # checked by problems()
     models = 1 + sum(_kept(options, steps, steps_per_epoch, states=False))
-    states = int(options.saves_state)
+    at_least_one_state = int(options.saves_state or options.save_every_n_minutes is not None)
+    states = at_least_one_state
     if options.save_state:
         states += sum(_kept(options, steps, steps_per_epoch, states=True))
     if options.save_last_n_steps is not None or options.save_last_n_epochs is not None:
         models = max(1, models - _num_present(options, is_state=False))
-        states = max(int(options.saves_state), states - _num_present(options, is_state=True))
+        states = max(at_least_one_state, states - _num_present(options, is_state=True))
+    if options.save_every_n_minutes is not None:
+        present = {path.stem for path in options.output_dir.glob(f"{glob.escape(recent_name(options.output_name))}*")}
+        models += recent_name(options.output_name) not in present
+        states += f"{recent_name(options.output_name)}{STATE_SUFFIX}" not in present
     needed = models * model_bytes + states * state_bytes
     require_disk_space(options.output_dir, needed, "to save what this run keeps")
 
@@ -83,5 +89,5 @@ def _num_multiples(every: int, steps: range) -> int:
 def _num_present(options: SaveOptions, *, is_state: bool) -> int:
     """Count the saves in the output folder that this run replaces or removes."""
     assert options.output_dir is not None  # checked by problems()
-    names = {path.name for path in options.output_dir.glob("*") if saved_by_count(options.output_name, path.name)}
+    names = {path.name for path in options.output_dir.glob("*") if is_counted(options, path.name)}
     return sum(name.endswith(STATE_SUFFIX) == is_state for name in names)

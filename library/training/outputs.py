@@ -14,10 +14,9 @@ from library.samples.sampler import SamplingNetworks
 from library.sdxl.architecture import SdxlModel
 from library.sdxl.checkpoint_file import write_single_file
 from library.sdxl.diffusers_folder import write_diffusers_folder
-from library.sdxl.model_spec import model_spec
 from library.training.checkpoints import Checkpoints
 from library.training.disk_space import bytes_of, bytes_of_state, require_disk_for_saves
-from library.training.distribution import one_writer
+from library.training.distribution import any_process, one_writer
 from library.training.learner import Learner
 from library.training.loss_watch import require_finite
 from library.training.offload import on_device
@@ -25,7 +24,6 @@ from library.training.plan import Plan
 from library.training.progress import Progress
 from library.training.run_options import TrainingOptions
 from library.training.sampling import SampledRun, Sampling
-from library.training.saves import last_name
 from library.training.state import Resumable, write_state
 from library.training.stopping import StopRequest
 from library.training.tracking import Tracker, TrackingOptions
@@ -57,6 +55,7 @@ def make_checkpoints(
     tracker: Tracker,
     state: Path | None,
     stop: StopRequest,
+    header: Callable[[], dict[str, str]],
 ) -> Checkpoints:
     """Return what saves models, in the format the options ask for, and states; saving is not timed as training."""
     source_is_diffusers = not Path(str(options.model.pretrained_model_name_or_path)).is_file()
@@ -69,7 +68,7 @@ def make_checkpoints(
             if file_format == "diffusers":
                 write_diffusers_folder(path, model, dtype)
             else:
-                write_single_file(path, model, dtype, _header(options))
+                write_single_file(path, model, dtype, header())
 
     def write_state_of(folder: Path, progress: Progress) -> None:
         write_state(folder, replace(progress, losses=tracker.losses), learnt)
@@ -83,18 +82,8 @@ def make_checkpoints(
         one_writer=partial(one_writer, learner.accelerator),
         waiting=stop.waiting,
         resumed_from=state,
-    )
-
-
-def _header(options: TrainingOptions) -> dict[str, str]:
-    """Return the header of a saved model."""
-    trained = options.noise.timestep_range
-    return model_spec(
-        options.model_spec,
-        name=last_name(options.save.output_name),
-        resolution=options.resolution,
-        timesteps=None if options.noise.trains_all_timesteps else (trained.start, trained.stop),
-        now=datetime.now().astimezone(),
+        asked=stop.save_now.is_made,
+        agree=partial(any_process, learner.accelerator),
     )
 
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -42,6 +42,19 @@ class SaveOptions:
     )
     save_every_n_steps: int | None = option(None, "Save after every n optimizer steps.", least=1, most=MOST_STEPS)
     save_every_n_epochs: int | None = option(None, "Save after every n epochs.", least=1, most=MOST_STEPS)
+    save_every_n_minutes: int | None = option(
+        None,
+        "Save model and state after the first step that ends this many minutes after the last state was saved, under "
+        "the name NAME-recent. Each such save replaces the one before.",
+        least=1,
+        most=MOST_STEPS,
+    )
+    save_n_epoch_ratio: int | None = option(
+        None,
+        "Save at least this many models, after equal numbers of epochs; overrides --save_every_n_epochs.",
+        least=1,
+        most=MOST_STEPS,
+    )
     save_last_n_steps: int | None = option(
         None,
         "Keep models of the last n steps: each save removes those more than n steps older. Steps, not files: with "
@@ -63,8 +76,14 @@ class SaveOptions:
 
     @property
     def saves_state(self) -> bool:
-        """Whether states are saved at all."""
+        """Whether states are saved with models."""
         return self.save_state or self.save_state_on_train_end
+
+    def for_epochs(self, num_epochs: int) -> "SaveOptions":
+        """Return the options of a run of `num_epochs`, with the epochs between saves that a ratio asks for."""
+        if self.save_n_epoch_ratio is None:
+            return self
+        return replace(self, save_every_n_epochs=max(1, num_epochs // self.save_n_epoch_ratio))
 
     def problems(self) -> Iterator[str]:
         """Yield what is wrong with these values, one sentence each."""
@@ -79,8 +98,9 @@ class SaveOptions:
         for unit in ("steps", "epochs"):
             every = f"save_every_n_{unit}"
             keeping = [f"save_last_n_{unit}", f"save_last_n_{unit}_state"]
+            has_saves = getattr(self, every) is not None or (unit == "epochs" and self.save_n_epoch_ratio is not None)
             for flag in keeping:
-                if getattr(self, flag) is not None and getattr(self, every) is None:
+                if getattr(self, flag) is not None and not has_saves:
                     yield f"--{flag} needs --{every}."
             if getattr(self, keeping[1]) is not None and not self.save_state:
                 yield f"--{keeping[1]} needs --save_state."
@@ -120,8 +140,12 @@ class SaveOptions:
         return Save(last_name(self.output_name), with_state=self.saves_state)
 
     def save_at_stop(self, step: int) -> "Save":
-        """Return the save of a run stopped after optimizer step `step`: model and state."""
+        """Return the save of a run stopped after optimizer step `step`, or asked to save there: model and state."""
         return Save(step_name(self.output_name, step), with_state=True)
+
+    def save_of_minutes(self) -> "Save":
+        """Return the save of `save_every_n_minutes`: model and state, under a name that stays the same."""
+        return Save(recent_name(self.output_name), with_state=True)
 
     def _save(
         self, name_of: Callable[[int], str], count: int, outdated: int | None, outdated_state: int | None
@@ -150,10 +174,26 @@ def epoch_name(output_name: str | None, epoch: int) -> str:
     return f"{output_name or _WITHOUT_NAME['epoch']}-{epoch:06d}"
 
 
-def saved_by_count(output_name: str | None, file_name: str) -> bool:
-    """Return whether a file or folder is a model or state that a run of this name saved by step or by epoch."""
-    by_step, by_epoch = (re.escape(name(output_name, 0).rstrip("0")) for name in (step_name, epoch_name))
-    return re.match(f"({by_step}[0-9]{{8,}}|{by_epoch}[0-9]{{6,}})(-state|\\.[a-z]+)?$", file_name) is not None
+def recent_name(output_name: str | None) -> str:
+    """Return the name of the model of `--save_every_n_minutes`, without suffix."""
+    return "recent" if output_name is None else f"{output_name}-recent"
+
+
+def is_counted(options: SaveOptions, file_name: str) -> bool:
+    """Return whether a file or folder is a model or state that the run replaces or removes when its turn comes.
+
+    What was saved at a stop or on request between two saves stays.
+    """
+    by_step, by_epoch = (re.escape(name(options.output_name, 0).rstrip("0")) for name in (step_name, epoch_name))
+    ending = rf"({re.escape(STATE_SUFFIX)}|\.[a-z]+)?"
+    for name, every in (
+        (f"{by_step}([0-9]{{8,}})", options.save_every_n_steps),
+        (f"{by_epoch}([0-9]{{6,}})", options.save_every_n_epochs),
+    ):
+        match = re.fullmatch(name + ending, file_name)
+        if match is not None and every is not None and int(match[1]) % every == 0:
+            return True
+    return False
 
 
 def last_name(output_name: str | None) -> str:

@@ -26,6 +26,7 @@ from library.training.checkpoints import Checkpoints
 from library.training.compilation import compile_regions
 from library.training.distribution import any_process
 from library.training.failures import saved_before_errors
+from library.training.header import header_maker
 from library.training.learner import Learner, StepReport
 from library.training.offload import place_networks
 from library.training.optimization import enable_gradient_checkpointing, make_learner
@@ -123,6 +124,7 @@ def _set_up(
     needed = prepared.networks_of_steps(model)
     place_networks(model.networks, needed_each_step=needed, device=accelerator.device)
     plan = make_plan(prepared, options.loader, options.run, accelerator, progress.seed)
+    options = replace(options, save=options.save.for_epochs(plan.num_epochs))
     learner = make_learner(
         model,
         accelerator,
@@ -144,7 +146,8 @@ def _set_up(
         check_disk(options, model, learner, plan, progress)
     tracker = make_tracker(options.tracking, plan, progress, accelerator)
     compile_regions(model.unet, options.compilation, accelerator.device)
-    checkpoints = make_checkpoints(options, model, learner, learnt, progress, tracker, state, stop)
+    header = header_maker(options, subsets, prepared.images, plan, progress)
+    checkpoints = make_checkpoints(options, model, learner, learnt, progress, tracker, state, stop, header)
     sampling = make_sampling(options, model, learner, progress, tracker, stop.is_made, subsets[0].captions)
     return Run(
         plan=plan,

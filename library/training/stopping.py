@@ -1,4 +1,7 @@
-"""How a run is asked to stop: Ctrl-C, a signal, a terminal that closes, or a file in the output folder."""
+"""How a run is asked to stop: Ctrl-C, a signal, a terminal that closes, or a file in the output folder.
+
+A file there asks it to save, too.
+"""
 
 import logging
 import os
@@ -11,10 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from library.training.request_files import RequestFile
+
 log = logging.getLogger(__name__)
 
 STOP_FILE = "stop"
 """Stops every run of its folder; with a dash and the name of a run behind it only that one."""
+SAVE_FILE = "save"
+"""Asks for a model and a state in the same way; the runs go on."""
 EXIT_AFTER_SIGNAL = 128
 """The exit status after a signal is this plus the number of the signal: 130 after Ctrl-C, 143 after SIGTERM."""
 SAME_SIGNAL_SECONDS = 1.0
@@ -27,7 +34,8 @@ _HANG_UP: int | None = getattr(signal, "SIGHUP", None)  # not on Windows
 class StopRequest:
     """Whether the run is to end after the current step, and with which exit status.
 
-    `has_company()` says whether other runs train into the same folder: they have to see its stop file, too.
+    `has_company()` says whether other runs train into the same folder: they have to see its stop file, too. `save_now`
+    is the file by which the run is asked to save and go on.
     """
 
     output_dir: Path
@@ -35,29 +43,24 @@ class StopRequest:
     has_company: Callable[[], bool] = bool
     signal_number: int | None = None
     is_waiting: bool = False
+    save_now: RequestFile = field(init=False)
+    _stop: RequestFile = field(init=False)
     _file_seen: bool = field(default=False, init=False)
-    _of_before: tuple[int, int] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        where = self.output_dir, self.output_name
+        self._stop = RequestFile(*where, STOP_FILE, self.has_company)
+        self.save_now = RequestFile(*where, SAVE_FILE, self.has_company)
 
     def is_made(self) -> bool:
         """Return whether a stop was requested; remove the stop file once every run has seen it."""
-        if self._own_file is not None and self._own_file.is_file():
-            self._file_seen = True
-            _unlink(self._own_file)
-        written = _written(self.output_dir / STOP_FILE)
-        if written is not None and written != self._of_before:
-            self._file_seen, self._of_before = True, written
-            if not self.has_company():
-                _unlink(self.output_dir / STOP_FILE)
+        self._file_seen = self._stop.is_made() or self._file_seen
         return self._file_seen or self.signal_number is not None
 
     def discard_earlier(self) -> None:
-        """Remove the stop files that were meant for an earlier run; one that other runs have to see is not counted."""
-        shared = self.output_dir / STOP_FILE
-        self._of_before = _written(shared)
-        for file in (self._own_file, None if self.has_company() else shared):
-            if file is not None and file.is_file():
-                log.info("removed '%s', which was meant for an earlier run", file)
-                _unlink(file)
+        """Remove the files that were meant for an earlier run; one that other runs have to see is not counted."""
+        self._stop.discard_earlier()
+        self.save_now.discard_earlier()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -67,10 +70,6 @@ class StopRequest:
             yield
         finally:
             self.is_waiting = False
-
-    @property
-    def _own_file(self) -> Path | None:
-        return None if self.output_name is None else self.output_dir / f"{STOP_FILE}-{self.output_name}"
 
     @property
     def exit_status(self) -> int:
@@ -118,20 +117,6 @@ def listening_for_stop(
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _written(file: Path) -> tuple[int, int] | None:
-    """Return what tells a file from another that is written there later; None if there is none."""
-    try:
-        found = file.stat()
-    except OSError:
-        return None
-    return (found.st_ino, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None
-
-
-def _unlink(file: Path) -> None:
-    with suppress(OSError):
-        file.unlink()
 
 
 def _is_nohup(number: int) -> bool:

@@ -46,6 +46,7 @@ SCRIPTS = [
             "--one_caption",
             "--resume_anyway",
             "--sample_grid",
+            "--save_every_n_minutes",
             "--prior_loss_weight",
             "--update_captions",
             "--transposed_text_projection",

@@ -115,8 +115,13 @@ def test_the_stop_file_ends_a_run_well_and_one_of_before_does_not(argv, run_serv
     run = run_server("train", [*argv, "--max_data_loader_n_workers=0"])
     run.wait_until_said("1/50")
     assert "which was meant for an earlier run" in run.said
+    (output / "save").touch()
+    run.wait_until_said("-state'\n")  # saved: the run goes on
+    [state] = output.glob("m-step*-state")
+    asked_at = read_progress(state).step
+    run.wait_until(lambda: any(f"{step}/50" in run.said for step in range(asked_at + 1, 51)), "gone on")
     (output / "stop").touch()
     assert run.wait() == 0
     assert not (output / "stop").exists()
-    [state] = output.glob("*-state")
-    assert read_progress(state).step > 0
+    assert not (output / "save").exists()
+    assert 0 < asked_at < max(read_progress(path).step for path in output.glob("*-state"))

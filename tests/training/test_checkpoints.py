@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from library.config.atomic_files import replacing
 from library.config.errors import UserError
 from library.config.options import parse_options, problems_of
+from library.training import checkpoints as checkpoints_room
 from library.training.checkpoints import Checkpoints
 from library.training.plan import Occasion
 from library.training.progress import Progress
@@ -38,7 +40,11 @@ def write_folder(path: Path) -> None:
 
 
 def make_checkpoints(
-    options: SaveOptions, suffix: str = "", write: Callable[[Path], None] = write_file, waiting=nullcontext
+    options: SaveOptions,
+    suffix: str = "",
+    write: Callable[[Path], None] = write_file,
+    waiting=nullcontext,
+    asked: Callable[[], bool] = bool,
 ) -> Checkpoints:
     return Checkpoints(
         options,
@@ -48,6 +54,7 @@ def make_checkpoints(
         write_state=lambda folder, progress: write_folder(folder),
         one_writer=lambda: nullcontext(True),
         waiting=waiting,
+        asked=asked,
     )
 
 
@@ -114,6 +121,63 @@ def test_a_model_goes_when_it_is_more_steps_old_than_are_kept(step, every, keep,
 )
 def test_as_many_epochs_stay_as_are_kept(epoch, every, keep, removed):
     assert epoch_to_remove(epoch, every=every, keep=keep) == removed
+
+
+# -- on request, by the clock, by a share of the epochs ----------------------------------------------------------------
+
+
+def test_what_is_asked_for_is_saved_with_a_state_and_stays(tmp_path: Path):
+    asked = iter([False, True, False, False, True])
+    options = save_options(tmp_path, "--output_name=m", "--save_every_n_steps=2", "--save_last_n_steps=1")
+    checkpoints = make_checkpoints(options, asked=lambda: next(asked))
+    for step in (1, 3, 4, 6):
+        after_step(checkpoints, step)
+    assert names(tmp_path) == ["m-step00000003", "m-step00000003-state", "m-step00000006"]
+    after_step(checkpoints, 8)  # due anyway: with a state now
+    assert names(tmp_path)[-2:] == ["m-step00000008", "m-step00000008-state"]
+    assert list(checkpoints.written) == [tmp_path / name for name in names(tmp_path)]
+
+
+def test_after_the_last_step_the_final_model_is_what_was_asked_for(tmp_path: Path):
+    checkpoints = make_checkpoints(save_options(tmp_path, "--output_name=m"), asked=lambda: True)
+    after_step(checkpoints, 3, is_last=True)
+    assert names(tmp_path) == ["m", "m-state"]
+
+
+class Clock:
+    """A time that passes when it is told to."""
+
+    seconds = 1000.0
+
+    def monotonic(self) -> float:
+        return self.seconds
+
+
+def test_every_n_minutes_model_and_state_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    clock, saved = Clock(), []
+    monkeypatch.setattr(checkpoints_room, "time", clock)
+    options = save_options(tmp_path, "--output_name=m", "--save_every_n_minutes=10", "--save_every_n_epochs=1")
+    options = replace(options, save_state=True)
+    checkpoints = make_checkpoints(options, write=lambda path: (saved.append((path.name, step)), write_file(path))[1])
+    times = {1: 9, 2: 10, 3: 19, 4: 20, 5: 30, 6: 39, 7: 40}
+    for step, minutes in times.items():
+        clock.seconds = 1000.0 + 60 * minutes
+        after_step(checkpoints, step, epoch_ended=1 if step == 5 else None)
+    # Step 5 saves a state with its epoch, and the minutes count from there.
+    assert saved == [("m-recent", 2), ("m-recent", 4), ("m-000001", 5), ("m-recent", 7)]
+    assert names(tmp_path) == ["m-000001", "m-000001-state", "m-recent", "m-recent-state"]
+
+
+@pytest.mark.parametrize(
+    ("num_epochs", "ratio", "every"), [(10, 5, 2), (10, 3, 3), (10, 4, 2), (3, 10, 1), (7, 7, 1), (9, None, 6)]
+)
+def test_a_ratio_is_the_epochs_between_saves_as_in_the_reference(num_epochs, ratio, every, tmp_path: Path):
+    options = SaveOptions(tmp_path, save_every_n_epochs=6, save_n_epoch_ratio=ratio)
+    assert options.for_epochs(num_epochs).save_every_n_epochs == every
+
+
+def test_models_of_a_ratio_can_be_few(tmp_path: Path):
+    assert list(SaveOptions(tmp_path, save_n_epoch_ratio=5, save_last_n_epochs=2).problems()) == []
 
 
 # -- what happens when something goes wrong ---------------------------------------------------------------------------

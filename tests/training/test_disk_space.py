@@ -47,6 +47,8 @@ def needs(tmp_path: Path, monkeypatch):
         ({"save_every_n_steps": 2, "save_last_n_steps": 2}, 3 * 100),
         ({"save_every_n_steps": 5, "save_state": True}, 3 * 400),
         ({"save_every_n_epochs": 1}, 200),
+        ({"save_every_n_minutes": 10}, 2 * 400),
+        ({"save_every_n_minutes": 10, "save_every_n_steps": 5, "save_state": True}, 4 * 400),
     ],
 )
 def test_all_that_is_kept_at_once_must_fit(options: dict, bytes_needed: int, needs):
@@ -61,6 +63,15 @@ def test_a_resumed_run_needs_room_for_the_rest(needs, tmp_path: Path):
     # Two models are kept and lie there already: there is room for one more to be needed.
     assert not needs(100, steps=range(5, 11), save_every_n_steps=2, save_last_n_steps=2)
     assert needs(99, steps=range(5, 11), save_every_n_steps=2, save_last_n_steps=2)
+
+
+def test_what_was_saved_on_request_or_by_the_clock_is_counted_as_what_it_is(needs, tmp_path: Path):
+    (tmp_path / "m-step00000003.safetensors").touch()  # between two saves: it stays
+    assert needs(299, save_every_n_steps=2, save_last_n_steps=2)
+    (tmp_path / "m-recent.safetensors").touch()
+    (tmp_path / "m-recent-state").mkdir()
+    assert not needs(400, save_every_n_minutes=10)  # both are replaced
+    assert needs(399, save_every_n_minutes=10)
 
 
 def test_a_run_of_a_million_million_steps_is_answered_at_once(needs):

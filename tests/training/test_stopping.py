@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from library.training import stopping
-from library.training.stopping import STOP_FILE, listening_for_stop
+from library.training.stopping import SAVE_FILE, STOP_FILE, listening_for_stop
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -71,6 +71,27 @@ def test_a_stop_file_without_a_name_stops_every_run_and_none_that_starts_then(tm
             assert not stop_c.is_made()
         running.remove("a")
         assert stop_b.is_made()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_save_file_asks_each_run_once_and_stops_none(tmp_path: Path):
+    running = {"a", "b"}
+    (tmp_path / "save-a").touch()  # meant for an earlier run of this name
+    with (
+        listening_for_stop(tmp_path, "a", lambda: running != {"a"}) as of_a,
+        listening_for_stop(tmp_path, "b", lambda: running != {"b"}) as of_b,
+    ):
+        assert not of_a.save_now.is_made()
+        (tmp_path / SAVE_FILE).touch()
+        assert of_a.save_now.is_made()
+        assert not of_a.save_now.is_made()
+        running.remove("a")
+        assert of_b.save_now.is_made()
+        (tmp_path / "save-a").touch()
+        assert not of_b.save_now.is_made()
+        assert of_a.save_now.is_made()
+        assert not of_a.is_made()
+        assert not of_b.is_made()
     assert list(tmp_path.iterdir()) == []
 
 
