@@ -44,8 +44,8 @@ ANSWERS = (
     Answer(
         "save now, without stopping?",
         "",
-        "Create an empty file named `save` in `--output_dir` (`save-NAME` where several runs share it): model and state "
-        "are saved after the current step.",
+        "Create an empty file named `save` in `--output_dir` (`save-NAME` where several runs share it): model and "
+        "state are saved after the current step.",
     ),
     Answer(
         "lose at most ten minutes of a run that is killed?",

@@ -116,7 +116,7 @@ def test_the_stop_file_ends_a_run_well_and_one_of_before_does_not(argv, run_serv
     run.wait_until_said("1/50")
     assert "which was meant for an earlier run" in run.said
     (output / "save").touch()
-    run.wait_until_said("-state'\n")  # saved: the run goes on
+    run.wait_until(lambda: list(output.glob("m-step*-state")), "saved a state")
     [state] = output.glob("m-step*-state")
     asked_at = read_progress(state).step
     run.wait_until(lambda: any(f"{step}/50" in run.said for step in range(asked_at + 1, 51)), "gone on")
