@@ -1,14 +1,14 @@
 """The flags of captions, for both encoders or one, and the rules that they resolve to."""
 
 import dataclasses
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from library.config.errors import UserError
-from library.config.options import option
+from library.config.magnitudes import MOST_BATCHES, MOST_STEPS
+from library.config.options import option, options_of
 from library.data.caption_draws import ENCODERS, Encoder
 from library.data.caption_rules import EMPTY, ZEROS, CaptionDropout, CaptionRules, PairRules
 
@@ -20,6 +20,7 @@ None says nothing.
 
 SEPARATE, SHARED = "separate", "shared"
 CAPTION_EXTENSIONS: Mapping[Encoder, str] = {"l": ".txt", "g": ".caption"}
+_RATE: dict[str, Any] = {"least": 0, "most": 1}
 _ROUNDING = 1e-9  # 0.7 + 0.2 + 0.1 is not 1 in floats
 
 _Options = TypeVar("_Options")
@@ -40,7 +41,8 @@ def _with_forms_for_one_encoder(option_class: type[_Options]) -> type[_Options]:
         if not (isinstance(field, dataclasses.Field) and field.metadata.get("is_per_encoder")):
             continue
         for encoder in ENCODERS:
-            form = option(None, f"--{name} for encoder {encoder.upper()} alone.", choices=field.metadata["choices"])
+            values = {setting: field.metadata[setting] for setting in ("choices", "least", "most")}
+            form = option(None, f"--{name} for encoder {encoder.upper()} alone.", **values)
             setattr(option_class, f"{name}_{encoder}", form)
             annotations[f"{name}_{encoder}"] = annotation
     option_class.__annotations__ = annotations
@@ -70,7 +72,7 @@ class CaptionOptions:
     )
     caption_separator: str | None = _per_encoder("Separate the tags of a caption by this. Default: a comma.")
     shuffle_caption: bool | None = _per_encoder("Put the tags of each caption into a random order at each visit.")
-    keep_tokens: int | None = _per_encoder("Keep this many first tags in place. Default: 0.")
+    keep_tokens: int | None = _per_encoder("Keep this many first tags in place. Default: 0.", least=0)
     keep_tokens_separator: str | None = _per_encoder(
         "Keep the tags before this text, and those after a second one, in place; overrides --keep_tokens. The text "
         "itself reaches no encoder."
@@ -79,15 +81,17 @@ class CaptionOptions:
         "Hold tags together that this text separates; in the end it becomes the caption separator."
     )
     caption_tag_dropout_rate: float | None = _per_encoder(
-        "Drop each tag that is not kept in place with this probability. Default: 0."
+        "Drop each tag that is not kept in place with this probability. Default: 0.", **_RATE
     )
     protected_tags: Path | None = _per_encoder(  # noqa: RUF009  # it makes a field
         "Never drop the tags of this file (UTF-8, one tag a line, upper and lower case alike)."
     )
-    token_warmup_min: int | None = _per_encoder("Start tag warm-up with this many tags. Default: 1.")
+    token_warmup_min: int | None = _per_encoder("Start tag warm-up with this many tags. Default: 1.", least=0)
     token_warmup_step: float | None = _per_encoder(
         "Reach the full number of tags after this many steps. Below 1 it is a fraction of all steps. Default: 0, no "
-        "warm-up."
+        "warm-up.",
+        least=0,
+        most=MOST_STEPS,
     )
     weighted_captions: bool | None = _per_encoder(
         r"Read (a:1.2), (a), [a] and \( in captions as weights of their tokens."
@@ -97,7 +101,9 @@ class CaptionOptions:
     )
     caption_variants: int | None = _per_encoder(
         "Draw this many texts of each image before training and use one of them at each visit, so that shuffled "
-        "captions can be cached. Default: 0, a new text at each visit."
+        "captions can be cached. Default: 0, a new text at each visit.",
+        least=0,
+        most=MOST_BATCHES,
     )
     dropped_caption: str | None = _per_encoder(
         "Replace a dropped caption by the encoding of an empty text, or by zeros (for G a zero pooled vector too). "
@@ -105,22 +111,24 @@ class CaptionOptions:
         choices=(EMPTY, ZEROS),
     )
     caption_dropout_rate: float | None = option(
-        None, "Drop both captions of an image with this probability: the unconditional case of guidance. Default: 0."
+        None,
+        "Drop both captions of an image with this probability: the unconditional case of guidance. Default: 0.",
+        **_RATE,
     )
     caption_dropout_rate_l: float | None = option(
-        None, "Drop the L caption alone with this probability, besides --caption_dropout_rate. Default: 0."
+        None, "Drop the L caption alone with this probability, besides --caption_dropout_rate. Default: 0.", **_RATE
     )
     caption_dropout_rate_g: float | None = option(
-        None, "Drop the G caption alone with this probability, besides --caption_dropout_rate. Default: 0."
+        None, "Drop the G caption alone with this probability, besides --caption_dropout_rate. Default: 0.", **_RATE
     )
     caption_dropout_every_n_epochs: int | None = option(
-        None, "Drop both captions in epochs n, 2n, ... Default: 0, in none."
+        None, "Drop both captions in epochs n, 2n, ... Default: 0, in none.", least=0
     )
     caption_dropout_every_n_epochs_l: int | None = option(
-        None, "Drop the L caption in epochs n, 2n, ... Default: 0, in none."
+        None, "Drop the L caption in epochs n, 2n, ... Default: 0, in none.", least=0
     )
     caption_dropout_every_n_epochs_g: int | None = option(
-        None, "Drop the G caption in epochs n, 2n, ... Default: 0, in none."
+        None, "Drop the G caption in epochs n, 2n, ... Default: 0, in none.", least=0
     )
     caption_draws: str | None = option(
         None,
@@ -174,9 +182,14 @@ def level_problems(level: Level, dashes: str = "") -> list[str]:
     """
     said = {each.name: level.get(each.name) for each in dataclasses.fields(CaptionOptions)}
     problems = [
-        f"{dashes}{name} is {value!r}; {problem}."
+        problem.replace("--", dashes, 1)
+        for each in options_of(CaptionOptions)
+        if (problem := each.bound_problem(said[each.name]))
+    ]
+    problems += [
+        f"{dashes}{name} is ''; it must not be empty."
         for name, value in said.items()
-        if value is not None and (problem := _value_problem(_plain_name(name), value))
+        if value == "" and name.startswith(("caption_separator", "caption_extension"))
     ]
     if problems:
         return problems
@@ -218,18 +231,6 @@ def _encoder_problems(rules: CaptionRules, encoder: Encoder, dashes: str) -> Ite
         )
 
 
-def _value_problem(name: str, value: Any) -> str | None:
-    """Return what is wrong with the value of a setting, in words, or None."""
-    if name in ("caption_dropout_rate", "caption_tag_dropout_rate"):
-        return None if 0 <= value <= 1 else "it must lie between 0 and 1"
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        needed = "a finite number of 0 or more" if isinstance(value, float) else "0 or more"
-        return None if 0 <= value < math.inf else f"it must be {needed}"
-    if name in ("caption_separator", "caption_extension"):
-        return None if value else "it must not be empty"
-    return None
-
-
 def _rules(levels: Sequence[Level], encoder: Encoder) -> CaptionRules:
     names = {each.name: (f"{each.name}_{encoder}", each.name) for each in dataclasses.fields(CaptionRules)}
     decided = _decided(levels, names)
@@ -245,7 +246,3 @@ def _decided(levels: Sequence[Level], names: Mapping[str, Iterable[str]]) -> dic
         for setting, spellings in names.items()
     }
     return {setting: values[0] for setting, values in said.items() if values}
-
-
-def _plain_name(name: str) -> str:
-    return name.removesuffix("_l").removesuffix("_g")

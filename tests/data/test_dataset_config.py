@@ -132,7 +132,7 @@ def toml(subset: str = "", dataset: str = "", general: str = "") -> str:
     [
         (toml("shufle_caption = true"), "line 7: .* no key 'shufle_caption'. Did you mean shuffle_caption"),
         (toml("batch_size = 2"), "line 7: .* no key 'batch_size'; it belongs to .general. or ..datasets.."),
-        (toml("caption_dropout_rate_l = 1.5"), "line 7: caption_dropout_rate_l is 1.5; it must lie between 0 and 1"),
+        (toml("caption_dropout_rate_l = 1.5"), "line 7: caption_dropout_rate_l is 1.5; it must be 1 or less"),
         (toml("caption_dropout_rate_l = 0.7", general="caption_dropout_rate = 0.5"), "add up to 1.2"),
         (toml('protected_tags = "none.txt"'), "cannot read 'none.txt'"),
         (toml('[[datasets.subsets]]\nimage_dir = "a"'), "names '.*' 2 times"),

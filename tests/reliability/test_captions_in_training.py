@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import sdxl_train
-from tests.conftest import RATE, PreparedSet, Run, base_flags, forget_accelerator
+from tests.conftest import BUCKET_FLAGS, RATE, PreparedSet, Run, forget_accelerator
 from tests.outcome import differences, outcome_of
 
 EVERYTHING = (
@@ -49,28 +50,56 @@ def test_a_resumed_run_makes_the_texts_of_the_run_that_went_on(train, varied_set
     assert plain.logged("loss/current") != whole.logged("loss/current")[:1]
 
 
-def test_a_killed_run_ends_as_one_that_was_left_alone(
-    run_server, varied_set: list[str], tiny_sdxl: Path, prepared_set: PreparedSet, tmp_path: Path
-):
+@pytest.fixture
+def data_set_file(varied_set: list[str], tmp_path: Path) -> Path:
+    """A file of three subsets in two data sets, with metadata and without, each with rules of its own."""
+    metadata, folder, _ = (flag.partition("=")[2] for flag in varied_set)
+    (tmp_path / "others").mkdir()
+    for number in range(2):
+        image = tmp_path / "others" / f"{number}.png"
+        Image.effect_noise((120 + number, 140), 90).convert("RGB").save(image)
+        image.with_suffix(".txt").write_text(f"noise {number}, grey, grain, soft\ndots, dark, coarse", encoding="utf-8")
+        image.with_suffix(".caption").write_text(f"a {{field|wall}} of dots, number {number}", encoding="utf-8")
+    path = tmp_path / "sets.toml"
+    path.write_text(
+        f"""
+        [[datasets]]
+        [[datasets.subsets]]
+        metadata_file = '{metadata}'
+        image_dir = '{folder}'
+        [[datasets.subsets]]
+        image_dir = '{tmp_path / "others"}'
+        is_reg = true
+        caption_tag_dropout_rate_l = 0.6
+        token_warmup_step_l = 0.5
+        [[datasets]]
+        resolution = 64
+        batch_size = 1
+        [[datasets.subsets]]
+        image_dir = '{tmp_path / "others"}'
+        shuffle_caption_l = false
+        caption_dropout_rate_g = 0.3
+        random_crop = true
+        """,
+        encoding="utf-8",
+    )
+    return path
+
+
+def test_a_killed_run_ends_as_one_that_was_left_alone(run_server, data_set_file: Path, tiny_sdxl: Path, tmp_path: Path):
     def argv(folder: Path) -> list[str]:
-        base = base_flags(tiny_sdxl, prepared_set.captions_json, prepared_set.images, folder)
-        flags = (
-            "--output_name=m",
-            "--resolution=128,128",
-            "--seed=7",
-            "--max_train_steps=5",
-            f"--learning_rate={RATE}",
-        )
-        saved = ("--save_every_n_steps=2", "--save_state", "--optimizer_type=torch.optim.SGD")
-        buckets = ("--min_bucket_reso=64", "--max_bucket_reso=256", "--bucket_reso_steps=64")
-        return [*base, *flags, *saved, *buckets, *varied_set, *EVERYTHING]
+        files = (f"--pretrained_model_name_or_path={tiny_sdxl}", f"--dataset_config={data_set_file}")
+        base = (f"--output_dir={folder}", "--output_name=m", "--resolution=128,128", "--enable_bucket", "--seed=7")
+        rate = ("--optimizer_type=torch.optim.SGD", f"--learning_rate={RATE}", "--cache_text_encoder_outputs")
+        saved = ("--max_train_steps=5", "--save_every_n_steps=2", "--save_state", "--prior_loss_weight=0.5")
+        return [*files, *base, *rate, *saved, *BUCKET_FLAGS, *EVERYTHING]
 
     whole = run_server("train", argv(tmp_path / "whole"))
     assert whole.wait() == 0
     killed = run_server("train", argv(tmp_path / "killed"))
     killed.wait_until_said("3/5")
     killed.send(signal.SIGKILL, to_group=True)
-    killed.wait()
+    assert killed.wait() == -signal.SIGKILL
     again = run_server("train", [*argv(tmp_path / "killed"), "--resume=latest"])
     assert again.wait() == 0, again.said
     assert differences(outcome_of(tmp_path / "whole"), outcome_of(tmp_path / "killed")) == []
