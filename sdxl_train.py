@@ -35,9 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             description=DESCRIPTION,
             spellings=TRAINER_SPELLINGS,
             conflicts=lambda *classes: TrainingOptions(*classes).conflicts(),
+            heavy_conflicts=lambda *classes: TrainingOptions(*classes).heavy_conflicts(),
         )
     )
     options.console.start()
+    if options.schedule.plot_schedule is not None:
+        return plot_of(options)
     if options.run.dry_run is not None:
         return dry_run_of(options)
     run = options.output_dir, options.save.output_name
@@ -50,6 +53,13 @@ def dry_run_of(options: TrainingOptions) -> int:
     from library.training.dry_run import dry_run
 
     return dry_run(options)
+
+
+def plot_of(options: TrainingOptions) -> int:
+    """Draw the learning rates of the run, and return the exit status."""
+    from library.training.schedule_plot import plot_schedule
+
+    return plot_schedule(options)
 
 
 def train(options: TrainingOptions, stop: StopRequest) -> int:

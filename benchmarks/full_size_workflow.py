@@ -25,7 +25,7 @@ from sklearn.datasets import load_sample_images
 from benchmarks.ceilings import machine
 from benchmarks.phases import STARTED_VARIABLE
 from benchmarks.result_files import RESULTS, machine_line, write_result
-from library.optim.optimizers import ADAFACTOR_RECIPE
+from library.optim.options import ADAFACTOR_RECIPE
 
 ROOT = Path(__file__).resolve().parents[1]
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "camera", "retina")

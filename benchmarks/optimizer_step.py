@@ -25,8 +25,8 @@ from torch.nn import Parameter
 from benchmarks.ceilings import machine, measure, wait
 from benchmarks.result_files import RESULTS, machine_line, write_result
 from library.optim.optimizer_probe import keys_in_bfloat16
-from library.optim.optimizers import ADAFACTOR_RECIPE, make_optimizer
-from library.optim.options import KAHAN, NEAREST, STOCHASTIC, OptimizerOptions
+from library.optim.optimizers import make_optimizer
+from library.optim.options import ADAFACTOR_RECIPE, KAHAN, NEAREST, STOCHASTIC, OptimizerOptions
 from library.optim.rounding import Rounder
 from library.optim.stepping import Stepper
 from library.sdxl.architecture import SDXL_BASE, empty_unet

@@ -29,7 +29,7 @@ from benchmarks.result_files import RESULTS, machine_line, write_result
 from demo import pictures
 from demo.random_sdxl import TINY, write_random_sdxl
 from finetune import prepare_buckets_latents, sdxl_merge_captions_g_to_metadata, sdxl_merge_captions_l_to_metadata
-from library.optim.optimizers import ADAFACTOR_RECIPE
+from library.optim.options import ADAFACTOR_RECIPE
 
 ROOT = Path(__file__).resolve().parents[1]
 _BLOCK = 2**24

@@ -27,7 +27,7 @@ from benchmarks.step_clock import StepClock
 from benchmarks.synthetic_set import SyntheticSet
 from demo.random_sdxl import TINY
 from library.config.errors import UserError
-from library.optim.optimizers import ADAFACTOR_RECIPE
+from library.optim.options import ADAFACTOR_RECIPE
 from library.sdxl.architecture import SDXL_BASE, SdxlModel
 from library.sdxl.checkpoint_file import ModelDtypes
 from library.sdxl.sizes import PIXELS_PER_LATENT, Size

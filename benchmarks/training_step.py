@@ -34,7 +34,7 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 from benchmarks.result_files import RESULTS, machine_line, write_result
 from benchmarks.timed_run import Plan, write_ceilings, write_figures
-from library.optim.optimizers import ADAFACTOR_RECIPE
+from library.optim.options import ADAFACTOR_RECIPE
 from library.sdxl.sizes import Size
 
 _FUSED = ("--gradient_checkpointing", "--fused_backward_pass")

@@ -10,6 +10,7 @@ from library.config.atomic_files import write_text
 from library.config.errors import UserError, error_of_problems
 from library.config.kohya_gui import flags_of_gui
 from library.config.spellings import Refusals, Refused, Spellings, is_one_of
+from library.config.value_kinds import NumSteps
 
 if TYPE_CHECKING:
     from library.config.options import Option
@@ -172,7 +173,8 @@ def _element_from_file(option: "Option", value: Any) -> Any:
     elif isinstance(value, int):
         is_possible = option.value_type is not Path and not (option.value_type is str and option.is_list)
     else:
-        is_possible = isinstance(value, str) or (isinstance(value, float) and option.value_type in (int, float))
+        takes_floats = option.value_type in (int, float, NumSteps)
+        is_possible = isinstance(value, str) or (isinstance(value, float) and takes_floats)
     if not is_possible:
         raise option.refusal(value)
     try:
@@ -186,6 +188,8 @@ def _toml_value(value: Any) -> Any:
         return NONE_TEXT
     if isinstance(value, list):
         return [_toml_value(element) for element in value]
+    if isinstance(value, NumSteps):  # a percentage is text in TOML
+        return str(value) if value.is_fraction and value >= 1 else float(value)
     return str(value) if isinstance(value, Path) else value
 
 

@@ -66,18 +66,6 @@ _LOSS: dict[str, str] = {
     ),
 }
 
-_OPTIMIZER: dict[str, str] = {
-    **dict.fromkeys(
-        ("--lr_scheduler_type", "--lr_scheduler_args"),
-        "custom schedules are not offered yet. Choose one of --lr_scheduler.",
-    ),
-    **dict.fromkeys(
-        ("--lr_decay_steps", "--lr_scheduler_timescale", "--lr_scheduler_min_lr_ratio"),
-        "belongs to schedules that are not offered yet. Choose another --lr_scheduler; --lr_warmup_steps, "
-        "--lr_scheduler_num_cycles and --lr_scheduler_power shape it.",
-    ),
-}
-
 _PRECISION_AND_MEMORY: dict[str, str] = {
     "--full_fp16": "in pure fp16 small gradients become zero and large activations overflow. Use --full_bf16, or "
     "--mixed_precision=fp16 on a card without bf16.",
@@ -171,7 +159,6 @@ TRAINER_REFUSED: dict[str, str] = {
     **_OTHER_TRAINING,
     **_IMAGES,
     **_LOSS,
-    **_OPTIMIZER,
     **_PRECISION_AND_MEMORY,
     **_FILES_AND_LOGS,
     **OTHER_TRAINERS,

@@ -24,7 +24,7 @@ NEUTRAL_REFUSED: dict[str, tuple[str, ...]] = {
     "--factor": ("-1",),
     "--LoRA_type": ("Standard",),
 }
-_LISTS = frozenset({"--lr_scheduler_args", "--network_args", "--base_weights", "--base_weights_multiplier"})
+_LISTS = frozenset({"--network_args", "--base_weights", "--base_weights_multiplier"})
 
 # Of options: written by others for what leaving the flag out means here.
 NEUTRAL: dict[str, tuple[str, ...]] = {
@@ -46,7 +46,13 @@ NEUTRAL: dict[str, tuple[str, ...]] = {
     ),
     **dict.fromkeys(
         (
-            *("--max_train_epochs", "--sample_every_n_steps", "--sample_every_n_epochs", "--save_every_n_steps"),
+            *(
+                "--lr_scheduler_timescale",
+                "--max_train_epochs",
+                "--sample_every_n_steps",
+                "--sample_every_n_epochs",
+                "--save_every_n_steps",
+            ),
             *("--save_every_n_epochs", "--save_last_n_steps", "--save_last_n_epochs", "--save_last_n_steps_state"),
             *("--save_last_n_epochs_state", "--save_n_epoch_ratio", "--save_every_n_minutes"),
         ),

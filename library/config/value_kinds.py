@@ -43,11 +43,38 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
+class NumSteps(float):
+    """A number of steps, or a fraction of all steps: a number below 1, or any number with a percent sign."""
+
+    is_fraction: bool
+
+    def __new__(cls, value: float, *, is_fraction: bool | None = None) -> "NumSteps":
+        """Return `value`; below 1 it is a fraction, unless `is_fraction` says otherwise."""
+        made = super().__new__(cls, value)
+        made.is_fraction = value < 1 if is_fraction is None else is_fraction
+        return made
+
+    def __str__(self) -> str:
+        """The text that reads as the same value: "100%" for all steps, where "1" is one step."""
+        return f"{100 * float(self):.12g}%" if self.is_fraction and self >= 1 else float.__repr__(self)
+
+    def of(self, num_steps: int) -> int:
+        """Return the number of steps, rounded down, in a run of `num_steps`."""
+        return int(self * num_steps) if self.is_fraction else int(self)
+
+
+def _num_steps(text: str) -> NumSteps:
+    if text.endswith("%"):
+        return NumSteps(float(text[:-1]) / 100, is_fraction=True)
+    return NumSteps(float(text))
+
+
 # For each type of value: what to call it in messages, and how to read it.
 KINDS: dict[type, tuple[str, Callable[[str], Any]]] = {
     str: ("text", _text),
     int: ("a whole number", _whole_number),
     float: ("a number", float),
+    NumSteps: ("a number of steps, a fraction below 1 or a percentage", _num_steps),
     bool: ("true or false", _truth),
     Path: ("a path", _path),
 }

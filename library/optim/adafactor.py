@@ -18,16 +18,21 @@ from library.optim.kernels import compiled
 from library.optim.options import KAHAN, STOCHASTIC
 from library.optim.rounding import RESIDUAL, Rounder, stochastically_rounded, with_residual
 
+_RMS = "RMS"  # key of the state, as in transformers
+
 
 class Adafactor(Optimizer):
-    """Adafactor at a fixed learning rate; arguments and state are those of transformers.
+    """Adafactor; arguments and state are those of transformers.
 
     The squares of gradients are kept as mean squares of rows and columns: of each matrix, and of each kernel (kH x kW)
     of a convolution, where they take 2/3 of the size of a 3x3 convolution in float32. With `flatten_convolutions` a
     convolution counts as one matrix [out, in * kH * kW], whose mean squares are negligible in size.
 
+    With `relative_step` the rate follows from the step and `lr` has no effect; the state then holds the root mean
+    square of the weights before the last step, as that of transformers does, for `rate_of_last_step`.
+
     `rounder`, if set, rounds updated bfloat16 weights; without one they are rounded to nearest.
-    Raise `ValueError` for `relative_step` and `warmup_init`, which set the learning rate by themselves.
+    Raise `ValueError` for `warmup_init` without `relative_step`.
     """
 
     rounds_itself = True
@@ -47,8 +52,8 @@ class Adafactor(Optimizer):
         warmup_init: bool = False,
         flatten_convolutions: bool = False,
     ):
-        if relative_step or warmup_init:
-            raise ValueError("relative_step and warmup_init must be False: the learning rate is --learning_rate")
+        if warmup_init and not relative_step:
+            raise ValueError("warmup_init=True needs relative_step=True")
         settings = {
             "lr": lr,
             "eps": eps,
@@ -57,6 +62,8 @@ class Adafactor(Optimizer):
             "beta1": beta1,
             "weight_decay": weight_decay,
             "scale_parameter": scale_parameter,
+            "relative_step": relative_step,
+            "warmup_init": warmup_init,
             "flatten_convolutions": flatten_convolutions,
         }
         super().__init__(params, settings)
@@ -75,6 +82,17 @@ class Adafactor(Optimizer):
                     self._update(parameter, parameter.grad, group)
         return loss
 
+    def rate_of_last_step(self, group: dict[str, Any]) -> float | None:
+        """Return the rate at which the first parameter of a group was updated, None before its first step.
+
+        With `scale_parameter` this reads a number from the device.
+        """
+        state = self.state.get(group["params"][0], {})
+        if "step" not in state or (group["scale_parameter"] and _RMS not in state):
+            return None
+        size = relative_step_size(group, state["step"])
+        return float(state[_RMS].clamp(min=group["eps"][1]) * size) if group["scale_parameter"] else size
+
     def _update(self, parameter: Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         state["step"] = state.get("step", 0) + 1
@@ -82,9 +100,14 @@ class Adafactor(Optimizer):
         weights = parameter.data.view(shape)
         factors = _update_mean_squares(state, gradient, group)
         gradient = gradient.reshape(shape)
-        scale = None
+        scale, rate = None, group["lr"]
+        if group["relative_step"]:
+            rate = relative_step_size(group, state["step"])
         if group["scale_parameter"]:
-            scale = (_norm(weights) / weights.numel() ** 0.5).clamp(min=group["eps"][1])
+            root_mean_square = _norm(weights) / weights.numel() ** 0.5
+            scale = root_mean_square.clamp(min=group["eps"][1])
+            if group["relative_step"]:
+                state[_RMS] = root_mean_square
         clip = _norm_of_update(gradient, factors) / weights.numel() ** 0.5 / group["clip_threshold"]
         _apply(
             weights,
@@ -92,7 +115,7 @@ class Adafactor(Optimizer):
             factors,
             clip=clip.clamp(min=1.0),
             scale=scale,
-            rate=group["lr"],
+            rate=rate,
             weight_decay=group["weight_decay"],
             first_moment=_first_moment(state, weights, group["beta1"]),
             beta1=group["beta1"] or 0.0,
@@ -110,6 +133,11 @@ class Adafactor(Optimizer):
                 state[RESIDUAL] = torch.zeros_like(parameter)
             residual = state[RESIDUAL].view(shape)
         return {"seed": seed, "residual": residual}
+
+
+def relative_step_size(group: dict[str, Any], step: int) -> float:
+    """Return the rate of step `step` (from 1), before it is scaled by the size of the weights: the paper, section 8."""
+    return min(1e-6 * step if group["warmup_init"] else 1e-2, 1 / math.sqrt(step))
 
 
 def _rows_first(shape: torch.Size) -> tuple[int, ...]:

@@ -1,8 +1,6 @@
 """Which parameters are trained at which rate, and by which optimizer."""
 
-import ast
 import inspect
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
@@ -13,11 +11,9 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from library.config.errors import UserError
-from library.optim.options import OPTIMIZERS, OptimizerKind, OptimizerOptions, kind_of, parse_block_rates
-from library.sdxl.unet_blocks import unet_block_index
-
-ADAFACTOR_RECIPE = "--optimizer_args scale_parameter=False relative_step=False warmup_init=False"
-
+from library.optim.known_optimizers import OPTIMIZERS, OptimizerKind, kind_of
+from library.optim.options import OptimizerOptions, parse_block_rates
+from library.sdxl.unet_blocks import NUM_UNET_BLOCKS, unet_block_index
 
 # -- parameters -------------------------------------------------------------------------------------------------------
 
@@ -35,9 +31,10 @@ def make_parameter_groups(
     rate of 0 gets no group and `requires_grad` False; all else gets `requires_grad` True. Raise `UserError` where
     nothing is left to train.
     """
-    parts = _unet_parts(unet, options) | {
-        "text_encoder_l": (list(text_encoder_l), _rate_or(options.learning_rate_te1, options.learning_rate)),
-        "text_encoder_g": (list(text_encoder_g), _rate_or(options.learning_rate_te2, options.learning_rate)),
+    rates = rates_of_parts(options)
+    parts = {name: (parameters, rates[name]) for name, parameters in _unet_parts(unet, options).items()} | {
+        "text_encoder_l": (list(text_encoder_l), rates["text_encoder_l"]),
+        "text_encoder_g": (list(text_encoder_g), rates["text_encoder_g"]),
     }
     groups = []
     for name, (parameters, rate) in parts.items():
@@ -50,17 +47,30 @@ def make_parameter_groups(
     return groups
 
 
-def _unet_parts(
-    unet: Iterable[tuple[str, Parameter]], options: OptimizerOptions
-) -> dict[str, tuple[list[Parameter], float]]:
-    """Return names to parameters and rate: the U-Net as one part, or one part for each block."""
+def rates_of_parts(options: OptimizerOptions) -> dict[str, float]:
+    """Return the learning rate of each part: "unet", or "unet block 0" to "unet block 22", and the text encoders."""
     if options.block_lr is None:
-        return {"unet": ([parameter for _, parameter in unet], options.learning_rate)}
-    rates = parse_block_rates(options.block_lr)
-    blocks: list[list[Parameter]] = [[] for _ in rates]
+        rates = {"unet": options.learning_rate}
+    else:
+        rates = {_block(i): rate for i, rate in enumerate(parse_block_rates(options.block_lr))}
+    return rates | {
+        "text_encoder_l": _rate_or(options.learning_rate_te1, options.learning_rate),
+        "text_encoder_g": _rate_or(options.learning_rate_te2, options.learning_rate),
+    }
+
+
+def _unet_parts(unet: Iterable[tuple[str, Parameter]], options: OptimizerOptions) -> dict[str, list[Parameter]]:
+    """Return names to parameters: the U-Net as one part, or one part for each block."""
+    if options.block_lr is None:
+        return {"unet": [parameter for _, parameter in unet]}
+    blocks: dict[str, list[Parameter]] = {_block(i): [] for i in range(NUM_UNET_BLOCKS)}
     for name, parameter in unet:
-        blocks[unet_block_index(name)].append(parameter)
-    return {f"unet block {i}": part for i, part in enumerate(zip(blocks, rates, strict=True))}
+        blocks[_block(unet_block_index(name))].append(parameter)
+    return blocks
+
+
+def _block(index: int) -> str:
+    return f"unet block {index}"
 
 
 def _rate_or(rate: float | None, default: float) -> float:
@@ -77,7 +87,7 @@ def make_optimizer(groups: Sequence[dict[str, Any]], options: OptimizerOptions) 
     """
     kind = kind_of(options.optimizer_type)
     optimizer_class = kind.load()
-    arguments = dict(kind.arguments) | parse_optimizer_args(options.optimizer_args or [])
+    arguments = dict(kind.arguments) | options.arguments
     _check_arguments(kind, optimizer_class, arguments)
     if kind.one_rate and len({group["lr"] for group in groups}) > 1:
         raise UserError(
@@ -137,39 +147,8 @@ def require_every_shape(options: OptimizerOptions) -> None:
         ) from error
 
 
-def parse_optimizer_args(words: Sequence[str]) -> dict[str, Any]:
-    """Return `["weight_decay=0.01", "betas=0.9,0.99"]` as keyword arguments: numbers, tuples, booleans, None, text.
-
-    Arguments may also stand in one word, separated by spaces or commas, and a comma behind the last one is no part of
-    its value. Raise `UserError` for a word without "=", a value that is not of this kind, and a name given twice.
-    """
-    arguments: dict[str, Any] = {}
-    for word in (each for joined in words for each in _arguments_of(joined)):
-        name, equals, value = (part.strip() for part in word.partition("="))
-        if not equals or not name.isidentifier():
-            raise UserError(f"--optimizer_args: '{word}' is not understood.", "Write name=value, without spaces.")
-        if name in arguments:
-            raise UserError(f"--optimizer_args: '{name}' is set twice.", "Keep one of the two.")
-        try:
-            arguments[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            expected = "It must be a number, numbers with commas, True, False, None or a text in quotes."
-            raise UserError(f"--optimizer_args: the value of '{word}' is not understood.", expected) from None
-    return arguments
-
-
-def _arguments_of(word: str) -> list[str]:
-    """Return the arguments of one word of the command line: "a=1, b=2" holds two; "a b=2" is left as it is."""
-    separate = [each for each in _BETWEEN_ARGUMENTS.split(word.strip(_AROUND_ARGUMENTS)) if each]
-    return separate if all("=" in each for each in separate) else [word]
-
-
-_AROUND_ARGUMENTS = " \t,;"
-_BETWEEN_ARGUMENTS = re.compile(r"[\s,;]+(?=[^\W\d]\w*\s*=)")
-
-
 def _check_arguments(kind: OptimizerKind, optimizer_class: type[Optimizer], arguments: Mapping[str, Any]) -> None:
-    """Raise `UserError` for arguments that the class does not take, and for Adafactor's own choice of the rate."""
+    """Raise `UserError` for arguments that the class does not take."""
     if "lr" in arguments:
         raise UserError("--optimizer_args: 'lr' is set by --learning_rate.", "Use that.")
     parameters = inspect.signature(optimizer_class).parameters
@@ -179,9 +158,4 @@ def _check_arguments(kind: OptimizerKind, optimizer_class: type[Optimizer], argu
     if unknown and not takes_any:
         raise UserError(
             f"--optimizer_args: {kind.name} does not take {', '.join(unknown)}.", f"It takes {', '.join(taken)}."
-        )
-    if kind.name == "Adafactor" and arguments.get("relative_step", True):
-        raise UserError(
-            "Adafactor with relative_step=True sets the learning rate by itself, against --learning_rate.",
-            f"Pass {ADAFACTOR_RECIPE}",
         )

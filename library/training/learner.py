@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LRScheduler
 
 from library.data.dataset import Batch
 from library.diffusion.noise import NoisyLatents
@@ -48,7 +48,7 @@ class Learner:
     parameters: list[nn.Parameter]
     optimizer: Optimizer
     settings: list[dict[str, Any]]
-    lr_schedule: LambdaLR
+    lr_schedule: LRScheduler
     stepper: Stepper
     fused: FusedBackward | None
     max_grad_norm: float

@@ -14,11 +14,13 @@ from transformers import PreTrainedModel
 
 from library.config.errors import UserError
 from library.optim.fused_backward import FusedBackward
+from library.optim.lr_curves import rates_over_run
 from library.optim.lr_schedules import make_lr_schedule
 from library.optim.optimizer_probe import keys_in_bfloat16, treats_each_alone
 from library.optim.optimizers import make_optimizer, make_parameter_groups, tried
-from library.optim.options import NEAREST, OptimizerOptions, ScheduleOptions
+from library.optim.options import NEAREST, OptimizerOptions
 from library.optim.rounding import Rounder
+from library.optim.schedule_options import ScheduleOptions
 from library.optim.stepping import Stepper
 from library.sdxl.architecture import SdxlModel
 from library.sdxl.weight_names import unet_name
@@ -52,6 +54,9 @@ def make_learner(
     narrow_keys = _narrow_keys(parameters, optimizer_options, accelerator.device)
     stepper = _make_stepper(optimizer, optimizer_options, accelerator, Rounder(rounding, parameters, seed), narrow_keys)
     settings = group_settings(optimizer)  # before the schedule changes the rates
+    if schedule_options.lr_scheduler_type:  # a stranger's may end before the run does
+        rates = {group["name"]: group["lr"] for group in groups}
+        rates_over_run(optimizer_options, schedule_options, rates, num_steps=num_steps, at=())
     lr_schedule = make_lr_schedule(optimizer, schedule_options, num_steps)
     networks: dict[str, nn.Module] = {"unet": model.unet}
     networks |= {"text_encoder_l": model.text_encoder_l} if trains_l else {}

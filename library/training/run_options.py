@@ -19,7 +19,9 @@ from library.data.loader_options import LoaderOptions
 from library.data.subsets import Subset
 from library.data.training_set_options import TrainingSetOptions
 from library.diffusion.options import NoiseOptions
-from library.optim.options import OptimizerOptions, ScheduleOptions
+from library.optim.option_conflicts import optimizer_conflicts, schedule_refusals
+from library.optim.options import OptimizerOptions
+from library.optim.schedule_options import ScheduleOptions
 from library.samples.options import SampleOptions
 from library.sdxl.model_source import ModelOptions
 from library.sdxl.model_spec import ModelSpecOptions
@@ -242,11 +244,16 @@ class TrainingOptions:
             )
         yield from self._bucket_conflicts()
         yield from self._fused_conflicts()
-        if self.optimizer.is_schedule_free and self.schedule.lr_scheduler != "constant":
-            yield (
-                f"--optimizer_type {self.optimizer.optimizer_type} replaces the schedule: set --lr_scheduler=constant; "
-                "it warms up with --optimizer_args warmup_steps=100."
-            )
+        yield from optimizer_conflicts(self.optimizer, self.schedule, self._known_num_steps)
+
+    def heavy_conflicts(self) -> Iterator[str]:
+        """Yield what a schedule by its class cannot do with this optimizer; it is tried on a few numbers."""
+        yield from schedule_refusals(self.optimizer, self.schedule, self._known_num_steps)
+
+    @property
+    def _known_num_steps(self) -> int | None:
+        """The optimizer steps of the run; None where epochs decide, whose length depends on the images."""
+        return self.run.max_train_steps if self.run.max_train_epochs is None else None
 
     def _fused_conflicts(self) -> Iterator[str]:
         if not self.optimizer.fused_backward_pass:

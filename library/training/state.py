@@ -11,11 +11,12 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LRScheduler
 
 from library.config.atomic_files import replacing_folder, write_text
 from library.config.digests import DigestAbreast, WrittenDigest
 from library.config.errors import UserError
+from library.optim.lr_schedules import restore_schedule, saved_schedule
 from library.optim.rounding import RESIDUAL
 from library.sdxl.tensor_file import (
     TensorToWrite,
@@ -63,7 +64,7 @@ class Resumable:
     networks: Mapping[str, nn.Module]
     optimizer: Optimizer
     settings: Sequence[Mapping[str, Any]]
-    lr_schedule: LambdaLR
+    lr_schedule: LRScheduler
     scaler: torch.amp.GradScaler | None = None
     narrow_keys: frozenset[str] = frozenset()
     others: Mapping[str, Kept] = field(default_factory=dict)
@@ -101,7 +102,7 @@ def read_learnt(folder: Path, learnt: Resumable) -> None:
         content = _read_optimizer(folder / OPTIMIZER_FILE)
         try:
             _restore_optimizer(learnt, content, folder, changed, follow)
-            _restore_schedule(learnt.lr_schedule, learnt.optimizer, content["lr_schedule"])
+            restore_schedule(learnt.lr_schedule, learnt.optimizer, content["lr_schedule"])
             if learnt.scaler is not None and content["scaler"] is not None:
                 learnt.scaler.load_state_dict(content["scaler"])
         except _RESTORING_ERRORS as error:
@@ -202,7 +203,7 @@ def _optimizer_state(learnt: Resumable) -> dict[str, Any]:
         "state": [learnt.optimizer.state.get(parameter, {}) for parameter in _parameters(learnt.optimizer)],
         "groups": group_settings(learnt.optimizer),
         "settings": [dict(settings) for settings in learnt.settings],
-        "lr_schedule": learnt.lr_schedule.state_dict(),
+        "lr_schedule": saved_schedule(learnt.lr_schedule),
         "scaler": None if learnt.scaler is None else learnt.scaler.state_dict(),
     }
 
@@ -265,14 +266,6 @@ def _require_fitting_moments(state: Mapping[str, Any], parameter: nn.Parameter) 
         shape = getattr(state[key], "shape", None)
         if shape is not None and shape != parameter.shape:
             raise ValueError(f"{key} of the shape {list(shape)} for a weight of {list(parameter.shape)}")
-
-
-def _restore_schedule(schedule: LambdaLR, optimizer: Optimizer, saved: dict[str, Any]) -> None:
-    """Set the schedule to the saved step; the rates are those of the current options at that step."""
-    schedule.load_state_dict(saved)
-    schedule.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
-    for group, base, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
-        group["lr"] = base * factor(schedule.last_epoch)
 
 
 def _placed(key: str, value: Any, group: Mapping[str, Any], device: torch.device) -> Any:

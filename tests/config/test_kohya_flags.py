@@ -44,6 +44,7 @@ SCRIPTS = [
             "--legacy_text_projection",
             "--max_bad_steps",
             "--one_caption",
+            "--plot_schedule",
             "--resume_anyway",
             "--sample_grid",
             "--save_every_n_minutes",

@@ -10,6 +10,7 @@ from library.config.errors import UserError
 from library.config.kohya_flags import TRAINER_REFUSED, TRAINER_REPLACED
 from library.config.kohya_spellings import NEUTRAL, NEUTRAL_REFUSED, TRAINER_SPELLINGS
 from library.config.options import options_of, parse_options
+from library.config.value_kinds import NumSteps
 from library.data.caption_options import resolve
 from library.training.run_options import OPTION_CLASSES, TrainingOptions
 from tests.conftest import base_flags
@@ -195,7 +196,7 @@ def test_rates_of_text_encoders_in_a_file_count_once_they_are_trained(in_folder:
         ("gradient_checkpointing = 1", "gradient_checkpointing", True),
         ("gradient_checkpointing = 'true'", "gradient_checkpointing", True),
         ("resolution = 768", "resolution", "768"),
-        ("lr_warmup_steps = '0.1'\nlr_scheduler = 'cosine'", "lr_warmup_steps", 0.1),
+        ("lr_warmup_steps = '0.1'\nlr_scheduler = 'cosine'", "lr_warmup_steps", NumSteps(0.1)),
         ("fused_optimizer_groups = 10", "fused_backward_pass", True),
         ("fused_optimizer_groups = '10'", "fused_backward_pass", True),
         ("use_8bit_adam = 1", "optimizer_type", "AdamW8bit"),

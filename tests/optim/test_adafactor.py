@@ -114,9 +114,9 @@ def test_compensated_bfloat16_follows_float32(shape):
     torch.testing.assert_close(ours.float() + state["rounding_residual"], exact.detach(), rtol=20 * 2**-17, atol=2e-6)
 
 
-def test_arguments_that_choose_the_rate_are_refused():
+def test_a_warm_up_of_relative_steps_needs_them():
     with pytest.raises(ValueError, match="relative_step"):
-        Adafactor([Parameter(torch.zeros(2))], lr=1e-3)
+        Adafactor([Parameter(torch.zeros(2))], lr=1e-3, relative_step=False, warmup_init=True)
 
 
 def test_a_state_with_convolutions_factored_differently_is_refused():

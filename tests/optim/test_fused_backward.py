@@ -10,8 +10,8 @@ from torch.nn.utils import clip_grad_norm_
 
 from library.optim.fused_backward import FusedBackward
 from library.optim.optimizer_probe import keys_in_bfloat16
-from library.optim.optimizers import ADAFACTOR_RECIPE, make_optimizer
-from library.optim.options import NEAREST, STOCHASTIC, OptimizerOptions
+from library.optim.optimizers import make_optimizer
+from library.optim.options import ADAFACTOR_RECIPE, NEAREST, STOCHASTIC, OptimizerOptions
 from library.optim.rounding import Rounder
 from library.optim.stepping import Stepper
 

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
+from library.optim.known_optimizers import OPTIMIZERS
 from library.optim.optimizer_probe import keys_in_bfloat16, treats_each_alone
-from library.optim.optimizers import ADAFACTOR_RECIPE, make_optimizer
-from library.optim.options import KAHAN, NEAREST, OPTIMIZERS, STOCHASTIC, OptimizerOptions
+from library.optim.optimizers import make_optimizer
+from library.optim.options import ADAFACTOR_RECIPE, KAHAN, NEAREST, STOCHASTIC, OptimizerOptions
 from library.optim.rounding import Rounder
 from library.optim.stepping import Stepper
 

@@ -86,6 +86,7 @@ WAYS = {
         *("--mixed_precision=bf16", "--full_bf16", "--train_text_encoder", "--max_train_steps=4"),
         *("--optimizer_type=Adafactor", "--optimizer_args", "scale_parameter=False", "relative_step=False"),
         *("warmup_init=False", "--learning_rate=1e-3", "--sample_every_n_epochs=1", "--save_every_n_epochs=1"),
+        *("--lr_scheduler_type=OneCycleLR", "--lr_scheduler_args", "max_lr=2e-3,total_steps=4,cycle_momentum=False"),
         *("--save_state", "--fused_backward_pass", "--max_grad_norm=0.01"),
     ),
     "bfloat16 with compensation, schedule-free": (

@@ -15,7 +15,7 @@ from transformers.optimization import Adafactor
 from library.config.digests import file_digest
 from library.config.errors import UserError
 from library.optim.lr_schedules import make_lr_schedule
-from library.optim.options import ScheduleOptions
+from library.optim.schedule_options import ScheduleOptions
 from library.training.progress import (
     FORMAT_WITHOUT_DIGESTS,
     LATEST,
@@ -31,6 +31,7 @@ from library.training.state import Resumable, group_settings, read_learnt, write
 PROGRESS = Progress(
     "2026-02-03T04:05:06", 7, 3, 1, 1, [0.1, 1 / 3], setting=Setting({"output_name": "m"}, {"01": "ab"}, {})
 )
+LINEAR = ScheduleOptions(lr_scheduler="linear")
 OPTIMIZERS = {
     "AdamW": lambda groups: torch.optim.AdamW(groups, lr=0.1),
     "SGD": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9),
@@ -38,13 +39,15 @@ OPTIMIZERS = {
 }
 
 
-def make(optimizer: Callable = OPTIMIZERS["AdamW"], dtype=torch.float32, rate: float = 0.1, width: int = 4):
+def make(
+    optimizer: Callable = OPTIMIZERS["AdamW"], dtype=torch.float32, rate: float = 0.1, width: int = 4, scheduled=LINEAR
+):
     """A small network that has not learnt yet, always the same one."""
     torch.manual_seed(0)
     network = nn.Linear(width, 3, dtype=dtype)
     made = optimizer([{"name": "unet", "params": list(network.parameters()), "lr": rate}])
     settings = group_settings(made)
-    schedule = make_lr_schedule(made, ScheduleOptions(lr_scheduler="linear"), 10)
+    schedule = make_lr_schedule(made, scheduled, 10)
     return Resumable({"unet": network}, made, settings, schedule)
 
 
@@ -71,6 +74,47 @@ def test_what_is_read_back_learns_on_bit_for_bit(name: str, dtype, tmp_path: Pat
     assert all(torch.equal(one, other) for one, other in zip(at_once, train(second, range(3, 6)), strict=True))
 
 
+def by_class(name: str, *arguments: str) -> ScheduleOptions:
+    return ScheduleOptions(lr_scheduler_type=name, lr_scheduler_args=list(arguments))
+
+
+SCHEDULES = [
+    ScheduleOptions("rex", lr_warmup_steps=2),
+    by_class("OneCycleLR", "max_lr=0.2", "total_steps=10"),
+    by_class("CosineAnnealingLR", "T_max=10"),
+    by_class("MultiStepLR", "milestones=2,4"),
+    by_class("CyclicLR", "base_lr=0.1", "max_lr=0.2", "step_size_up=3", "cycle_momentum=False"),
+]
+
+
+@pytest.mark.parametrize("scheduled", SCHEDULES, ids=lambda each: each.lr_scheduler_type or each.lr_scheduler)
+def test_every_kind_of_schedule_continues_bit_for_bit(scheduled: ScheduleOptions, tmp_path: Path):
+    at_once = train(make(scheduled=scheduled), range(6))
+    first, second = make(scheduled=scheduled), make(scheduled=scheduled)
+    train(first, range(3))
+    write_state(tmp_path / "m-state", PROGRESS, first)
+    read_learnt(tmp_path / "m-state", second)
+    settings = [learnt.optimizer.param_groups[0] for learnt in (first, second)]
+    assert {**settings[0], "params": None} == {**settings[1], "params": None}
+    assert all(torch.equal(one, other) for one, other in zip(at_once, train(second, range(3, 6)), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("then", "now"),
+    [
+        (by_class("CosineAnnealingLR", "T_max=10"), LINEAR),
+        (LINEAR, by_class("CosineAnnealingLR", "T_max=10")),
+        (by_class("CosineAnnealingLR", "T_max=10"), by_class("CosineAnnealingLR", "T_max=9")),
+        (by_class("CosineAnnealingLR", "T_max=10"), by_class("ExponentialLR", "gamma=0.9")),
+    ],
+    ids=lambda each: each.lr_scheduler_type or each.lr_scheduler,
+)
+def test_a_schedule_by_its_class_is_not_exchanged_on_the_way(then, now, tmp_path: Path):
+    write_state(tmp_path / "m-state", PROGRESS, make(scheduled=then))
+    with pytest.raises(UserError, match="the state was saved under"):
+        read_learnt(tmp_path / "m-state", make(scheduled=now))
+
+
 def test_where_the_run_was_is_read_back(tmp_path: Path):
     write_state(tmp_path / "m-state", PROGRESS, make())
     assert read_progress(tmp_path / "m-state") == PROGRESS
@@ -83,6 +127,10 @@ def test_another_learning_rate_holds_from_the_step_of_the_state(tmp_path: Path):
     second = make(rate=0.01)
     read_learnt(tmp_path / "m-state", second)
     assert second.optimizer.param_groups[0]["lr"] == pytest.approx(0.01 * 6 / 10)  # linear, after 4 of 10 steps
+    of_class = by_class("CosineAnnealingLR", "T_max=10")
+    write_state(tmp_path / "class-state", PROGRESS, make(scheduled=of_class))
+    with pytest.raises(UserError, match="with another learning rate"):
+        read_learnt(tmp_path / "class-state", make(rate=0.01, scheduled=of_class))
 
 
 @pytest.mark.parametrize(
