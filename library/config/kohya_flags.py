@@ -40,10 +40,6 @@ _IMAGES: dict[str, str] = {
 }
 
 _LOSS: dict[str, str] = {
-    "--v_parameterization": "not offered yet: the loss is on the noise, as SDXL base was trained. A model that "
-    "predicts velocity cannot be trained here; start from one that predicts noise.",
-    "--zero_terminal_snr": "not offered yet: the noise schedule is that of SDXL base. Use --noise_offset for very dark "
-    "and very bright images.",
     **dict.fromkeys(
         ("--scale_v_pred_loss_like_noise_pred", "--v_pred_like_loss"),
         "belongs to models that predict velocity, which cannot be trained here yet. Leave it off.",

@@ -1,27 +1,20 @@
-"""Noise in the latents: the schedule over 1000 timesteps and the random draws of training."""
+"""Noise in the latents, and the random draws of training."""
 
 from typing import NamedTuple
 
 import torch
-from diffusers import DDPMScheduler
 from torch.nn.functional import interpolate
 
 from library.diffusion.options import NoiseOptions
 from library.sdxl.device_copies import to_device
-from library.sdxl.prediction import Prediction
 
 
 class NoisyLatents(NamedTuple):
-    """One training draw: `noise` and the noisy `latents` [B, C, h, w], `timesteps` int64 [B]."""
+    """One training draw: `noise` and the noisy `latents` [B, C, h, w], `timesteps` [B]: int64, of a flow float32."""
 
     noise: torch.Tensor
     timesteps: torch.Tensor
     latents: torch.Tensor
-
-
-def make_noise_schedule(prediction: Prediction) -> DDPMScheduler:
-    """Return the noise schedule of a model; for SDXL base betas from 0.00085 to 0.012 over 1000 timesteps."""
-    return DDPMScheduler(**prediction.scheduler_settings(), clip_sample=False)
 
 
 def draw_noise(latents: torch.Tensor, options: NoiseOptions, generator: torch.Generator) -> torch.Tensor:

@@ -3,50 +3,20 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    DPMSolverSinglestepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    HeunDiscreteScheduler,
-    KDPM2AncestralDiscreteScheduler,
-    KDPM2DiscreteScheduler,
-    LMSDiscreteScheduler,
-    PNDMScheduler,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import nn
 
 from library.samples.prompts import SamplePrompt
+from library.samples.schedulers import make_sampling_scheduler
 from library.sdxl.architecture import LATENT_SCALE
 from library.sdxl.latents import decode_latents
-from library.sdxl.prediction import SDXL_PREDICTION
+from library.sdxl.prediction import SDXL_PREDICTION, Prediction
 from library.sdxl.text_encoding import UNWEIGHTED, TextConditioning, TextWeights, encode_captions
 from library.sdxl.tokenizers import CHUNK_TOKENS, num_chunks_needed, tokenize_captions
-
-_SCHEDULERS: dict[str, tuple[type, dict[str, Any]]] = {
-    # Latents are not confined to -1..1: clipping them, as kohya's trainers do for ddim, greys the image.
-    "ddim": (DDIMScheduler, {"clip_sample": False}),
-    # Without the Runge-Kutta start, which fails below four steps (as in Stable Diffusion's own configuration).
-    "pndm": (PNDMScheduler, {"skip_prk_steps": True}),
-    "lms": (LMSDiscreteScheduler, {}),
-    "euler": (EulerDiscreteScheduler, {}),
-    "euler_a": (EulerAncestralDiscreteScheduler, {}),
-    "heun": (HeunDiscreteScheduler, {}),
-    "dpm_2": (KDPM2DiscreteScheduler, {}),
-    "dpm_2_a": (KDPM2AncestralDiscreteScheduler, {}),
-    "dpmsolver": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
-    "dpmsolver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
-    "dpmsingle": (DPMSolverSinglestepScheduler, {}),
-}
 
 
 def _already_there(*networks: nn.Module) -> AbstractContextManager[None]:
@@ -55,7 +25,7 @@ def _already_there(*networks: nn.Module) -> AbstractContextManager[None]:
 
 @dataclass(frozen=True)
 class SamplingNetworks:
-    """The networks that draw an image; the U-Net returns float32.
+    """The networks that draw an image, and what the U-Net predicts; it returns float32.
 
     With `zeros_l` or `zeros_g` an empty negative prompt is zero features of that encoder (for G also a zero pooled
     vector), as dropped captions are in training. The others may be elsewhere: they are called only within
@@ -69,12 +39,7 @@ class SamplingNetworks:
     at_hand: Callable[..., AbstractContextManager[None]] = _already_there
     zeros_l: bool = False
     zeros_g: bool = False
-
-
-def make_sampling_scheduler(name: str) -> Any:
-    """Return diffusers' scheduler for a name of `--sample_sampler`."""
-    scheduler_class, settings = _SCHEDULERS[name.removeprefix("k_")]
-    return scheduler_class(**SDXL_PREDICTION.scheduler_settings(), **settings)
+    prediction: Prediction = SDXL_PREDICTION
 
 
 @torch.no_grad()
@@ -110,7 +75,7 @@ def draw_latents_together(
         tokenizer=None,
         tokenizer_2=None,
         unet=networks.unet,
-        scheduler=make_sampling_scheduler(sampler),
+        scheduler=make_sampling_scheduler(sampler, networks.prediction),
         add_watermarker=False,
     )
     pipeline.set_progress_bar_config(desc=prompts[0].prompt_g[:40], leave=False, disable=None)

@@ -44,10 +44,18 @@ SAMPLERS: tuple[str, ...] = (
 )
 """The names of `--sample_sampler` and `--ss`; a leading `k_` makes no difference, as in kohya's trainers."""
 
+FLOW_SAMPLERS = ("ddim", "euler", "heun", "dpmsolver++", "dpmsingle")
+"""The samplers that can draw with a rectified flow."""
+
+
+def plain_name(sampler: str) -> str:
+    """Return a name of `SAMPLERS` without its `k_`."""
+    return sampler.removeprefix("k_")
+
 
 def names_of(sampler: str) -> SamplerNames:
     """Return what other programs call one of `SAMPLERS`."""
-    return SAMPLER_NAMES[sampler.removeprefix("k_")]
+    return SAMPLER_NAMES[plain_name(sampler)]
 
 
 def sampler_of(text: str) -> str | None:

@@ -14,6 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from library.sdxl.prediction import SDXL_PREDICTION, Prediction
 from library.sdxl.sizes import LATENT_CHANNELS
 
 LATENT_SCALE = 0.13025
@@ -191,6 +192,7 @@ class SdxlModel:
     architecture: Architecture
     logit_scale: torch.Tensor
     """OpenCLIP's temperature: unused in diffusion, kept so that a saved file has every tensor of the one loaded."""
+    prediction: Prediction = SDXL_PREDICTION
 
     @property
     def networks(self) -> tuple[nn.Module, ...]:

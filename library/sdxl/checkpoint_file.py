@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,12 @@ from library.sdxl.foreign_weights import (
     quantised,
     require_finite,
     warn_of_coarse_weights,
+    what_it_is,
 )
 from library.sdxl.model_spec import HASH_KEY
-from library.sdxl.prediction import find_prediction, require_noise_prediction
+from library.sdxl.prediction import SDXL_PREDICTION, ZERO_TERMINAL_SNR_MARKER
+from library.sdxl.prediction_claims import MARKERS, FoundPrediction, find_prediction
+from library.sdxl.prediction_options import AS_THE_MODEL_SAYS, PredictionOptions
 from library.sdxl.tensor_file import (
     TensorReader,
     TensorToWrite,
@@ -52,18 +56,6 @@ from library.sdxl.weight_names import (
 
 log = logging.getLogger(__name__)
 
-_OTHER_MODELS = (
-    ("lora_unet_", "a LoRA, not a whole model"),
-    ("lora_te", "a LoRA, not a whole model"),
-    ("cond_stage_model.transformer.", "Stable Diffusion 1.x"),
-    ("cond_stage_model.model.", "Stable Diffusion 2.x"),
-    ("conditioner.embedders.0.model.", "the SDXL refiner"),
-    ("joint_blocks.", "Stable Diffusion 3"),
-    ("model.diffusion_model.joint_blocks.", "Stable Diffusion 3"),
-    ("double_blocks.", "Flux"),
-    ("model.diffusion_model.double_blocks.", "Flux"),
-)
-
 
 @dataclass(frozen=True)
 class ModelDtypes:
@@ -80,21 +72,33 @@ class ModelDtypes:
 _ONETRAINER_PREFIX = "ot_"  # of its keys in the header
 
 
+def prediction_of_file(path: Path) -> FoundPrediction:
+    """Return what the model of a single file says that it predicts; no weights are read. Raise as `find_prediction`."""
+    with open_tensors(path) as file:
+        return find_prediction(str(path), file.shapes, file.metadata, {})
+
+
 def read_single_file(
-    path: Path, dtypes: ModelDtypes, *, with_vae: bool = True, transposed_text_projection: bool = False
+    path: Path,
+    dtypes: ModelDtypes,
+    *,
+    with_vae: bool = True,
+    transposed_text_projection: bool = False,
+    prediction: PredictionOptions = AS_THE_MODEL_SAYS,
 ) -> SdxlModel:
     """Return the model of a single file, on the CPU, in evaluation mode.
 
     The file is mapped into memory and each tensor copied once, in its final precision. Without `with_vae` the VAE is
     not read, and stays without weights. `transposed_text_projection` says that the file stores G's projection
-    transposed. Raise `UserError` for a file that is damaged, of another model family, quantised, predicts anything but
-    noise, lacks tensors of SDXL, or holds them in other shapes or with NaN or Inf.
+    transposed. Raise `UserError` for a file that is damaged, of another model family, quantised, contradicts
+    `prediction`, lacks tensors of SDXL, or holds them in other shapes or with NaN or Inf.
     """
     with open_tensors(path) as file:
-        require_noise_prediction(str(path), find_prediction(str(path), file.shapes, file.metadata, {}))
+        predicted = prediction.settled(str(path), find_prediction(str(path), file.shapes, file.metadata, {}))
         warn_of_coarse_weights(file)
         reader = in_usual_form(file)
         model: SdxlModel = _without_weights(reader, empty_model, SDXL_BASE)
+        model.prediction = predicted
         parts = [part for part in _parts(model, dtypes) if with_vae or part[0] is not model.vae]
         if transposed_text_projection:
             parts = [(network, _with_transposed_projection(table), dtype) for network, table, dtype in parts]
@@ -169,7 +173,7 @@ def _check(reader: TensorReader, network: nn.Module, table: list[StoredTensor]) 
     missing = [stored.name for stored in table if stored.name not in reader.shapes]
     if missing:
         raise UserError(
-            f"'{reader.path}' {_what_it_is(reader)}: {len(missing)} tensors are missing, such as "
+            f"'{reader.path}' {what_it_is(reader)}: {len(missing)} tensors are missing, such as "
             f"{listed(missing, limit=5)}.",
             _remedy_for_missing(missing, table),
         )
@@ -211,13 +215,6 @@ def _holds_the_same(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
     return padded[0] == padded[1]
 
 
-def _what_it_is(reader: TensorReader) -> str:
-    for prefix, family in _OTHER_MODELS:
-        if any(name.startswith(prefix) for name in reader.shapes):
-            return f"is not an SDXL checkpoint (it looks like {family})"
-    return "is not a whole SDXL checkpoint"
-
-
 def _fill(reader: TensorReader, network: nn.Module, table: list[StoredTensor], dtype: torch.dtype | None) -> list[str]:
     """Load the weights into `network`; return the names of those with NaN or Inf, in the file or in `dtype`."""
     weights, not_finite = {}, []
@@ -235,7 +232,7 @@ def _fill(reader: TensorReader, network: nn.Module, table: list[StoredTensor], d
 
 
 def _report_unused(reader: TensorReader, used: set[str], *, with_vae: bool) -> None:
-    known = {*used, LOGIT_SCALE}
+    known = {*used, LOGIT_SCALE, *MARKERS, ZERO_TERMINAL_SNR_MARKER}
     ignored = () if with_vae else (PREFIX_VAE,)
     unused = [
         name
@@ -266,6 +263,8 @@ def tensors_to_write(model: SdxlModel, dtype: torch.dtype | None) -> Iterator[Te
     yield TensorToWrite(
         LOGIT_SCALE, tuple(model.logit_scale.shape), dtype or model.logit_scale.dtype, lambda: model.logit_scale
     )
+    for marker in model.prediction.markers():
+        yield TensorToWrite(marker, (0,), torch.float32, partial(torch.empty, 0))
 
 
 @dataclass(frozen=True)
@@ -281,11 +280,13 @@ def write_single_file(path: Path, model: SdxlModel, dtype: torch.dtype | None, m
     """Write the model as one `.safetensors` (streamed: memory for one tensor) or, by its name, one `.ckpt` file.
 
     `dtype` is the precision in the file, None keeps what is in memory. `metadata` goes into the header, with the hash
-    of the weights (of a `.ckpt`: beside the tensors, without hash), and the architecture where it is not SDXL base.
-    Raise `UserError` where `path` cannot be written.
+    of the weights (of a `.ckpt`: beside the tensors, without hash), and architecture and prediction type where they are
+    not those of SDXL base. Raise `UserError` where `path` cannot be written.
     """
     if model.architecture != SDXL_BASE:
         metadata = {**metadata, ARCHITECTURE_KEY: model.architecture.to_json()}
+    if model.prediction != SDXL_PREDICTION:
+        metadata = {**metadata, **model.prediction.header()}
     if path.suffix.lower() == ".ckpt":
         write_pickle(path, tensors_to_write(model, dtype), metadata)
     else:

@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, ModelMixin, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    ModelMixin,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
@@ -27,7 +34,9 @@ from library.sdxl.architecture import (
 )
 from library.sdxl.checkpoint_file import ModelDtypes
 from library.sdxl.foreign_weights import is_finite, quantisation_of, quantised, require_finite, stands_beside_weights
-from library.sdxl.prediction import SDXL_PREDICTION, find_prediction, require_noise_prediction
+from library.sdxl.prediction import FLOW, Prediction
+from library.sdxl.prediction_claims import FoundPrediction, find_prediction
+from library.sdxl.prediction_options import AS_THE_MODEL_SAYS, PredictionOptions
 from library.sdxl.sizes import LATENT_CHANNELS
 from library.sdxl.tensor_file import TensorToWrite, first_line, write_safetensors
 from library.sdxl.tokenizers import PAD_G, PAD_L, save_tokenizer
@@ -48,13 +57,25 @@ _LOADING_ERRORS = (OSError, EOFError, SafetensorError, pickle.UnpicklingError, *
 """What the libraries raise for a folder that is damaged: they expect configurations that they wrote themselves."""
 
 
-def read_diffusers_folder(name_or_path: str, dtypes: ModelDtypes, *, with_vae: bool = True) -> SdxlModel:
+def prediction_of_folder(name_or_path: str) -> FoundPrediction:
+    """Return what the scheduler of a diffusers folder says that the model predicts. Raise as `find_prediction`."""
+    return find_prediction(name_or_path, (), {}, _scheduler_config(name_or_path))
+
+
+def read_diffusers_folder(
+    name_or_path: str,
+    dtypes: ModelDtypes,
+    *,
+    with_vae: bool = True,
+    prediction: PredictionOptions = AS_THE_MODEL_SAYS,
+) -> SdxlModel:
     """Return the model of a diffusers folder (or hub name), on the CPU, in evaluation mode.
 
     Where `dtypes` leaves the precision open it is float32, since diffusers does not tell the file's own. Without
-    `with_vae` the VAE is not read, and stays without weights. Raise `UserError` if the folder is not a whole SDXL model
-    that predicts noise.
+    `with_vae` the VAE is not read, and stays without weights. Raise `UserError` if the folder is not a whole SDXL
+    model, or contradicts `prediction`.
     """
+    predicted = prediction.settled(name_or_path, prediction_of_folder(name_or_path))
     _check_configs(name_or_path, with_vae=with_vae)
     unet = _load(UNet2DConditionModel, name_or_path, "unet", dtypes.unet)
     vae = read_diffusers_vae(name_or_path, dtypes.vae) if with_vae else _vae_without_weights(name_or_path)
@@ -73,6 +94,7 @@ def read_diffusers_folder(name_or_path: str, dtypes: ModelDtypes, *, with_vae: b
         text_encoder_g.eval(),
         architecture,
         torch.tensor(DEFAULT_LOGIT_SCALE),
+        predicted,
     )
 
 
@@ -84,9 +106,7 @@ def read_diffusers_vae(name_or_path: str, dtype: torch.dtype | None) -> Autoenco
 
 
 def _check_configs(name_or_path: str, *, with_vae: bool) -> None:
-    """Raise `UserError` for configurations of what is not SDXL or does not predict noise: no weights are read yet."""
-    prediction = find_prediction(name_or_path, (), {}, _scheduler_config(name_or_path))
-    require_noise_prediction(name_or_path, prediction)
+    """Raise `UserError` for configurations of what is not SDXL: no weights are read yet."""
     unet = _checked_config(UNet2DConditionModel, name_or_path, "unet")
     channels = unet.get("in_channels", LATENT_CHANNELS)
     if channels != LATENT_CHANNELS:
@@ -224,14 +244,26 @@ def write_diffusers_configs(folder: Path, model: SdxlModel) -> None:
         tokenizer=save_tokenizer(folder / "tokenizer", PAD_L),
         tokenizer_2=save_tokenizer(folder / "tokenizer_2", PAD_G),
         unet=model.unet,
-        scheduler=EulerDiscreteScheduler(
-            **SDXL_PREDICTION.scheduler_settings(),
-            timestep_spacing="leading",
-            steps_offset=1,
-        ),
+        scheduler=_scheduler(model.prediction),
     )
     pipeline.scheduler.save_pretrained(folder / "scheduler")
     pipeline.save_config(folder)
+
+
+def _scheduler(prediction: Prediction) -> Any:
+    """Return the scheduler of the folder: one that diffusers' SDXL pipeline can draw with."""
+    if prediction.kind == FLOW:  # the pipeline cannot draw with schedulers of the FlowMatch family
+        return DPMSolverMultistepScheduler(
+            num_train_timesteps=prediction.num_timesteps,
+            prediction_type=prediction.kind,
+            use_flow_sigmas=True,
+            flow_shift=prediction.flow_shift,
+        )
+    if prediction.has_zero_terminal_snr:
+        return EulerDiscreteScheduler(
+            **prediction.scheduler_settings(), timestep_spacing="trailing", rescale_betas_zero_snr=True
+        )
+    return EulerDiscreteScheduler(**prediction.scheduler_settings(), timestep_spacing="leading", steps_offset=1)
 
 
 def _networks(model: SdxlModel) -> dict[str, Any]:

@@ -153,3 +153,26 @@ def _comfyui_formats(reader: TensorReader) -> list[str]:
         return [str(layer["format"]) for layer in layers]
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return ["unknown to this program"]
+
+
+# -- other models -----------------------------------------------------------------------------------------------------
+
+_OTHER_MODELS = (
+    ("lora_unet_", "a LoRA, not a whole model"),
+    ("lora_te", "a LoRA, not a whole model"),
+    ("cond_stage_model.transformer.", "Stable Diffusion 1.x"),
+    ("cond_stage_model.model.", "Stable Diffusion 2.x"),
+    ("conditioner.embedders.0.model.", "the SDXL refiner"),
+    ("joint_blocks.", "Stable Diffusion 3"),
+    ("model.diffusion_model.joint_blocks.", "Stable Diffusion 3"),
+    ("double_blocks.", "Flux"),
+    ("model.diffusion_model.double_blocks.", "Flux"),
+)
+
+
+def what_it_is(reader: TensorReader) -> str:
+    """Return what a file with too few tensors of SDXL is, as the end of a sentence."""
+    for prefix, family in _OTHER_MODELS:
+        if any(name.startswith(prefix) for name in reader.shapes):
+            return f"is not an SDXL checkpoint (it looks like {family})"
+    return "is not a whole SDXL checkpoint"

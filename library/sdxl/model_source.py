@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from library.config.errors import UserError
 from library.config.options import option
+from library.sdxl.prediction import EPSILON, SDXL_PREDICTION, Prediction
+from library.sdxl.prediction_options import AS_THE_MODEL_SAYS, PredictionOptions
 
 if TYPE_CHECKING:  # a mistake on the command line is answered before these are imported
     import torch
@@ -61,8 +63,37 @@ class ModelOptions:
             )
 
 
-def load_model(options: ModelOptions, dtypes: "ModelDtypes") -> "SdxlModel":
-    """Return the model that the options name, on the CPU. Raise `UserError` if it is damaged or not SDXL."""
+def read_prediction(options: ModelOptions, wanted: PredictionOptions) -> Prediction:
+    """Return what is trained, and log it unless it is as in SDXL base; no weights are read.
+
+    Raise `UserError` for a model that is not known here or contradicts `wanted`.
+    """
+    from library.sdxl.checkpoint_file import prediction_of_file
+    from library.sdxl.diffusers_folder import prediction_of_folder
+
+    source = options.pretrained_model_name_or_path or ""
+    found = prediction_of_file(Path(source)) if _is_file(source) else prediction_of_folder(source)
+    prediction = wanted.settled(source, found)
+    if wanted.convert_prediction:
+        log.info("'%s' predicts %s and is moved to %s", source, found.prediction, prediction)
+    elif prediction != SDXL_PREDICTION or wanted != AS_THE_MODEL_SAYS:
+        log.info("the model predicts %s: %s", prediction, ", ".join(found.places) or "as the flags say")
+    if prediction.kind == EPSILON and prediction.has_zero_terminal_snr:
+        log.warning(
+            "zero terminal SNR is made for models that predict velocity: one that predicts noise learns nothing from "
+            "the last timestep, where its input is the noise; a model can be moved with --v_parameterization "
+            "--convert_prediction"
+        )
+    return prediction
+
+
+def load_model(
+    options: ModelOptions, dtypes: "ModelDtypes", prediction: PredictionOptions = AS_THE_MODEL_SAYS
+) -> "SdxlModel":
+    """Return the model that the options name, on the CPU.
+
+    Raise `UserError` if it is damaged, not SDXL, or contradicts `prediction`.
+    """
     from library.sdxl.architecture import SDXL_BASE, recorded_facts
     from library.sdxl.checkpoint_file import read_single_file
     from library.sdxl.diffusers_folder import read_diffusers_folder
@@ -78,13 +109,14 @@ def load_model(options: ModelOptions, dtypes: "ModelDtypes") -> "SdxlModel":
             dtypes,
             with_vae=not has_other_vae,
             transposed_text_projection=options.transposed_text_projection,
+            prediction=prediction,
         )
     elif options.transposed_text_projection:
         raise UserError(
             f"--transposed_text_projection is for single files; '{source}' is a diffusers model.", "Remove the flag."
         )
     else:
-        model = read_diffusers_folder(source, dtypes, with_vae=not has_other_vae)
+        model = read_diffusers_folder(source, dtypes, with_vae=not has_other_vae, prediction=prediction)
     if options.vae is not None:
         model.vae = load_vae(options.vae, dtypes.vae, model.architecture)
         model.architecture = replace(model.architecture, vae=recorded_facts(model.vae.config, SDXL_BASE.vae))

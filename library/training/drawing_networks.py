@@ -46,6 +46,7 @@ def load_networks(
         at_hand=partial(on_device, accelerator.device),
         zeros_l=zeros_l,
         zeros_g=zeros_g,
+        prediction=model.prediction,
     )
 
 

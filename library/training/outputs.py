@@ -105,6 +105,7 @@ def make_sampling(
         at_hand=partial(on_device, model.unet.device),
         zeros_l=captions.rules_l.dropped_caption == ZEROS,
         zeros_g=captions.rules_g.dropped_caption == ZEROS,
+        prediction=model.prediction,
     )
     run = SampledRun(
         options.output_dir,

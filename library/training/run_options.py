@@ -25,6 +25,7 @@ from library.optim.schedule_options import ScheduleOptions
 from library.samples.options import SampleOptions
 from library.sdxl.model_source import ModelOptions
 from library.sdxl.model_spec import ModelSpecOptions
+from library.sdxl.prediction_options import PredictionOptions
 from library.sdxl.sizes import Size
 from library.training.precision import PrecisionOptions
 from library.training.progress import is_state
@@ -150,6 +151,7 @@ class TrainingOptions:
     """All options of sdxl_train.py. Functions receive the classes they read, never the whole."""
 
     model: ModelOptions
+    prediction: PredictionOptions
     training_set: TrainingSetOptions
     buckets: BucketOptions
     captions: CaptionOptions

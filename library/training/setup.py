@@ -20,7 +20,7 @@ from library.data.training_set import FoundImage, find_training_images
 from library.diffusion.objective import Objective
 from library.sdxl.architecture import SdxlModel
 from library.sdxl.latents import vae_digest
-from library.sdxl.model_source import ModelOptions, load_model
+from library.sdxl.model_source import load_model, read_prediction
 from library.training.accelerator import make_accelerator
 from library.training.checkpoints import Checkpoints
 from library.training.compilation import compile_regions
@@ -32,10 +32,9 @@ from library.training.offload import place_networks
 from library.training.optimization import enable_gradient_checkpointing, make_learner
 from library.training.outputs import check_disk, make_checkpoints, make_sampling, make_tracker
 from library.training.plan import Occasion, Plan
-from library.training.precision import PrecisionOptions
 from library.training.preparation import latents_of, make_plan, prepare_set, take_captions_over
 from library.training.progress import Progress
-from library.training.run_options import RunOptions, TrainingOptions
+from library.training.run_options import TrainingOptions
 from library.training.starting_point import load_state, starting_point, without_damaged_states
 from library.training.state import Kept
 from library.training.stopping import StopRequest
@@ -98,6 +97,7 @@ class Run:
 
 def set_up(options: TrainingOptions, stop: StopRequest) -> Run:
     """Load model and training set and return the parts of the run. Raise `UserError` for whatever is missing."""
+    read_prediction(options.model, options.prediction)
     subsets = options.subsets()
     if options.training_set.update_captions:
         take_captions_over(options, subsets)
@@ -119,7 +119,7 @@ def _set_up(
 ) -> Run:
     accelerator = make_accelerator(options.precision, options.tracking.trackers, options.tracking.logging_dir)
     state, progress = starting_point(options, subsets, accelerator, damaged)
-    model, digest = _load_model(options.model, options.precision, options.run, options.trains_l, options.trains_g)
+    model, digest = _load_model(options)
     prepared = prepare_set(options, found, model, digest, accelerator, progress, cached_encoders)
     needed = prepared.networks_of_steps(model)
     place_networks(model.networks, needed_each_step=needed, device=accelerator.device)
@@ -153,7 +153,7 @@ def _set_up(
         plan=plan,
         progress=progress,
         learner=learner,
-        objective=Objective(options.noise),
+        objective=Objective(options.noise, model.prediction),
         latents_of=partial(latents_of, vae=model.vae),
         events=(tracker, checkpoints, sampling),
         stop=lambda: any_process(accelerator, stop.is_made()),
@@ -165,13 +165,12 @@ def _set_up(
     )
 
 
-def _load_model(
-    source: ModelOptions, precision: PrecisionOptions, run: RunOptions, trains_l: bool, trains_g: bool
-) -> tuple[SdxlModel, str]:
+def _load_model(options: TrainingOptions) -> tuple[SdxlModel, str]:
     """Return the model on the CPU in the precision of training, set up to be trained, and the digest of its VAE."""
-    dtypes = precision.model_dtypes(trains_l=trains_l, trains_g=trains_g, float32_vae=source.no_half_vae)
+    source, trains_l, trains_g = options.model, options.trains_l, options.trains_g
+    dtypes = options.precision.model_dtypes(trains_l=trains_l, trains_g=trains_g, float32_vae=source.no_half_vae)
     log.info("loading '%s'", source.pretrained_model_name_or_path)
-    model = load_model(source, replace(dtypes, vae=None))
+    model = load_model(source, replace(dtypes, vae=None), options.prediction)
     digest = vae_digest(model.vae)  # before it is narrowed, as prepare_buckets_latents.py takes it
     nn.Module.to(model.vae, dtypes.vae)
     for network in model.networks:
@@ -179,6 +178,6 @@ def _load_model(
     trains = {model.unet: True, model.text_encoder_l: trains_l, model.text_encoder_g: trains_g}
     for network in [network for network, is_trained in trains.items() if is_trained]:
         network.train()
-        if run.gradient_checkpointing:
+        if options.run.gradient_checkpointing:
             enable_gradient_checkpointing(network)
     return model, digest

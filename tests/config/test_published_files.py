@@ -20,7 +20,6 @@ FILES: dict[str, set[str]] = {
     "gui_adafactor_2023.json": {"shuffle_caption", "keep_tokens", "caption_dropout_rate"},
     "gui_lion_2024.json": set(),
     "sections_adafactor.toml": set(),
-    "sections_v_prediction.toml": {"v_parameterization", "zero_terminal_snr"},
     "settings_window.toml": set(),
     "all_defaults.toml": set(),
     "numbers_in_quotes.toml": set(),
@@ -29,6 +28,7 @@ FILES: dict[str, set[str]] = {
         *("network_module", "network_dim", "network_alpha", "network_args", "unet_lr", "text_encoder_lr"),
         "scale_weight_norms",
     },
+    "sections_v_prediction.toml": set(),
     "min_snr_full_bf16.toml": {
         *("min_snr_gamma", "ip_noise_gamma", "shuffle_caption", "keep_tokens", "caption_tag_dropout_rate"),
     },

@@ -10,9 +10,10 @@ import torch
 
 from library.config.options import problems_of
 from library.diffusion import noise
-from library.diffusion.noise import draw_noise, draw_timesteps, make_noise_schedule
+from library.diffusion.noise import draw_noise, draw_timesteps
 from library.diffusion.objective import Objective
 from library.diffusion.options import NoiseOptions
+from library.sdxl.noise_schedule import make_noise_schedule
 from library.sdxl.prediction import SDXL_PREDICTION
 
 GOLDEN = Path(__file__).parents[1] / "golden"

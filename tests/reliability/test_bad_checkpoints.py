@@ -75,15 +75,15 @@ def test_a_model_that_lacks_tensors_is_named_with_them(refused, tiny_sdxl: Path)
 
 STRANGE = {
     "NaN": ({CONV_IN: torch.full((16, 4, 3, 3), torch.nan)}, {}, "1 tensors hold NaN or Inf: " + CONV_IN),
-    "velocity, by tensors": (
-        {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])},
+    "EDM, by its tensors": (
+        {"edm_mean": torch.tensor([]), "edm_std": torch.tensor([])},
         {},
-        "does not predict noise (epsilon): it says 'v_prediction'",
+        "says that it predicts 'edm', which is not known here",
     ),
-    "velocity, by its header": (
+    "the image, by its header": (
         {},
-        {"modelspec.prediction_type": "v"},
-        "does not predict noise (epsilon): it says 'v_prediction'",
+        {"modelspec.prediction_type": "sample"},
+        "says that it predicts 'sample', which is not known here",
     ),
     "int8": ({CONV_IN: torch.ones(16, 4, 3, 3, dtype=torch.int8)}, {}, "is quantised (weights of type I8)"),
     "absurd note": ({}, {"sdxl_architecture": "[" * 100_000}, "the metadata key 'sdxl_architecture'"),
@@ -99,11 +99,11 @@ def test_the_trainer_refuses_a_strange_model_in_one_line(added, header, what: st
     assert len(said.strip().splitlines()) == 1
 
 
-def test_the_trainer_refuses_a_folder_whose_scheduler_says_velocity(refused):
+def test_the_trainer_refuses_a_folder_whose_scheduler_is_not_known(refused):
     Path("model/scheduler").mkdir(parents=True)
-    config = {"_class_name": "EulerDiscreteScheduler", "prediction_type": "v_prediction"}
+    config = {"_class_name": "EulerDiscreteScheduler", "prediction_type": "sample"}
     Path("model/scheduler/scheduler_config.json").write_text(json.dumps(config), encoding="utf-8")
-    assert "'model' does not predict noise (epsilon): it says 'v_prediction'" in refused("model")
+    assert "'model' says that it predicts 'sample', which is not known here" in refused("model")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999], ids=["zero bytes", "header", "half", "last bytes"])

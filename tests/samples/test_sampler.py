@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 
 from library.samples.prompts import SAMPLERS, SamplePrompt
-from library.samples.sampler import SamplingNetworks, draw_latents_together, draw_picture, make_sampling_scheduler
+from library.samples.sampler import SamplingNetworks, draw_latents_together, draw_picture
+from library.samples.schedulers import make_sampling_scheduler
 from library.sdxl.architecture import LATENT_SCALE
+from library.sdxl.prediction import SDXL_PREDICTION
 from library.sdxl.tokenizers import PAD_G, PAD_L
 from tests.plain_pipeline import PROMPT, SEED, SIZE, clip_tokenizer, plain_pipeline
 
@@ -32,7 +34,7 @@ def drawn_by_diffusers(networks: SamplingNetworks, prompt: SamplePrompt, sampler
         "negative_prompt": prompt.negative_l,
         "negative_prompt_2": prompt.negative_g,
     }
-    return plain_pipeline(networks, make_sampling_scheduler(sampler))(
+    return plain_pipeline(networks, make_sampling_scheduler(sampler, SDXL_PREDICTION))(
         **texts,
         **SIZE,
         num_inference_steps=prompt.num_inference_steps,
@@ -69,7 +71,10 @@ def test_without_guidance_the_negative_prompt_plays_no_part(prompt: SamplePrompt
 
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if name.startswith("k_")])
 def test_a_k_in_front_of_a_sampler_makes_no_difference(name: str):
-    with_k, without = make_sampling_scheduler(name), make_sampling_scheduler(name.removeprefix("k_"))
+    with_k, without = (
+        make_sampling_scheduler(name, SDXL_PREDICTION),
+        make_sampling_scheduler(name.removeprefix("k_"), SDXL_PREDICTION),
+    )
     assert type(with_k) is type(without)
     assert with_k.config == without.config
 
@@ -77,7 +82,7 @@ def test_a_k_in_front_of_a_sampler_makes_no_difference(name: str):
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 30])
 @pytest.mark.parametrize("sampler", BASIC_SAMPLERS)
 def test_every_sampler_takes_any_number_of_steps(sampler: str, num_steps: int):
-    scheduler = make_sampling_scheduler(sampler)
+    scheduler = make_sampling_scheduler(sampler, SDXL_PREDICTION)
     scheduler.set_timesteps(num_steps)
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(SEED)) * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
@@ -90,7 +95,7 @@ def test_every_sampler_takes_any_number_of_steps(sampler: str, num_steps: int):
 def test_every_sampler_has_the_noise_levels_that_sdxl_was_trained_on(sampler: str):
     # Square roots of beta are linear from 0.00085 to 0.012; then the last of 1000 steps keeps 0.0047 of the signal.
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
-    found = make_sampling_scheduler(sampler).alphas_cumprod.numpy()
+    found = make_sampling_scheduler(sampler, SDXL_PREDICTION).alphas_cumprod.numpy()
     np.testing.assert_allclose(found, np.cumprod(1 - betas), rtol=1e-4)  # diffusers multiplies in float32
 
 
