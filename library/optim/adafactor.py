@@ -247,18 +247,25 @@ def _apply(
         first_moment.mul_(beta1).add_(update, alpha=1 - beta1)
         update = first_moment
     values = weights.float() if residual is None else weights.float() + residual.float()
-    if scale is None:
-        # torch rounds once less with a number than with a tensor; transformers uses a number here.
-        values = torch.add(values, values, alpha=-weight_decay * rate)
-    else:
-        values = values - values * (weight_decay * step_size)
-    values = values - update
+    decay = weight_decay * step_size
+    values = (_decayed(values, -decay) if scale is None else values - values * decay) - update
     if residual is not None:
         rounded, missing = with_residual(values)
         residual.copy_(missing)
         weights.copy_(rounded)
     else:
         weights.copy_(values if seed is None else stochastically_rounded(values, seed))
+
+
+def _decayed(values: Tensor, share: float) -> Tensor:
+    """Return `values` plus a share of them.
+
+    Uncompiled with torch's `alpha`, as transformers does, which rounds once less; but a compiled kernel would have that
+    number in its code, and be compiled again for every learning rate.
+    """
+    if torch.compiler.is_compiling():
+        return values + values * share
+    return torch.add(values, values, alpha=share)
 
 
 def _product(gradient: Tensor, factors: list[Tensor]) -> Tensor:

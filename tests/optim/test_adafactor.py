@@ -136,3 +136,25 @@ def test_without_a_compiler_it_takes_the_same_steps_and_says_so_once(no_compiler
     assert reason is not None
     assert said.count(f"torch.compile does not work here ({reason})") == 1
     assert "C++ compiler" in said
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("dtype", "rounding", "more"),
+    [(torch.float32, None, {"beta1": 0.9}), (torch.bfloat16, STOCHASTIC, {}), (torch.bfloat16, KAHAN, {})],
+    ids=["float32 with momentum", "stochastic", "kahan"],
+)
+def test_a_hundred_learning_rates_compile_nothing_after_the_second_step(dtype, rounding, more):
+    parameters = [torch.nn.Parameter(torch.ones(512, 257, dtype=dtype))]
+    adafactor = Adafactor(parameters, lr=1e-3, relative_step=False, scale_parameter=False, weight_decay=0.01, **more)
+    adafactor.rounder = None if rounding is None else Rounder(rounding, parameters, seed=1)
+    num_compiled = []
+    for step in range(100):
+        adafactor.param_groups[0]["lr"] = 1e-3 / (1 + step)
+        if adafactor.rounder is not None:
+            adafactor.rounder.start(step)
+        parameters[0].grad = torch.full_like(parameters[0], 0.1)
+        adafactor.step()
+        num_compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert num_compiled[1] > 0
+    assert num_compiled[-1] == num_compiled[1]
