@@ -247,8 +247,8 @@ def _apply(
         first_moment.mul_(beta1).add_(update, alpha=1 - beta1)
         update = first_moment
     values = weights.float() if residual is None else weights.float() + residual.float()
-    decay = weight_decay * step_size
-    values = (_decayed(values, -decay) if scale is None else values - values * decay) - update
+    shrunk = _decayed(values, -weight_decay * rate) if scale is None else values - values * (weight_decay * step_size)
+    values = shrunk - update
     if residual is not None:
         rounded, missing = with_residual(values)
         residual.copy_(missing)
