@@ -59,6 +59,12 @@ ANSWERS = (
         "for the run that is killed.",
     ),
     Answer(
+        "upload what is saved?",
+        "--huggingface_repo_id=alice/my-model --async_upload",
+        "Run `hf auth login` once before. Add `--save_state_to_huggingface` for the states, from which "
+        "`--resume=latest --resume_from_huggingface` continues on another machine.",
+    ),
+    Answer(
         "train longer than planned?",
         "--resume=latest --max_train_steps=3000",
         "Needs the state of the end: `--save_state_on_train_end` in the run before.",

@@ -53,7 +53,7 @@ def read_config_file(path: Path, options: Sequence["Option"], spellings: Spellin
 def write_config_file(path: Path, instances: Sequence[Any], options: Sequence["Option"]) -> None:
     """Write the values of option-class instances, a section for each; reading the file returns the same values.
 
-    `options` are those that the classes declare. Raise `UserError` if the file exists already.
+    Secrets are left out. `options` are those that the classes declare. Raise `UserError` if the file exists already.
     """
     import tomli_w  # only now: few commands write
 
@@ -69,7 +69,7 @@ def write_config_file(path: Path, instances: Sequence[Any], options: Sequence["O
         section = sections.setdefault(instance._argument_group_name, {})
         for name, value in vars(instance).items():
             # Leaving a key out brings the default back, so that None is written only where the default is another.
-            if name in flags and (value is not None or flags[name].default is not None):
+            if name in flags and not flags[name].is_secret and (value is not None or flags[name].default is not None):
                 section[name] = _toml_value(value)
     write_text(path, tomli_w.dumps({name: values for name, values in sections.items() if values}))
 

@@ -91,20 +91,6 @@ _PRECISION_AND_MEMORY: dict[str, str] = {
 }
 
 _FILES_AND_LOGS: dict[str, str] = {
-    **dict.fromkeys(
-        (
-            "--huggingface_repo_id",
-            "--huggingface_repo_type",
-            "--huggingface_path_in_repo",
-            "--huggingface_token",
-            "--huggingface_repo_visibility",
-            "--save_state_to_huggingface",
-            "--async_upload",
-        ),
-        "nothing is uploaded while training. Upload the saved files afterwards with 'hf upload'.",
-    ),
-    "--resume_from_huggingface": "nothing is fetched while training. Download the model with 'hf download' and pass "
-    "the file as --pretrained_model_name_or_path.",
     "--tokenizer_cache_dir": "no tokenizer is downloaded: its vocabulary comes with the installed packages. Leave it "
     "off.",
     "--wandb_api_key": "a key on the command line ends up in histories and logs. Set the environment variable "

@@ -29,13 +29,14 @@ def option(
     least: float | None = None,
     most: float | None = None,
     bare: Any = None,
+    secret: bool = False,
 ) -> Any:
     """Return a dataclass field that becomes the flag `--<field name>`.
 
     The type of the field decides which values it takes: `str`, `int`, `float`, `bool` (a switch), `Path`, a `list` of
     one of them (`nargs` "*" by default), each also as `X | None`. `choices` are values of that type; `aliases` are
     other flags with the same meaning, dashes included. A number must lie between `least` and `most`, both included.
-    `bare` is the value of the flag where it stands alone.
+    `bare` is the value of the flag where it stands alone. A `secret` value is written to no file and no log.
     """
     metadata = {
         "help": help,
@@ -45,10 +46,16 @@ def option(
         "least": least,
         "most": most,
         "bare": bare,
+        "secret": secret,
     }
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def is_secret(field: dataclasses.Field) -> bool:
+    """Return whether the value of an option's field must be written nowhere."""
+    return bool(field.metadata.get("secret"))
 
 
 def positional(help: str) -> Any:
@@ -74,6 +81,7 @@ class Option:
     least: float | None = None
     most: float | None = None
     bare: Any = None
+    is_secret: bool = False
 
     @property
     def flag(self) -> str:
@@ -170,6 +178,7 @@ def _option_of(field: dataclasses.Field, annotation: Any) -> Option:
         least=said.get("least"),
         most=said.get("most"),
         bare=said.get("bare"),
+        is_secret=is_secret(field),
     )
 
 

@@ -67,6 +67,7 @@ class Checkpoints:
         self._agree = agree
         self._tell = tell
         self._last_state_at = time.monotonic()
+        self._untold: list[Path] = []
         self.written: dict[Path, None] = {}  # models and states of this run that are still there, in their order
         self._failed: list[Save] = []  # what they were to remove goes with the next save that is complete
         self._present_state = resumed_from  # the state of the current weights, where there is one
@@ -211,6 +212,14 @@ class Checkpoints:
         return refusal
 
     def _save(self, save: Save, progress: Progress) -> Path:
+        try:
+            return self._write(save, progress)
+        finally:  # model and state are safe before anybody is told, who may take long over them
+            told, self._untold = self._untold, []
+            for path in told:
+                self._tell(path)
+
+    def _write(self, save: Save, progress: Progress) -> Path:
         # The model first: a run killed in between continues from the state before, and writes the same model again.
         model, state = self._model(save.name), self._state(save.name)
         log.info("saving '%s'", model.name)
@@ -240,7 +249,7 @@ class Checkpoints:
 
     def _note(self, path: Path) -> None:
         self.written[path] = None
-        self._tell(path)
+        self._untold.append(path)
 
     def _remove_outdated(self, save: Save) -> None:
         outdated = [] if save.outdated is None else [self._model(save.outdated)]

@@ -17,6 +17,8 @@ from library.sdxl.diffusers_folder import write_diffusers_folder
 from library.training.checkpoints import Checkpoints
 from library.training.disk_space import bytes_of, bytes_of_state, require_disk_for_saves
 from library.training.distribution import any_process, one_writer
+from library.training.hub import Hub
+from library.training.hub_options import HubOptions
 from library.training.learner import Learner
 from library.training.loss_watch import require_finite
 from library.training.offload import on_device
@@ -27,6 +29,7 @@ from library.training.sampling import SampledRun, Sampling
 from library.training.state import Resumable, write_state
 from library.training.stopping import StopRequest
 from library.training.tracking import Tracker, TrackingOptions
+from library.training.uploads import Uploads
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +59,7 @@ def make_checkpoints(
     state: Path | None,
     stop: StopRequest,
     header: Callable[[], dict[str, str]],
+    uploads: Uploads,
 ) -> Checkpoints:
     """Return what saves models, in the format the options ask for, and states; saving is not timed as training."""
     source_is_diffusers = not Path(str(options.model.pretrained_model_name_or_path)).is_file()
@@ -84,7 +88,17 @@ def make_checkpoints(
         resumed_from=state,
         asked=stop.save_now.is_made,
         agree=partial(any_process, learner.accelerator),
+        tell=tracker.untimed()(uploads.add),
     )
+
+
+def make_uploads(options: HubOptions, accelerator: Accelerator, stop: StopRequest) -> Uploads:
+    """Return what uploads saves, in the main process. Raise `UserError` for a repository that cannot be written to."""
+    if options.huggingface_repo_id is None or not accelerator.is_main_process:
+        return Uploads(options, None)
+    hub = Hub(options)
+    hub.require_repository()
+    return Uploads(options, hub, stop.waiting)
 
 
 def make_sampling(

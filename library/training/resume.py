@@ -6,7 +6,7 @@ from importlib.metadata import version
 from typing import Any, ClassVar
 
 from library.config.errors import UserError, listed
-from library.config.options import option
+from library.config.options import is_secret, option
 from library.data.caption_options import CaptionOptions
 from library.data.caption_rules import CaptionRules, PairRules, described_rules
 from library.data.subsets import SUBSET_MARK
@@ -29,7 +29,10 @@ _DECIDE_THE_COURSE = frozenset(
 
 _CAPTION_RULES = described_rules(PairRules()).keys()
 _ABOUT_RESUMING = frozenset(
-    {"resume", "resume_anyway", "update_captions", "console_log_level", "console_log_file", "console_log_simple"}
+    {
+        *("resume", "resume_anyway", "update_captions", "console_log_level", "console_log_file", "console_log_simple"),
+        *("resume_from_huggingface", "async_upload"),
+    }
 )
 
 
@@ -54,7 +57,7 @@ class ResumeOptions:
 
 
 def flat_options(options: Any, subsets: Mapping[str, str], *, num_processes: int) -> dict[str, str]:
-    """Return every option by its name, as text, and the number of processes: what runs are compared by.
+    """Return every option but secrets by its name, as text, and the number of processes: what runs are compared by.
 
     Of captions it is the rules that count, not which flags they come from: they are among the settings of `subsets`,
     as `described_subsets` returns them.
@@ -64,6 +67,7 @@ def flat_options(options: Any, subsets: Mapping[str, str], *, num_processes: int
         for group in vars(options).values()
         if is_dataclass(group) and not isinstance(group, CaptionOptions)
         for field in fields(group)
+        if not is_secret(field)
     }
     return {**flat, **subsets} | {"num_processes": str(num_processes)}
 

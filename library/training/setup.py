@@ -27,10 +27,11 @@ from library.training.compilation import compile_regions
 from library.training.distribution import any_process
 from library.training.failures import saved_before_errors
 from library.training.header import header_maker
+from library.training.hub_state import take_state_from_hub
 from library.training.learner import Learner, StepReport
 from library.training.offload import place_networks
 from library.training.optimization import enable_gradient_checkpointing, make_learner
-from library.training.outputs import check_disk, make_checkpoints, make_sampling, make_tracker
+from library.training.outputs import check_disk, make_checkpoints, make_sampling, make_tracker, make_uploads
 from library.training.plan import Occasion, Plan
 from library.training.preparation import latents_of, make_plan, prepare_set, take_captions_over
 from library.training.progress import Progress
@@ -39,6 +40,7 @@ from library.training.starting_point import load_state, starting_point, without_
 from library.training.state import Kept
 from library.training.stopping import StopRequest
 from library.training.tracking import Tracker
+from library.training.uploads import Uploads
 
 log = logging.getLogger(__name__)
 
@@ -65,12 +67,14 @@ class Run:
     checkpoints: Checkpoints
     tracker: Tracker
     accelerator: Accelerator
+    uploads: Uploads
     is_resumed: bool
 
     @contextmanager
     def begun(self) -> Iterator[None]:
         """Begin the run; within the block, save what was learnt before an error ends it."""
-        with self.tracker.shown(), saved_before_errors(self._save_after_error):
+        uploads = self.uploads.finished_after_errors()
+        with self.tracker.shown(), uploads, saved_before_errors(self._save_after_error):
             occasion = self.plan.occasion(self.progress, is_resumed=self.is_resumed)
             for event in self.events:
                 event.after_step(occasion, None)
@@ -82,6 +86,7 @@ class Run:
         last_words = "" if is_finished else self.checkpoints.at_stop()
         self.accelerator.wait_for_everyone()  # else the launcher could end the one that saves
         self.tracker.close()
+        self.uploads.finish()
         if is_finished:
             return 0
         log.info(last_words)
@@ -105,6 +110,7 @@ def set_up(options: TrainingOptions, stop: StopRequest) -> Run:
     cached_encoders = report_captions(
         options.training_set, subsets, found, trains_unet=options.trains_unet, trained=options.trained_encoders
     )
+    options = take_state_from_hub(options)
     build = partial(_set_up, options, stop, subsets, found, cached_encoders)
     return without_damaged_states(build, options.resume.resume)
 
@@ -119,6 +125,7 @@ def _set_up(
 ) -> Run:
     accelerator = make_accelerator(options.precision, options.tracking.trackers, options.tracking.logging_dir)
     state, progress = starting_point(options, subsets, accelerator, damaged)
+    uploads = make_uploads(options.hub, accelerator, stop)
     model, digest = _load_model(options)
     prepared = prepare_set(options, found, model, digest, accelerator, progress, cached_encoders)
     needed = prepared.networks_of_steps(model)
@@ -147,7 +154,7 @@ def _set_up(
     tracker = make_tracker(options.tracking, plan, progress, accelerator)
     compile_regions(model.unet, options.compilation, accelerator.device)
     header = header_maker(options, subsets, prepared.images, plan, progress)
-    checkpoints = make_checkpoints(options, model, learner, learnt, progress, tracker, state, stop, header)
+    checkpoints = make_checkpoints(options, model, learner, learnt, progress, tracker, state, stop, header, uploads)
     sampling = make_sampling(options, model, learner, progress, tracker, stop.is_made, subsets[0].captions)
     return Run(
         plan=plan,
@@ -161,6 +168,7 @@ def _set_up(
         checkpoints=checkpoints,
         tracker=tracker,
         accelerator=accelerator,
+        uploads=uploads,
         is_resumed=state is not None,
     )
 
