@@ -53,7 +53,7 @@ def require_disk_for_saves(
     """
     assert options.output_dir is not None  # checked by problems()
     models = 1 + sum(_kept(options, steps, steps_per_epoch, states=False))
-    at_least_one_state = int(options.saves_state or options.save_every_n_minutes is not None)
+    at_least_one_state = int(options.has_states)
     states = at_least_one_state
     if options.save_state:
         states += sum(_kept(options, steps, steps_per_epoch, states=True))

@@ -93,6 +93,21 @@ class HubOptions:
         if offline is not None and (repository is not None or self.resume_from_huggingface):
             yield f"the environment variable {offline} forbids what the hub is asked for: unset it."
 
+    def conflicts(self, resume: str | None, *, has_states: bool) -> Iterator[str]:
+        """Yield what is wrong beside `--resume`, and where states are saved or not, one sentence each."""
+        if self.save_state_to_huggingface and not has_states:
+            yield "--save_state_to_huggingface needs states: add --save_state, or --save_state_on_train_end."
+        if not self.resume_from_huggingface:
+            return
+        if resume is None:
+            yield "--resume_from_huggingface needs --resume: name the state, owner/name/folder."
+            return
+        try:
+            if self.place_of_state(resume) is None and self.huggingface_repo_id is None:
+                yield "--resume latest with --resume_from_huggingface needs --huggingface_repo_id."
+        except UserError as error:
+            yield str(error)
+
     def place_of_state(self, resume: str) -> HubPlace | None:
         """Return the place that `--resume` names, None for "latest". Raise `UserError` if it is none."""
         if resume == "latest":

@@ -247,7 +247,7 @@ class TrainingOptions:
                 "model here and the state with --resume."
             )
         yield from self._bucket_conflicts()
-        yield from self._hub_conflicts()
+        yield from self.hub.conflicts(self.resume.resume, has_states=self.save.has_states)
         yield from self._fused_conflicts()
         yield from optimizer_conflicts(self.optimizer, self.schedule, self._known_num_steps)
 
@@ -274,19 +274,6 @@ class TrainingOptions:
                 "--fused_backward_pass cannot work with --mixed_precision=fp16, whose steps wait until no gradient has "
                 "overflowed; use bf16."
             )
-
-    def _hub_conflicts(self) -> Iterator[str]:
-        if self.hub.save_state_to_huggingface and not self.save.saves_state and self.save.save_every_n_minutes is None:
-            yield "--save_state_to_huggingface needs states: add --save_state, or --save_state_on_train_end."
-        resume = self.resume.resume
-        if self.hub.resume_from_huggingface and resume is None:
-            yield "--resume_from_huggingface needs --resume: name the state, owner/name/folder."
-        elif self.hub.resume_from_huggingface:
-            try:
-                if self.hub.place_of_state(str(resume)) is None and self.hub.huggingface_repo_id is None:
-                    yield "--resume latest with --resume_from_huggingface needs --huggingface_repo_id."
-            except UserError as error:
-                yield str(error)
 
     def _bucket_conflicts(self) -> Iterator[str]:
         try:

@@ -79,6 +79,11 @@ class SaveOptions:
         """Whether states are saved with models."""
         return self.save_state or self.save_state_on_train_end
 
+    @property
+    def has_states(self) -> bool:
+        """Whether states are saved at all, be it with models or by the clock."""
+        return self.saves_state or self.save_every_n_minutes is not None
+
     def for_epochs(self, num_epochs: int) -> "SaveOptions":
         """Return the options of a run of `num_epochs`, with the epochs between saves that a ratio asks for."""
         if self.save_n_epoch_ratio is None:

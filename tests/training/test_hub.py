@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import sdxl_train
 from library.config.errors import UserError
+from library.config.messages import start_logging
 from library.config.options import problems_of
 from library.training import hub, uploads
 from library.training.hub import Hub
@@ -75,6 +76,7 @@ def test_a_run_with_a_hub_that_fails_at_random_ends_well_with_everything_uploade
         run: Run = train("--max_train_steps=2", *flags)
     finally:
         uploads.ATTEMPTS_AT_END = before
+        start_logging()  # on the console again
     assert with_failures.num_failures > 0
     files = with_failures.files[REPOSITORY]
     expected = {f"runs/one/{path.relative_to(run.output)}" for path in run.output.rglob("*") if path.is_file()}
@@ -148,6 +150,25 @@ def test_without_a_network_it_is_said_and_the_run_begins(server, caplog, monkeyp
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
     Hub(options()).require_repository()
     assert "the hub cannot be reached now" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("more", "resume", "has_states", "problem"),
+    [
+        ({"save_state_to_huggingface": True}, None, False, "--save_state_to_huggingface needs states"),
+        ({"resume_from_huggingface": True}, None, True, "--resume_from_huggingface needs --resume"),
+        ({"resume_from_huggingface": True}, "m-state", True, "--resume is 'm-state', which names no state on the hub."),
+        (
+            {"resume_from_huggingface": True, "huggingface_repo_id": None},
+            "latest",
+            True,
+            "--resume latest with --resume_from_huggingface needs --huggingface_repo_id.",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_one_sentence(more, resume, has_states, problem):
+    [found] = options(**more).conflicts(resume, has_states=has_states)
+    assert found.startswith(problem)
 
 
 @pytest.mark.parametrize(
