@@ -55,10 +55,15 @@ class OptimizerKind:
 
 NESTEROV = {"momentum": 0.9, "nesterov": True}
 SCHEDULE_FREE = ("AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree")
-BITSANDBYTES = ("AdamW8bit", "PagedAdamW", "PagedAdamW8bit", "PagedAdamW32bit", "Lion8bit", "PagedLion8bit")
+PRODIGY_PLUS = "ProdigyPlusScheduleFree"
+BITSANDBYTES = (
+    *("AdamW8bit", "PagedAdamW", "PagedAdamW8bit", "PagedAdamW32bit", "Lion8bit", "PagedLion8bit"),
+    *("AdEMAMix8bit", "PagedAdEMAMix", "PagedAdEMAMix8bit"),
+)
 DADAPTATION = ("DAdaptAdaGrad", "DAdaptAdam", "DAdaptAdan", "DAdaptLion", "DAdaptSGD")
+OWN_ROUNDING_OFF = {"stochastic_rounding": False}  # the stepper rounds, in a way that a resumed run repeats
 
-# kohya's names; one line for those of a package that need nothing but their name.
+# kohya's names, then others; one line for those of a package that need nothing but their name.
 OPTIMIZERS = (
     OptimizerKind("AdamW", "torch.optim", "AdamW", "torch"),
     OptimizerKind("SGDNesterov", "torch.optim", "SGD", "torch", NESTEROV),
@@ -72,6 +77,11 @@ OPTIMIZERS = (
     OptimizerKind("DAdaptation", "dadaptation.experimental", "DAdaptAdamPreprint", "dadaptation", one_rate=True),
     OptimizerKind("DAdaptAdamPreprint", "dadaptation.experimental", "DAdaptAdamPreprint", "dadaptation", one_rate=True),
     OptimizerKind("DAdaptAdanIP", "dadaptation.experimental", "DAdaptAdanIP", "dadaptation", one_rate=True),
+    OptimizerKind("Muon", "library.optim.muon", "Muon", "torch"),
+    OptimizerKind("CAME", "pytorch_optimizer", "CAME", "pytorch-optimizer"),
+    OptimizerKind("AdEMAMix", "pytorch_optimizer", "AdEMAMix", "pytorch-optimizer", {"weight_decouple": True}),
+    OptimizerKind("StableAdamW", "pytorch_optimizer", "StableAdamW", "pytorch-optimizer", {"kahan_sum": False}),
+    OptimizerKind(PRODIGY_PLUS, "prodigyplus", PRODIGY_PLUS, "prodigy-plus-schedule-free", OWN_ROUNDING_OFF),
 )
 
 

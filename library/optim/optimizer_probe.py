@@ -13,31 +13,66 @@ from library.optim.options import NEAREST
 from library.optim.rounding import Rounder
 from library.optim.stepping import Stepper
 
+_SHAPES = ((80, 80), (6400,), (80, 8, 3, 3))
+"""A matrix, a vector and a convolution, large enough for those that keep 8 bits only of large weights."""
+
 MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]
 """From parameter groups to the run's optimizer over them."""
 
 
 def keys_in_bfloat16(make: MakeOptimizer, device: torch.device) -> frozenset[str]:
-    """Return the state kept in bfloat16 for bfloat16 weights; in float32 it would take twice the memory."""
-    kept = state_beside_matrix(make, 80, torch.bfloat16, device).items()
-    return frozenset(key for key, value in kept if value.dtype == torch.bfloat16)
+    """Return the state kept in bfloat16 for bfloat16 weights; in float32 it would take twice the memory.
+
+    What is in bfloat16 beside float32 weights too is not among it: the optimizer rounds that by itself.
+    """
+    return frozenset().union(*(_narrow_keys(make, shape, device) for shape in _SHAPES))
 
 
-def state_beside_matrix(make: MakeOptimizer, side: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Return the tensors that the optimizer keeps for a matrix [side, side], after a first step: before it has none."""
-    parameter = _probe((side, side), dtype, device)
+def _narrow_keys(make: MakeOptimizer, shape: tuple[int, ...], device: torch.device) -> set[str]:
+    narrow, wide = (
+        {key for key, value in state_beside(make, shape, dtype, device).items() if value.dtype == torch.bfloat16}
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    return narrow - wide
+
+
+def state_beside(
+    make: MakeOptimizer, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
+    """Return the tensors that the optimizer keeps for a weight of this shape, after a first step: before it has none.
+
+    Each kind of weight is shown alone: some optimizers treat a matrix in another way than a vector or a convolution.
+    """
+    parameter = _probe(shape, dtype, device)
     optimizer = make([{"name": "probe", "params": [parameter], "lr": 1e-3}])
     optimizer.step()
     return {key: value for key, value in optimizer.state[parameter].items() if isinstance(value, Tensor)}
 
 
+def bytes_of_state_a_weight(
+    make: MakeOptimizer, num_dimensions: int, dtype: torch.dtype, device: torch.device
+) -> float:
+    """Return the bytes that the optimizer keeps for each number of a weight of 1, 2 or 4 dimensions, as SDXL has."""
+    shape = {1: (256**2,), 2: (256, 256), 4: (256, 28, 3, 3)}.get(num_dimensions, (256, *(16,) * (num_dimensions - 1)))
+    kept = state_beside(make, shape, dtype, device).values()
+    return sum(value.numel() * value.dtype.itemsize for value in kept) / math.prod(shape)
+
+
 def treats_each_alone(make: MakeOptimizer, device: torch.device) -> bool:
-    """Return whether the update of a parameter is the same, to the last bit, whichever others are stepped with it."""
+    """Return whether the update of a parameter is the same, to the last bit, whichever others are stepped with it.
+
+    What the optimizer keeps in the settings of its group, such as a rate that it finds, must be the same, too.
+    """
     together, alone = (_after_a_few_steps(make, device, elements) for elements in (math.inf, 1))
-    return all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
+    return all(_equal(one, other) for one, other in zip(together, alone, strict=True))
 
 
-def _after_a_few_steps(make: MakeOptimizer, device: torch.device, elements_per_chunk: float) -> list[Parameter]:
+def _equal(one: Any, other: Any) -> bool:
+    return torch.equal(one, other) if isinstance(one, Tensor) else bool(one == other)
+
+
+def _after_a_few_steps(make: MakeOptimizer, device: torch.device, elements_per_chunk: float) -> list[Any]:
+    """Return the parameters and the settings of their group after some steps."""
     parameters = [_probe(shape, torch.float32, device) for shape in ((6, 4), (5,), (3, 2, 3, 3))]
     optimizer = make([{"name": "probe", "params": parameters, "lr": 1.0}])  # those that find a rate expect 1
     stepper = Stepper(optimizer, Rounder(NEAREST, parameters, seed=0), elements_per_chunk=elements_per_chunk)
@@ -45,7 +80,8 @@ def _after_a_few_steps(make: MakeOptimizer, device: torch.device, elements_per_c
         for scale, parameter in enumerate(parameters, start=1):
             parameter.grad = torch.full_like(parameter, 0.1 * step * scale)
         stepper.step(step)
-    return parameters
+    [group] = optimizer.param_groups
+    return [*parameters, *(value for name, value in sorted(group.items()) if name != "params")]
 
 
 def _probe(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Parameter:

@@ -140,10 +140,11 @@ def require_every_shape(options: OptimizerOptions) -> None:
         make_optimizer([{"params": parameters, "lr": options.learning_rate}], options).step()
     except Exception as error:
         reason = error.__cause__ or error
+        named = next((each.name for each in OPTIMIZERS if each.class_name == kind.class_name), None)
         raise UserError(
             f"--optimizer_type {kind.name} cannot train SDXL, whose weights have 1, 2 and 4 dimensions and dense "
             f"gradients: {reason}.",
-            "Choose another optimizer.",
+            "Choose another optimizer." if named is None else f"--optimizer_type={named} can.",
         ) from error
 
 

@@ -8,7 +8,7 @@ from library.config.errors import UserError
 from library.config.magnitudes import HIGHEST_NORM, HIGHEST_RATE
 from library.config.options import option
 from library.optim.arguments import parse_arguments
-from library.optim.known_optimizers import ADAFACTOR, SCHEDULE_FREE, kind_of
+from library.optim.known_optimizers import ADAFACTOR, PRODIGY_PLUS, SCHEDULE_FREE, kind_of
 from library.sdxl.unet_blocks import NUM_UNET_BLOCKS
 
 ADAFACTOR_RECIPE = "--optimizer_args scale_parameter=False relative_step=False warmup_init=False"
@@ -26,8 +26,8 @@ class OptimizerOptions:
 
     optimizer_type: str = option(
         "",
-        "Optimizer, in any case: AdamW (default), AdamW8bit, Adafactor, Lion, Prodigy ... or a class path such as "
-        "torch.optim.SGD.",
+        "Optimizer, in any case: AdamW (default), AdamW8bit, Adafactor, Lion, Prodigy, Muon, CAME ... "
+        "(docs/performance.md lists them), or a class path such as torch.optim.SGD.",
     )
     optimizer_args: list[str] | None = option(
         None, "Arguments of the optimizer, such as weight_decay=0.01 betas=0.9,0.99.", nargs="*"
@@ -63,7 +63,8 @@ class OptimizerOptions:
     @property
     def is_schedule_free(self) -> bool:
         """Whether the optimizer averages its weights instead of lowering its rate."""
-        return self.optimizer_type.lower() in {name.lower() for name in SCHEDULE_FREE}
+        is_named = self.optimizer_type.lower() in {name.lower() for name in (*SCHEDULE_FREE, PRODIGY_PLUS)}
+        return is_named and bool(self.arguments.get("use_schedulefree", True))
 
     @property
     def finds_its_rate(self) -> bool:

@@ -1,6 +1,7 @@
 """Whether the disk holds what a run is going to save, before it starts."""
 
 import glob
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
 
@@ -8,13 +9,11 @@ import torch
 from torch import nn
 
 from library.config.atomic_files import require_disk_space
-from library.optim.optimizer_probe import state_beside_matrix
+from library.optim.optimizer_probe import bytes_of_state_a_weight
 from library.optim.optimizers import make_optimizer
 from library.optim.options import KAHAN, NEAREST, OptimizerOptions
 from library.training.progress import STATE_SUFFIX
 from library.training.saves import SaveOptions, is_counted, recent_name
-
-_PROBE_SIDE = 256  # Adafactor's sums over rows and columns are small beside a matrix this wide
 
 
 def bytes_of(networks: Iterable[nn.Module], dtype: torch.dtype | None) -> int:
@@ -26,20 +25,20 @@ def bytes_of(networks: Iterable[nn.Module], dtype: torch.dtype | None) -> int:
 def bytes_of_state(options: OptimizerOptions, networks: Iterable[nn.Module], rounding: str = NEAREST) -> int:
     """Return the bytes of a state: the weights of the trained networks and what the optimizer keeps for them.
 
-    The latter is measured on a small matrix. Compensated `rounding` keeps one more bfloat16 for each bfloat16 weight.
+    The latter is measured on small weights. Compensated `rounding` keeps one more bfloat16 for each bfloat16 weight.
     """
+    make = partial(make_optimizer, options=options)
     total = 0.0
     for network in networks:
         total += bytes_of([network], None)
-        trained = [weights for weights in network.parameters() if weights.requires_grad]
-        if not trained:
-            continue
-        weights = trained[0]
-        make = partial(make_optimizer, options=options)
-        kept = state_beside_matrix(make, _PROBE_SIDE, weights.dtype, weights.device).values()
-        each = sum(value.numel() * value.dtype.itemsize for value in kept) / _PROBE_SIDE**2
-        each += weights.dtype.itemsize if rounding == KAHAN and weights.dtype == torch.bfloat16 else 0
-        total += each * sum(weights.numel() for weights in trained)
+        counts: Counter[tuple[int, torch.dtype, torch.device]] = Counter()
+        for weights in network.parameters():
+            if weights.requires_grad:
+                counts[weights.ndim, weights.dtype, weights.device] += weights.numel()
+        for (num_dimensions, dtype, device), count in counts.items():
+            each = bytes_of_state_a_weight(make, num_dimensions, dtype, device)
+            each += dtype.itemsize if rounding == KAHAN and dtype == torch.bfloat16 else 0
+            total += each * count
     return int(total)
 
 

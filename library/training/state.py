@@ -18,6 +18,7 @@ from library.config.digests import DigestAbreast, WrittenDigest
 from library.config.errors import UserError
 from library.optim.lr_schedules import restore_schedule, saved_schedule
 from library.optim.rounding import RESIDUAL
+from library.optim.state_places import placed_state
 from library.sdxl.tensor_file import (
     TensorToWrite,
     first_line,
@@ -250,7 +251,7 @@ def _restore_optimizer(
         group["initial_lr"] = now["lr"]
         for parameter, state in zip(group["params"], saved_states, strict=False):
             _require_fitting_moments(state, parameter)
-            placed = {key: _placed(key, value, group, parameter.device) for key, value in state.items()}
+            placed = {key: placed_state(optimizer, key, value, group, parameter.device) for key, value in state.items()}
             follow(sum(value.nbytes for value in state.values() if isinstance(value, torch.Tensor)))
             optimizer.state[parameter] = (
                 _in_present_precision(placed, parameter, learnt.narrow_keys) if parameter in changed else placed
@@ -266,14 +267,6 @@ def _require_fitting_moments(state: Mapping[str, Any], parameter: nn.Parameter) 
         shape = getattr(state[key], "shape", None)
         if shape is not None and shape != parameter.shape:
             raise ValueError(f"{key} of the shape {list(shape)} for a weight of {list(parameter.shape)}")
-
-
-def _placed(key: str, value: Any, group: Mapping[str, Any], device: torch.device) -> Any:
-    """Return a copy where the optimizer keeps it: on the parameter's device, except torch's own step count."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    stays = key == "step" and not (group.get("fused") or group.get("capturable"))
-    return value.to("cpu" if stays else device, copy=True)
 
 
 def _in_present_precision(

@@ -1,10 +1,12 @@
 """Parameter groups, optimizers by name, and Adafactor against the reference's numbers."""
 
 import importlib.util
+import re
 import site
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -134,6 +136,7 @@ def test_an_optimizer_that_cannot_train_sdxl_is_named_as_such(optimizer_type: st
     assert f"--optimizer_type {optimizer_type} cannot train SDXL" in said
     assert reason in said
     assert "--optimizer_args" not in said
+    assert ("--optimizer_type=Muon can." in said) == (optimizer_type == "torch.optim.Muon")
 
 
 def test_what_an_optimizer_prints_does_not_reach_the_console(capsys):
@@ -251,6 +254,24 @@ def test_every_optimizer_is_made_or_its_package_asked_for(kind: OptimizerKind):
     else:
         with pytest.raises(UserError, match=f"Run: python -m pip install {kind.package}"):
             make_optimizer(one_group(1.0), options)
+
+
+def test_a_missing_or_old_package_is_named_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setitem(sys.modules, "dadaptation", None)
+    [said] = OptimizerOptions("DAdaptAdam").heavy_problems()
+    assert "--optimizer_type DAdaptAdam needs 'dadaptation', which cannot be imported" in said
+    assert said.endswith("Run: python -m pip install dadaptation")
+    monkeypatch.setitem(sys.modules, "dadaptation", ModuleType("dadaptation"))
+    [said] = OptimizerOptions("DAdaptAdam").heavy_problems()
+    assert said.endswith("which has no DAdaptAdam. Run: python -m pip install --upgrade dadaptation")
+    [said] = OptimizerOptions("DAdaptAdan ").problems()
+    assert "It must be one of DAdaptAdan, " in said
+
+
+def test_every_package_of_an_optimizer_is_in_the_requirements():
+    folder = Path(__file__).parents[2]
+    lines = "\n".join((folder / name).read_text() for name in ("requirements.txt", "requirements-optimizers.txt"))
+    assert {kind.package for kind in OPTIMIZERS} <= set(re.findall(r"^[\w-]+", lines, re.MULTILINE))
 
 
 @pytest.mark.parametrize(

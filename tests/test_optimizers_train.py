@@ -1,0 +1,38 @@
+"""Whole runs with each further optimizer: it trains the tiny model and resumes bit for bit. Minutes: --run_slow."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from library.optim.known_optimizers import OPTIMIZERS
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")]
+FURTHER = {
+    **dict.fromkeys(("Muon", "CAME", "AdEMAMix", "StableAdamW", "AdEMAMix8bit", "PagedAdEMAMix8bit"), True),
+    **dict.fromkeys(("PagedAdamW", "PagedAdamW8bit", "PagedLion8bit"), True),
+    **dict.fromkeys(("ProdigyPlusScheduleFree", "DAdaptation", "DAdaptLion"), False),
+}
+"""Name, and whether it steps in the backward pass."""
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_it_trains_the_tiny_model_and_resumes_bit_for_bit(name: str, train, tiny_sdxl: Path, tmp_path: Path):
+    [kind] = [kind for kind in OPTIMIZERS if kind.name == name]
+    pytest.importorskip(kind.module)
+    rate = "1e-4" if FURTHER[name] else "1"
+    flags = [
+        *(f"--optimizer_type={name}", f"--learning_rate={rate}", "--mixed_precision=bf16", "--full_bf16"),
+        *(["--fused_backward_pass"] if FURTHER[name] else ["--optimizer_args", "d0=1e-4"]),
+    ]
+    at_once = train(*flags, "--max_train_steps=3")
+    output = f"--output_dir={tmp_path / 'output'}"
+    train(*flags, output, "--max_train_steps=2", "--save_state_on_train_end")
+    second = train(*flags, output, "--max_train_steps=3", "--resume=latest")
+    resumed = replace(second, output=tmp_path / "output").weights()
+    expected, start = at_once.weights(), load_file(tiny_sdxl)
+    assert [key for key, value in expected.items() if not torch.equal(value, resumed[key])] == []
+    moved = [key for key, value in expected.items() if not torch.equal(value, start[key].to(value.dtype))]
+    assert len(moved) > 100, "weights of the U-Net"
