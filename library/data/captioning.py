@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from library.data.caption_draws import CaptionDraw, Encoder
@@ -74,4 +75,5 @@ class Captioning:
 
 
 def _ids(read: Sequence[ReadText]) -> torch.Tensor:
-    return torch.tensor([text.ids for text in read])
+    # NumPy takes a third of the time that torch.tensor takes for nested lists.
+    return torch.from_numpy(np.array([text.ids for text in read], dtype=np.int64))

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -30,6 +31,7 @@ FOLDER_NAME = "text_encoder_outputs"
 _TENSOR_NAMES = ("hidden", "pooled")
 _BYTES_AROUND = 1000  # the header
 _CAPTION_SHOWN = 60
+_REMEMBERED_DIGESTS = 1 << 14  # in each worker, about 1 KB each
 
 Tensors = tuple[torch.Tensor, ...]
 """The outputs for one caption or, stacked, for several: L `hidden` [T, 768], G `hidden` [T, 1280] and
@@ -76,7 +78,9 @@ class OutputsInMemory:
     def of(self, tokens: torch.Tensor, zeros: Sequence[bool]) -> Tensors:
         """As `OutputCache` says."""
         rows = [0 if zero else self.row_of[tokens_digest(ids)] for ids, zero in zip(tokens, zeros, strict=True)]
-        outputs = tuple(tensor[rows] for tensor in self.tensors)
+        chosen = torch.tensor(rows)
+        # Whole rows are copied, which indexing does number by number.
+        outputs = tuple(tensor.index_select(0, chosen) for tensor in self.tensors)
         if any(zeros):
             for output in outputs:
                 output[torch.tensor(zeros)] = 0
@@ -137,7 +141,12 @@ class OutputsOnDisk:
 
 def tokens_digest(ids: torch.Tensor) -> str:
     """A fingerprint of token ids [N, 77]: all that an encoder knows of a caption, its number of chunks included."""
-    return _digest([ids])
+    return _remembered_digest(tuple(ids.shape), ids.numpy().tobytes())
+
+
+@lru_cache(_REMEMBERED_DIGESTS)
+def _remembered_digest(shape: tuple[int, ...], ids: bytes) -> str:
+    return _digest([torch.frombuffer(bytearray(ids), dtype=torch.int64).reshape(shape)])
 
 
 def encode_texts(
@@ -160,11 +169,11 @@ def encode_texts(
     notes = []
     if text_encoder_l is not None:
         encoder_l = _Encoder("L", text_encoder_l, lambda tokens: (encode_l(text_encoder_l, tokens),))
-        outputs_l, note = _cache(encoder_l, _distinct(images, tokens, "l", seed), folder, tokens.num_chunks)
+        outputs_l, note = _cache(encoder_l, texts_of(images, tokens, "l", seed), folder, tokens.num_chunks)
         notes.append(note)
     if text_encoder_g is not None:
         encoder_g = _Encoder("G", text_encoder_g, lambda tokens: encode_g(text_encoder_g, tokens))
-        outputs_g, note = _cache(encoder_g, _distinct(images, tokens, "g", seed), folder, tokens.num_chunks)
+        outputs_g, note = _cache(encoder_g, texts_of(images, tokens, "g", seed), folder, tokens.num_chunks)
         notes.append(note)
     return CachedTexts(outputs_l, outputs_g), notes
 
@@ -202,7 +211,7 @@ class _Encoder:
         return num_numbers * self.network.dtype.itemsize + _BYTES_AROUND
 
 
-def _distinct(images: Sequence[TrainingImage], tokens: TokenTable, encoder: Encoder, seed: int) -> dict[str, _Text]:
+def texts_of(images: Sequence[TrainingImage], tokens: TokenTable, encoder: Encoder, seed: int) -> dict[str, _Text]:
     """Return each text that `encoder` can meet once, by the digest of its ids."""
     limits: dict[tuple[str, int, bool], CaptionRules] = {}
     for image in images:

@@ -4,7 +4,7 @@ import gzip
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ PAD_G = 0
 CHUNK_TOKENS = 75
 """Tokens of text in one chunk; with the start and the end token it fills the encoders' 77 positions."""
 
+_REMEMBERED_WORDS = 1 << 16  # some 15 MB
 _NUM_MERGES = 49152 - 256 - 2
 
 
@@ -90,13 +91,21 @@ def tokenize(caption: str, pad_token_id: int, num_chunks: int) -> TokenizedCapti
 
 def token_ids(text: str) -> list[int]:
     """Return the token ids of a text of any length, without start and end; the text is cleaned as CLIP's was."""
-    ids: list[int] = _clip_tokenizer().backend_tokenizer.encode(_cleaned(text), add_special_tokens=False).ids
+    # Of printable ASCII ftfy changes entities alone, and no token of CLIP spans a space: the ids of a text are those of
+    # its words, which captions repeat.
+    if text.isascii() and text.isprintable() and "&" not in text:
+        return [token for word in text.split() for token in _ids_of_word(word)]
+    return _encoded(ftfy.fix_text(text))
+
+
+@lru_cache(_REMEMBERED_WORDS)
+def _ids_of_word(word: str) -> tuple[int, ...]:
+    return tuple(_encoded(word))
+
+
+def _encoded(text: str) -> list[int]:
+    ids: list[int] = _clip_tokenizer().backend_tokenizer.encode(text, add_special_tokens=False).ids
     return ids
-
-
-def _cleaned(text: str) -> str:
-    # Of printable ASCII ftfy changes entities alone; for short texts it costs more than the tokens.
-    return text if text.isascii() and text.isprintable() and "&" not in text else ftfy.fix_text(text)
 
 
 def in_chunks(ids: Sequence[int], pad_token_id: int, num_chunks: int) -> TokenizedCaption:
