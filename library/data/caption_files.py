@@ -133,7 +133,9 @@ def entries_of_folder(
     `name_x_y_width_height.jpg` may have the name without the numbers. Raise `UserError` naming the images that have no
     caption.
     """
-    entries: dict[Path, dict[str, Any]] = {image: {} for image in find_images(folder, recursive=False)}
+    entries: dict[Path, dict[str, Any]] = {
+        image: {} for image in find_images(folder, recursive=False, may_recurse=False)
+    }
     problems = []
     for column, extension in ((COLUMN_L, extension_l), (COLUMN_G, extension_g)):
         for image, entry in entries.items():

@@ -81,7 +81,7 @@ def _found_images(subsets: Iterator[Subset]) -> list[FoundImage]:
 
 
 def _found_in_folder(subset: Subset) -> list[FoundImage]:
-    files = find_images(subset.image_dir, recursive=False)
+    files = find_images(subset.image_dir, recursive=False, may_recurse=False)
     require_separate_caches(files)
     find_cache = cache_finder()
     return [FoundImage(file.stem, _NO_CAPTIONS, subset, None, file, find_cache(file), 1.0) for file in files]

@@ -41,8 +41,11 @@ def list_files(folder: Path, *, recursive: bool) -> Listing:
     return Listing(sorted(images, key=Path.as_posix), sorted(unreadable, key=Path.as_posix))
 
 
-def find_images(folder: Path, *, recursive: bool) -> list[Path]:
-    """Return the images of `list_files`, naming those that cannot be read; raise `UserError` if there is none."""
+def find_images(folder: Path, *, recursive: bool, may_recurse: bool = True) -> list[Path]:
+    """Return the images of `list_files`, naming those that cannot be read; raise `UserError` if there is none.
+
+    `may_recurse` says that the script has the flag --recursive.
+    """
     images, unreadable = list_files(folder, recursive=recursive)
     if not images and unreadable:
         raise UserError(f"no image in '{folder}' can be used:", describe_unreadable(unreadable))
@@ -51,7 +54,7 @@ def find_images(folder: Path, *, recursive: bool) -> list[Path]:
         suffixes = ", ".join(sorted(suffix for suffix in FORMAT_OF_SUFFIX if is_readable(Path(f"x{suffix}"))))
         raise UserError(
             f"no images in '{folder}': {where} no file that ends in {suffixes}.",
-            "Give the folder of the images." if recursive else "Give the folder of the images, or --recursive.",
+            f"Give the folder of the images{', or --recursive' if may_recurse and not recursive else ''}.",
         )
     warn_of_unreadable(unreadable)
     return images

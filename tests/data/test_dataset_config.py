@@ -201,6 +201,12 @@ def test_images_without_captions_are_named(in_folder: Path):
     assert "1 of 2 images of 'b' have no .txt file, which is the caption of L: 'y.png'; 2 of 2 images of 'b'" in of_b
 
 
+def test_a_folder_without_images_is_named_and_no_flag_that_the_trainer_lacks(in_folder: Path):
+    images(in_folder / "a")
+    with pytest.raises(UserError, match=r"no images in 'a': it holds no file .* Give the folder of the images\.$"):
+        find_training_images(read(toml(), in_folder))
+
+
 def keys_of(text: str, in_folder: Path) -> list[str]:
     return [image.key for image in find_training_images(read(text, in_folder))]
 
