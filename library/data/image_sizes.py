@@ -35,7 +35,10 @@ class ImageSizes:
         folder = image.parent
         if folder not in self._records:
             self._records[folder] = _read(folder / FILE_NAME)
-        state = image.stat()  # before reading: a change in between is noticed by the next start
+        try:
+            state = image.stat()  # before reading: a change in between is noticed by the next start
+        except OSError:
+            return read_size(image)  # which says what is wrong
         known = self._records[folder].get(image.name)
         if known is not None and known[2:] == [state.st_size, state.st_mtime_ns]:
             return Size(known[0], known[1])

@@ -37,6 +37,12 @@ def test_an_image_with_the_same_bytes_and_time_is_not_opened_and_another_one_is(
     assert sizes_of(image) == [Size(31, 20)]
 
 
+def test_an_image_that_is_gone_is_named(image: Path):
+    image.unlink()
+    with pytest.raises(UnusableImage, match="é.png"):
+        sizes_of(image)
+
+
 def test_nothing_is_written_unless_asked_for(image: Path):
     assert sizes_of(image, on_disk=False) == [Size(30, 20)]
     assert list(image.parent.iterdir()) == [image]
