@@ -39,7 +39,7 @@ def test_an_image_with_the_same_bytes_and_time_is_not_opened_and_another_one_is(
 
 def test_an_image_that_is_gone_is_named(image: Path):
     image.unlink()
-    with pytest.raises(UnusableImage, match="é.png"):
+    with pytest.raises(UnusableImage, match=r"é\.png"):
         sizes_of(image)
 
 
