@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from library.optim.known_optimizers import OPTIMIZERS
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")]
+pytestmark = pytest.mark.slow
 FURTHER = {
     **dict.fromkeys(("Muon", "CAME", "AdEMAMix", "StableAdamW", "AdEMAMix8bit", "PagedAdEMAMix8bit"), True),
     **dict.fromkeys(("PagedAdamW", "PagedAdamW8bit", "PagedLion8bit"), True),

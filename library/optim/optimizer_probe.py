@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from library.optim.options import NEAREST
+from library.config.errors import UserError
+from library.optim.options import NEAREST, OptimizerOptions
 from library.optim.rounding import Rounder
 from library.optim.stepping import Stepper
 
@@ -65,6 +66,23 @@ def treats_each_alone(make: MakeOptimizer, device: torch.device) -> bool:
     """
     together, alone = (_after_a_few_steps(make, device, elements) for elements in (math.inf, 1))
     return all(_equal(one, other) for one, other in zip(together, alone, strict=True))
+
+
+def require_each_alone(make: MakeOptimizer, options: OptimizerOptions, device: torch.device) -> bool:
+    """Return `treats_each_alone`. Raise `UserError` if it has to and does not."""
+    each_alone = treats_each_alone(make, device)
+    if not each_alone and options.fused_backward_pass:
+        raise UserError(
+            f"--fused_backward_pass cannot work with {options.optimizer_type}, which needs all gradients before it "
+            "updates the first weight.",
+            "Choose another --optimizer_type, such as Adafactor, or leave out --fused_backward_pass.",
+        )
+    if not each_alone and options.offload_optimizer:
+        raise UserError(
+            f"--offload_optimizer cannot work with {options.optimizer_type}, which needs all of its state at once.",
+            "Choose another --optimizer_type, such as AdamW, or leave out --offload_optimizer.",
+        )
+    return each_alone
 
 
 def _equal(one: Any, other: Any) -> bool:

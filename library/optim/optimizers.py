@@ -99,6 +99,8 @@ def make_optimizer(groups: Sequence[dict[str, Any]], options: OptimizerOptions) 
             optimizer = optimizer_class(list(groups), lr=options.learning_rate, **arguments)  # type: ignore[call-arg]
     except Exception as error:
         raise _refusal(kind.name, error) from error
+    if getattr(optimizer, "is_paged", False) and not torch.cuda.is_available():
+        optimizer.is_paged = False  # type: ignore[attr-defined]  # bitsandbytes cannot page on a CPU, and may try to
     if options.is_schedule_free:
         optimizer.train()  # type: ignore[attr-defined]
     return optimizer

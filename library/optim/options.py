@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from library.config.errors import UserError
@@ -55,6 +56,12 @@ class OptimizerOptions:
         "Clipping needs a backward pass to compute the norm first; set --max_grad_norm=0 to save that time.",
     )
 
+    offload_optimizer: bool = option(
+        False,
+        "Keep the optimizer's state in pinned host memory and copy it to the GPU while the backward pass runs: the "
+        "same weights, and AdamW fits on 24 GB. Add --fused_backward_pass.",
+    )
+
     @property
     def arguments(self) -> dict[str, Any]:
         """The arguments of `optimizer_args`, by name. Raise `UserError` for what is none."""
@@ -83,6 +90,11 @@ class OptimizerOptions:
         """Yield what is wrong with these values, one sentence each."""
         yield from complaints(kind_of, self.optimizer_type)
         yield from complaints(lambda: self.arguments)
+        if self.offload_optimizer and self.optimizer_type.lower().startswith("paged"):
+            yield (
+                f"--offload_optimizer cannot work with --optimizer_type {self.optimizer_type}, which pages its state "
+                "by itself; choose one of the two."
+            )
         if self.block_lr is not None:
             yield from complaints(parse_block_rates, self.block_lr)
             if self.learning_rate == 0:
@@ -92,11 +104,16 @@ class OptimizerOptions:
         """Yield what the optimizer refuses; it is tried on a few numbers."""
         import torch
 
+        from library.optim.optimizer_probe import require_each_alone
         from library.optim.optimizers import make_optimizer, require_every_shape
 
         group = {"params": [torch.nn.Parameter(torch.zeros(2, 2))], "lr": self.learning_rate}
         refused = list(complaints(make_optimizer, [group], self))
-        yield from refused or complaints(require_every_shape, self)
+        refused = refused or list(complaints(require_every_shape, self))
+        if not refused and (self.fused_backward_pass or self.offload_optimizer):
+            make = partial(make_optimizer, options=self)
+            refused = list(complaints(require_each_alone, make, self, torch.device("cpu")))
+        yield from refused
 
 
 def complaints(function: Callable[..., object], *arguments: object) -> Iterator[str]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from library.optim.offloaded_states import OffloadedStates
 from library.optim.options import KAHAN, NEAREST
 from library.optim.rounding import RESIDUAL, Rounder, round_stochastically, with_residual
 
@@ -62,6 +63,7 @@ class Stepper:
 
     `narrow_keys` are the keys of the optimizer's state to be kept in bfloat16 beside bfloat16 weights, as
     `keys_in_bfloat16` returns them. Chunks are of about `elements_per_chunk`; with `math.inf` all is stepped at once.
+    With `offloads` the optimizer's state lies in host memory between the updates.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Stepper:
         narrow_keys: frozenset[str] = frozenset(),
         *,
         elements_per_chunk: float = _CHUNK,
+        offloads: bool = False,
     ):
         self.chunks = [
             Chunk(place, parameters)
@@ -80,6 +83,7 @@ class Stepper:
         self._optimizer = optimizer
         self._rounder = rounder
         self._narrow_keys = narrow_keys
+        self._offloaded = OffloadedStates(optimizer) if offloads else None
         self._all_at_once = math.isinf(elements_per_chunk)
         self._rounds_itself = getattr(optimizer, "rounds_itself", False)
         if self._rounds_itself:  # within its own kernel
@@ -98,6 +102,8 @@ class Stepper:
     def stepping(self, step: int) -> Iterator["ChunkSteps"]:
         """Within the block, take optimizer step `step` chunk by chunk, by calling what is yielded."""
         self._rounder.start(step)
+        if self._offloaded is not None:
+            self._offloaded.begin()
         groups = self._optimizer.param_groups
         chunk_steps = ChunkSteps([{**group} for group in groups], self._step_groups)
         try:
@@ -106,8 +112,53 @@ class Stepper:
             self._optimizer.param_groups = groups
             for place, settings in chunk_steps.changed_settings.items():
                 groups[place].update(settings)
+            if self._offloaded is not None:
+                self._offloaded.end()
+
+    def with_states(self, function: Callable[[], object]) -> None:
+        """Call `function`, a method of the optimizer that reads its state: once, or for each chunk if it is offloaded.
+
+        As in a step, each chunk sees the settings of its group as they were before.
+        """
+        if self._offloaded is None:
+            function()
+            return
+        groups, changed = self._optimizer.param_groups, {}
+        try:
+            for chunk in self.chunks:
+                shown = {**groups[chunk.group], "params": chunk.parameters}
+                self._optimizer.param_groups = [shown]
+                with self._states_at_hand(chunk.parameters):
+                    function()
+                changed[chunk.group] = {name: value for name, value in shown.items() if name != "params"}
+        finally:
+            self._optimizer.param_groups = groups
+            for place, settings in changed.items():
+                groups[place].update(settings)
+
+    def settle(self) -> None:
+        """Wait until the optimizer's state can be read."""
+        if self._offloaded is not None:
+            self._offloaded.settle()
+
+    @property
+    def offloads(self) -> bool:
+        """Whether the state lies in host memory between the updates."""
+        return self._offloaded is not None
+
+    @contextmanager
+    def _states_at_hand(self, parameters: list[Parameter]) -> Iterator[None]:
+        if self._offloaded is not None:
+            self._offloaded.bring(parameters)
+        yield
+        if self._offloaded is not None:
+            self._offloaded.put_back(parameters)
 
     def _step_groups(self, groups: list[dict[str, Any]]) -> None:
+        with self._states_at_hand([parameter for group in groups for parameter in group["params"]]):
+            self._update(groups)
+
+    def _update(self, groups: list[dict[str, Any]]) -> None:
         self._optimizer.param_groups = groups
         rounds_here = self._rounder.kind != NEAREST and not self._rounds_itself
         narrow = [

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from library.config.atomic_files import require_disk_space
-from library.optim.optimizer_probe import bytes_of_state_a_weight
+from library.optim.optimizer_probe import MakeOptimizer, bytes_of_state_a_weight
 from library.optim.optimizers import make_optimizer
 from library.optim.options import KAHAN, NEAREST, OptimizerOptions
 from library.training.progress import STATE_SUFFIX
@@ -28,17 +28,23 @@ def bytes_of_state(options: OptimizerOptions, networks: Iterable[nn.Module], rou
     The latter is measured on small weights. Compensated `rounding` keeps one more bfloat16 for each bfloat16 weight.
     """
     make = partial(make_optimizer, options=options)
+    return sum(
+        bytes_of([network], None) + bytes_of_optimizer(make, list(network.parameters()), rounding)
+        for network in networks
+    )
+
+
+def bytes_of_optimizer(make: MakeOptimizer, parameters: Iterable[nn.Parameter], rounding: str) -> int:
+    """Return the bytes of what the optimizer keeps for the parameters that are trained."""
+    counts: Counter[tuple[int, torch.dtype, torch.device]] = Counter()
+    for weights in parameters:
+        if weights.requires_grad:
+            counts[weights.ndim, weights.dtype, weights.device] += weights.numel()
     total = 0.0
-    for network in networks:
-        total += bytes_of([network], None)
-        counts: Counter[tuple[int, torch.dtype, torch.device]] = Counter()
-        for weights in network.parameters():
-            if weights.requires_grad:
-                counts[weights.ndim, weights.dtype, weights.device] += weights.numel()
-        for (num_dimensions, dtype, device), count in counts.items():
-            each = bytes_of_state_a_weight(make, num_dimensions, dtype, device)
-            each += dtype.itemsize if rounding == KAHAN and dtype == torch.bfloat16 else 0
-            total += each * count
+    for (num_dimensions, dtype, device), count in counts.items():
+        each = bytes_of_state_a_weight(make, num_dimensions, dtype, device)
+        each += dtype.itemsize if rounding == KAHAN and dtype == torch.bfloat16 else 0
+        total += each * count
     return int(total)
 
 

@@ -120,7 +120,8 @@ class Learner:
         """Return what a state holds of all this, and of `others` that change while training."""
         networks = {name: self.accelerator.unwrap_model(network) for name, network in self.trained.items()}
         moved = self.optimizer, self.settings, self.lr_schedule, self.accelerator.scaler, self.narrow_keys
-        return Resumable(networks, *moved, others or {})
+        self.stepper.settle()
+        return Resumable(networks, *moved, others or {}, is_offloaded=self.stepper.offloads)
 
     @contextmanager
     def final_weights(self) -> Iterator[None]:
@@ -133,11 +134,11 @@ class Learner:
             yield
             return
         to_train_on = [parameter.detach().to("cpu", copy=True) for parameter in self.parameters]
-        optimizer.eval()
+        self.stepper.with_states(optimizer.eval)
         try:
             yield
         finally:
-            optimizer.train()
+            self.stepper.with_states(optimizer.train)
             for parameter, weights in zip(self.parameters, to_train_on, strict=True):
                 parameter.data.copy_(weights)
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
@@ -16,7 +17,7 @@ from library.config.errors import UserError
 from library.optim.fused_backward import FusedBackward
 from library.optim.lr_curves import rates_over_run
 from library.optim.lr_schedules import make_lr_schedule
-from library.optim.optimizer_probe import keys_in_bfloat16, treats_each_alone
+from library.optim.optimizer_probe import MakeOptimizer, keys_in_bfloat16, require_each_alone
 from library.optim.optimizers import make_optimizer, make_parameter_groups, tried
 from library.optim.options import NEAREST, OptimizerOptions
 from library.optim.rounding import Rounder
@@ -24,6 +25,7 @@ from library.optim.schedule_options import ScheduleOptions
 from library.optim.stepping import Stepper
 from library.sdxl.architecture import SdxlModel
 from library.sdxl.weight_names import unet_name
+from library.training.disk_space import bytes_of_optimizer
 from library.training.distribution import prepare
 from library.training.learner import Learner
 from library.training.loss_watch import LossWatch, StepLoss
@@ -119,22 +121,30 @@ def _make_stepper(
     """Return the stepper: in chunks, or all at once if the optimizer's parameters depend on one another."""
     make = partial(make_optimizer, options=options)
     with tried(options.optimizer_type):
-        each_alone = treats_each_alone(make, accelerator.device)
-    if options.fused_backward_pass and not each_alone:
-        raise UserError(
-            f"--fused_backward_pass cannot work with {type(optimizer).__name__}, which needs all gradients before it "
-            "updates the first weight.",
-            "Choose another --optimizer_type, such as Adafactor, or leave out --fused_backward_pass.",
-        )
+        each_alone = require_each_alone(make, options, accelerator.device)
     if options.fused_backward_pass and accelerator.num_processes > 1:
         raise UserError(
             "--fused_backward_pass cannot work with several processes: each gradient would be used before the others "
             "have contributed theirs.",
             "Train with one process, or leave out --fused_backward_pass.",
         )
+    if options.offload_optimizer:
+        groups = optimizer.param_groups
+        require_host_memory(make, [parameter for group in groups for parameter in group["params"]], rounder.kind)
     if each_alone:
-        return Stepper(optimizer, rounder, narrow_keys)
+        return Stepper(optimizer, rounder, narrow_keys, offloads=options.offload_optimizer)
     return Stepper(optimizer, rounder, narrow_keys, elements_per_chunk=math.inf)
+
+
+def require_host_memory(make: MakeOptimizer, parameters: Sequence[nn.Parameter], rounding: str) -> None:
+    """Raise `UserError` unless the optimizer's state fits into the memory that is free."""
+    needed, free = bytes_of_optimizer(make, parameters, rounding), psutil.virtual_memory().available
+    if needed > free:
+        raise UserError(
+            f"--offload_optimizer keeps {needed / 2**30:.1f} GiB of state in memory, of which {free / 2**30:.1f} GiB "
+            "are free.",
+            "Close other programs, or choose an --optimizer_type with less state, such as AdamW8bit or Adafactor.",
+        )
 
 
 def enable_gradient_checkpointing(network: UNet2DConditionModel | PreTrainedModel) -> None:

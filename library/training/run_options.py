@@ -261,19 +261,19 @@ class TrainingOptions:
         return self.run.max_train_steps if self.run.max_train_epochs is None else None
 
     def _fused_conflicts(self) -> Iterator[str]:
-        if not self.optimizer.fused_backward_pass:
-            return
-        if self.run.gradient_accumulation_steps > 1:
+        fused, offloaded = self.optimizer.fused_backward_pass, self.optimizer.offload_optimizer
+        if fused and self.run.gradient_accumulation_steps > 1:
             yield (
                 "--fused_backward_pass steps after every batch and cannot accumulate gradients over "
                 f"{self.run.gradient_accumulation_steps} of them; set --gradient_accumulation_steps=1 and a larger "
                 "--train_batch_size, or leave out --fused_backward_pass."
             )
-        if self.precision.mixed_precision == "fp16":
-            yield (
-                "--fused_backward_pass cannot work with --mixed_precision=fp16, whose steps wait until no gradient has "
-                "overflowed; use bf16."
-            )
+        for flag, is_on in (("--fused_backward_pass", fused), ("--offload_optimizer", offloaded)):
+            if is_on and self.precision.mixed_precision == "fp16":
+                yield (
+                    f"{flag} cannot work with --mixed_precision=fp16, whose steps wait until no gradient has "
+                    "overflowed; use bf16."
+                )
 
     def _bucket_conflicts(self) -> Iterator[str]:
         try:

@@ -59,7 +59,8 @@ class Resumable:
     `settings` are the settings of the optimizer's parameter groups under the current options: where they differ from
     those the state was saved with, the current ones hold for the rest of the run. `narrow_keys` are the keys of the
     optimizer's state that it keeps in bfloat16 beside bfloat16 weights. `others` are saved under their names, each as
-    a file with a digest; what a state does not hold begins where the run continues.
+    a file with a digest; what a state does not hold begins where the run continues. With `is_offloaded` the
+    optimizer keeps its state in host memory.
     """
 
     networks: Mapping[str, nn.Module]
@@ -69,6 +70,7 @@ class Resumable:
     scaler: torch.amp.GradScaler | None = None
     narrow_keys: frozenset[str] = frozenset()
     others: Mapping[str, Kept] = field(default_factory=dict)
+    is_offloaded: bool = False
 
 
 def group_settings(optimizer: Optimizer) -> list[dict[str, Any]]:
@@ -251,7 +253,8 @@ def _restore_optimizer(
         group["initial_lr"] = now["lr"]
         for parameter, state in zip(group["params"], saved_states, strict=False):
             _require_fitting_moments(state, parameter)
-            placed = {key: placed_state(optimizer, key, value, group, parameter.device) for key, value in state.items()}
+            device = torch.device("cpu") if learnt.is_offloaded else parameter.device
+            placed = {key: placed_state(optimizer, key, value, group, device) for key, value in state.items()}
             follow(sum(value.nbytes for value in state.values() if isinstance(value, torch.Tensor)))
             optimizer.state[parameter] = (
                 _in_present_precision(placed, parameter, learnt.narrow_keys) if parameter in changed else placed
@@ -274,7 +277,7 @@ def _in_present_precision(
 ) -> dict[str, Any]:
     """Return the state of a parameter that was saved in another precision as the optimizer keeps it beside it now."""
     if parameter.dtype != torch.bfloat16 and RESIDUAL in state:  # what bfloat16 could not hold, its place is here
-        parameter.data += state.pop(RESIDUAL)
+        parameter.data += state.pop(RESIDUAL).to(parameter.device)
     kept = {key: torch.bfloat16 if key in narrow_keys else torch.float32 for key in state}
     return {
         key: value.to(kept[key])

@@ -46,6 +46,7 @@ SCRIPTS = [
             "--legacy_crop_coords",
             "--legacy_text_projection",
             "--max_bad_steps",
+            "--offload_optimizer",
             "--one_caption",
             "--plot_schedule",
             "--resume_anyway",

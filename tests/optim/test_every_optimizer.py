@@ -24,7 +24,6 @@ from library.training.progress import Progress, Setting
 from library.training.state import Resumable, group_settings, read_learnt, write_state
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 PROGRESS = Progress("2026-02-03T04:05:06", 7, 3, 1, 1, [0.1], setting=Setting({"output_name": "m"}, {}, {}))
 # Those that find a rate begin with one of 1e-6: a few steps are too few to find another.
 FINDING = ["d0=3e-4", "growth_rate=1.02"]
@@ -75,7 +74,16 @@ class Net(nn.Module):
 class Trained:
     """A net, its optimizer and its stepper, as a run connects them."""
 
-    def __init__(self, kind: OptimizerKind, dtype: torch.dtype, *, fused: bool = False, chunk: float = 100):
+    def __init__(
+        self,
+        kind: OptimizerKind,
+        dtype: torch.dtype,
+        *,
+        fused: bool = False,
+        chunk: float = 100,
+        offloads: bool = False,
+        rounding: str = STOCHASTIC,
+    ):
         chosen = options(kind)
         self.net = Net(dtype)
         self.parameters = list(self.net.parameters())
@@ -85,13 +93,18 @@ class Trained:
         ]
         self.optimizer = make_optimizer(groups, chosen)
         narrow = keys_in_bfloat16(partial(make_optimizer, options=chosen), CPU)
-        rounder = Rounder(STOCHASTIC if dtype == torch.bfloat16 else NEAREST, self.parameters, seed=1)
+        rounder = Rounder(rounding if dtype == torch.bfloat16 else NEAREST, self.parameters, seed=1)
         chunk = math.inf if couples(kind) else chunk
-        self.stepper = Stepper(self.optimizer, rounder, narrow, elements_per_chunk=chunk)
+        self.stepper = Stepper(self.optimizer, rounder, narrow, elements_per_chunk=chunk, offloads=offloads)
         self.fused = FusedBackward(self.stepper, 0.0) if fused else None
         schedule = LambdaLR(self.optimizer, lambda step: 1.0)
         self.resumable = Resumable(
-            {"unet": self.net}, self.optimizer, group_settings(self.optimizer), schedule, narrow_keys=narrow
+            {"unet": self.net},
+            self.optimizer,
+            group_settings(self.optimizer),
+            schedule,
+            narrow_keys=narrow,
+            is_offloaded=offloads,
         )
 
     def train(self, steps: range) -> list[float]:

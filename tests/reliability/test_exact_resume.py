@@ -89,9 +89,9 @@ WAYS = {
         *("--lr_scheduler_type=OneCycleLR", "--lr_scheduler_args", "max_lr=2e-3,total_steps=4,cycle_momentum=False"),
         *("--save_state", "--fused_backward_pass", "--max_grad_norm=0.01"),
     ),
-    "bfloat16 with compensation, schedule-free": (
+    "bfloat16 with compensation, schedule-free, offloaded": (
         *("--mixed_precision=bf16", "--full_bf16", "--bf16_rounding=kahan", "--optimizer_type=AdamWScheduleFree"),
-        *("--learning_rate=1e-3", "--max_train_steps=4", "--sample_every_n_steps=2"),
+        *("--offload_optimizer", "--learning_rate=1e-3", "--max_train_steps=4", "--sample_every_n_steps=2"),
     ),
 }
 

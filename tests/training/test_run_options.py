@@ -84,6 +84,19 @@ def test_what_is_missing_is_named(flag: str, problem: str, refused):
         (["--resolution=1001,1001"], "multiples of 8 pixels"),
         (["--learning_rat=1"], "unknown flag --learning_rat. Did you mean --learning_rate?"),
         (["--clip_skip=2"], "--clip_skip: SDXL was trained on the last block but one"),
+        (["--lr_scheduler=cosin"], "Did you mean cosine?"),
+        (
+            ["--lr_scheduler_type=torch.optim.SGD"],
+            "--lr_scheduler_type torch.optim.SGD is not a learning-rate schedule",
+        ),
+        (["--lr_scheduler=polynomial", "--lr_scheduler_args", "lr_end='low'"], "lr_end is 'low'; it must be a number."),
+        (["--lr_scheduler=linear", "--lr_warmup_steps=150%"], "is 2400, but the run has 1600 steps"),
+        (["--optimizer_type=Adamw8bits"], "--optimizer_type is 'Adamw8bits'. It must be one of AdamW8bit, "),
+        (["--optimizer_type=torch.optim.lr_scheduler.LambdaLR"], "LambdaLR is not an optimizer"),
+        (
+            ["--offload_optimizer", "--mixed_precision=fp16"],
+            "--offload_optimizer cannot work with --mixed_precision=fp16",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_before_the_model_is_loaded(flags: list[str], problem: str, refused):
