@@ -22,9 +22,14 @@ import torch
 from torch import nn
 
 from benchmarks.random_model import unet_inputs
+from library.optim.options import NEAREST
+from library.optim.rounding import Rounder
+from library.optim.stepping import Stepper
 from library.sdxl.architecture import SDXL_BASE, empty_model, empty_unet
 
 _FLOAT32_WITHIN_BLOCKS = 2
+OFFLOADED_CHUNKS = 3
+"""Whose state is on the GPU at once with `--offload_optimizer`: what arrives, what is updated, what returns."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,12 @@ def adafactor_bytes(parameters: Sequence[nn.Parameter], *, flatten_convolutions:
     return 4 * total
 
 
+def largest_chunk(parameters: Sequence[nn.Parameter]) -> int:
+    """Return the elements of the largest group of weights that are updated together."""
+    stepper = Stepper(torch.optim.SGD(parameters), Rounder(NEAREST, parameters, seed=0))
+    return max(sum(parameter.numel() for parameter in chunk.parameters) for chunk in stepper.chunks)
+
+
 def parts(resolution: int, batch_sizes: Sequence[int]) -> Iterator[tuple[str, int]]:
     """Yield the name and the bytes of each part."""
     model = empty_model(SDXL_BASE)
@@ -119,6 +130,7 @@ def parts(resolution: int, batch_sizes: Sequence[int]) -> Iterator[tuple[str, in
     yield "Adafactor", adafactor_bytes(parameters, flatten_convolutions=False)
     yield "Adafactor, flatten_convolutions=True", adafactor_bytes(parameters, flatten_convolutions=True)
     yield "AdamW, state in bfloat16 as the weights", 4 * count
+    yield "AdamW with --offload_optimizer: on the GPU", 4 * OFFLOADED_CHUNKS * largest_chunk(parameters)
     yield "AdamW8bit", 2 * count
     yield "Kahan's compensation (--bf16_rounding=kahan)", 2 * count
     yield "float32 in place of bfloat16: weights and gradients", 8 * count

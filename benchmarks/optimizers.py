@@ -3,7 +3,7 @@
     python benchmarks/optimizers.py [--names AdamW Muon ...]
 
 State is that beside SDXL's U-Net in bfloat16: matrices, convolutions and vectors as many as it has. Time is processor
-time of one core, the best of a few steps over the weights of one block of the U-Net, stochastic rounding included;
+time of one core, the best of a few steps over the weights of two blocks of the U-Net, stochastic rounding included;
 other programs on the machine hardly change it. Optimizers whose package is not installed are named and left out.
 """
 
@@ -34,7 +34,7 @@ from library.optim.rounding import Rounder
 from library.optim.stepping import Stepper
 from library.sdxl.architecture import SDXL_BASE, empty_unet
 
-BLOCK = "down_blocks.1."
+BLOCKS = ("down_blocks.1.attentions.0.", "down_blocks.1.resnets.0.")
 _CPU = torch.device("cpu")
 _STEPS = 3
 
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     weights = dict(empty_unet(SDXL_BASE).named_parameters())
-    shapes = [parameter.shape for name, parameter in weights.items() if name.startswith(BLOCK)]
+    shapes = [parameter.shape for name, parameter in weights.items() if name.startswith(BLOCKS)]
     counts: Counter[int] = Counter()
     for parameter in weights.values():
         counts[parameter.ndim] += parameter.numel()

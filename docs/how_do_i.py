@@ -90,6 +90,16 @@ ANSWERS = (
         "--mixed_precision=bf16 --full_bf16 --gradient_checkpointing --fused_backward_pass --max_grad_norm=0",
         "[performance.md](performance.md) has the flags for 8 to 24 GB.",
     ),
+    Answer(
+        "train with AdamW on 24 GB?",
+        "--optimizer_type=AdamW --offload_optimizer --fused_backward_pass --max_grad_norm=0",
+        "Its state lies in 9.6 GiB of host memory; see [performance.md](performance.md#offloaded-state).",
+    ),
+    Answer(
+        "see the learning rates before I train?",
+        "--plot_schedule=rates.png",
+        "Draws the rate of each part over the run, and exits.",
+    ),
     Answer("see what it learns?", "--sample_prompts=prompt.txt --sample_every_n_steps=100"),
     Answer(
         "see what L and G decide?",

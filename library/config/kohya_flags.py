@@ -81,7 +81,7 @@ _PRECISION_AND_MEMORY: dict[str, str] = {
             "--zero3_save_16bit_model",
             "--fp16_master_weights_and_gradients",
         ),
-        "DeepSpeed is not supported. To save memory use --full_bf16, --gradient_checkpointing and "
+        "DeepSpeed is not supported. To save memory use --offload_optimizer, --full_bf16, --gradient_checkpointing and "
         "--optimizer_type=Adafactor.",
     ),
     **dict.fromkeys(
