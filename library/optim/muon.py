@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+EMBEDDING = "is_embedding"
+"""Attribute of a parameter: its rows are looked up, so that it is a table and no matrix."""
+
 _OF_BOTH = ("lr", "weight_decay")
 _OF_MUON = ("momentum", "nesterov", "ns_steps", "ns_coefficients", "adjust_lr_fn")
 _OF_ADAMW = ("betas",)
@@ -17,6 +20,8 @@ _OF_ADAMW = ("betas",)
 
 class Muon(Optimizer):
     """Muon for weights of two dimensions and AdamW for all others, at the same learning rate and weight decay.
+
+    Embeddings, by the attribute `EMBEDDING` of their parameters, are among the others, as torch recommends.
 
     With `adjust_lr_fn` "match_rms_adamw" (Liu et al. 2025, https://arxiv.org/abs/2502.16982) an update by Muon is as
     large as one by AdamW, so that a rate found for AdamW fits both; other values are those of `torch.optim.Muon`.
@@ -81,8 +86,8 @@ class Muon(Optimizer):
 
 
 def _is_matrix(parameter: torch.Tensor) -> bool:
-    return parameter.ndim == 2
+    return parameter.ndim == 2 and not getattr(parameter, EMBEDDING, False)
 
 
 def _is_no_matrix(parameter: torch.Tensor) -> bool:
-    return parameter.ndim != 2
+    return not _is_matrix(parameter)

@@ -17,6 +17,7 @@ from library.config.errors import UserError
 from library.optim.fused_backward import FusedBackward
 from library.optim.lr_curves import rates_over_run
 from library.optim.lr_schedules import make_lr_schedule
+from library.optim.muon import EMBEDDING
 from library.optim.optimizer_probe import MakeOptimizer, keys_in_bfloat16, require_each_alone
 from library.optim.optimizers import make_optimizer, make_parameter_groups, tried
 from library.optim.options import NEAREST, OptimizerOptions
@@ -95,6 +96,9 @@ def _parameter_groups(
         for name, parameter in model.text_encoder_l.named_parameters()
         if last_block not in name and "final_layer_norm" not in name
     ]
+    for module in (*model.text_encoder_l.modules(), *model.text_encoder_g.modules()):
+        if isinstance(module, nn.Embedding):
+            setattr(module.weight, EMBEDDING, True)
     return make_parameter_groups(
         options,
         unet=[(unet_name(name), parameter) for name, parameter in model.unet.named_parameters()],
