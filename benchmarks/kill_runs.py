@@ -60,18 +60,20 @@ class Setting:
     prepares: bool = False
 
 
-PLAIN = Setting(("--cache_latents_to_disk", "--flip_aug", *_ACCUMULATING), prepares=True)
+_AVERAGED = ("--ema", "--ema_snapshot_every_n_steps=2")
+PLAIN = Setting(("--cache_latents_to_disk", "--flip_aug", *_ACCUMULATING, *_AVERAGED), prepares=True)
 SETTINGS = {
     "plain": PLAIN,
     "clipping with the fused step": Setting(
         (
             *("--optimizer_type=Adafactor", "--optimizer_args", "scale_parameter=False", "relative_step=False"),
             *("warmup_init=False", "--fused_backward_pass", "--max_grad_norm=0.01", *_NARROW),
+            *("--ema", "--ema_precision=bf16", "--ema_every=2", "--sample_ema"),
         )
     ),
     "kahan with Lion": Setting(("--optimizer_type=Lion", *_NARROW, "--bf16_rounding=kahan", "--train_batch_size=2")),
     "two processes, bf16, accumulation": Setting(
-        ("--mixed_precision=bf16", "--gradient_accumulation_steps=2"), num_processes=2
+        ("--mixed_precision=bf16", "--gradient_accumulation_steps=2", *_AVERAGED), num_processes=2
     ),
     "text and latents cached": Setting(
         ("--cache_latents", "--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", "--train_batch_size=2")
@@ -254,7 +256,7 @@ def _phase(folder: Path, said: str) -> str:
         if path.suffix == REPLACED_SUFFIX:
             return "renaming a folder"
         if path.suffix == PARTIAL_SUFFIX and path.is_dir():
-            return f"state, {len(list(path.iterdir()))} of 3 files begun"
+            return f"state, {len(list(path.iterdir()))} files begun"
     for path in folder.rglob(f"*{PARTIAL_SUFFIX}"):
         return _PHASE_OF_SUFFIX.get(Path(path.stem).with_suffix("").suffix, path.name)
     return "a step, or between two files" if "steps an epoch" in said else "start"

@@ -106,6 +106,16 @@ ANSWERS = (
         "--sample_prompts=prompt.txt --sample_grid",
         "Each L prompt with each G prompt, before the first step and after the last.",
     ),
+    Answer(
+        "keep a moving average (EMA)?",
+        "--ema --sample_prompts=prompt.txt --sample_every_n_steps=100 --sample_ema",
+        "Saved beside each model, as `..._ema.safetensors`, and drawn beside it.",
+    ),
+    Answer(
+        "choose the length of the EMA afterwards?",
+        "--ema_snapshot_every_n_steps=200",
+        "`finetune/reconstruct_ema.py` then builds the model of any length: [moving-averages.md](moving-averages.md).",
+    ),
     Answer("see curves?", "--logging_dir=logs", "Then `tensorboard --logdir logs`."),
     Answer("use captions of more than 75 tokens?", "--max_token_length=225"),
     Answer(

@@ -12,6 +12,7 @@ import sdxl_train
 from docs.flags_page import ScriptFlags, render_flags_page
 from finetune import (
     prepare_buckets_latents,
+    reconstruct_ema,
     sdxl_merge_captions_g_to_metadata,
     sdxl_merge_captions_l_to_metadata,
 )
@@ -40,6 +41,7 @@ SCRIPTS = [
     ),
     _flags_of(sdxl_train, TRAINER_SPELLINGS),
     _flags_of(sdxl_gen_img, GENERATE_SPELLINGS),
+    _flags_of(reconstruct_ema, Spellings()),
 ]
 
 

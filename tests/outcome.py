@@ -52,6 +52,9 @@ def _files(output_dir: Path) -> Iterator[tuple[str, Any]]:
     for path in sorted(output_dir.iterdir()):
         if path.is_dir() and path.name.endswith(STATE_SUFFIX):
             yield f"state {path.name}", _state(path)
+        elif path.is_dir() and path.name.endswith("-ema-snapshots"):
+            for each in sorted(path.iterdir()):
+                yield f"snapshot {each.name}", _snapshot(each)
         elif path.suffix == ".safetensors":
             yield f"model {path.stem}", load_file(path)
         elif path.name != "sample":
@@ -74,6 +77,13 @@ def _state(folder: Path) -> Any:
     others = {path.name: torch.load(path, weights_only=True) for path in sorted(folder.glob("*.pt"))}
     place = [progress[key] for key in ("seed", "step", "epoch", "step_in_epoch", "losses")]
     return place, progress["setting"]["images"], load_file(folder / "weights.safetensors"), others
+
+
+def _snapshot(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    record = json.loads(path.read_text(encoding="utf-8"))["record"]
+    return [record[key] for key in ("step", "num_steps", "sigma_rel", "bytes", "digest")]
 
 
 def _curves(logs: Path) -> Iterator[tuple[str, Any]]:

@@ -79,7 +79,25 @@ TRAINER_WISHES = (
         "(G) freezes one of them.",
     ),
     # What is not offered.
-    Wish(r"(use_)?ema(_\w+)?|\w+_ema", "A moving average of the weights (EMA) is not offered.", r"(^|_|--)ema(_|$)"),
+    Wish(r"(use_|enable_|with_)?ema|ema_(weights|model|only|validation)", "Did you mean --ema?"),
+    Wish(
+        r"(ema_)?(max_|model_)?decay|ema_(max_decay|rate|beta|momentum)|decay_ema",
+        "The decay of the moving average is --ema_decay, with --ema.",
+    ),
+    Wish(
+        r"ema_(update_)?(steps?|interval|freq(uency)?|update_interval|update_step_interval|update_after|update_every)",
+        "Did you mean --ema_every?",
+    ),
+    Wish(r"ema_(inv_gamma|gamma|warm_?up\w*)|use_ema_warmup", "The average is always warmed up; --ema_power says how."),
+    Wish(
+        r"ema_(cpu|cpu_only|offload)|offload_ema|ema_on_cpu",
+        "--ema_device=cpu keeps the moving averages in host memory.",
+    ),
+    Wish(
+        r"(post_?hoc|power)_ema|ema_(snapshots?|length|std|profiles?|sigma)\w*|karras_ema|edm2_ema|phema",
+        "--ema_snapshot_every_n_steps saves what finetune/reconstruct_ema.py builds any EMA length from.",
+    ),
+    Wish(r"(use_)?ema(_\w+)?|\w+_ema", "The moving average of the weights is --ema, with --ema_decay."),
     Wish(
         r"(use_|do_)?valid(ation)?(_(?!prompt)\w+)?|validate(_\w+)?|eval(uation)?(_(?!prompt)\w+)?|num_validation_images",
         "A loss on images that are not trained is not offered. --sample_prompts draws images during training.",

@@ -1,8 +1,9 @@
-"""What cannot work between the optimizer and the schedule."""
+"""What cannot work between the optimizer, its schedule and moving averages."""
 
 from collections.abc import Iterator
 
 from library.config.options import problems_of
+from library.optim.ema_options import EmaOptions
 from library.optim.known_optimizers import ADAFACTOR
 from library.optim.options import ADAFACTOR_RECIPE, OptimizerOptions, complaints
 from library.optim.schedule_options import ScheduleOptions
@@ -48,3 +49,14 @@ def schedule_refusals(optimizer: OptimizerOptions, schedule: ScheduleOptions, nu
         rates_over_run(optimizer, schedule, rates, num_steps=num_steps or 1, at=())
 
     yield from complaints(run_through)
+
+
+def average_conflicts(averages: EmaOptions, optimizer: OptimizerOptions, *, draws_average: bool) -> Iterator[str]:
+    """Yield what cannot work between moving averages, samples and the optimizer, one sentence each."""
+    if draws_average and not averages.ema:
+        yield "--sample_ema has no effect without --ema; add it."
+    if optimizer.is_schedule_free and averages.profiles:
+        yield (
+            f"--optimizer_type {optimizer.optimizer_type} averages the weights itself, and saves the average: leave "
+            "out --ema and --ema_snapshot_every_n_steps."
+        )

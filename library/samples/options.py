@@ -35,11 +35,16 @@ class SampleOptions:
         "Draw a grid before the first step and after the last: each L prompt of the prompt file (rows; a line without"
         " --e has none) with each G prompt (columns), all with the seed and the other settings of the first line.",
     )
+    sample_ema: bool = option(
+        False, "Draw each sample with the moving average of --ema as well; the names of these images end in _ema."
+    )
     sample_sampler: str = option("ddim", "Sampler for lines of the prompt file that name none.", choices=SAMPLERS)
 
     def problems(self) -> Iterator[str]:
         """Yield what is wrong with these values and in the prompt file, one sentence each."""
         is_due = self.draws_each_prompt or self.sample_grid
+        if self.sample_ema and self.sample_prompts is None:
+            yield "--sample_ema needs --sample_prompts."
         if self.sample_prompts is None:
             if is_due:
                 yield (

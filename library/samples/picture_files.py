@@ -20,7 +20,8 @@ from library.samples.sampler_names import names_of
 _TIME_FORMAT = "%Y%m%d%H%M%S"
 _TIME_DIGITS = 14
 _NAME = re.compile(
-    r"(?:.*_)?(?P<time>[0-9]{14})_e?(?P<count>[0-9]{6,})_(?:(?P<index>[0-9]{2,})(?:_(?P<seed>[0-9]+))?|grid)\.png",
+    r"(?:.*_)?(?P<time>[0-9]{14})_e?(?P<count>[0-9]{6,})_"
+    r"(?:(?P<index>[0-9]{2,})(?:_(?P<seed>[0-9]+))?|grid)(?P<mark>_ema)?\.png",
     re.DOTALL,
 )
 _UNQUOTED = re.compile(r'(?!")[^,:\r\n]*')
@@ -43,18 +44,29 @@ class PictureRecord:
 
 
 def picture_name(
-    model_name: str | None, *, now: datetime, step: int, epoch: int | None, index: int, seed: int | None
+    model_name: str | None,
+    *,
+    now: datetime,
+    step: int,
+    epoch: int | None,
+    index: int,
+    seed: int | None,
+    mark: str = "",
 ) -> str:
-    """Return kohya's file name: model, time, step (or epoch, if samples are drawn by epoch), index, fixed seed."""
+    """Return kohya's file name: model, time, step (or epoch, if samples are drawn by epoch), index, fixed seed.
+
+    `mark` is "_ema" for an image drawn with the moving average of the weights.
+    """
     prefix = "" if model_name is None else f"{model_name}_"
     when = f"e{epoch:06d}" if epoch is not None else f"{step:06d}"
     suffix = "" if seed is None else f"_{seed}"
-    return f"{prefix}{now:{_TIME_FORMAT}}_{when}_{index:02d}{suffix}.png"
+    return f"{prefix}{now:{_TIME_FORMAT}}_{when}_{index:02d}{suffix}{mark}.png"
 
 
-def grid_name(model_name: str | None, *, now: datetime, step: int) -> str:
+def grid_name(model_name: str | None, *, now: datetime, step: int, mark: str = "") -> str:
     """Return the file name of the grid of `--sample_grid`: as `picture_name`, with "grid" as the index."""
-    return picture_name(model_name, now=now, step=step, epoch=None, index=0, seed=None).replace("_00.png", "_grid.png")
+    name = picture_name(model_name, now=now, step=step, epoch=None, index=0, seed=None)
+    return name.removesuffix("_00.png") + f"_grid{mark}.png"
 
 
 @dataclass(frozen=True)
@@ -97,6 +109,8 @@ def newest_pictures(folder: Path, model_name: str | None, since: datetime) -> li
     for path in folder.glob(f"{escape(prefix)}{'[0-9]' * _TIME_DIGITS}_*.png"):
         match = _NAME.fullmatch(path.name)
         if match is None or match["index"] is None or match.start("time") != len(prefix) or not int(match["count"]):
+            continue
+        if match["mark"]:  # the moving average is another model
             continue
         if match["time"] >= f"{since:{_TIME_FORMAT}}":
             found.append((-int(match["count"]), int(match["index"]), path))

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,26 +22,26 @@ from library.sdxl.architecture import (
     empty_model,
     empty_vae,
 )
+from library.sdxl.expected_tensors import expected_shapes, require_tensors
 from library.sdxl.foreign_weights import (
-    FLOATS,
     in_usual_form,
     is_finite,
-    quantised,
     require_finite,
     warn_of_coarse_weights,
-    what_it_is,
 )
 from library.sdxl.model_spec import HASH_KEY
 from library.sdxl.prediction import SDXL_PREDICTION, ZERO_TERMINAL_SNR_MARKER
 from library.sdxl.prediction_claims import MARKERS, FoundPrediction, find_prediction
 from library.sdxl.prediction_options import AS_THE_MODEL_SAYS, PredictionOptions
 from library.sdxl.tensor_file import (
+    Replacing,
     TensorReader,
     TensorToWrite,
     first_line,
     open_tensors,
     write_pickle,
     write_safetensors,
+    written,
 )
 from library.sdxl.weight_names import (
     LOGIT_SCALE,
@@ -109,13 +110,40 @@ def read_single_file(
                 path,
             )
         for network, table, _ in parts:
-            _check(reader, network, table)
+            require_tensors(reader, network, table)
         not_finite = [name for network, table, dtype in parts for name in _fill(reader, network, table, dtype)]
         require_finite(str(path), not_finite)
         if LOGIT_SCALE in reader.shapes:
             model.logit_scale = reader.get(LOGIT_SCALE).clone()
         _report_unused(reader, {stored.name for _, table, _ in parts for stored in table}, with_vae=with_vae)
     return model
+
+
+@contextmanager
+def mapped_single_file(path: Path) -> Iterator[tuple[SdxlModel, Replacing]]:
+    """Yield the model of a single file without weights, and what reads each of its tensors from the mapped file.
+
+    So a changed copy can be written in memory for one tensor. Raise `UserError` for a file that is damaged, of another
+    model family, quantised, lacks tensors of SDXL or holds them in other shapes.
+    """
+    with open_tensors(path) as file:
+        reader = in_usual_form(file)
+        model: SdxlModel = _without_weights(reader, empty_model, SDXL_BASE)
+        places: dict[tuple[int, str], tuple[StoredTensor, tuple[int, ...], int]] = {}
+        for network, table, _ in _parts(model, ModelDtypes()):
+            require_tensors(reader, network, table)
+            shapes = expected_shapes(network, table)
+            for stored in table:
+                for index, name in enumerate(stored.parameters):
+                    places[id(network), name] = stored, shapes[stored.name], index
+        if LOGIT_SCALE in reader.shapes:
+            model.logit_scale = reader.get(LOGIT_SCALE).clone()
+
+        def read(network: nn.Module, name: str) -> torch.Tensor:
+            stored, shape, index = places[id(network), name]
+            return list(stored.to_parameters(reader.get(stored.name).reshape(shape)))[index]
+
+        yield model, read
 
 
 def read_vae(path: Path, dtype: torch.dtype | None, architecture: Architecture = SDXL_BASE) -> AutoencoderKL:
@@ -127,7 +155,7 @@ def read_vae(path: Path, dtype: torch.dtype | None, architecture: Architecture =
         reader = in_usual_form(file)
         vae: AutoencoderKL = _without_weights(reader, empty_vae, architecture)
         table = _vae_table_of(reader, vae)
-        _check(reader, vae, table)
+        require_tensors(reader, vae, table)
         require_finite(str(path), _fill(reader, vae, table, dtype))
     return vae
 
@@ -168,57 +196,10 @@ def _parts(model: SdxlModel, dtypes: ModelDtypes) -> list[tuple[nn.Module, list[
     ]
 
 
-def _check(reader: TensorReader, network: nn.Module, table: list[StoredTensor]) -> None:
-    """Raise `UserError` unless the file has every tensor of `table`, as floats, in the shape that `network` expects."""
-    missing = [stored.name for stored in table if stored.name not in reader.shapes]
-    if missing:
-        raise UserError(
-            f"'{reader.path}' {what_it_is(reader)}: {len(missing)} tensors are missing, such as "
-            f"{listed(missing, limit=5)}.",
-            _remedy_for_missing(missing, table),
-        )
-    integers = sorted({reader.dtypes[stored.name] for stored in table} - FLOATS)
-    if integers:
-        raise quantised(str(reader.path), f"weights of type {listed(integers)}")
-    expected = _expected_shapes(network, table)
-    misshapen = [
-        f"{name} {list(reader.shapes[name])} for {list(shape)}"
-        for name, shape in expected.items()
-        if not _holds_the_same(reader.shapes[name], shape)
-    ]
-    if misshapen:
-        raise UserError(
-            f"'{reader.path}' is not the usual SDXL: {len(misshapen)} tensors differ in shape: "
-            f"{listed(misshapen, limit=5)}.",
-            "Inpainting, refiner and pruned models cannot be fine-tuned here: use an SDXL base checkpoint.",
-        )
-
-
-def _remedy_for_missing(missing: list[str], table: list[StoredTensor]) -> str:
-    if len(missing) == len(table) and missing[0].startswith(PREFIX_VAE):
-        return "It holds no VAE: train with --vae and a VAE file, and prepare latents with that file as the model."
-    return "Use an SDXL checkpoint (the base model or one fine-tuned from it)."
-
-
-def _expected_shapes(network: nn.Module, table: list[StoredTensor]) -> dict[str, tuple[int, ...]]:
-    parameters = network.state_dict()
-    return {
-        stored.name: tuple(stored.from_parameters([parameters[name] for name in stored.parameters]).shape)
-        for stored in table
-    }
-
-
-def _holds_the_same(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    """Return whether the shapes agree but for ones at the end: a linear layer may be stored as a 1x1 convolution."""
-    num_axes = max(len(shape), len(expected))
-    padded = [(*each, *(1,) * (num_axes - len(each))) for each in (shape, expected)]
-    return padded[0] == padded[1]
-
-
 def _fill(reader: TensorReader, network: nn.Module, table: list[StoredTensor], dtype: torch.dtype | None) -> list[str]:
     """Load the weights into `network`; return the names of those with NaN or Inf, in the file or in `dtype`."""
     weights, not_finite = {}, []
-    expected = _expected_shapes(network, table)
+    expected = expected_shapes(network, table)
     for stored in table:
         parts = stored.to_parameters(reader.get(stored.name).reshape(expected[stored.name]))
         for name, part in zip(stored.parameters, parts, strict=True):
@@ -251,14 +232,16 @@ def _report_unused(reader: TensorReader, used: set[str], *, with_vae: bool) -> N
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-def tensors_to_write(model: SdxlModel, dtype: torch.dtype | None) -> Iterator[TensorToWrite]:
+def tensors_to_write(
+    model: SdxlModel, dtype: torch.dtype | None, replacing: Replacing | None = None
+) -> Iterator[TensorToWrite]:
     """Yield every tensor of the single file in its order, in `dtype` (None: as held in memory), made one at a time."""
     for network, table, _ in _parts(model, ModelDtypes()):
         parameters = network.state_dict()
         for stored in table:
             tensors = [parameters[name] for name in stored.parameters]
             shape = stored.from_parameters([tensor.to("meta") for tensor in tensors]).shape
-            make = _Joined(stored, tensors)
+            make = _Joined(stored, network, tensors, replacing)
             yield TensorToWrite(stored.name, tuple(shape), dtype or tensors[0].dtype, make)
     yield TensorToWrite(
         LOGIT_SCALE, tuple(model.logit_scale.shape), dtype or model.logit_scale.dtype, lambda: model.logit_scale
@@ -270,24 +253,34 @@ def tensors_to_write(model: SdxlModel, dtype: torch.dtype | None) -> Iterator[Te
 @dataclass(frozen=True)
 class _Joined:
     stored: StoredTensor
+    network: nn.Module
     tensors: list[torch.Tensor]
+    replacing: Replacing | None
 
     def __call__(self) -> torch.Tensor:
-        return self.stored.from_parameters(self.tensors)
+        named = zip(self.stored.parameters, self.tensors, strict=True)
+        return self.stored.from_parameters([written(self.replacing, self.network, name, held) for name, held in named])
 
 
-def write_single_file(path: Path, model: SdxlModel, dtype: torch.dtype | None, metadata: dict[str, str]) -> None:
+def write_single_file(
+    path: Path,
+    model: SdxlModel,
+    dtype: torch.dtype | None,
+    metadata: dict[str, str],
+    replacing: Replacing | None = None,
+) -> None:
     """Write the model as one `.safetensors` (streamed: memory for one tensor) or, by its name, one `.ckpt` file.
 
     `dtype` is the precision in the file, None keeps what is in memory. `metadata` goes into the header, with the hash
     of the weights (of a `.ckpt`: beside the tensors, without hash), and architecture and prediction type where they are
-    not those of SDXL base. Raise `UserError` where `path` cannot be written.
+    not those of SDXL base. `replacing` names tensors to write in place of those in memory. Raise `UserError` where
+    `path` cannot be written.
     """
     if model.architecture != SDXL_BASE:
         metadata = {**metadata, ARCHITECTURE_KEY: model.architecture.to_json()}
     if model.prediction != SDXL_PREDICTION:
         metadata = {**metadata, **model.prediction.header()}
     if path.suffix.lower() == ".ckpt":
-        write_pickle(path, tensors_to_write(model, dtype), metadata)
+        write_pickle(path, tensors_to_write(model, dtype, replacing), metadata)
     else:
-        write_safetensors(path, tensors_to_write(model, dtype), metadata, hash_key=HASH_KEY)
+        write_safetensors(path, tensors_to_write(model, dtype, replacing), metadata, hash_key=HASH_KEY)

@@ -38,7 +38,7 @@ from library.sdxl.prediction import FLOW, Prediction
 from library.sdxl.prediction_claims import FoundPrediction, find_prediction
 from library.sdxl.prediction_options import AS_THE_MODEL_SAYS, PredictionOptions
 from library.sdxl.sizes import LATENT_CHANNELS
-from library.sdxl.tensor_file import TensorToWrite, first_line, write_safetensors
+from library.sdxl.tensor_file import Replacing, TensorToWrite, first_line, write_safetensors, written
 from library.sdxl.tokenizers import PAD_G, PAD_L, save_tokenizer
 
 _NETWORKS = {
@@ -217,15 +217,21 @@ def _has(name_or_path: str, file: str) -> bool:
     return not Path(name_or_path).is_dir() or (Path(name_or_path) / file).is_file()
 
 
-def write_diffusers_folder(folder: Path, model: SdxlModel, dtype: torch.dtype | None) -> None:
+def write_diffusers_folder(
+    folder: Path, model: SdxlModel, dtype: torch.dtype | None, replacing: Replacing | None = None
+) -> None:
     """Write the model as a diffusers folder, weights streamed as safetensors in `dtype` (None: as in memory).
+
+    `replacing` names tensors to write in place of those in memory.
 
     The folder is made under another name and then put in the place of an existing model. Raise `UserError` where that
     cannot be done, or where the existing folder holds anything else.
     """
     with replacing_folder(folder, marker=_INDEX) as unfinished:
         for name, network in _networks(model).items():
-            write_safetensors(unfinished / name / _NETWORKS[name], _tensors(network, dtype), {"format": "pt"})
+            write_safetensors(
+                unfinished / name / _NETWORKS[name], _tensors(network, dtype, replacing), {"format": "pt"}
+            )
         write_diffusers_configs(unfinished, model)
 
 
@@ -282,16 +288,13 @@ def _write_config(folder: Path, network: PreTrainedModel | ModelMixin) -> None:
         network.save_config(folder)
 
 
-def _tensors(network: nn.Module, dtype: torch.dtype | None) -> list[TensorToWrite]:
+def _tensors(network: nn.Module, dtype: torch.dtype | None, replacing: Replacing | None) -> list[TensorToWrite]:
     """Return the network's tensors under the names that hub folders use, which every release of the libraries reads."""
     is_text_encoder = isinstance(network, PreTrainedModel)
     tensors = []
     for name, tensor in network.state_dict().items():
         in_tower = is_text_encoder and not name.startswith(("text_model.", "text_projection."))
         hub_name = f"text_model.{name}" if in_tower else name
-        tensors.append(TensorToWrite(hub_name, tuple(tensor.shape), dtype or tensor.dtype, partial(_itself, tensor)))
+        make = partial(written, replacing, network, name, tensor)
+        tensors.append(TensorToWrite(hub_name, tuple(tensor.shape), dtype or tensor.dtype, make))
     return tensors
-
-
-def _itself(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from library.config.atomic_files import replacing
 from library.config.digests import WatchedFile, WrittenDigest
@@ -170,6 +171,16 @@ class TensorToWrite:
     shape: tuple[int, ...]
     dtype: torch.dtype
     make: Callable[[], torch.Tensor]
+
+
+Replacing = Callable[[nn.Module, str], torch.Tensor | None]
+"""Returns what is written in place of a network's tensor of this name, None where nothing replaces it."""
+
+
+def written(replacing: Replacing | None, network: nn.Module, name: str, held: torch.Tensor) -> torch.Tensor:
+    """Return the tensor to write under the name of one that is held in memory."""
+    replacement = None if replacing is None else replacing(network, name)
+    return held if replacement is None else replacement
 
 
 def write_safetensors(

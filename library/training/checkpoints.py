@@ -14,7 +14,7 @@ from library.config.errors import UserError
 from library.sdxl.tensor_file import DoesNotFit
 from library.training.plan import Occasion
 from library.training.progress import STATE_SUFFIX, Progress, newest_state
-from library.training.saves import Save, SaveOptions
+from library.training.saves import Save, SaveOptions, average_name
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,8 @@ class Checkpoints:
     """Saves models and states when they are due; older ones are removed only when their successors are complete.
 
     `write_model(path)` and `write_state(folder, progress)` write the current weights; `suffix` is ".safetensors",
-    ".ckpt" or "" for a diffusers folder. Every process calls the events; within `one_writer()` one of them writes.
+    ".ckpt" or "" for a diffusers folder. `write_average(path)`, if there is one, writes their moving average, beside
+    each model and removed with it. Every process calls the events; within `one_writer()` one of them writes.
     `asked()` says whether the user asks for a save now; `agree(flag)` is true in every process if the flag is in one.
     `tell(path)` is called with each model and state that is complete.
 
@@ -47,6 +48,7 @@ class Checkpoints:
         suffix: str,
         write_model: Callable[[Path], None],
         write_state: Callable[[Path, Progress], None],
+        write_average: Callable[[Path], None] | None = None,
         one_writer: Callable[[], AbstractContextManager[bool]],
         waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
         resumed_from: Path | None = None,
@@ -61,6 +63,7 @@ class Checkpoints:
         self._suffix = suffix
         self._write_model = write_model
         self._write_state = write_state
+        self._write_average = write_average
         self._one_writer = one_writer
         self._waiting = waiting
         self._asked = asked
@@ -225,12 +228,17 @@ class Checkpoints:
         log.info("saving '%s'", model.name)
         try:
             self._write_model(model)
+            self._note(model)
+            if self._write_average is not None:
+                average = self._average(save.name)
+                log.info("saving '%s'", average.name)
+                self._write_average(average)
+                self._note(average)
         except DoesNotFit:
             if save.with_state:  # which has the precision of training
                 self._save_state(save, progress)
                 self._remove_outdated(replace(save, outdated=None))
             raise
-        self._note(model)
         if save.with_state:
             self._save_state(save, progress)
         for each in (*self._failed, save):
@@ -253,6 +261,8 @@ class Checkpoints:
 
     def _remove_outdated(self, save: Save) -> None:
         outdated = [] if save.outdated is None else [self._model(save.outdated)]
+        if save.outdated is not None and self._write_average is not None:
+            outdated.append(self._average(save.outdated))
         outdated += [] if save.outdated_state is None else [self._state(save.outdated_state)]
         for path in outdated:
             self.written.pop(path, None)
@@ -260,6 +270,9 @@ class Checkpoints:
 
     def _model(self, name: str) -> Path:
         return self._folder / f"{name}{self._suffix}"
+
+    def _average(self, name: str) -> Path:
+        return self._model(average_name(name))
 
     def _state(self, name: str) -> Path:
         return self._folder / f"{name}{STATE_SUFFIX}"

@@ -49,12 +49,21 @@ def bytes_of_optimizer(make: MakeOptimizer, parameters: Iterable[nn.Parameter], 
 
 
 def require_disk_for_saves(
-    options: SaveOptions, *, model_bytes: int, state_bytes: int, steps: range, steps_per_epoch: int
+    options: SaveOptions,
+    *,
+    model_bytes: int,
+    state_bytes: int,
+    steps: range,
+    steps_per_epoch: int,
+    snapshot_bytes: int = 0,
+    snapshot_every: int | None = None,
 ) -> None:
     """Raise `UserError` unless the disk holds what a run of `steps` (from 1, those to come) saves and keeps.
 
     That is one more model and one more state than are kept: a new one lies beside the old ones until it is complete.
     What earlier runs of the same name have left counts as kept already. What a `save` file will ask for is not known.
+    `model_bytes` are those of a save, the moving average with them; `snapshot_bytes` are kept after every
+    `snapshot_every` steps and the last one.
     """
     assert options.output_dir is not None  # checked by problems()
     models = 1 + sum(_kept(options, steps, steps_per_epoch, states=False))
@@ -69,7 +78,8 @@ def require_disk_for_saves(
         present = {path.stem for path in options.output_dir.glob(f"{glob.escape(recent_name(options.output_name))}*")}
         models += recent_name(options.output_name) not in present
         states += f"{recent_name(options.output_name)}{STATE_SUFFIX}" not in present
-    needed = models * model_bytes + states * state_bytes
+    snapshots = 0 if snapshot_every is None else _num_multiples(snapshot_every, steps[:-1]) + 1
+    needed = models * model_bytes + states * state_bytes + snapshots * snapshot_bytes
     require_disk_space(options.output_dir, needed, "to save what this run keeps")
 
 

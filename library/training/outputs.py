@@ -1,8 +1,9 @@
 """What a run writes: logs, models, states and sample images, and whether the disk holds them."""
 
 import logging
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -10,13 +11,17 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from library.data.caption_rules import ZEROS, PairRules
+from library.optim.ema_options import profile_name
 from library.samples.sampler import SamplingNetworks
 from library.sdxl.architecture import SdxlModel
 from library.sdxl.checkpoint_file import write_single_file
 from library.sdxl.diffusers_folder import write_diffusers_folder
+from library.sdxl.tensor_file import Replacing
+from library.training.averages import Averages
 from library.training.checkpoints import Checkpoints
 from library.training.disk_space import bytes_of, bytes_of_state, require_disk_for_saves
 from library.training.distribution import any_process, one_writer
+from library.training.ema_snapshots import SnapshotRecord, SnapshotSaver, snapshot_folder
 from library.training.hub import Hub
 from library.training.hub_options import HubOptions
 from library.training.learner import Learner
@@ -32,6 +37,11 @@ from library.training.tracking import Tracker, TrackingOptions
 from library.training.uploads import Uploads
 
 log = logging.getLogger(__name__)
+
+_THUMBNAIL = "modelspec.thumbnail"  # of the weights, not of an average
+
+WeightSets = Mapping[str, Callable[[], AbstractContextManager[None]]]
+"""What puts each set of weights in place within a block: "" those that a saved model has, "ema" their average."""
 
 
 def make_tracker(options: TrackingOptions, plan: Plan, progress: Progress, accelerator: Accelerator) -> Tracker:
@@ -54,6 +64,7 @@ def make_checkpoints(
     model: SdxlModel,
     learner: Learner,
     learnt: Resumable,
+    averages: Averages,
     progress: Progress,
     tracker: Tracker,
     state: Path | None,
@@ -66,13 +77,19 @@ def make_checkpoints(
     file_format = options.save.format(source_is_diffusers=source_is_diffusers)
     dtype = options.precision.save_dtype
 
+    def write(path: Path, notes: Mapping[str, str], replacing: Replacing | None = None) -> None:
+        if file_format == "diffusers":
+            write_diffusers_folder(path, model, dtype, replacing)
+        else:
+            write_single_file(path, model, dtype, {**header(), **notes}, replacing)
+
     def write_model(path: Path) -> None:
         require_finite(learner.trained)
         with learner.final_weights():
-            if file_format == "diffusers":
-                write_diffusers_folder(path, model, dtype)
-            else:
-                write_single_file(path, model, dtype, header())
+            write(path, {})
+
+    def write_average(path: Path) -> None:
+        write(path, {"ema.decay": f"{options.ema.ema_decay:g}"}, averages.replacing)
 
     def write_state_of(folder: Path, progress: Progress) -> None:
         write_state(folder, replace(progress, losses=tracker.losses), learnt)
@@ -83,6 +100,7 @@ def make_checkpoints(
         suffix="" if file_format == "diffusers" else f".{file_format}",
         write_model=tracker.untimed()(write_model),
         write_state=tracker.untimed()(write_state_of),
+        write_average=tracker.untimed()(write_average) if options.ema.ema else None,
         one_writer=partial(one_writer, learner.accelerator),
         waiting=stop.waiting,
         resumed_from=state,
@@ -101,10 +119,49 @@ def make_uploads(options: HubOptions, accelerator: Accelerator, stop: StopReques
     return Uploads(options, hub, stop.waiting)
 
 
+def connect_snapshots(
+    options: TrainingOptions,
+    model: SdxlModel,
+    averages: Averages,
+    progress: Progress,
+    tracker: Tracker,
+    accelerator: Accelerator,
+    header: Callable[[], dict[str, str]],
+) -> None:
+    """Let the averages save snapshots where these are due; saving is not timed as training."""
+    source = str(options.model.pretrained_model_name_or_path)
+    source = str(Path(source).absolute()) if Path(source).exists() else source
+    is_whole = options.model.vae is None and not options.model.transposed_text_projection
+    run = f"{progress.started}, seed {progress.seed}"
+
+    def record_of(name: str, sigma_rel: float, step: int) -> SnapshotRecord:
+        begun = averages.begun(name)
+        return SnapshotRecord(
+            run=f"{run}, from step {begun}" if begun else run,
+            step=step,
+            num_steps=step - begun,
+            sigma_rel=sigma_rel,
+            model=source if is_whole else "",
+            header={key: value for key, value in header().items() if key != _THUMBNAIL},
+            prediction=asdict(model.prediction),
+        )
+
+    saver = SnapshotSaver(
+        snapshot_folder(options.output_dir, options.save.output_name),
+        options.save.output_name,
+        widths={profile_name(width): width for width in options.ema.snapshot_widths},
+        record_of=record_of,
+        tensors_of=averages.tensors,
+        one_writer=partial(one_writer, accelerator),
+    )
+    averages.on_snapshot = tracker.untimed()(saver.save)
+
+
 def make_sampling(
     options: TrainingOptions,
     model: SdxlModel,
     learner: Learner,
+    weight_sets: WeightSets,
     progress: Progress,
     tracker: Tracker,
     is_stopping: Callable[[], bool],
@@ -134,17 +191,24 @@ def make_sampling(
         tracker,
         run,
         is_stopping=is_stopping,
-        final_weights=learner.final_weights,
+        weight_sets=weight_sets,
         one_writer=partial(one_writer, learner.accelerator),
     )
 
 
-def check_disk(options: TrainingOptions, model: SdxlModel, learner: Learner, plan: Plan, progress: Progress) -> None:
+def check_disk(
+    options: TrainingOptions, model: SdxlModel, learner: Learner, averages: Averages, plan: Plan, progress: Progress
+) -> None:
     """Raise `UserError` unless the disk holds what the rest of this run saves."""
+    model_bytes = bytes_of(model.networks, options.precision.save_dtype)
+    state_bytes = bytes_of_state(options.optimizer, learner.trained.values(), options.precision.rounding)
+    num_averages, num_widths = len(options.ema.profiles), len(options.ema.snapshot_widths)
     require_disk_for_saves(
         options.save,
-        model_bytes=bytes_of(model.networks, options.precision.save_dtype),
-        state_bytes=bytes_of_state(options.optimizer, learner.trained.values(), options.precision.rounding),
+        model_bytes=2 * model_bytes if options.ema.ema else model_bytes,
+        state_bytes=state_bytes + averages.num_bytes,
+        snapshot_bytes=averages.num_bytes // max(1, num_averages) * num_widths,
+        snapshot_every=options.ema.ema_snapshot_every_n_steps,
         steps=range(progress.step + 1, plan.num_steps + 1),
         steps_per_epoch=plan.order.steps_per_epoch,
     )

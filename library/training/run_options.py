@@ -19,7 +19,8 @@ from library.data.loader_options import LoaderOptions
 from library.data.subsets import Subset
 from library.data.training_set_options import TrainingSetOptions
 from library.diffusion.options import NoiseOptions
-from library.optim.option_conflicts import optimizer_conflicts, schedule_refusals
+from library.optim.ema_options import EmaOptions
+from library.optim.option_conflicts import average_conflicts, optimizer_conflicts, schedule_refusals
 from library.optim.options import OptimizerOptions
 from library.optim.schedule_options import ScheduleOptions
 from library.samples.options import SampleOptions
@@ -162,6 +163,7 @@ class TrainingOptions:
     compilation: CompileOptions
     optimizer: OptimizerOptions
     schedule: ScheduleOptions
+    ema: EmaOptions
     noise: NoiseOptions
     save: SaveOptions
     resume: ResumeOptions
@@ -250,6 +252,7 @@ class TrainingOptions:
         yield from self.hub.conflicts(self.resume.resume, has_states=self.save.has_states)
         yield from self._fused_conflicts()
         yield from optimizer_conflicts(self.optimizer, self.schedule, self._known_num_steps)
+        yield from average_conflicts(self.ema, self.optimizer, draws_average=self.sample.sample_ema)
 
     def heavy_conflicts(self) -> Iterator[str]:
         """Yield what a schedule by its class cannot do with this optimizer; it is tried on a few numbers."""

@@ -12,6 +12,7 @@ from PIL.Image import Image
 
 from library.config.atomic_files import CannotWrite
 from library.config.digests import digest
+from library.optim.ema_options import EMA
 from library.samples.drawing import try_to_draw
 from library.samples.options import SampleOptions
 from library.samples.picture_files import (
@@ -26,11 +27,13 @@ from library.samples.prompts import SamplePrompt
 from library.samples.sampler import SamplingNetworks
 from library.sdxl.sizes import Size
 from library.training.plan import Occasion
+from library.training.saves import AVERAGE_MARK, average_name, last_name
 from library.training.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
 SAMPLE_FOLDER = "sample"
+_AS_SAID = {"": "", AVERAGE_MARK: " with the averaged weights"}
 
 Each = TypeVar("Each")
 
@@ -54,8 +57,9 @@ class Sampling:
     was killed and went back to a state: the new one replaces it.
 
     A prompt without `--d` gets another seed at every step, derived from the run's seed, so that a run can be repeated.
-    Training is not touched: every image has its own generator, and within `final_weights` the networks have the
-    weights that a saved model would have. Every process calls the event; within `one_writer()` one of them draws.
+    Training is not touched: every image has its own generator, and within `weight_sets[""]()` the networks have the
+    weights that a saved model would have, within `weight_sets["ema"]()` their moving average. Every process calls the
+    event; within `one_writer()` one of them draws.
     """
 
     def __init__(
@@ -66,7 +70,7 @@ class Sampling:
         run: SampledRun,
         *,
         is_stopping: Callable[[], bool] = lambda: False,
-        final_weights: Callable[[], AbstractContextManager[None]] = nullcontext,
+        weight_sets: Mapping[str, Callable[[], AbstractContextManager[None]]] | None = None,
         one_writer: Callable[[], AbstractContextManager[bool]] = lambda: nullcontext(True),
     ):
         self._options = options
@@ -77,7 +81,9 @@ class Sampling:
         self._run = run
         self._folder = run.output_dir / SAMPLE_FOLDER
         self._is_stopping = is_stopping
-        self._final_weights = final_weights
+        sets = weight_sets or {"": nullcontext}
+        # What is drawn with, by the mark that it leaves in file names.
+        self._sets = {"": sets[""]} | ({AVERAGE_MARK: sets[EMA]} if options.sample_ema else {})
         self._one_writer = one_writer
         self._says_what_grid_is_left = self._grid is not None
         shared = [str(prompt.line) for prompt in self._prompts if prompt.shared]
@@ -94,11 +100,13 @@ class Sampling:
         with self._one_writer() as draws:
             if not draws:
                 return
-            if draws_prompts:
-                epoch = occasion.epoch_ended if self._options.sample_every_n_epochs and occasion.step > 0 else None
-                self._draw(occasion.step, epoch, only_missing=occasion.is_resumed)
-            if draws_grid:
-                self._draw_grid(occasion.step, only_missing=occasion.is_resumed)
+            epoch = occasion.epoch_ended if self._options.sample_every_n_epochs and occasion.step > 0 else None
+            # Before the first step the average is what the model is.
+            for mark in self._sets if occasion.step > 0 else ("",):
+                if draws_prompts:
+                    self._draw(occasion.step, epoch, mark, only_missing=occasion.is_resumed)
+                if draws_grid:
+                    self._draw_grid(occasion.step, mark, only_missing=occasion.is_resumed)
 
     def _prompts_are_due(self, occasion: Occasion) -> bool:
         if occasion.step == 0:
@@ -108,20 +116,20 @@ class Sampling:
         epoch = occasion.epoch_ended
         return by_step or (every_epoch is not None and epoch is not None and epoch % every_epoch == 0)
 
-    def _draw(self, step: int, epoch: int | None, *, only_missing: bool) -> None:
+    def _draw(self, step: int, epoch: int | None, mark: str, *, only_missing: bool) -> None:
         prompts = [
             (index, prompt)
             for index, prompt in enumerate(self._prompts)
-            if not (only_missing and self._is_there(self._name(prompt, index, step, epoch)))
+            if not (only_missing and self._is_there(self._name(prompt, index, step, epoch, mark)))
         ]
-        with self._tracker.untimed(), self._final_weights():
+        with self._tracker.untimed(), self._sets[mark]():
             for number, (index, prompt) in enumerate(self._until_stop(prompts, step), start=1):
-                log.info("step %d: drawing sample %d of %d", step, number, len(prompts))
-                self._draw_one(prompt, index, step, epoch)
+                log.info("step %d: drawing sample %d of %d%s", step, number, len(prompts), _AS_SAID[mark])
+                self._draw_one(prompt, index, step, epoch, mark)
 
-    def _name(self, prompt: SamplePrompt, index: int, step: int, epoch: int | None) -> str:
+    def _name(self, prompt: SamplePrompt, index: int, step: int, epoch: int | None, mark: str) -> str:
         return picture_name(
-            self._run.model_name, now=datetime.now(), step=step, epoch=epoch, index=index, seed=prompt.seed
+            self._run.model_name, now=datetime.now(), step=step, epoch=epoch, index=index, seed=prompt.seed, mark=mark
         )
 
     def _is_there(self, name: str) -> bool:
@@ -136,26 +144,26 @@ class Sampling:
                 return
             yield each
 
-    def _draw_one(self, prompt: SamplePrompt, index: int, step: int, epoch: int | None) -> None:
-        record = self._record(prompt, step, self._fresh_seed(step, index))
+    def _draw_one(self, prompt: SamplePrompt, index: int, step: int, epoch: int | None, mark: str) -> None:
+        record = self._record(prompt, step, self._fresh_seed(step, index), mark)
         image = try_to_draw(self._networks, record, _where(step, f"prompt {prompt.line}"))
         if image is None:
             return
-        self._save(self._name(prompt, index, step, epoch), image, record)
-        self._tracker.log_image(step, f"sample/{index:02d}", image, parameters_text(record))
+        self._save(self._name(prompt, index, step, epoch, mark), image, record)
+        self._tracker.log_image(step, f"sample{mark}/{index:02d}", image, parameters_text(record))
 
-    def _draw_grid(self, step: int, *, only_missing: bool) -> None:
-        name = grid_name(self._run.model_name, now=datetime.now(), step=step)
+    def _draw_grid(self, step: int, mark: str, *, only_missing: bool) -> None:
+        name = grid_name(self._run.model_name, now=datetime.now(), step=step, mark=mark)
         if self._grid is None or (only_missing and self._is_there(name)):
             return
         seed = self._fresh_seed(step=0, index=0)  # the same before and after, unless the first line sets one
         prompts, num_chunks = self._grid.prompts(), self._grid.num_chunks
-        log.info("step %d: drawing the grid of %d images", step, len(prompts))
-        with self._tracker.untimed(), self._final_weights():
+        log.info("step %d: drawing the grid of %d images%s", step, len(prompts), _AS_SAID[mark])
+        with self._tracker.untimed(), self._sets[mark]():
             pictures = [
                 try_to_draw(
                     self._networks,
-                    self._record(prompt, step, seed),
+                    self._record(prompt, step, seed, mark),
                     _where(step, f"L '{prompt.prompt_l}' with G '{prompt.prompt_g}' in the grid"),
                     num_chunks,
                 )
@@ -164,9 +172,9 @@ class Sampling:
         if len(pictures) < len(prompts):  # a stop: a grid is not saved half empty
             return
         image = self._grid.table(pictures)
-        record = self._record(self._grid.first, step, seed)
+        record = self._record(self._grid.first, step, seed, mark)
         self._save(name, image, record, self._grid.texts())
-        self._tracker.log_image(step, "sample/grid", image, parameters_text(record))
+        self._tracker.log_image(step, f"sample{mark}/grid", image, parameters_text(record))
 
     def _say_what_grid_is_left(self, occasion: Occasion) -> None:
         """Tell the user of a resumed run, once, that the grid from before the first step is missing."""
@@ -176,7 +184,8 @@ class Sampling:
         if not self._is_there(grid_name(self._run.model_name, now=datetime.now(), step=0)):
             log.info("--sample_grid: there is no grid from before the first step; one is drawn after the last alone")
 
-    def _record(self, prompt: SamplePrompt, step: int, fresh_seed: int) -> PictureRecord:
+    def _record(self, prompt: SamplePrompt, step: int, fresh_seed: int, mark: str) -> PictureRecord:
+        name = self._run.model_name or ""
         return PictureRecord(
             prompt=prompt,
             sampler=prompt.sampler or self._options.sample_sampler,
@@ -184,7 +193,7 @@ class Sampling:
             height=prompt.height or self._run.size.height,
             seed=fresh_seed if prompt.seed is None else prompt.seed,
             step=step,
-            model_name=self._run.model_name or "",
+            model_name=average_name(last_name(name)) if mark else name,
         )
 
     def _save(

@@ -15,6 +15,8 @@ from library.training.progress import STATE_SUFFIX
 
 _WITHOUT_NAME = {"step": "at", "epoch": "epoch", "last": "last"}
 """Prefixes that kohya's trainers use if no output name is given."""
+AVERAGE_MARK = "_ema"
+"""At the end of the names of models, and of sample images, of the moving average of the weights."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,7 @@ def recent_name(output_name: str | None) -> str:
 def is_counted(options: SaveOptions, file_name: str) -> bool:
     """Return whether a file or folder is a model or state that the run replaces or removes when its turn comes.
 
-    What was saved at a stop or on request between two saves stays.
+    What was saved at a stop or on request between two saves stays. Moving averages, beside models, are not counted.
     """
     by_step, by_epoch = (re.escape(name(options.output_name, 0).rstrip("0")) for name in (step_name, epoch_name))
     ending = rf"({re.escape(STATE_SUFFIX)}|\.[a-z]+)?"
@@ -199,6 +201,11 @@ def is_counted(options: SaveOptions, file_name: str) -> bool:
         if match is not None and every is not None and int(match[1]) % every == 0:
             return True
     return False
+
+
+def average_name(name: str) -> str:
+    """Return the name of the model of the moving average beside the model `name`, both without suffix."""
+    return f"{name}{AVERAGE_MARK}"
 
 
 def last_name(output_name: str | None) -> str:

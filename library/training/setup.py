@@ -18,10 +18,12 @@ from library.data.dataset import Batch
 from library.data.subsets import Subset
 from library.data.training_set import FoundImage, find_training_images
 from library.diffusion.objective import Objective
+from library.optim.ema_options import EMA
 from library.sdxl.architecture import SdxlModel
 from library.sdxl.latents import vae_digest
 from library.sdxl.model_source import load_model, read_prediction
 from library.training.accelerator import make_accelerator
+from library.training.averages import make_averages
 from library.training.checkpoints import Checkpoints
 from library.training.compilation import compile_regions
 from library.training.distribution import any_process
@@ -31,7 +33,14 @@ from library.training.hub_state import take_state_from_hub
 from library.training.learner import Learner, StepReport
 from library.training.offload import place_networks
 from library.training.optimization import enable_gradient_checkpointing, make_learner
-from library.training.outputs import check_disk, make_checkpoints, make_sampling, make_tracker, make_uploads
+from library.training.outputs import (
+    check_disk,
+    connect_snapshots,
+    make_checkpoints,
+    make_sampling,
+    make_tracker,
+    make_uploads,
+)
 from library.training.plan import Occasion, Plan
 from library.training.preparation import latents_of, make_plan, prepare_set, take_captions_over
 from library.training.progress import Progress
@@ -132,37 +141,32 @@ def _set_up(
     place_networks(model.networks, needed_each_step=needed, device=accelerator.device)
     plan = make_plan(prepared, options.loader, options.run, accelerator, progress.seed)
     options = replace(options, save=options.save.for_epochs(plan.num_epochs))
-    learner = make_learner(
-        model,
-        accelerator,
-        options.optimizer,
-        options.schedule,
-        trains_l=options.trains_l,
-        trains_g=options.trains_g,
-        num_steps=plan.num_steps,
-        seed=progress.seed,
-        freeze_after=options.freeze_after(plan.num_steps),
-        rounding=options.precision.rounding,
-        max_bad_steps=options.run.max_bad_steps,
-    )
-    others: dict[str, Kept] = {}  # what changes beside weights and optimizer, by the name of its file in a state
+    learner = _make_learner(options, model, accelerator, plan, progress.seed)
+    averages = make_averages(options, learner, progress)
+    # What changes beside weights and optimizer, by the name of its file in a state.
+    others: dict[str, Kept] = {EMA: averages} if averages else {}
     learnt = learner.resumable(others)
     if state is not None:
         load_state(state, learnt, accelerator)
+    averages.begin(progress.step)
+    weight_sets = {"": learner.final_weights} | averages.weight_sets()
     if accelerator.is_main_process:
-        check_disk(options, model, learner, plan, progress)
+        check_disk(options, model, learner, averages, plan, progress)
     tracker = make_tracker(options.tracking, plan, progress, accelerator)
     compile_regions(model.unet, options.compilation, accelerator.device)
     header = header_maker(options, subsets, prepared.images, plan, progress)
-    checkpoints = make_checkpoints(options, model, learner, learnt, progress, tracker, state, stop, header, uploads)
-    sampling = make_sampling(options, model, learner, progress, tracker, stop.is_made, subsets[0].captions)
+    connect_snapshots(options, model, averages, progress, tracker, accelerator, header)
+    checkpoints = make_checkpoints(
+        options, model, learner, learnt, averages, progress, tracker, state, stop, header, uploads
+    )
+    sampling = make_sampling(options, model, learner, weight_sets, progress, tracker, stop.is_made, subsets[0].captions)
     return Run(
         plan=plan,
         progress=progress,
         learner=learner,
         objective=Objective(options.noise, model.prediction),
         latents_of=partial(latents_of, vae=model.vae),
-        events=(tracker, checkpoints, sampling),
+        events=(averages, tracker, checkpoints, sampling),
         stop=lambda: any_process(accelerator, stop.is_made()),
         exit_status_of_stop=lambda: stop.exit_status,
         checkpoints=checkpoints,
@@ -170,6 +174,24 @@ def _set_up(
         accelerator=accelerator,
         uploads=uploads,
         is_resumed=state is not None,
+    )
+
+
+def _make_learner(
+    options: TrainingOptions, model: SdxlModel, accelerator: Accelerator, plan: Plan, seed: int
+) -> Learner:
+    return make_learner(
+        model,
+        accelerator,
+        options.optimizer,
+        options.schedule,
+        trains_l=options.trains_l,
+        trains_g=options.trains_g,
+        num_steps=plan.num_steps,
+        seed=seed,
+        freeze_after=options.freeze_after(plan.num_steps),
+        rounding=options.precision.rounding,
+        max_bad_steps=options.run.max_bad_steps,
     )
 
 

@@ -13,6 +13,7 @@ from library.config.leftovers import remove_leftovers
 from library.data.subsets import Subset, described_subsets
 from library.training.accelerator import draw_seed
 from library.training.distribution import any_process
+from library.training.ema_snapshots import snapshot_folder
 from library.training.progress import LATEST, DamagedState, Progress, Setting, find_state, num_states, read_progress
 from library.training.resume import check_options, flat_options, library_versions
 from library.training.run_options import TrainingOptions
@@ -37,7 +38,7 @@ def starting_point(
     where = options.output_dir, options.save.output_name
     with accelerator.main_process_first():
         if accelerator.is_main_process:
-            remove_leftovers(options.output_dir, options.output_dir / SAMPLE_FOLDER)
+            remove_leftovers(options.output_dir, options.output_dir / SAMPLE_FOLDER, snapshot_folder(*where))
         wanted = options.resume.resume
         state = None if wanted is None else find_state(wanted, *where, damaged)
     if state is None:

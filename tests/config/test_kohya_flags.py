@@ -15,6 +15,7 @@ from library.config.kohya_flags import (
 )
 from library.config.options import options_of
 from library.data.caption_options import CaptionOptions
+from library.optim.ema_options import EmaOptions
 
 REFERENCE = json.loads((Path(__file__).parents[1] / "golden" / "cli_flags.json").read_text(encoding="utf-8"))
 
@@ -29,6 +30,8 @@ SCRIPTS = [
         TRAINER_REFUSED,
         {
             *OF_ONE_ENCODER,
+            *(option.flag for option in options_of(EmaOptions)),
+            "--sample_ema",
             "--bf16_rounding",
             "--cache_text_encoder_outputs_g",
             "--cache_text_encoder_outputs_l",

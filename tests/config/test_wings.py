@@ -25,6 +25,7 @@ SCRIPTS = [
     "finetune.prepare_buckets_latents",
     "finetune.sdxl_merge_captions_l_to_metadata",
     "finetune.sdxl_merge_captions_g_to_metadata",
+    "finetune.reconstruct_ema",
 ]
 WITHOUT_TORCH = [
     *(f"library.config.{path.stem}" for path in sorted((REPOSITORY / "library" / "config").glob("[!_]*.py"))),
@@ -41,6 +42,7 @@ WITHOUT_TORCH = [
     "library.data.buckets",
     "library.sdxl.sizes",
     "library.samples.prompts",
+    "library.optim.ema_options",
 ]
 
 # Imports one module after the other and stops at the first that brings torch along.
@@ -108,6 +110,7 @@ ANSWERED_AT_ONCE = [
     ["sdxl_train", "--learning_rate=abc"],
     ["sdxl_train", "--learning_rate=-1"],  # found by the checks, while those that need torch are left for later
     ["finetune.prepare_buckets_latents", "--batch_size=abc"],
+    ["finetune.reconstruct_ema", "snapshots", "out.safetensors", "--sigma_rel=0.9"],
     ["finetune.sdxl_merge_captions_g_to_metadata", "no such folder", "meta_cap.json"],
     ["finetune.sdxl_merge_captions_l_to_metadata", "no such folder", "meta_cap.json"],
 ]

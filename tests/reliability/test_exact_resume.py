@@ -38,7 +38,7 @@ class Trainer:
 
 
 def _saved_at(steps: tuple[int, ...]) -> list[str]:
-    return [f"m-step{step:08d}{end}" for step in steps for end in ("", "-state")] or [" "]
+    return [f"m-step{step:08d}{end}" for step in steps for end in ("", "_ema", "-state")] or [" "]
 
 
 @pytest.fixture
@@ -80,14 +80,15 @@ WAYS = {
     "float32, accumulation, mirrored, cosine": (
         *("--cache_latents", "--flip_aug", "--gradient_accumulation_steps=2", "--max_train_steps=4"),
         *("--learning_rate=1e-3", "--lr_scheduler=cosine", "--lr_warmup_steps=2", "--sample_every_n_steps=2"),
-        *("--save_every_n_steps=3", "--save_last_n_steps=9"),
+        *("--save_every_n_steps=3", "--save_last_n_steps=9", "--ema", "--ema_every=2"),
     ),
     "bfloat16, Adafactor, text encoders": (
         *("--mixed_precision=bf16", "--full_bf16", "--train_text_encoder", "--max_train_steps=4"),
         *("--optimizer_type=Adafactor", "--optimizer_args", "scale_parameter=False", "relative_step=False"),
         *("warmup_init=False", "--learning_rate=1e-3", "--sample_every_n_epochs=1", "--save_every_n_epochs=1"),
         *("--lr_scheduler_type=OneCycleLR", "--lr_scheduler_args", "max_lr=2e-3,total_steps=4,cycle_momentum=False"),
-        *("--save_state", "--fused_backward_pass", "--max_grad_norm=0.01"),
+        *("--save_state", "--fused_backward_pass", "--max_grad_norm=0.01", "--stop_training_te1=2"),
+        *("--ema", "--ema_precision=bf16", "--sample_ema", "--ema_snapshot_every_n_steps=2"),
     ),
     "bfloat16 with compensation, schedule-free, offloaded": (
         *("--mixed_precision=bf16", "--full_bf16", "--bf16_rounding=kahan", "--optimizer_type=AdamWScheduleFree"),
@@ -111,7 +112,8 @@ def test_stops_change_nothing(way: int, stops: tuple[int, ...], trainer, stop_af
         resume = ("--resume=latest",)
 
     expected = at_once.outcome()
-    assert len([name for name in expected if name.startswith("picture ")]) == 3
+    assert len([name for name in expected if name.startswith("picture ") and not name.endswith("_ema.png")]) == 3
+    assert ("model m_ema" in expected) == ("--ema" in flags)
     assert differences(expected, stopped.outcome(less=stops)) == []
 
 

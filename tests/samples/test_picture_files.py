@@ -10,7 +10,15 @@ import pytest
 from PIL import Image
 
 from library.config.errors import UserError
-from library.samples.picture_files import PictureRecord, parameters_text, picture_name, save_picture
+from library.samples.picture_files import (
+    PictureName,
+    PictureRecord,
+    grid_name,
+    other_drawings,
+    parameters_text,
+    picture_name,
+    save_picture,
+)
 from library.samples.prompts import SamplePrompt, read_prompt_file
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "prompt_lines.json").read_text(encoding="utf-8"))
@@ -48,6 +56,19 @@ def test_the_name_is_the_one_that_the_reference_gives(case: dict, tmp_path: Path
 )
 def test_a_name_says_epoch_or_step_and_a_fixed_seed(model_name, epoch, seed, expected):
     assert picture_name(model_name, now=NOW, step=10, epoch=epoch, index=11, seed=seed) == expected
+
+
+def test_an_image_of_the_moving_average_is_told_apart_and_does_not_replace_that_of_the_weights(tmp_path: Path):
+    parts = {"step": 10, "epoch": None, "index": 1, "seed": 7}
+    of_weights, of_average = picture_name("m", now=NOW, **parts), picture_name("m", now=NOW, **parts, mark="_ema")
+    assert of_average == "m_20260203040506_000010_01_7_ema.png"
+    assert PictureName.of(Path(of_average)) == PictureName.of(Path(of_weights))
+    earlier = picture_name("m", now=NOW.replace(second=0), **parts, mark="_ema")
+    for name in (of_weights, earlier):
+        (tmp_path / name).touch()
+    assert other_drawings(tmp_path / of_average, NOW.replace(minute=0)) == [tmp_path / earlier]
+    assert other_drawings(tmp_path / of_weights, NOW.replace(minute=0)) == []
+    assert grid_name("m", now=NOW, step=3, mark="_ema") == "m_20260203040506_000003_grid_ema.png"
 
 
 # -- what WebUIs read -------------------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ def make_checkpoints(
     write: Callable[[Path], None] = write_file,
     waiting=nullcontext,
     asked: Callable[[], bool] = bool,
+    average=None,
 ) -> Checkpoints:
     return Checkpoints(
         options,
@@ -52,6 +53,7 @@ def make_checkpoints(
         suffix=suffix,
         write_model=write,
         write_state=lambda folder, progress: write_folder(folder),
+        write_average=average,
         one_writer=lambda: nullcontext(True),
         waiting=waiting,
         asked=asked,
@@ -201,6 +203,16 @@ def test_the_old_model_is_there_until_the_new_one_is_complete(tmp_path: Path):
         after_step(checkpoints, step)
     assert seen[-1] == ["m-step00000001", "m-step00000002", "m-step00000003"]
     assert names(tmp_path) == ["m-step00000002", "m-step00000003"]
+
+
+def test_the_average_is_saved_beside_each_model_and_removed_with_it(tmp_path: Path):
+    options = save_options(tmp_path, "--output_name=m", "--save_every_n_steps=1", "--save_last_n_steps=1")
+    checkpoints = make_checkpoints(options, ".safetensors", average=write_file)
+    for step in (1, 2, 3):
+        after_step(checkpoints, step)
+    after_step(checkpoints, 4, is_last=True)
+    kept = [f"m-step{step:08d}{mark}.safetensors" for step in (3, 4) for mark in ("", "_ema")]
+    assert names(tmp_path) == sorted([*kept, "m.safetensors", "m_ema.safetensors"])
 
 
 def test_a_save_that_fails_removes_nothing_is_reported_and_tried_again(tmp_path: Path, caplog):

@@ -21,7 +21,7 @@ WEIGHTS = 1000 * 1000
 def needs(tmp_path: Path, monkeypatch):
     """`needs(free, **options)`: whether a run of 10 steps, 5 an epoch, does not fit; a model of 100, a state of 300."""
 
-    def check(free: int, steps: range = range(1, 11), **options) -> bool:
+    def check(free: int, steps: range = range(1, 11), snapshots: tuple[int, int | None] = (0, None), **options) -> bool:
         monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(free))
         try:
             require_disk_for_saves(
@@ -30,6 +30,8 @@ def needs(tmp_path: Path, monkeypatch):
                 state_bytes=300,
                 steps=steps,
                 steps_per_epoch=5,
+                snapshot_bytes=snapshots[0],
+                snapshot_every=snapshots[1],
             )
         except UserError:
             return True
@@ -72,6 +74,16 @@ def test_what_was_saved_on_request_or_by_the_clock_is_counted_as_what_it_is(need
     (tmp_path / "m-recent-state").mkdir()
     assert not needs(400, save_every_n_minutes=10)  # both are replaced
     assert needs(399, save_every_n_minutes=10)
+
+
+def test_averages_beside_models_and_snapshots_are_counted(needs, tmp_path: Path):
+    assert needs(100 + 3 * 50 - 1, snapshots=(50, 4))  # after steps 4, 8 and 10
+    assert not needs(100 + 3 * 50, snapshots=(50, 4))
+    assert not needs(100 + 2 * 50, snapshots=(50, 5))
+    for name in ("m-step00000002.safetensors", "m-step00000002_ema.safetensors"):  # of one save
+        (tmp_path / name).touch()
+    assert needs(199, save_every_n_steps=2, save_last_n_steps=2)
+    assert not needs(200, save_every_n_steps=2, save_last_n_steps=2)
 
 
 def test_a_run_of_a_million_million_steps_is_answered_at_once(needs):

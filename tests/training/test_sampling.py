@@ -4,6 +4,8 @@ import itertools
 import json
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -31,7 +33,9 @@ def sampling(tmp_path: Path, tiny_networks, fresh_accelerate):
     """
     path = tmp_path / "my prompts.txt"
 
-    def make(*flags: str, seed: int = 1, prompts: str = PROMPTS, stop_at_look: float = math.inf) -> Sampling:
+    def make(
+        *flags: str, seed: int = 1, prompts: str = PROMPTS, stop_at_look: float = math.inf, average=nullcontext
+    ) -> Sampling:
         path.write_text(prompts, encoding="utf-8")
         (options,) = parse_options([SampleOptions], [f"--sample_prompts={path}", *flags], description="")
         looks = itertools.count(1)
@@ -42,6 +46,7 @@ def sampling(tmp_path: Path, tiny_networks, fresh_accelerate):
             tracker,
             SampledRun(tmp_path, "finetuned_model", Size(64, 64), seed),
             is_stopping=lambda: next(looks) >= stop_at_look,
+            weight_sets={"": nullcontext, "ema": average},
         )
 
     return make
@@ -98,6 +103,29 @@ def test_without_a_fixed_seed_each_step_draws_another_that_the_runs_seed_decides
     assert seed_of_the_dog(1, step=1) == first
     assert seed_of_the_dog(1, step=2) != first
     assert seed_of_the_dog(2, step=1) != first
+
+
+def test_the_moving_average_is_drawn_beside_the_weights_after_the_first_step(sampling, tiny_networks, tmp_path: Path):
+    weights = tiny_networks.unet.conv_out.weight.data
+
+    @contextmanager
+    def average() -> Iterator[None]:
+        weights.mul_(2)
+        yield
+        weights.div_(2)
+
+    prompts = "a cat --d 7 --s 1\n"
+    for step in (0, 1):
+        sampling("--sample_every_n_steps=1", "--sample_ema", prompts=prompts, average=average).after_step(
+            Occasion(step)
+        )
+    start = "finetuned_model_YYYYmmddHHMMSS_00000"
+    assert drawn(tmp_path) == [f"{start}0_00_7.png", f"{start}1_00_7.png", f"{start}1_00_7_ema.png"]
+    before, raw, averaged = (
+        Image.open(next((tmp_path / "sample").glob(end))) for end in ("*_000000_00_7.png", "*1_00_7.png", "*_ema.png")
+    )
+    assert before.tobytes() == raw.tobytes() != averaged.tobytes()
+    assert (raw.info["model"], averaged.info["model"]) == ("finetuned_model", "finetuned_model_ema")
 
 
 def test_no_picture_is_begun_once_the_run_is_to_stop(sampling, capsys, tmp_path: Path):
