@@ -155,7 +155,7 @@ def demo_commands(folder: Path, size: DemoSize) -> list[list[str]]:
         *workflow_commands(
             folder, size.num_steps, [*sampling, "--sample_sampler=euler_a", "--sample_grid", "--seed=0"]
         ),
-        ["python", "demo/contact_sheet.py", f"{my_set}/output/sample", f"{my_set}/contact_sheet.png"],
+        ["python", "finetune/contact_sheet.py", f"{my_set}/output/sample", f"--output={my_set}/contact_sheet.png"],
         [
             *["python", "demo/figures.py", DEMO_MODEL, f"{my_set}/output/finetuned_model.safetensors"],
             *[f"--scenes_per_pair={size.scenes_per_pair}", f"--save={my_set}/figures.txt"],

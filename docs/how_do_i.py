@@ -116,6 +116,11 @@ ANSWERS = (
         "--ema_snapshot_every_n_steps=200",
         "`finetune/reconstruct_ema.py` then builds the model of any length: [moving-averages.md](moving-averages.md).",
     ),
+    Answer(
+        "see all samples side by side?",
+        "",
+        "`python finetune/contact_sheet.py output/sample` writes a page and an image: prompts as rows, steps as columns.",
+    ),
     Answer("see curves?", "--logging_dir=logs", "Then `tensorboard --logdir logs`."),
     Answer("use captions of more than 75 tokens?", "--max_token_length=225"),
     Answer(

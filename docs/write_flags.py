@@ -11,6 +11,7 @@ import sdxl_gen_img
 import sdxl_train
 from docs.flags_page import ScriptFlags, render_flags_page
 from finetune import (
+    contact_sheet,
     prepare_buckets_latents,
     reconstruct_ema,
     sdxl_merge_captions_g_to_metadata,
@@ -42,6 +43,7 @@ SCRIPTS = [
     _flags_of(sdxl_train, TRAINER_SPELLINGS),
     _flags_of(sdxl_gen_img, GENERATE_SPELLINGS),
     _flags_of(reconstruct_ema, Spellings()),
+    _flags_of(contact_sheet, Spellings()),
 ]
 
 

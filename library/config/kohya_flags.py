@@ -93,10 +93,6 @@ _PRECISION_AND_MEMORY: dict[str, str] = {
 _FILES_AND_LOGS: dict[str, str] = {
     "--tokenizer_cache_dir": "no tokenizer is downloaded: its vocabulary comes with the installed packages. Leave it "
     "off.",
-    "--wandb_api_key": "a key on the command line ends up in histories and logs. Set the environment variable "
-    "WANDB_API_KEY, or run 'wandb login' once.",
-    "--log_tracker_config": "not offered yet. Configure the tracker with its environment variables.",
-    "--log_config": "not offered yet. Keep the options of a run beside it with --output_config and --config_file.",
 }
 
 _LORA_ADVICE = (

@@ -39,7 +39,7 @@ NEUTRAL: dict[str, tuple[str, ...]] = {
             *("--pretrained_model_name_or_path", "--vae", "--resume", "--output_name", "--block_lr", "--log_prefix"),
             *("--log_tracker_name", "--wandb_run_name", "--metadata_title", "--metadata_author", "--metadata_license"),
             *("--metadata_description", "--metadata_tags", "--caption_separator", "--caption_extension"),
-            *("--huggingface_repo_id", "--huggingface_path_in_repo", "--huggingface_token"),
+            *("--huggingface_repo_id", "--huggingface_path_in_repo", "--huggingface_token", "--wandb_api_key"),
             *("--metadata_usage_hint", "--metadata_trigger_phrase", "--metadata_merged_from", "--metadata_thumbnail"),
             *("--face_crop_aug_range", "--dataset_class"),
         ),

@@ -85,6 +85,10 @@ class EpochOrder(Sampler[MicroBatch]):
         """Optimizer steps in an epoch; the last one may hold fewer batches."""
         return -(-self.num_batches // self._batches_per_step)
 
+    def images_in(self, num_steps: int) -> int:
+        """Return how many images the first steps of a run show: exactly after whole epochs, else about."""
+        return round(num_steps / self.steps_per_epoch * int(self._repeats.sum()))
+
     @property
     def _batches_per_step(self) -> int:
         return self._shape.accumulation_steps * self._shape.num_processes

@@ -75,6 +75,11 @@ class Checkpoints:
         self._failed: list[Save] = []  # what they were to remove goes with the next save that is complete
         self._present_state = resumed_from  # the state of the current weights, where there is one
 
+    @property
+    def folder(self) -> Path:
+        """Where models and states are saved."""
+        return self._folder
+
     def after_step(self, occasion: Occasion, report: object = None) -> None:
         """Save what is due on this occasion; the last one saves the final model."""
         is_step = occasion.step > 0 and not occasion.is_resumed

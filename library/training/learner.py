@@ -25,11 +25,15 @@ from library.training.state import Kept, Resumable
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step came to: its loss, the learning rate of each part, the gradient norm (None if not computed)."""
+    """What a step came to: its loss, the learning rate of each part, the gradient norm (None if not computed).
+
+    `num_images` counts the images of all its micro-batches and processes.
+    """
 
     loss: float
     rates: dict[str, float]
     grad_norm: float | None
+    num_images: int = 0
 
 
 @dataclass
@@ -57,6 +61,7 @@ class Learner:
     narrow_keys: frozenset[str]
     freeze_after: Mapping[str, int] = field(default_factory=dict)
     is_between_steps: bool = True
+    _num_images: int = 0
     _rates: dict[str, float] = field(default_factory=dict)
     _fused_norm: float | None = None
     _frozen: set[str] = field(default_factory=set)
@@ -91,6 +96,8 @@ class Learner:
         weighted = losses if batch.loss_weights is None else losses * batch.loss_weights
         loss = weighted.sum() * batch.loss_scale
         self.step_loss.add(batch.keys, loss, is_last=batch.completes_step)
+        if batch.loss_scale:  # it makes the sum over a step and all processes its mean
+            self._num_images = round(self.accelerator.num_processes / batch.loss_scale)
         if self.fused is None:
             self.accelerator.backward(loss)
             return
@@ -114,7 +121,7 @@ class Learner:
         self.lr_schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.watch.check_gradient(step, grad_norm)
-        return StepReport(loss, self._rates, grad_norm)
+        return StepReport(loss, self._rates, grad_norm, self._num_images)
 
     def resumable(self, others: Mapping[str, Kept] | None = None) -> Resumable:
         """Return what a state holds of all this, and of `others` that change while training."""

@@ -33,7 +33,8 @@ from library.training.run_options import TrainingOptions
 from library.training.sampling import SampledRun, Sampling
 from library.training.state import Resumable, write_state
 from library.training.stopping import StopRequest
-from library.training.tracking import Tracker, TrackingOptions
+from library.training.summary import logged_options
+from library.training.tracking import Tracker
 from library.training.uploads import Uploads
 
 log = logging.getLogger(__name__)
@@ -44,16 +45,18 @@ WeightSets = Mapping[str, Callable[[], AbstractContextManager[None]]]
 """What puts each set of weights in place within a block: "" those that a saved model has, "ema" their average."""
 
 
-def make_tracker(options: TrackingOptions, plan: Plan, progress: Progress, accelerator: Accelerator) -> Tracker:
+def make_tracker(options: TrainingOptions, plan: Plan, progress: Progress, accelerator: Accelerator) -> Tracker:
     """Return what logs the run, and log its plan."""
     tracker = Tracker(
         accelerator,
-        options,
-        options.run_folder(datetime.fromisoformat(progress.started)),
+        options.tracking,
+        options.tracking.run_folder(datetime.fromisoformat(progress.started)),
         num_steps=plan.num_steps,
         steps_per_epoch=plan.order.steps_per_epoch,
         steps_done=progress.step,
         losses=progress.losses,
+        num_images=progress.num_images or plan.order.images_in(progress.step),
+        config=logged_options(options) if options.tracking.log_config else None,
     )
     log.info("%s, seed %d", plan, progress.seed)
     return tracker
@@ -92,7 +95,7 @@ def make_checkpoints(
         write(path, {"ema.decay": f"{options.ema.ema_decay:g}"}, averages.replacing)
 
     def write_state_of(folder: Path, progress: Progress) -> None:
-        write_state(folder, replace(progress, losses=tracker.losses), learnt)
+        write_state(folder, replace(progress, losses=tracker.losses, num_images=tracker.num_images), learnt)
 
     return Checkpoints(
         options.save,

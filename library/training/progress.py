@@ -48,8 +48,9 @@ class Progress:
     `started` is when the run began; its log folder and sample images are named after it. `step` counts optimizer steps
     from the start of the run, `epoch` (from 0) the epochs before the current one and `step_in_epoch` the steps done in
     the current one: all of its steps where the epoch is over and what is due after it is not saved yet. `losses` are
-    those of the moving average. `num_states` counts the states of this name in the order in which they were written,
-    over all runs into one folder: clocks can be set back.
+    those of the moving average. `num_images` counts the images seen; it is 0 in states of earlier versions.
+    `num_states` counts the states of this name in the order in which they were written, over all runs into one folder:
+    clocks can be set back.
     """
 
     started: str = ""
@@ -58,6 +59,7 @@ class Progress:
     epoch: int = 0
     step_in_epoch: int = 0
     losses: list[float] = field(default_factory=list)
+    num_images: int = 0
     num_states: int = 0
     setting: Setting = field(default_factory=Setting)
 

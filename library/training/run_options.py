@@ -33,7 +33,7 @@ from library.training.precision import PrecisionOptions
 from library.training.progress import is_state
 from library.training.resume import ResumeOptions
 from library.training.saves import SaveOptions
-from library.training.tracking import TrackingOptions
+from library.training.tracking_options import TrackingOptions
 
 
 @dataclass(frozen=True)

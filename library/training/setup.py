@@ -45,9 +45,11 @@ from library.training.plan import Occasion, Plan
 from library.training.preparation import latents_of, make_plan, prepare_set, take_captions_over
 from library.training.progress import Progress
 from library.training.run_options import TrainingOptions
+from library.training.sampling import SAMPLE_FOLDER
 from library.training.starting_point import load_state, starting_point, without_damaged_states
 from library.training.state import Kept
 from library.training.stopping import StopRequest
+from library.training.summary import summary
 from library.training.tracking import Tracker
 from library.training.uploads import Uploads
 
@@ -96,6 +98,16 @@ class Run:
         self.accelerator.wait_for_everyone()  # else the launcher could end the one that saves
         self.tracker.close()
         self.uploads.finish()
+        log.info(
+            summary(
+                self.tracker.figures,
+                step=self.progress.step,
+                num_images=self.tracker.num_images,
+                written=list(self.checkpoints.written),
+                samples=self.checkpoints.folder / SAMPLE_FOLDER,
+                is_finished=is_finished,
+            )
+        )
         if is_finished:
             return 0
         log.info(last_words)
@@ -152,7 +164,7 @@ def _set_up(
     weight_sets = {"": learner.final_weights} | averages.weight_sets()
     if accelerator.is_main_process:
         check_disk(options, model, learner, averages, plan, progress)
-    tracker = make_tracker(options.tracking, plan, progress, accelerator)
+    tracker = make_tracker(options, plan, progress, accelerator)
     compile_regions(model.unet, options.compilation, accelerator.device)
     header = header_maker(options, subsets, prepared.images, plan, progress)
     connect_snapshots(options, model, averages, progress, tracker, accelerator, header)

@@ -2,23 +2,21 @@
 
 import logging
 import math
+import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import datetime
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any
 
+import psutil
+import torch
 from tqdm import tqdm
 
-from library.config.errors import UserError
-from library.config.file_names import name_problem, require_writable_name, text_problem
-from library.config.options import option
+from library.training.tracking_options import TrackingOptions
 
-if TYPE_CHECKING:  # a mistake on the command line is answered before these are imported
+if TYPE_CHECKING:
     from accelerate import Accelerator
     from PIL import Image
 
@@ -29,79 +27,27 @@ log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 60.0
 """How long a run waits before it writes again to a log that could not be written."""
-_TIME_FORMAT = "%Y%m%d%H%M%S"
-_TRACKER_NAME = "finetuning"
 _NAMES_OF_KOHYA = {"text_encoder_l": "text_encoder1", "text_encoder_g": "text_encoder2"}
 """Curves that users of kohya's trainers look for, beside those by the names of this project."""
 
 
-@dataclass(frozen=True)
-class TrackingOptions:
-    """Logs."""
+_GIB = 2**30
 
-    _argument_group_name: ClassVar[str] = "Logs"
 
-    logging_dir: Path | None = option(None, "Folder for logs. Each run creates a subfolder named by date and time.")
-    log_with: str | None = option(
-        None,
-        "Log to this tracker. --logging_dir alone selects tensorboard.",
-        choices=("tensorboard", "wandb", "all", None),
-    )
-    log_prefix: str | None = option(
-        None, "Prefix of the name of the run's log folder. A / in it makes a folder below --logging_dir."
-    )
-    log_tracker_name: str | None = option(None, "Name of the tracker. Default: finetuning.")
-    wandb_run_name: str | None = option(None, "Name of the run in wandb. Other trackers have none.")
+class RunFigures:
+    """What the summary at the end of a run says of its steps; `seconds` leave out samples and saves."""
 
-    @property
-    def trackers(self) -> list[str]:
-        """The names of accelerate's trackers."""
-        if self.log_with == "all":
-            return ["tensorboard", "wandb"]
-        if self.log_with is not None:
-            return [self.log_with]
-        return ["tensorboard"] if self.logging_dir is not None else []
+    def __init__(self, *, steps_done: int, num_images_before: int):
+        self.steps_before = steps_done
+        self.num_images_before = num_images_before
+        self.started = time.perf_counter()
+        self.seconds = 0.0
+        self.loss = self.average = math.nan
 
-    def run_folder(self, now: datetime) -> Path | None:
-        """Return the log folder of a run that starts `now`."""
-        return None if self.logging_dir is None else self.logging_dir / f"{self.log_prefix or ''}{now:{_TIME_FORMAT}}"
-
-    @property
-    def tracker_name(self) -> str:
-        """The name of the tracker, and of its folder in that of the run."""
-        return _TRACKER_NAME if self.log_tracker_name is None else self.log_tracker_name
-
-    def problems(self) -> Iterator[str]:
-        """Yield what is wrong with these values, one sentence each."""
-        if "tensorboard" in self.trackers and self.logging_dir is None:
-            yield "--log_with tensorboard needs --logging_dir."
-        if "wandb" in self.trackers and find_spec("wandb") is None:
-            yield "--log_with wandb: the package is not installed; pip install wandb."
-        if self.logging_dir is None and self.log_prefix is not None:
-            yield "--log_prefix needs --logging_dir."
-        if not self.trackers and self.log_tracker_name is not None:
-            yield "--log_tracker_name needs --logging_dir or --log_with."
-        yield from self._name_problems()
-
-    def heavy_problems(self) -> Iterator[str]:
-        """Yield why logs cannot be written under these names: they are tried."""
-        folder = self.run_folder(datetime.now())
-        if folder is None:
-            return
-        try:
-            require_writable_name(folder.parent, folder.name, "--log_prefix, with the time of the run,")
-            require_writable_name(folder, self.tracker_name, "--log_tracker_name")
-        except UserError as error:
-            yield str(error)
-
-    def _name_problems(self) -> Iterator[str]:
-        parts = f"{self.log_prefix or ''}{datetime.now():{_TIME_FORMAT}}".split("/")
-        if problem := next(filter(None, map(name_problem, parts)), None):
-            yield f"--log_prefix is '{self.log_prefix}': {problem}. Logs are written below --logging_dir."
-        if problem := name_problem(self.tracker_name):
-            yield f"--log_tracker_name is '{self.log_tracker_name}': {problem}. Choose another name."
-        if self.wandb_run_name is not None and (problem := text_problem(self.wandb_run_name)):
-            yield f"--wandb_run_name: {problem}. Correct the text."
+    def add(self, seconds: float, *, loss: float, average: float) -> None:
+        """Note a step."""
+        self.seconds += seconds
+        self.loss, self.average = loss, average
 
 
 class Tracker:
@@ -120,10 +66,12 @@ class Tracker:
         steps_per_epoch: int,
         steps_done: int = 0,
         losses: Sequence[float] = (),
+        num_images: int = 0,
+        config: Mapping[str, Any] | None = None,
     ):
-        """`steps_done` and the last `losses` are those of the resumed run, if there is one.
+        """`steps_done`, the last `losses` and the images seen are those of the resumed run, if there is one.
 
-        `log_folder` None leaves the logs in accelerate's own place.
+        `log_folder` None leaves the logs in accelerate's own place. `config` are the options to be logged.
         """
         self._accelerator = accelerator
         self._options = options
@@ -139,6 +87,11 @@ class Tracker:
             disable=not accelerator.is_local_main_process,
             smoothing=0.05,
         )
+        self._config = config
+        self._steps_per_epoch = steps_per_epoch
+        self._process = psutil.Process()
+        self.num_images = num_images
+        self.figures = RunFigures(steps_done=steps_done, num_images_before=num_images)
         self._last_time = time.perf_counter()
         if options.trackers:
             self._log(self._open_log)
@@ -156,8 +109,13 @@ class Tracker:
             self._losses.append(report.loss)
         average = sum(self._losses) / max(1, len(self._losses))
         now = time.perf_counter()
-        values = {"loss/current": report.loss, "loss/average": average}
-        values |= {"steps_per_second": 1 / (now - self._last_time)}
+        seconds = now - self._last_time
+        self.num_images += report.num_images
+        self.figures.add(seconds, loss=report.loss, average=average)
+        values: dict[str, float] = {"loss/current": report.loss, "loss/average": average}
+        values |= {"steps_per_second": 1 / seconds, "images_per_second": report.num_images / seconds}
+        values |= {"epoch": occasion.step / self._steps_per_epoch, "images_seen": self.num_images}
+        values |= self._memory()
         rates = report.rates.items()
         values |= {f"lr/{part}": rate for part, rate in rates}
         values |= {f"lr/{_NAMES_OF_KOHYA[part]}": rate for part, rate in rates if part in _NAMES_OF_KOHYA}
@@ -205,12 +163,22 @@ class Tracker:
         self._bar.close()
         self._log(self._accelerator.end_training)
 
+    def _memory(self) -> dict[str, float]:
+        """Return the memory in use, in GiB: of this process, and the most that its GPU has held."""
+        values = {"memory/host_gib": self._process.memory_info().rss / _GIB}
+        if torch.cuda.is_available():
+            values["memory/gpu_peak_gib"] = torch.cuda.max_memory_allocated() / _GIB
+        return values
+
     def _open_log(self) -> None:
         # Steps that a killed run logged after its last state are logged again: the curves must not have two branches.
-        tensorboard = {"purge_step": self._steps_done + 1} if self._steps_done else {}
-        wandb = {"name": self._options.wandb_run_name} if self._options.wandb_run_name else {}
-        trackers = {"tensorboard": tensorboard, "wandb": wandb}
-        self._accelerator.init_trackers(self._options.tracker_name, init_kwargs=trackers)
+        settings = self._options.tracker_settings()
+        if self._steps_done:
+            settings["tensorboard"] = {**settings.get("tensorboard", {}), "purge_step": self._steps_done + 1}
+        if self._options.wandb_api_key is not None:
+            os.environ["WANDB_API_KEY"] = self._options.wandb_api_key
+        config = None if self._config is None else dict(self._config)
+        self._accelerator.init_trackers(self._options.tracker_name, config=config, init_kwargs=settings)
 
     def _log(self, write: Callable[[], None]) -> None:
         """Call `write`. TensorBoard's writer is unusable after its first failure: open another one a minute later."""

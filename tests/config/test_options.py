@@ -319,3 +319,31 @@ def test_an_existing_file_is_not_overwritten(write_toml, tmp_path):
     flag = write_toml("model = 'old'")
     assert "exists already" in message(flag, "--output_config", "--model=new")
     assert (tmp_path / "my options.toml").read_text(encoding="utf-8") == "model = 'old'"
+
+
+@dataclass(frozen=True)
+class WithSecret:
+    """An option that must be written nowhere."""
+
+    _argument_group_name: ClassVar[str] = "Secrets"
+
+    api_token: str | None = option(None, "A token.", secret=True)
+    name: str | None = option(None, "A name.")
+
+
+def test_a_secret_is_not_written_to_a_config_file(tmp_path: Path):
+    path = tmp_path / "run.toml"
+    argv = ["--api_token=abc", "--name=n", f"--config_file={path}", "--output_config"]
+    with pytest.raises(SystemExit):
+        parse_options([WithSecret, ConfigFileOptions], argv, description="")
+    assert "abc" not in path.read_text(encoding="utf-8")
+    assert 'name = "n"' in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("given", [["--api_token=abc"], ["--api_token", "abc"], ["--api-token=abc"]])
+def test_a_secret_does_not_stay_among_the_arguments_of_the_process(given, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", *given, "--name=n"])
+    (options,) = parse_options([WithSecret], None, description="")
+    assert (options.api_token, options.name) == ("abc", "n")
+    assert not [argument for argument in sys.argv if "abc" in argument]
+    assert sys.argv[-1] == "--name=n"

@@ -26,6 +26,7 @@ SCRIPTS = [
     "finetune.sdxl_merge_captions_l_to_metadata",
     "finetune.sdxl_merge_captions_g_to_metadata",
     "finetune.reconstruct_ema",
+    "finetune.contact_sheet",
 ]
 WITHOUT_TORCH = [
     *(f"library.config.{path.stem}" for path in sorted((REPOSITORY / "library" / "config").glob("[!_]*.py"))),

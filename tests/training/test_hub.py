@@ -68,7 +68,7 @@ def test_a_run_with_a_hub_that_fails_at_random_ends_well_with_everything_uploade
     with_failures = server(failing=0.4)
     flags = [
         *(f"--huggingface_repo_id={REPOSITORY}", f"--huggingface_token={TOKEN}", "--huggingface_path_in_repo=runs/one"),
-        *("--async_upload", "--save_state_to_huggingface", "--save_every_n_steps=1", "--save_state"),
+        *("--async_upload", "--save_state_to_huggingface", "--save_every_n_steps=1", "--save_state", "--log_config"),
         f"--console_log_file={tmp_path / 'messages.txt'}",
     ]
     uploads.ATTEMPTS_AT_END, before = 60, uploads.ATTEMPTS_AT_END
@@ -88,6 +88,14 @@ def test_a_run_with_a_hub_that_fails_at_random_ends_well_with_everything_uploade
     assert "signature" not in said
     written = [path for folder in (run.output, run.logs) for path in folder.rglob("*") if path.is_file()]
     assert not [path for path in written if TOKEN.encode() in path.read_bytes()]
+    [logged] = run.logs.rglob("hparams.yml")
+    config = logged.read_text(encoding="utf-8")
+    assert "optimizer_type: torch.optim.SGD" in config
+    assert str(run.output.parent) not in config
+    assert run.logged("images_seen") == [1, 2]
+    assert re.search(r"2 steps in 0:\d\d:\d\d: 2 images seen, \S+ images a second\n  last loss \d", said)
+    assert f"wrote '{run.output / 'm-step00000001.safetensors'}'" in said
+    assert "to train longer: the same command with --resume latest" in said
     with_failures.failing = 0.0
     _resumed_from_the_hub(run, tmp_path)
 

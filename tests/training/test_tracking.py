@@ -57,6 +57,22 @@ def test_a_step_is_logged_with_its_average_rates_and_norm(logged):
     assert scalars(events, "grad_norm") == [(1, 0.5), (2, 1.0), (3, 2.0)]
 
 
+def test_images_epochs_and_memory_are_logged(logged, monkeypatch: pytest.MonkeyPatch):
+    clock = Clock()
+    monkeypatch.setattr(tracking, "time", clock)
+
+    def use(tracker: Tracker) -> None:
+        for step, num_images in enumerate((4, 4, 1), start=1):
+            clock.seconds += 0.5
+            tracker.after_step(Occasion(step), StepReport(1.0, {}, None, num_images))
+
+    events = logged(use)
+    assert scalars(events, "images_seen") == [(1, 4), (2, 8), (3, 9)]
+    assert scalars(events, "images_per_second") == [(1, 8.0), (2, 8.0), (3, 2.0)]
+    assert scalars(events, "epoch") == [(1, 0.5), (2, 1.0), (3, 1.5)]
+    assert all(0.01 < value < 1000 for _, value in scalars(events, "memory/host_gib"))
+
+
 def test_without_clipping_no_norm_is_logged(logged):
     events = logged(lambda tracker: tracker.after_step(Occasion(1), StepReport(1.0, {}, None)), log_tracker_name="mine")
     assert "grad_norm" not in events.Tags()["scalars"]
@@ -128,6 +144,77 @@ def test_each_run_has_its_own_log_folder_named_by_time():
 )
 def test_what_would_be_ignored_is_a_problem(options: TrackingOptions, problem: str):
     assert list(options.problems()) == [problem]
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"log_config": True}, "--log_config needs --logging_dir or --log_with."),
+        ({"log_tracker_config": Path("no.toml")}, "--log_tracker_config needs --logging_dir or --log_with."),
+        ({"wandb_api_key": "k"}, "--wandb_api_key needs --log_with=wandb."),
+    ],
+)
+def test_flags_without_a_tracker_are_a_problem(options, problem: str):
+    assert problem in list(TrackingOptions(**options).problems())
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("[tensorbord]\nflush_secs = 1\n", "has a section 'tensorbord'; trackers are tensorboard, wandb. Did you mean"),
+        ("flush_secs = 1\n", "flush_secs stands in no section. Put it below [wandb]."),
+        ("[tensorboard\n", "is not valid TOML"),
+        (None, "cannot read"),
+    ],
+)
+def test_a_file_for_trackers_with_a_mistake_is_one_sentence(text, problem: str, tmp_path: Path):
+    path = tmp_path / "trackers.toml"
+    if text is not None:
+        path.write_text(text, encoding="utf-8")
+    [found] = TrackingOptions(tmp_path, log_tracker_config=path).problems()
+    assert found.startswith("--log_tracker_config: ")
+    assert problem in found
+
+
+def test_arguments_that_a_tracker_does_not_take_are_named_before_training(tmp_path: Path):
+    path = tmp_path / "trackers.toml"
+    path.write_text(
+        "[tensorboard]\nflush_sec = 1\nlog_dir = 'x'\nmax_queue = 2\n[wandb]\nnonsense = 1\n", encoding="utf-8"
+    )
+    options = TrackingOptions(tmp_path / "logs", log_tracker_config=path)
+    assert list(options.problems()) == []
+    assert list(options.heavy_problems()) == [
+        "--log_tracker_config: tensorboard takes no 'flush_sec'. Did you mean flush_secs?",
+        "--log_tracker_config: 'log_dir' of tensorboard is set by --logging_dir and --log_tracker_name; remove it.",
+    ]
+
+
+def test_trackers_are_started_as_the_file_says(logged, tmp_path: Path):
+    path = tmp_path / "trackers.toml"
+    path.write_text("[tensorboard]\nfilename_suffix = '.mine'\n", encoding="utf-8")
+    logged(lambda tracker: tracker.after_step(Occasion(1), StepReport(1.0, {}, None)), log_tracker_config=path)
+    assert list((tmp_path / "finetuning").glob("events*.mine"))
+
+
+def test_a_run_is_logged_by_wandb_without_a_network_and_without_its_key(train, tmp_path: Path, monkeypatch):
+    """The package itself, where it is installed, writes what `wandb sync` would send."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    (tmp_path / "trackers.toml").write_text("[wandb]\ntags = ['of the test']\n", encoding="utf-8")
+    key = "0123456789abcdef0123456789abcdef01234567"
+    run = train(
+        *("--max_train_steps=1", "--log_with=all", "--log_config", f"--wandb_api_key={key}", "--wandb_run_name=cats"),
+        f"--log_tracker_config={tmp_path / 'trackers.toml'}",
+    )
+    assert os.environ.pop("WANDB_API_KEY") == key
+    [written] = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    content = written.read_bytes()
+    for expected in ("cats", "of the test", "loss/current", "images_per_second", "optimizer_type", "torch.optim.SGD"):
+        assert expected.encode() in content
+    assert str(run.output.parent).encode() not in content
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and key.encode() in path.read_bytes()]
 
 
 WANDB = """

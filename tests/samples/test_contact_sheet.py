@@ -1,12 +1,15 @@
 """The contact sheet: every prompt a row, every step a column, from the samples of any run."""
 
 import os
+import re
+from urllib.parse import unquote
 
 import pytest
 from PIL import Image
 
-from demo.contact_sheet import contact_sheet, find_samples, main
+from finetune.contact_sheet import main
 from library.config.errors import UserError
+from library.samples.contact_sheet import contact_page, contact_sheet, find_samples, last_steps
 from library.samples.picture_files import PictureRecord, save_picture
 from library.samples.prompts import SamplePrompt
 
@@ -27,7 +30,7 @@ def test_rows_are_prompts_and_columns_are_steps_in_their_order(tmp_path):
     grid = Image.new("RGB", (40, 30), (10, 20, 99))
     record = PictureRecord(SamplePrompt("a cat", "photo"), "ddim", 40, 30, seed=1, step=0, model_name="m")
     save_picture(tmp_path / "m_20260101120000_000000_grid.png", grid, record, {"rows_prompt_l": "[]"})
-    sheet = contact_sheet(tmp_path)
+    sheet = contact_sheet(find_samples(tmp_path))
     pixels = [(x, y, sheet.getpixel((x, y))) for y in range(sheet.height) for x in range(sheet.width)]
     corners = {}
     for x, y, (red, green, blue) in pixels:
@@ -75,16 +78,16 @@ def test_a_repeated_run_takes_the_place_of_the_one_before_whatever_the_files_own
 
 def test_a_file_that_is_no_whole_picture_is_named_and_the_others_are_shown(tmp_path, capsys):
     write_samples(tmp_path)
-    whole = contact_sheet(tmp_path).size
+    whole = contact_sheet(find_samples(tmp_path)).size
     cut, empty = sorted(tmp_path.glob("*_00.png"))[:2]
     cut.write_bytes(cut.read_bytes()[:-40])
     empty.write_bytes(b"")
     (tmp_path / "m_20260101120009_000000_00.png").mkdir()
     (tmp_path / "notes.png").write_text("no picture")
-    assert main([str(tmp_path), str(tmp_path / "new folder" / "sheet.png")]) == 0
+    assert main([str(tmp_path), f"--output={tmp_path / 'new folder' / 'sheet.png'}"]) == 0
     said = capsys.readouterr().err
-    assert f"skipping '{cut}'" in said
-    assert f"skipping '{empty}'" in said
+    assert f"'{cut}' cannot be read and is left out" in said
+    assert f"'{empty}' cannot be read and is left out" in said
     assert "notes" not in said
     with Image.open(tmp_path / "new folder" / "sheet.png") as sheet:
         assert sheet.size == whole
@@ -92,6 +95,42 @@ def test_a_file_that_is_no_whole_picture_is_named_and_the_others_are_shown(tmp_p
 
 def test_a_folder_without_samples_is_named(tmp_path, capsys):
     with pytest.raises(UserError, match="contains no sample image"):
-        contact_sheet(tmp_path)
-    assert main([str(tmp_path), str(tmp_path / "sheet.png")]) == 2
-    assert str(tmp_path) in capsys.readouterr().err
+        find_samples(tmp_path)
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        assert main([str(folder)]) == 2
+        assert str(folder) in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_page_and_image_lie_beside_the_samples_and_the_page_shows_each_file(tmp_path):
+    folder = tmp_path / "my output" / "sample #1"
+    folder.mkdir(parents=True)
+    write_samples(folder)
+    assert main([str(folder)]) == 0
+    page = (folder.parent / "contact_sheet.html").read_text(encoding="utf-8")
+    shown = [unquote(source) for source in re.findall(r'<img src="([^"]+)"', page)]
+    assert {(folder.parent / source).resolve() for source in shown} == {path.resolve() for path in folder.iterdir()}
+    assert [int(step) for step in re.findall(r"<th>step (\d+)</th>", page)] == list(STEPS)
+    with Image.open(folder.parent / "contact_sheet.png") as sheet:
+        assert sheet.size == contact_sheet(find_samples(folder)).size
+
+
+def test_what_prompts_say_is_text_of_the_page(tmp_path):
+    draw(tmp_path, SamplePrompt("<script>alert(1)</script>", "a & b"), step=1, time=1)
+    page = contact_page(find_samples(tmp_path), tmp_path)
+    assert "<script>" not in page
+    assert "L: a &amp; b\nG: &lt;script&gt;" in page
+
+
+def test_large_images_are_reduced_in_the_image(tmp_path):
+    write_samples(tmp_path)
+    assert contact_sheet(find_samples(tmp_path), 20).width < contact_sheet(find_samples(tmp_path)).width
+
+
+def test_few_columns_are_chosen_evenly(tmp_path):
+    prompt = SamplePrompt("a cat", "photo")
+    for step in range(0, 50, 10):
+        draw(tmp_path, prompt, step=step, time=step)
+    samples = find_samples(tmp_path)
+    chosen = {number: list(*map(list, last_steps(samples, number).values())) for number in (1, 2, 3, 9)}
+    assert chosen == {1: [40], 2: [0, 40], 3: [0, 20, 40], 9: [0, 10, 20, 30, 40]}
