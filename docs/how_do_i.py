@@ -119,7 +119,7 @@ ANSWERS = (
     Answer(
         "see all samples side by side?",
         "",
-        "`python finetune/contact_sheet.py output/sample` writes a page and an image: prompts as rows, steps as columns.",
+        "`python finetune/contact_sheet.py output/sample` writes a page and an image, a column for each step.",
     ),
     Answer("see curves?", "--logging_dir=logs", "Then `tensorboard --logdir logs`."),
     Answer("use captions of more than 75 tokens?", "--max_token_length=225"),

@@ -53,6 +53,7 @@ def server(monkeypatch: pytest.MonkeyPatch):
     yield start
     for each in started:
         each.__exit__()
+    start_logging()  # on the console again
 
 
 def options(**more) -> HubOptions:
@@ -76,7 +77,6 @@ def test_a_run_with_a_hub_that_fails_at_random_ends_well_with_everything_uploade
         run: Run = train("--max_train_steps=2", *flags)
     finally:
         uploads.ATTEMPTS_AT_END = before
-        start_logging()  # on the console again
     assert with_failures.num_failures > 0
     files = with_failures.files[REPOSITORY]
     expected = {f"runs/one/{path.relative_to(run.output)}" for path in run.output.rglob("*") if path.is_file()}
