@@ -22,7 +22,7 @@ Outcome = dict[str, Any]
 logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns where a resumed run goes on
 
 _TIME = re.compile(r"\d{14}(?=_)")
-_TIMED_CURVES = ("steps_per_second",)
+_TIMED_CURVES = ("steps_per_second", "images_per_second", "memory/host_gib", "memory/gpu_peak_gib")
 
 
 def outcome_of(output_dir: Path, logs: Path | None = None, images: Path | None = None) -> Outcome:
