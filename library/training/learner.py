@@ -127,7 +127,6 @@ class Learner:
         """Return what a state holds of all this, and of `others` that change while training."""
         networks = {name: self.accelerator.unwrap_model(network) for name, network in self.trained.items()}
         moved = self.optimizer, self.settings, self.lr_schedule, self.accelerator.scaler, self.narrow_keys
-        self.stepper.settle()
         return Resumable(networks, *moved, others or {}, is_offloaded=self.stepper.offloads)
 
     @contextmanager

@@ -95,6 +95,7 @@ def make_checkpoints(
         write(path, {"ema.decay": f"{options.ema.ema_decay:g}"}, averages.replacing)
 
     def write_state_of(folder: Path, progress: Progress) -> None:
+        learner.stepper.settle()  # an offloaded state may be on its way to host memory
         write_state(folder, replace(progress, losses=tracker.losses, num_images=tracker.num_images), learnt)
 
     return Checkpoints(
