@@ -61,13 +61,19 @@ class OffloadedStates:
                         for key, value in self._moving(parameter)
                     }
 
-    def bring(self, parameters: Sequence[Parameter]) -> None:
-        """Give the optimizer the state of `parameters` on the device, and fetch what followed in the last step."""
+    def bring_in_step(self, parameters: Sequence[Parameter]) -> None:
+        """Bring the state of `parameters`, and fetch what followed them in the last step."""
         if self._former:
             self._followers[self._former[0]] = parameters
         else:
             self._first = parameters
         self._former = parameters
+        self.bring(parameters)
+        self._arriving.clear()  # what was fetched in vain, in a step of another order
+        self.fetch(self._followers.get(parameters[0], ()))
+
+    def bring(self, parameters: Sequence[Parameter]) -> None:
+        """Let the optimizer have the state of `parameters` on the device."""
         self.fetch(parameters)
         self._to_device.wait()
         for parameter in parameters:
@@ -75,7 +81,6 @@ class OffloadedStates:
             self._to_device.keep_for_computation(arrived.values())
             if arrived:
                 self._optimizer.state[parameter].update(arrived)
-        self.fetch(self._followers.get(parameters[0], ()))
 
     def put_back(self, parameters: Sequence[Parameter]) -> None:
         """Copy the state of `parameters` to the host, where the optimizer has it from now on."""

@@ -128,8 +128,9 @@ class Stepper:
             for chunk in self.chunks:
                 shown = {**groups[chunk.group], "params": chunk.parameters}
                 self._optimizer.param_groups = [shown]
-                with self._states_at_hand(chunk.parameters):
-                    function()
+                self._offloaded.bring(chunk.parameters)
+                function()
+                self._offloaded.put_back(chunk.parameters)
                 changed[chunk.group] = {name: value for name, value in shown.items() if name != "params"}
         finally:
             self._optimizer.param_groups = groups
@@ -146,17 +147,14 @@ class Stepper:
         """Whether the state lies in host memory between the updates."""
         return self._offloaded is not None
 
-    @contextmanager
-    def _states_at_hand(self, parameters: list[Parameter]) -> Iterator[None]:
-        if self._offloaded is not None:
-            self._offloaded.bring(parameters)
-        yield
-        if self._offloaded is not None:
-            self._offloaded.put_back(parameters)
-
     def _step_groups(self, groups: list[dict[str, Any]]) -> None:
-        with self._states_at_hand([parameter for group in groups for parameter in group["params"]]):
+        if self._offloaded is None:
             self._update(groups)
+            return
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        self._offloaded.bring_in_step(parameters)
+        self._update(groups)
+        self._offloaded.put_back(parameters)
 
     def _update(self, groups: list[dict[str, Any]]) -> None:
         self._optimizer.param_groups = groups

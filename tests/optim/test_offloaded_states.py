@@ -129,13 +129,15 @@ def test_saving_writes_no_more_than_without_it(tmp_path: Path):
     assert sizes[0] == sizes[1]
 
 
-def test_a_schedule_free_optimizer_averages_chunk_by_chunk_and_returns():
+def test_a_schedule_free_optimizer_averages_chunk_by_chunk_and_returns(monkeypatch):
     kind = KINDS["AdamWScheduleFree"]
     pytest.importorskip(kind.module)
     usual, offloaded = (Trained(kind, torch.float32, offloads=offloads) for offloads in (False, True))
     for trained in (usual, offloaded):
         trained.train(range(1, 4))
     before = [parameter.detach().clone() for parameter in offloaded.parameters]
+    fetch, fetched = OffloadedStates.fetch, []
+    monkeypatch.setattr(OffloadedStates, "fetch", lambda self, some: fetched.append(some) or fetch(self, some))
     for name in ("eval", "train"):
         for trained in (usual, offloaded):
             trained.stepper.with_states(getattr(trained.optimizer, name))
@@ -143,6 +145,23 @@ def test_a_schedule_free_optimizer_averages_chunk_by_chunk_and_returns():
         moved = [not torch.equal(one, other) for one, other in zip(before, offloaded.parameters, strict=True)]
         assert any(moved) or name == "train"
     assert [group["train_mode"] for group in offloaded.optimizer.param_groups] == [True, True]
+    assert len(fetched) == 2 * len(offloaded.stepper.chunks), "nothing but what is averaged"
+    for trained in (usual, offloaded):
+        trained.train(range(4, 6))
+    assert_same(offloaded, usual)
+
+
+def test_steps_in_another_order_are_the_same():
+    usual, offloaded = (
+        Trained(KINDS["AdamW"], torch.float32, chunk=1, offloads=offloads) for offloads in (False, True)
+    )
+    for trained in (usual, offloaded):
+        trained.train(range(1, 3))
+        trained.stepper.chunks.reverse()
+        trained.train(range(3, 5))
+        trained.stepper.chunks.append(trained.stepper.chunks.pop(2))
+        trained.train(range(5, 7))
+    assert_same(offloaded, usual)
 
 
 def test_host_memory_is_taken_from_large_allocations_and_each_tensor_has_a_storage():
