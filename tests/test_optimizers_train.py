@@ -36,3 +36,14 @@ def test_it_trains_the_tiny_model_and_resumes_bit_for_bit(name: str, train, tiny
     assert [key for key, value in expected.items() if not torch.equal(value, resumed[key])] == []
     moved = [key for key, value in expected.items() if not torch.equal(value, start[key].to(value.dtype))]
     assert len(moved) > 100, "weights of the U-Net"
+
+
+def test_muon_leaves_the_embeddings_of_text_encoders_to_adamw(train):
+    run = train("--optimizer_type=Muon", "--train_text_encoder", "--max_train_steps=1", "--save_state_on_train_end")
+    state = torch.load(run.output / "m-state" / "optimizer.pt", weights_only=True)["state"]
+    by_adamw = {tuple(each["exp_avg"].shape) for each in state if "exp_avg" in each}
+    by_muon = {tuple(each["momentum_buffer"].shape) for each in state if "momentum_buffer" in each}
+    tables = {shape for shape in by_adamw if len(shape) == 2}
+    assert {rows for rows, _ in tables} == {49408, 77}, "tokens and positions"
+    assert by_muon
+    assert not by_muon & tables
