@@ -1,11 +1,11 @@
 """Measure what captions cost: the texts of a batch in the loader, and the start of a large set.
 
-    python benchmarks/captions.py [--num_images 100000] [--num_rounds 3]
+    python benchmarks/captions.py [--parts batch start] [--num_images 100000] [--num_rounds 3]
 
 The batch: final texts, token ids and cached rows of four images of SDXL's widths. The start: everything from the
 metadata to the first batch but the networks, of images that are links to a few files, with caption dropout and
 shuffled tags and without. Processor seconds stand beside those of the clock: on a busy machine the clock measures the
-others too. The result goes to benchmarks/results/captions_cpu.{json,txt}.
+others too. The results go to benchmarks/results/captions_batch_cpu.{json,txt} and captions_start_cpu.{json,txt}.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ from library.training.run_options import RunOptions
 
 BATCH_SIZE = 4
 _SIDE = Size(64, 64)
+_EPOCHS_OF_A_ROUND = 5
 _LINKS_OF_A_FILE = 10_000  # file systems allow some ten thousand
 _TAGS = "1girl, solo, long hair, blue eyes, school uniform, looking at viewer, smile, outdoors, cherry blossoms"
 _SENTENCE = "A girl with long hair stands under cherry trees and smiles at the camera, number"
@@ -195,64 +196,76 @@ def total(seconds: dict[str, list[float]]) -> list[float]:
     return [sum(each[index] for each in seconds.values()) for index in (0, 1)]
 
 
-def measure(num_images: int, num_rounds: int) -> dict[str, Any]:
-    """Return all figures; of each start the one of `num_rounds` that took the processor least."""
-    load_before = os.getloadavg()[0]
+def measure_batches(num_rounds: int) -> dict[str, Any]:
+    """Return the milliseconds of each kind of batch."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        return {label: ms_of_a_batch(folder, *each, _EPOCHS_OF_A_ROUND * num_rounds) for label, each in BATCHES.items()}
+
+
+def measure_starts(num_images: int, num_rounds: int) -> dict[str, Any]:
+    """Return the seconds of a plain and of a varied start, of each the one that took the processor least."""
     starts: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        batches = {label: ms_of_a_batch(folder, *each, 5 * num_rounds) for label, each in BATCHES.items()}
         write_set(folder, num_images)
         for _ in range(num_rounds):
-            for label, flags in {"plain": {}, "shuffled and dropped": _VARYING}.items():
+            for label, flags in {"plain": {}, "varied": _VARYING}.items():
                 seconds = seconds_of_a_start(folder, flags)
                 if label not in starts or total(seconds)[1] < total(starts[label])[1]:
                     starts[label] = seconds
-    load = {"load_before": load_before, "load_after": os.getloadavg()[0]}
-    return {
-        "machine": ceilings.machine(),
-        **load,
-        "num_images": num_images,
-        "ms_of_a_batch": batches,
-        "start_s": starts,
-    }
+    return starts
 
 
-def table(result: dict[str, Any]) -> str:
-    """Return the result as text."""
-    lines = [
-        machine_line(result["machine"]),
-        f"load {result['load_before']:.1f} before, {result['load_after']:.1f} after",
-        "",
-        f"final texts, tokens and cached rows of {BATCH_SIZE} images, one thread, by the clock (of the processor):",
-        *(f"    {label:58} {ms[0]:6.3f} ms ({ms[1]:5.3f})" for label, ms in result["ms_of_a_batch"].items()),
-        "",
-        f"start of {result['num_images']} images but for the networks, seconds by the clock (of the processor):",
-    ]
-    plain, varied = result["start_s"].values()
-    for part in plain:
-        (clock, processor), (other_clock, other_processor) = plain[part], varied[part]
-        lines.append(
-            f"    {part:32} {clock:7.2f} ({processor:6.2f})   varied {other_clock:7.2f} ({other_processor:6.2f})"
-        )
-    (clock, processor), (other_clock, other_processor) = total(plain), total(varied)
-    ratios = f"{other_clock / clock:.3f} by the clock, {other_processor / processor:.3f} of the processor"
-    lines.append(f"    {'all':32} {clock:7.2f} ({processor:6.2f})   varied {other_clock:7.2f} ({other_processor:6.2f})")
-    lines.append(f"    varied / plain: {ratios}")
-    return "\n".join(lines) + "\n"
+def batch_lines(batches: dict[str, Any], num_images: int) -> Iterator[str]:
+    """Yield the lines of a table of batches."""
+    yield f"final texts, tokens and cached rows of {BATCH_SIZE} images, one thread, by the clock (of the processor):"
+    for label, (clock, processor) in batches.items():
+        yield f"    {label:58} {clock:6.3f} ms ({processor:5.3f})"
+
+
+def start_lines(starts: dict[str, Any], num_images: int) -> Iterator[str]:
+    """Yield the lines of a table of starts."""
+    yield f"start of {num_images} images but for the networks, seconds by the clock (of the processor):"
+    starts = {label: {**parts, "all": total(parts)} for label, parts in starts.items()}
+    for part in starts["plain"]:
+        cells = [
+            f"{label} {clock:7.2f} ({processor:6.2f})" for label in starts for clock, processor in [starts[label][part]]
+        ]
+        yield f"    {part:32} {'   '.join(cells)}"
+    clock, processor = (
+        varied / plain for varied, plain in zip(starts["varied"]["all"], starts["plain"]["all"], strict=True)
+    )
+    yield f"    varied / plain: {clock:.3f} by the clock, {processor:.3f} of the processor"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print and write the result."""
+    """Measure, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=("batch", "start"), default=("batch", "start"))
     parser.add_argument("--num_images", type=int, default=100_000)
     parser.add_argument("--num_rounds", type=int, default=3)
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    result = measure(arguments.num_images, arguments.num_rounds)
-    print(table(result), end="")
-    write_result(arguments.results / "captions_cpu", result, table(result))
+    measures = {
+        "batch": (lambda: measure_batches(arguments.num_rounds), batch_lines),
+        "start": (lambda: measure_starts(arguments.num_images, arguments.num_rounds), start_lines),
+    }
+    for part in arguments.parts:
+        measure, lines = measures[part]
+        load = [os.getloadavg()[0]]
+        figures = measure()
+        load.append(os.getloadavg()[0])
+        about = {"machine": ceilings.machine(), "load": load, "num_images": arguments.num_images}
+        table = [
+            machine_line(about["machine"]),
+            f"load {load[0]:.1f} before, {load[1]:.1f} after",
+            "",
+            *lines(figures, arguments.num_images),
+        ]
+        print("\n".join(table))
+        write_result(arguments.results / f"captions_{part}_cpu", {**about, part: figures}, "\n".join(table))
     return 0
 
 

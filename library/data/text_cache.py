@@ -77,7 +77,7 @@ class OutputsInMemory:
 
     def of(self, tokens: torch.Tensor, zeros: Sequence[bool]) -> Tensors:
         """As `OutputCache` says."""
-        rows = [0 if zero else self.row_of[tokens_digest(ids)] for ids, zero in zip(tokens, zeros, strict=True)]
+        rows = [0 if zero else self.row_of[key] for key, zero in zip(_tokens_digests(tokens), zeros, strict=True)]
         chosen = torch.tensor(rows)
         # Whole rows are copied, which indexing does number by number.
         outputs = tuple(tensor.index_select(0, chosen) for tensor in self.tensors)
@@ -141,7 +141,13 @@ class OutputsOnDisk:
 
 def tokens_digest(ids: torch.Tensor) -> str:
     """A fingerprint of token ids [N, 77]: all that an encoder knows of a caption, its number of chunks included."""
-    return _remembered_digest(tuple(ids.shape), ids.numpy().tobytes())
+    return _tokens_digests(ids[None])[0]
+
+
+def _tokens_digests(tokens: torch.Tensor) -> list[str]:
+    """Return the fingerprints of token ids [B, N, 77]."""
+    shape = tuple(tokens.shape[1:])
+    return [_remembered_digest(shape, ids.tobytes()) for ids in tokens.numpy()]
 
 
 @lru_cache(_REMEMBERED_DIGESTS)
