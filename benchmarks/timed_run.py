@@ -30,7 +30,6 @@ from library.config.errors import UserError
 from library.optim.options import ADAFACTOR_RECIPE
 from library.sdxl.architecture import SDXL_BASE, SdxlModel
 from library.sdxl.checkpoint_file import ModelDtypes
-from library.sdxl.prediction import SDXL_PREDICTION
 from library.sdxl.sizes import PIXELS_PER_LATENT, Size
 from library.training import setup
 from library.training.checkpoints import Checkpoints
@@ -124,7 +123,7 @@ def _train(plan: Plan, training_set: SyntheticSet, clock: StepClock) -> None:
         model = make_model(ModelDtypes())
         train_plainly(model, training_set.batches(plan.batch_size), device, clock)
         return
-    setup.read_prediction = lambda options, wanted: SDXL_PREDICTION
+    setup.check_prediction = lambda options: None  # there is no file
     setup.load_model = lambda options, dtypes, prediction=None: make_model(dtypes)
     _watch_loop(clock)
     # Without the wrapper that turns a UserError into an exit status.

@@ -39,29 +39,6 @@ _IMAGES: dict[str, str] = {
     ),
 }
 
-_LOSS: dict[str, str] = {
-    **dict.fromkeys(
-        ("--scale_v_pred_loss_like_noise_pred", "--v_pred_like_loss"),
-        "belongs to models that predict velocity, which cannot be trained here yet. Leave it off.",
-    ),
-    **dict.fromkeys(
-        ("--min_snr_gamma", "--debiased_estimation_loss"),
-        "not offered yet: every timestep has the same weight in the loss. Leave it off, or narrow the timesteps with "
-        "--min_timestep and --max_timestep.",
-    ),
-    "--loss_type": "not offered yet: the loss is the mean squared error (l2, the reference's default). Leave it off.",
-    **dict.fromkeys(
-        ("--huber_schedule", "--huber_c", "--huber_scale"),
-        "belongs to --loss_type huber and smooth_l1, which are not offered yet. Leave it off.",
-    ),
-    "--noise_offset_random_strength": "not offered yet: --noise_offset adds its full strength in every step. Pass the "
-    "average strength that you want.",
-    **dict.fromkeys(
-        ("--ip_noise_gamma", "--ip_noise_gamma_random_strength"),
-        "not offered yet: latents reach the model without input perturbation. Leave it off.",
-    ),
-}
-
 _PRECISION_AND_MEMORY: dict[str, str] = {
     "--full_fp16": "in pure fp16 small gradients become zero and large activations overflow. Use --full_bf16, or "
     "--mixed_precision=fp16 on a card without bf16.",
@@ -136,7 +113,6 @@ TRAINER_REFUSED: dict[str, str] = {
     **_OTHER_MODEL,
     **_OTHER_TRAINING,
     **_IMAGES,
-    **_LOSS,
     **_PRECISION_AND_MEMORY,
     **_FILES_AND_LOGS,
     **OTHER_TRAINERS,

@@ -35,7 +35,7 @@ GUI_ONLY = frozenset(
             "clip_l",
         ),
         *("sd3_clip_l", "sd3_clip_g", "sd3_t5xxl", "sd3_fused_backward_pass", "sd3_disable_mmap_load_safetensors"),
-        *("sd3_enable_scaled_pos_embed", "sd3_text_encoder_batch_size", "logit_mean", "logit_std", "mode_scale"),
+        *("sd3_enable_scaled_pos_embed", "sd3_text_encoder_batch_size", "mode_scale"),
         *("save_clip", "save_t5xxl", "t5xxl", "t5xxl_device", "t5xxl_dtype", "t5xxl_lr", "t5xxl_max_token_length"),
         *("weighting_scheme", "train_t5xxl", "flux1_checkbox", "flux1_cache_text_encoder_outputs", "flux1_clip_l"),
         *(
@@ -45,7 +45,7 @@ GUI_ONLY = frozenset(
             "ae",
             "guidance_scale",
         ),
-        *("discrete_flow_shift", "model_prediction_type", "timestep_sampling", "split_mode", "split_qkv"),
+        *("model_prediction_type", "split_mode", "split_qkv"),
         *("train_blocks", "blockwise_fused_optimizers", "cpu_offload_checkpointing", "single_blocks_to_swap"),
         *(
             "double_blocks_to_swap",

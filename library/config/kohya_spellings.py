@@ -16,10 +16,6 @@ from library.config.wishes import TRAINER_WISHES
 # what its settings window writes for a field that its user left alone.
 NEUTRAL_REFUSED: dict[str, tuple[str, ...]] = {
     "--clip_skip": ("1",),
-    "--loss_type": ("l2",),
-    "--huber_schedule": ("snr",),
-    "--huber_c": ("0.1",),
-    "--huber_scale": ("1",),
     "--zero_stage": ("2",),
     "--factor": ("-1",),
     "--LoRA_type": ("Standard",),
@@ -34,6 +30,9 @@ NEUTRAL: dict[str, tuple[str, ...]] = {
     "--dynamo_backend": ("no",),
     "--dry_run": ("false", "no", "off", "0"),  # a switch there, --debug_dataset
     "--adaptive_noise_scale": ("0",),
+    "--loss_type": ("l2",),  # in any case
+    "--timestep_sampling": ("sigma", ""),  # what the window writes for a model that is no flow
+    **dict.fromkeys(("--min_snr_gamma", "--ip_noise_gamma", "--v_pred_like_loss"), ("0", "false")),
     **dict.fromkeys(
         (
             *("--pretrained_model_name_or_path", "--vae", "--resume", "--output_name", "--block_lr", "--log_prefix"),

@@ -18,7 +18,7 @@ from library.data.augmented_images import load_augmented
 from library.data.caption_draws import CaptionDraw
 from library.data.captioning import Captioning
 from library.data.crops import Crop
-from library.data.epoch_order import EpochOrder, MicroBatch
+from library.data.epoch_order import EpochOrder, MicroBatch, StepPlaces
 from library.data.latent_preparation import pixels_to_tensor
 from library.data.loader_options import LoaderOptions
 from library.data.prefetch import prefetch
@@ -36,7 +36,7 @@ class Batch(NamedTuple):
 
     Either `latents` [B, 4, h, w] (float32, not yet scaled) or `pixels` [B, 3, H, W] (float32, -1..1) is set.
     `tokens`, `weights` and `encoded` are those of `TextBatch`. The loss of each sample is multiplied by its
-    `loss_weights` [B], if there are any; `loss_scale` and `completes_step` are as in `MicroBatch`.
+    `loss_weights` [B], if there are any; `loss_scale`, `completes_step` and `places` are as in `MicroBatch`.
     """
 
     latents: torch.Tensor | None
@@ -51,6 +51,7 @@ class Batch(NamedTuple):
     loss_scale: float
     completes_step: bool
     keys: tuple[str, ...]
+    places: StepPlaces | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch with its tensors on `device`; copies to a GPU do not block Python."""
@@ -111,6 +112,7 @@ class CaptionedImages(Dataset[Batch]):
             weights=texts.weights,
             loss_weights=_loss_weights(images),
             loss_scale=micro_batch.loss_scale,
+            places=micro_batch.places,
             completes_step=micro_batch.completes_step,
             keys=tuple(image.key for image in images),
         )

@@ -3,9 +3,21 @@
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import Sampler
+
+
+class StepPlaces(NamedTuple):
+    """Where the images of a micro-batch stand among the `total` of its step, over all processes: from `first` on.
+
+    `seed` is that of the step, the same in all processes.
+    """
+
+    first: int
+    total: int
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -16,7 +28,7 @@ class MicroBatch:
     (from 0), `flips` which of them are flipped. `epoch` counts from 1; `steps_done` optimizer steps precede the step
     that the micro-batch belongs to. `loss_scale` is what the sum of its samples' losses is multiplied by, so that the
     gradients of a step, averaged over processes, are the mean over all images of that step however they are split.
-    `completes_step` marks the last one before the optimizer.
+    `completes_step` marks the last one before the optimizer. `places` says which of the step's images they are.
     """
 
     indices: tuple[int, ...]
@@ -26,6 +38,7 @@ class MicroBatch:
     steps_done: int
     loss_scale: float
     completes_step: bool
+    places: StepPlaces | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +51,7 @@ class BatchShape:
     process_index: int = 0
 
 
+_OF_PLACES = 1  # what is drawn from the seed of a step
 _Visit = tuple[int, int, bool]  # index, occurrence, flip
 
 
@@ -138,12 +152,15 @@ class EpochOrder(Sampler[MicroBatch]):
         Where the batches do not go round, the processes left over repeat one at scale zero: they must take part in
         the exchange of gradients, and must not change it.
         """
-        scale = self._shape.num_processes / sum(len(batch) for batch in batches)
+        ends = np.cumsum([len(batch) for batch in batches]).tolist()
+        scale = self._shape.num_processes / ends[-1]
+        seed = int(np.random.SeedSequence([self._seed, steps_done, _OF_PLACES]).generate_state(1, np.uint32)[0])
         num_rounds = -(-len(batches) // self._shape.num_processes)
         for turn in range(num_rounds):
             position = turn * self._shape.num_processes + self._shape.process_index
             is_spare = position >= len(batches)
-            indices, occurrences, flips = zip(*batches[0 if is_spare else position], strict=True)
+            batch, end = (batches[0], ends[0]) if is_spare else (batches[position], ends[position])
+            indices, occurrences, flips = zip(*batch, strict=True)
             yield MicroBatch(
                 indices,
                 occurrences,
@@ -152,6 +169,7 @@ class EpochOrder(Sampler[MicroBatch]):
                 steps_done=steps_done,
                 loss_scale=0.0 if is_spare else scale,
                 completes_step=turn == num_rounds - 1,
+                places=StepPlaces(end - len(batch), ends[-1], seed),
             )
 
 

@@ -20,14 +20,15 @@ class NoisyLatents(NamedTuple):
 def draw_noise(latents: torch.Tensor, options: NoiseOptions, generator: torch.Generator) -> torch.Tensor:
     """Return Gaussian noise shaped like `latents` [B, C, h, w], plus the offset and the multi-resolution noise.
 
-    The order of draws is that of kohya's trainer: noise, offset, then for each lower resolution its size and its noise.
-    Everything is drawn on the device of `generator`: a CPU generator produces the same noise on every machine. (Kohya's
-    trainer takes the sizes from Python's `random` instead.) Noise has the precision of the latents; an offset or a
-    lower resolution makes it float32.
+    The order of draws is that of kohya's trainer: noise, the strength of the offset where it is random, offset, then
+    for each lower resolution its size and its noise. Everything is drawn on the device of `generator`: a CPU generator
+    produces the same noise on every machine. (Kohya's trainer takes the sizes from Python's `random` instead.) Noise
+    has the precision of the latents; an offset or a lower resolution makes it float32.
     """
     noise = _normal(tuple(latents.shape), generator, latents.device, latents.dtype)
     if options.noise_offset:
-        noise = noise + _offset_strength(latents, options) * _normal(
+        share = _uniform(generator) if options.noise_offset_random_strength else 1.0
+        noise = noise + _offset_strength(latents, options.noise_offset * share, options) * _normal(
             (*latents.shape[:2], 1, 1), generator, latents.device
         )
     if options.multires_noise_iterations:
@@ -35,22 +36,25 @@ def draw_noise(latents: torch.Tensor, options: NoiseOptions, generator: torch.Ge
     return noise
 
 
-def draw_timesteps(
-    batch_size: int, options: NoiseOptions, generator: torch.Generator, device: torch.device | str
-) -> torch.Tensor:
-    """Return int64 timesteps [B] on `device`, uniform over the trained range."""
-    trained = options.timestep_range
-    drawn = torch.randint(trained.start, trained.stop, (batch_size,), generator=generator, device=generator.device)
-    return to_device(drawn, device)
+def perturbed(noise: torch.Tensor, options: NoiseOptions, generator: torch.Generator) -> torch.Tensor:
+    """Return the noise [B, C, h, w] that the U-Net sees where its input is perturbed: `noise` and a little more.
+
+    Ning et al. 2023, "Input Perturbation Reduces Exposure Bias in Diffusion Models"; drawn after the timesteps.
+    """
+    if not options.ip_noise_gamma:
+        return noise
+    strength = options.ip_noise_gamma
+    if options.ip_noise_gamma_random_strength:
+        strength *= _uniform(generator)
+    return noise + strength * _normal(tuple(noise.shape), generator, noise.device, noise.dtype)
 
 
-def _offset_strength(latents: torch.Tensor, options: NoiseOptions) -> torch.Tensor | float:
+def _offset_strength(latents: torch.Tensor, offset: float, options: NoiseOptions) -> torch.Tensor | float:
     """Return the strength of the offset noise: a number, or with an adaptive scale [B, C, 1, 1], at least 0."""
-    assert options.noise_offset is not None
     if not options.adaptive_noise_scale:
-        return options.noise_offset
+        return offset
     channel_mean = latents.mean(dim=(2, 3), keepdim=True).abs()
-    return (options.noise_offset + options.adaptive_noise_scale * channel_mean).clamp(min=0)
+    return (offset + options.adaptive_noise_scale * channel_mean).clamp(min=0)
 
 
 def _add_lower_resolutions(noise: torch.Tensor, options: NoiseOptions, generator: torch.Generator) -> torch.Tensor:

@@ -7,11 +7,15 @@ from typing import Any
 
 from library.samples.prompts import SamplePrompt
 from library.samples.sampler_names import names_of
+from library.sdxl.prediction import FLOW, SDXL_PREDICTION, VELOCITY, Prediction
 
 _OUTPUTS = {
     "CheckpointLoaderSimple": ("MODEL", "CLIP", "VAE"),
     "CLIPTextEncodeSDXL": ("CONDITIONING",),
     "EmptyLatentImage": ("LATENT",),
+    "ModelSamplingDiscrete": ("MODEL",),
+    "ModelSamplingSD3": ("MODEL",),
+    "RescaleCFG": ("MODEL",),
     "KSampler": ("LATENT",),
     "VAEDecode": ("IMAGE",),
     "SaveImage": (),
@@ -35,22 +39,55 @@ class _Node:
 
 
 def comfyui_texts(
-    prompt: SamplePrompt, *, sampler: str, width: int, height: int, seed: int, checkpoint: str
+    prompt: SamplePrompt,
+    *,
+    sampler: str,
+    width: int,
+    height: int,
+    seed: int,
+    checkpoint: str,
+    prediction: Prediction = SDXL_PREDICTION,
 ) -> dict[str, str]:
     """Return the two PNG texts from which ComfyUI rebuilds a graph: `prompt` (what is queued) and `workflow` (canvas).
 
-    `checkpoint` is the file name of the model. Both are JSON in ASCII, since ComfyUI reads them from `tEXt` chunks.
-    Parentheses are weights to ComfyUI and plain text here, so they are escaped; on the canvas braces are too.
+    `checkpoint` is the file name of the model, which predicts `prediction`. Both are JSON in ASCII, since ComfyUI reads
+    them from `tEXt` chunks. Parentheses are weights to ComfyUI and plain text here, so they are escaped; on the canvas
+    braces are too.
     """
-    nodes = _nodes(prompt, sampler, width, height, seed, checkpoint)
+    nodes = _nodes(prompt, sampler, width, height, seed, checkpoint, _changes_of_model(prompt, prediction))
     return {"prompt": json.dumps(_queued(nodes)), "workflow": json.dumps(_canvas(nodes))}
 
 
+def _changes_of_model(prompt: SamplePrompt, prediction: Prediction) -> list[tuple[str, dict[str, Any]]]:
+    """Return the nodes, kind and widgets, that the model passes through on its way to the sampler."""
+    changes: list[tuple[str, dict[str, Any]]] = []
+    if prediction.kind == FLOW:
+        changes.append(("ModelSamplingSD3", {"shift": prediction.flow_shift}))
+    elif prediction != SDXL_PREDICTION:
+        sampling = "v_prediction" if prediction.kind == VELOCITY else "eps"
+        changes.append(("ModelSamplingDiscrete", {"sampling": sampling, "zsnr": prediction.has_zero_terminal_snr}))
+    if prompt.guidance_rescale:
+        changes.append(("RescaleCFG", {"multiplier": prompt.guidance_rescale}))
+    return changes
+
+
 def _nodes(
-    prompt: SamplePrompt, sampler: str, width: int, height: int, seed: int, checkpoint: str
+    prompt: SamplePrompt,
+    sampler: str,
+    width: int,
+    height: int,
+    seed: int,
+    checkpoint: str,
+    changes: list[tuple[str, dict[str, Any]]],
 ) -> tuple[_Node, ...]:
     loader, positive, negative, latent, drawing, decoder, saving = range(1, 8)
     model, clip, vae = ((loader, slot) for slot in range(3))
+    changing = []
+    for number, (kind, widgets) in enumerate(changes):
+        changing.append(
+            _Node(saving + 1 + number, kind, (0, 600 + 160 * number), (320, 110), {"model": model}, widgets)
+        )
+        model = (changing[-1].id, 0)
     sizes = {"width": width, "height": height, "crop_w": 0, "crop_h": 0, "target_width": width, "target_height": height}
     wanted = {"text_g": _literal(prompt.prompt_g), "text_l": _literal(prompt.prompt_l)}
     unwanted = {"text_g": _literal(prompt.negative_g), "text_l": _literal(prompt.negative_l)}
@@ -73,6 +110,7 @@ def _nodes(
         _Node(drawing, "KSampler", (860, 0), (320, 270), conditions, sampling),
         _Node(decoder, "VAEDecode", (1240, 0), (210, 50), {"samples": (drawing, 0), "vae": vae}, {}),
         _Node(saving, "SaveImage", (1240, 110), (320, 360), {"images": (decoder, 0)}, {"filename_prefix": "sample"}),
+        *changing,
     )
 
 

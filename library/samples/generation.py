@@ -17,6 +17,7 @@ from library.samples.picture_files import PictureRecord, save_picture
 from library.samples.prompts import MAX_SEED, SamplePrompt
 from library.samples.sample_grid import SampleGrid
 from library.samples.sampler import SamplingNetworks, draw_latents_together, picture_of_latents
+from library.sdxl.prediction import SDXL_PREDICTION, Prediction
 from library.sdxl.tokenizers import num_chunks_needed
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ class Defaults:
     sampler: str
     seed: int | None
     model_name: str
+    prediction: Prediction = SDXL_PREDICTION
 
 
 class Folder:
@@ -89,6 +91,7 @@ def record_of(prompt: SamplePrompt, defaults: Defaults, seed: int) -> PictureRec
         seed=seed,
         step=None,
         model_name=defaults.model_name,
+        prediction=defaults.prediction,
     )
 
 
@@ -147,6 +150,7 @@ def _kind(record: PictureRecord) -> tuple[object, ...]:
         record.sampler,
         prompt.num_inference_steps,
         prompt.guidance_scale,
+        prompt.guidance_rescale,
         max(map(num_chunks_needed, texts)),
     )
 

@@ -1,6 +1,6 @@
 """The flags of sdxl_gen_img.py."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,7 +18,10 @@ from library.samples.prompts import (
     parse_prompt_line,
     read_prompt_file,
 )
+from library.samples.sampler_names import sampler_misfits
 from library.sdxl.model_source import ModelOptions
+from library.sdxl.prediction import SDXL_PREDICTION, Prediction
+from library.sdxl.prediction_options import PredictionOptions
 from library.sdxl.sizes import PIXELS_PER_LATENT
 
 if TYPE_CHECKING:
@@ -47,6 +50,15 @@ class DrawnModelOptions:
     bf16: bool = option(False, "Hold and run all networks in bfloat16.")
     fp16: bool = option(False, "Hold and run all networks in float16, on a GPU.")
     no_half_vae: bool = option(False, "Run the VAE in float32 whatever the precision is.")
+    v_parameterization: bool = option(
+        False, "The model predicts velocity. Needed only for files that do not say so themselves."
+    )
+    flow_matching: bool = option(
+        False, "The model is a rectified flow. Needed only for files that do not say so themselves."
+    )
+    zero_terminal_snr: bool = option(
+        False, "The model was trained with zero terminal SNR. Needed only for files that do not say so themselves."
+    )
     legacy_text_projection: bool = option(False, "Compute G's pooled vector with the transposed matrix, as kohya's do.")
     transposed_text_projection: bool = option(False, "Read G's text projection transposed, as OneTrainer stores it.")
 
@@ -62,12 +74,22 @@ class DrawnModelOptions:
         )
 
     @property
+    def prediction(self) -> PredictionOptions:
+        """What the user says that the model predicts."""
+        return PredictionOptions(
+            v_parameterization=self.v_parameterization,
+            flow_matching=self.flow_matching,
+            zero_terminal_snr=self.zero_terminal_snr,
+        )
+
+    @property
     def precision(self) -> str:
         """The precision of the computation."""
         return "bf16" if self.bf16 else "fp16" if self.fp16 else self.mixed_precision
 
     def problems(self) -> Iterator[str]:
         """Yield what is wrong with these values, one sentence each."""
+        yield from self.prediction.problems()
         for problem in self.source.problems():
             yield problem.replace("--pretrained_model_name_or_path", "--ckpt").replace("to start from", "to draw with")
         if sum((self.bf16, self.fp16, self.mixed_precision != "no")) > 1:
@@ -102,6 +124,13 @@ class ImageOptions:
     H: int = option(1024, "Height in pixels.", least=MIN_SIDE, most=MAX_SIDE)
     steps: int = option(30, "Number of sampling steps.", least=1, most=MAX_STEPS)
     scale: float = option(7.5, "Guidance scale.", least=0, most=1000)
+    guidance_rescale: float = option(
+        0.0,
+        "Rescale guidance towards the contrast of the prediction without it (Lin et al. 2023): 0.7 is common for "
+        "models with zero terminal SNR. 0 leaves it as it is.",
+        least=0,
+        most=1,
+    )
     sampler: str = option("ddim", "Sampler.", choices=SAMPLERS)
     seed: int | None = option(
         None,
@@ -122,25 +151,34 @@ class ImageOptions:
     @property
     def settings(self) -> dict[str, Any]:
         """Settings of prompts that do not name them."""
-        return {"num_inference_steps": self.steps, "guidance_scale": self.scale}
+        return {
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.scale,
+            "guidance_rescale": self.guidance_rescale,
+        }
 
     @property
     def names_prompts(self) -> bool:
         """Whether prompts are given; else they are asked for."""
         return self.prompt is not None or self.prompt_file is not None
 
-    def defaults(self, model_name: str) -> "Defaults":
+    def defaults(self, model_name: str, prediction: Prediction = SDXL_PREDICTION) -> "Defaults":
         """Return what holds for prompts that do not say it."""
         from library.samples.generation import Defaults
 
         width, height = (side // PIXELS_PER_LATENT * PIXELS_PER_LATENT for side in (self.W, self.H))
-        return Defaults(width, height, self.sampler, self.seed, model_name)
+        return Defaults(width, height, self.sampler, self.seed, model_name, prediction)
 
     def prompts(self) -> list[SamplePrompt]:
         """Return the prompts, none if they are asked for. Raise `UserError` for mistakes in them."""
         if self.prompt is not None:
             return [parse_prompt_line(self.prompt, "--prompt", self.settings)]
         return [] if self.prompt_file is None else read_prompt_file(self.prompt_file, self.settings)
+
+    def require_samplers(self, prompts: Iterable[SamplePrompt], kind: str) -> None:
+        """Raise `UserError` if a sampler of the prompts cannot draw with a model of this prediction type."""
+        for misfit in sampler_misfits([prompt.sampler or self.sampler for prompt in prompts], kind):
+            raise UserError(misfit)
 
     def problems(self) -> Iterator[str]:
         """Yield what is wrong with these values, one sentence each."""

@@ -9,6 +9,7 @@ from library.config.errors import UserError
 from library.config.magnitudes import MOST_STEPS
 from library.config.options import option
 from library.samples.prompts import SAMPLERS, SamplePrompt, read_prompt_file
+from library.samples.sampler_names import sampler_misfits
 
 if TYPE_CHECKING:
     from library.samples.sample_grid import SampleGrid
@@ -39,6 +40,13 @@ class SampleOptions:
         False, "Draw each sample with the moving average of --ema as well; the names of these images end in _ema."
     )
     sample_sampler: str = option("ddim", "Sampler for lines of the prompt file that name none.", choices=SAMPLERS)
+    sample_guidance_rescale: float = option(
+        0.0,
+        "Rescale guidance towards the contrast of the prediction without it, for lines that name no --gr (Lin et al. "
+        "2023): 0.7 is common for models with zero terminal SNR. 0 leaves it as it is.",
+        least=0,
+        most=1,
+    )
 
     def problems(self) -> Iterator[str]:
         """Yield what is wrong with these values and in the prompt file, one sentence each."""
@@ -61,6 +69,12 @@ class SampleOptions:
         except UserError as error:
             yield str(error)
 
+    def misfits(self, kind: str) -> Iterator[str]:
+        """Yield the samplers that cannot draw with models of this prediction type, in one sentence."""
+        if self.sample_prompts is None:
+            return
+        yield from sampler_misfits([prompt.sampler or self.sample_sampler for prompt in self.read_prompts()], kind)
+
     def heavy_problems(self) -> Iterator[str]:
         """Yield what is wrong with the grid; its prompts are counted in tokens."""
         try:
@@ -82,4 +96,6 @@ class SampleOptions:
 
     def read_prompts(self) -> list[SamplePrompt]:
         """Return the images to draw; none without a prompt file."""
-        return [] if self.sample_prompts is None else read_prompt_file(self.sample_prompts)
+        if self.sample_prompts is None:
+            return []
+        return read_prompt_file(self.sample_prompts, {"guidance_rescale": self.sample_guidance_rescale})

@@ -16,6 +16,7 @@ from library.config.atomic_files import replacing
 from library.samples.comfyui_workflow import comfyui_texts
 from library.samples.prompts import SamplePrompt
 from library.samples.sampler_names import names_of
+from library.sdxl.prediction import SDXL_PREDICTION, Prediction
 
 _TIME_FORMAT = "%Y%m%d%H%M%S"
 _TIME_DIGITS = 14
@@ -29,7 +30,9 @@ _UNQUOTED = re.compile(r'(?!")[^,:\r\n]*')
 
 @dataclass(frozen=True)
 class PictureRecord:
-    """How an image was drawn: `model_name` is the output name of the run, or that of the model's file, or empty.
+    """How an image was drawn, by a model that predicts `prediction`.
+
+    `model_name` is the output name of the run, or that of the model's file, or empty.
 
     `step` counts optimizer steps; None for an image that no run has drawn.
     """
@@ -41,6 +44,7 @@ class PictureRecord:
     seed: int
     step: int | None
     model_name: str
+    prediction: Prediction = SDXL_PREDICTION
 
 
 def picture_name(
@@ -126,6 +130,7 @@ def parameters_text(record: PictureRecord) -> str:
         "Sampler": names.webui,
         "Schedule type": names.webui_schedule,
         "CFG scale": prompt.guidance_scale,
+        **({"Guidance rescale": prompt.guidance_rescale} if prompt.guidance_rescale else {}),
         "Seed": record.seed,
         "Size": f"{record.width}x{record.height}",
         "Model": _quoted(record.model_name),
@@ -158,6 +163,7 @@ def save_picture(
         "seed": str(record.seed),
         "steps": str(prompt.num_inference_steps),
         "guidance_scale": str(prompt.guidance_scale),
+        **({"guidance_rescale": str(prompt.guidance_rescale)} if prompt.guidance_rescale else {}),
         "sampler": record.sampler,
         "size": f"{record.width}x{record.height}",
         **({} if record.step is None else {"training_step": str(record.step)}),
@@ -182,6 +188,7 @@ def _workflow_texts(record: PictureRecord) -> dict[str, str]:
         height=record.height,
         seed=record.seed,
         checkpoint=f"{model_name}.safetensors",
+        prediction=record.prediction,
     )
 
 

@@ -43,6 +43,7 @@ class SamplePrompt:
     sampler: str | None = None
     line: int = 1
     shared: bool = False
+    guidance_rescale: float = 0.0
 
 
 class _Said(NamedTuple):
@@ -114,6 +115,7 @@ _SETTINGS = {
     "height": _Setting("h", ("height",), *_SIDE),
     "seed": _Setting("d", ("seed",), f"a whole number from 0 to {MAX_SEED}", int, 0, MAX_SEED),
     "guidance_scale": _Setting("l", ("scale", "guidance_scale"), "a number from 0 to 1000", float, 0, 1000),
+    "guidance_rescale": _Setting("gr", ("guidance_rescale",), "a number from 0 to 1", float, 0, 1),
     "num_inference_steps": _Setting(
         "s", ("sample_steps", "num_inference_steps"), f"a whole number from 1 to {MAX_STEPS}", int, 1, MAX_STEPS
     ),
@@ -165,7 +167,7 @@ def _sample_prompt(found: _Said, defaults: Mapping[str, Any]) -> SamplePrompt:
     prompt_g = said.get("prompt_g", "")
     negative = said.get("negative", "")
     sides = {side: said[side] // PIXELS_PER_LATENT * PIXELS_PER_LATENT for side in ("width", "height") if side in said}
-    sampling = ("seed", "guidance_scale", "num_inference_steps", "sampler")
+    sampling = ("seed", "guidance_scale", "guidance_rescale", "num_inference_steps", "sampler")
     return SamplePrompt(
         prompt_g=prompt_g,
         prompt_l=said.get("prompt_l", prompt_g),

@@ -59,11 +59,11 @@ def draw_latents_together(
     encoded by this module. The noise of each image comes from a CPU generator with its seed, and so does all other
     randomness: the random state of training is left alone.
 
-    The prompts must agree in number of sampling steps and guidance scale. They are padded to chunks of 75 tokens, as
-    many as the longest needs and at least `min_chunks`.
+    The prompts must agree in number of sampling steps, guidance scale and its rescaling. They are padded to chunks of
+    75 tokens, as many as the longest needs and at least `min_chunks`.
     """
-    (num_inference_steps, guidance_scale), *others = {
-        (prompt.num_inference_steps, prompt.guidance_scale) for prompt in prompts
+    (num_inference_steps, guidance_scale, guidance_rescale), *others = {
+        (prompt.num_inference_steps, prompt.guidance_scale, prompt.guidance_rescale) for prompt in prompts
     }
     assert not others
     with networks.at_hand(networks.text_encoder_l, networks.text_encoder_g):
@@ -88,6 +88,7 @@ def draw_latents_together(
         height=height,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
+        guidance_rescale=guidance_rescale,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         output_type="latent",
     ).images

@@ -1,7 +1,10 @@
 """The samplers, and what WebUIs and ComfyUI call them."""
 
 import re
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
+
+from library.sdxl.prediction import FLOW
 
 
 class SamplerNames(NamedTuple):
@@ -51,6 +54,13 @@ FLOW_SAMPLERS = ("ddim", "euler", "heun", "dpmsolver++", "dpmsingle")
 def plain_name(sampler: str) -> str:
     """Return a name of `SAMPLERS` without its `k_`."""
     return sampler.removeprefix("k_")
+
+
+def sampler_misfits(samplers: Iterable[str], kind: str) -> Iterator[str]:
+    """Yield which of the samplers cannot draw with models of this prediction type, in one sentence."""
+    unfit = sorted({sampler for sampler in samplers if plain_name(sampler) not in FLOW_SAMPLERS})
+    if kind == FLOW and unfit:
+        yield f"the model is a flow, which {', '.join(unfit)} cannot draw; choose from {', '.join(FLOW_SAMPLERS)}."
 
 
 def names_of(sampler: str) -> SamplerNames:

@@ -10,6 +10,7 @@ from torch import nn
 from library.samples.sampler import SamplingNetworks
 from library.sdxl.checkpoint_file import ModelDtypes
 from library.sdxl.model_source import ModelOptions, load_model
+from library.sdxl.prediction_options import AS_THE_MODEL_SAYS, PredictionOptions
 from library.training.accelerator import make_accelerator
 from library.training.offload import on_device, place_networks
 from library.training.precision import PrecisionOptions, dtype_of
@@ -18,7 +19,13 @@ log = logging.getLogger(__name__)
 
 
 def load_networks(
-    source: ModelOptions, precision: str, *, holds_all_in_it: bool, zeros_l: bool = False, zeros_g: bool = False
+    source: ModelOptions,
+    precision: str,
+    *,
+    holds_all_in_it: bool,
+    zeros_l: bool = False,
+    zeros_g: bool = False,
+    prediction: PredictionOptions = AS_THE_MODEL_SAYS,
 ) -> SamplingNetworks:
     """Return the networks that `source` names, computing in `precision` (a value of `--mixed_precision`).
 
@@ -34,7 +41,7 @@ def load_networks(
     held = compute if holds_all_in_it or compute == torch.float32 else None
     vae = torch.float32 if source.no_half_vae else compute
     log.info("loading '%s'", source.pretrained_model_name_or_path)
-    model = load_model(source, ModelDtypes(unet=held, vae=vae, text_encoder_l=held, text_encoder_g=held))
+    model = load_model(source, ModelDtypes(unet=held, vae=vae, text_encoder_l=held, text_encoder_g=held), prediction)
     for network in model.networks:
         network.requires_grad_(False)
     place_networks(model.networks, needed_each_step=[model.unet], device=accelerator.device)

@@ -67,7 +67,7 @@ def header_maker(
             name=last_name(options.save.output_name),
             description=_description(options, subsets),
             resolution=options.resolution,
-            timesteps=None if options.noise.trains_all_timesteps else options.noise.timestep_range,
+            timesteps=None if options.timesteps.trains_all_timesteps else options.timesteps.timestep_range,
             now=now,
             source=source,
             thumbnail=_newest_sample(options, progress) if wanted is None else own,

@@ -27,13 +27,15 @@ from library.training.state import Kept, Resumable
 class StepReport:
     """What a step came to: its loss, the learning rate of each part, the gradient norm (None if not computed).
 
-    `num_images` counts the images of all its micro-batches and processes.
+    `num_images` counts the images of all its micro-batches and processes. `is_skipped` if it has not updated the
+    weights, since loss or gradient were not finite.
     """
 
     loss: float
     rates: dict[str, float]
     grad_norm: float | None
     num_images: int = 0
+    is_skipped: bool = False
 
 
 @dataclass
@@ -112,7 +114,8 @@ class Learner:
         The weights stay as they are if the loss is not finite. Raise `NotWorthSaving` for too many such steps.
         """
         loss, grad_norm = self.step_loss.mean(), None
-        if self.watch.accepts(step, loss, self.step_loss.bad_images):
+        is_accepted = self.watch.accepts(step, loss, self.step_loss.bad_images)
+        if is_accepted:
             self.is_between_steps = False
             with explained_out_of_memory(f"in step {step}"):
                 grad_norm = self._update(step)
@@ -121,7 +124,8 @@ class Learner:
         self.lr_schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.watch.check_gradient(step, grad_norm)
-        return StepReport(loss, self._rates, grad_norm, self._num_images)
+        is_updated = is_accepted and (grad_norm is None or math.isfinite(grad_norm)) and not self._overflowed()
+        return StepReport(loss, self._rates, grad_norm, self._num_images, is_skipped=not is_updated)
 
     def resumable(self, others: Mapping[str, Kept] | None = None) -> Resumable:
         """Return what a state holds of all this, and of `others` that change while training."""
@@ -175,6 +179,10 @@ class Learner:
         elif grad_norm is None or math.isfinite(grad_norm):
             self.stepper.step(step)
         return grad_norm
+
+    def _overflowed(self) -> bool:
+        """Return whether fp16's scaler has skipped the step."""
+        return self.accelerator.scaler is not None and bool(getattr(self.optimizer, "step_was_skipped", False))
 
     def _current_rates(self) -> dict[str, float]:
         rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}

@@ -21,6 +21,7 @@ _DECIDE_THE_COURSE = frozenset(
         *("color_aug", "random_crop", "face_crop_aug_range", "resize_interpolation"),
         *("stop_training_te1", "stop_training_te2"),
         *("v_parameterization", "flow_matching", "noise_prediction", "zero_terminal_snr"),
+        *("loss_weighting", "edm2_channels"),
         *("mixed_precision", "full_bf16", "bf16_rounding", "legacy_text_projection", "legacy_crop_coords"),
         *("transposed_text_projection", "one_caption"),
     }

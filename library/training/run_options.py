@@ -6,9 +6,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar
 
+from library.config.console_options import ConsoleOptions
 from library.config.errors import UserError
 from library.config.magnitudes import MOST_BATCHES, MOST_SEED, MOST_STEPS
-from library.config.messages import start_logging
 from library.config.options import ConfigFileOptions, option, problems_of
 from library.data.buckets import BucketOptions, BucketRule, parse_resolution
 from library.data.caption_draws import Encoder
@@ -18,7 +18,8 @@ from library.data.flag_subsets import subsets_of_flags
 from library.data.loader_options import LoaderOptions
 from library.data.subsets import Subset
 from library.data.training_set_options import TrainingSetOptions
-from library.diffusion.options import NoiseOptions
+from library.diffusion.loss_options import LossOptions
+from library.diffusion.options import NoiseOptions, TimestepOptions
 from library.optim.ema_options import EmaOptions
 from library.optim.option_conflicts import average_conflicts, optimizer_conflicts, schedule_refusals
 from library.optim.options import OptimizerOptions
@@ -122,33 +123,6 @@ class CompileOptions:
 
 
 @dataclass(frozen=True)
-class ConsoleOptions:
-    """Messages."""
-
-    _argument_group_name: ClassVar[str] = "Messages"
-
-    console_log_level: str | None = option(
-        None,
-        "Show messages of this level and above. Default: INFO.",
-        choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
-    )
-    console_log_file: Path | None = option(None, "Append messages to this file; the console then shows errors only.")
-    console_log_simple: bool = option(
-        True, "Print messages alone. --console_log_simple=false adds time and level to each line."
-    )
-
-    def start(self) -> None:
-        """Send messages where the options say. Raise `UserError` if the file cannot be written."""
-        try:
-            start_logging(self.console_log_level or "INFO", self.console_log_file, simple=self.console_log_simple)
-        except OSError as error:
-            raise UserError(
-                f"--console_log_file: cannot write '{self.console_log_file}': {error.strerror or error}.",
-                "Name a file in a folder that exists.",
-            ) from error
-
-
-@dataclass(frozen=True)
 class TrainingOptions:
     """All options of sdxl_train.py. Functions receive the classes they read, never the whole."""
 
@@ -165,6 +139,8 @@ class TrainingOptions:
     schedule: ScheduleOptions
     ema: EmaOptions
     noise: NoiseOptions
+    timesteps: TimestepOptions
+    loss: LossOptions
     save: SaveOptions
     resume: ResumeOptions
     model_spec: ModelSpecOptions
@@ -248,11 +224,18 @@ class TrainingOptions:
                 f"--pretrained_model_name_or_path: '{source}' is a saved training state, not a model. Pass the base "
                 "model here and the state with --resume."
             )
+        if self.prediction.kind is not None:
+            yield from self.misfits(self.prediction.kind)
         yield from self._bucket_conflicts()
         yield from self.hub.conflicts(self.resume.resume, has_states=self.save.has_states)
         yield from self._fused_conflicts()
         yield from optimizer_conflicts(self.optimizer, self.schedule, self._known_num_steps)
         yield from average_conflicts(self.ema, self.optimizer, draws_average=self.sample.sample_ema)
+
+    def misfits(self, kind: str) -> Iterator[str]:
+        """Yield what does not fit a model of this prediction type, one sentence each."""
+        yield from self.loss.misfits(kind)
+        yield from self.sample.misfits(kind)
 
     def heavy_conflicts(self) -> Iterator[str]:
         """Yield what a schedule by its class cannot do with this optimizer; it is tried on a few numbers."""

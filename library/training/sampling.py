@@ -194,6 +194,7 @@ class Sampling:
             seed=fresh_seed if prompt.seed is None else prompt.seed,
             step=step,
             model_name=average_name(last_name(name)) if mark else name,
+            prediction=self._networks.prediction,
         )
 
     def _save(

@@ -21,13 +21,14 @@ from library.diffusion.objective import Objective
 from library.optim.ema_options import EMA
 from library.sdxl.architecture import SdxlModel
 from library.sdxl.latents import vae_digest
-from library.sdxl.model_source import load_model, read_prediction
+from library.sdxl.model_source import load_model
 from library.training.accelerator import make_accelerator
 from library.training.averages import make_averages
 from library.training.checkpoints import Checkpoints
 from library.training.compilation import compile_regions
 from library.training.distribution import any_process
 from library.training.failures import saved_before_errors
+from library.training.goal import check_prediction, make_loss_weights, make_objective
 from library.training.header import header_maker
 from library.training.hub_state import take_state_from_hub
 from library.training.learner import Learner, StepReport
@@ -123,7 +124,7 @@ class Run:
 
 def set_up(options: TrainingOptions, stop: StopRequest) -> Run:
     """Load model and training set and return the parts of the run. Raise `UserError` for whatever is missing."""
-    read_prediction(options.model, options.prediction)
+    check_prediction(options)  # before anything is loaded in vain
     subsets = options.subsets()
     if options.training_set.update_captions:
         take_captions_over(options, subsets)
@@ -155,8 +156,9 @@ def _set_up(
     options = replace(options, save=options.save.for_epochs(plan.num_epochs))
     learner = _make_learner(options, model, accelerator, plan, progress.seed)
     averages = make_averages(options, learner, progress)
+    loss_weights = make_loss_weights(options, accelerator)
     # What changes beside weights and optimizer, by the name of its file in a state.
-    others: dict[str, Kept] = {EMA: averages} if averages else {}
+    others: dict[str, Kept] = {**({EMA: averages} if averages else {}), **loss_weights.kept()}
     learnt = learner.resumable(others)
     if state is not None:
         load_state(state, learnt, accelerator)
@@ -176,9 +178,9 @@ def _set_up(
         plan=plan,
         progress=progress,
         learner=learner,
-        objective=Objective(options.noise, model.prediction),
+        objective=make_objective(options, model.prediction, loss_weights),
         latents_of=partial(latents_of, vae=model.vae),
-        events=(averages, tracker, checkpoints, sampling),
+        events=(averages, loss_weights, tracker, checkpoints, sampling),
         stop=lambda: any_process(accelerator, stop.is_made()),
         exit_status_of_stop=lambda: stop.exit_status,
         checkpoints=checkpoints,

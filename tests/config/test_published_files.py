@@ -30,7 +30,7 @@ FILES: dict[str, set[str]] = {
     },
     "sections_v_prediction.toml": set(),
     "min_snr_full_bf16.toml": {
-        *("min_snr_gamma", "ip_noise_gamma", "shuffle_caption", "keep_tokens", "caption_tag_dropout_rate"),
+        *("shuffle_caption", "keep_tokens", "caption_tag_dropout_rate"),
     },
 }
 ALWAYS_REFUSED = {f[2:] for f in OTHER_TRAINERS}
@@ -68,7 +68,7 @@ def test_a_preset_of_the_window_becomes_the_run_that_the_window_would_start(in_f
     assert (run.optimizer.optimizer_type, run.optimizer.learning_rate) == ("PagedAdamW8bit", 3e-5)
     assert (run.run.max_train_epochs, run.run.gradient_accumulation_steps, run.run.seed) == (60, 4, 77)
     assert (run.noise.noise_offset, run.noise.adaptive_noise_scale) == (0.04, 0.004)
-    assert (run.noise.min_timestep, run.noise.max_timestep) == (50, 950)
+    assert (run.timesteps.min_timestep, run.timesteps.max_timestep) == (50, 950)
     assert (run.training_set.cache_text_encoder_outputs, run.model.no_half_vae) == (True, True)
     assert (run.training_set.vae_batch_size, run.save.save_every_n_epochs, run.save.save_every_n_steps) == (1, 30, None)
 

@@ -54,8 +54,9 @@ def batches_of_steps(prepared: PreparedSet, shape: BatchShape, seed: int) -> lis
 class PlainTraining:
     """A copy of a model that diffusers has read, to be trained on pictures of a prepared set.
 
-    `computes_in` bfloat16 is what --mixed_precision=bf16 means; `trained` names the networks that learn, in the
-    precision `held_in`. The others are held in that of the computation.
+    `velocity` is the target of v-prediction, with zero terminal SNR. `computes_in` bfloat16 is what
+    --mixed_precision=bf16 means; `trained` names the networks that learn, in the precision `held_in`. The others are
+    held in that of the computation.
     """
 
     def __init__(
@@ -67,6 +68,8 @@ class PlainTraining:
         trained: Sequence[str] = ("unet",),
         held_in: torch.dtype = torch.float32,
         computes_in: torch.dtype = torch.float32,
+        velocity: bool = False,
+        min_snr_gamma: float = 0.0,
     ):
         networks = {"unet": model.unet, "text_encoder_l": model.text_encoder, "text_encoder_g": model.text_encoder_2}
         self._networks = {
@@ -82,7 +85,10 @@ class PlainTraining:
         self._noise = noise
         self._precision = torch.autocast("cpu", computes_in, enabled=computes_in != torch.float32)
         self._entries = json.loads(prepared.latents_json.read_text(encoding="utf-8"))
-        self._schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+        self._velocity, self._gamma = velocity, min_snr_gamma
+        self._schedule = DDPMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", rescale_betas_zero_snr=velocity
+        )
         self._tokenizer = SimpleTokenizer()
 
     def backward(self, batches: Sequence[Sequence[str]], generator: torch.Generator) -> float:
@@ -115,7 +121,13 @@ class PlainTraining:
                 encoder_hidden_states=hidden,
                 added_cond_kwargs={"text_embeds": pooled, "time_ids": torch.cat([self._sizes(key) for key in keys])},
             ).sample
-        return mse_loss(predicted.float(), noise, reduction="none").mean(dim=(1, 2, 3))
+        target = self._schedule.get_velocity(latents, noise, timesteps) if self._velocity else noise
+        losses = mse_loss(predicted.float(), target, reduction="none").mean(dim=(1, 2, 3))
+        if not self._gamma:
+            return losses
+        kept = self._schedule.alphas_cumprod[timesteps]
+        snr = kept / (1 - kept)
+        return losses * (torch.minimum(snr, torch.full_like(snr, self._gamma)) / (snr + 1))
 
     def _latents(self, key: str) -> torch.Tensor:
         with np.load(self._prepared.images / f"{key}.npz") as file:

@@ -60,6 +60,11 @@ CASES = {
         ONE_BY_ONE,
         precision={"trained": ("unet", "text_encoder_l", "text_encoder_g")},
     ),
+    "velocity with zero terminal SNR and min-SNR weights": Case(
+        ("--optimizer_type=AdamW", "--v_parameterization", "--zero_terminal_snr", "--min_snr_gamma=5"),
+        ONE_BY_ONE,
+        precision={"velocity": True, "min_snr_gamma": 5.0},
+    ),
     "weights in float32, computed in bfloat16": Case(
         ("--optimizer_type=AdamW", "--mixed_precision=bf16", "--gradient_checkpointing"),
         ONE_BY_ONE,

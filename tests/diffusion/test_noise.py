@@ -10,7 +10,7 @@ import torch
 
 from library.config.options import problems_of
 from library.diffusion import noise
-from library.diffusion.noise import draw_noise, draw_timesteps
+from library.diffusion.noise import draw_noise
 from library.diffusion.objective import Objective
 from library.diffusion.options import NoiseOptions
 from library.sdxl.noise_schedule import make_noise_schedule
@@ -85,12 +85,6 @@ def test_a_negative_adaptive_scale_never_turns_the_offset_negative():
     assert torch.equal(draw_noise(bright, options, seeded(1)), draw_noise(bright, NoiseOptions(), seeded(1)))
 
 
-def test_timesteps_stay_in_their_range_and_reach_both_ends():
-    options = NoiseOptions(min_timestep=10, max_timestep=14)
-    drawn = draw_timesteps(1000, options, seeded(0), "cpu")
-    assert set(drawn.tolist()) == {10, 11, 12, 13}
-
-
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -99,9 +93,9 @@ def test_timesteps_stay_in_their_range_and_reach_both_ends():
         (NoiseOptions(noise_offset=0.1, adaptive_noise_scale=float("nan")), "--adaptive_noise_scale is nan"),
         (NoiseOptions(multires_noise_iterations=-1), "--multires_noise_iterations is -1"),
         (NoiseOptions(multires_noise_discount=1.5), "--multires_noise_discount is 1.5"),
-        (NoiseOptions(min_timestep=500, max_timestep=500), "--min_timestep 500 and --max_timestep 500"),
-        (NoiseOptions(max_timestep=1001), "--max_timestep is 1001; it must be 1000 or less"),
-        (NoiseOptions(min_timestep=-1), "--min_timestep is -1"),
+        (NoiseOptions(noise_offset_random_strength=True), "--noise_offset, which is not set"),
+        (NoiseOptions(ip_noise_gamma=-0.1), "--ip_noise_gamma is -0.1"),
+        (NoiseOptions(ip_noise_gamma_random_strength=True), "--ip_noise_gamma, which is not set"),
     ],
 )
 def test_values_that_cannot_work_are_named(options: NoiseOptions, expected: str):

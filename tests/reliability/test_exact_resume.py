@@ -89,6 +89,7 @@ WAYS = {
         *("--lr_scheduler_type=OneCycleLR", "--lr_scheduler_args", "max_lr=2e-3,total_steps=4,cycle_momentum=False"),
         *("--save_state", "--fused_backward_pass", "--max_grad_norm=0.01", "--stop_training_te1=2"),
         *("--ema", "--ema_precision=bf16", "--sample_ema", "--ema_snapshot_every_n_steps=2"),
+        *("--v_parameterization", "--zero_terminal_snr", "--loss_weighting=edm2", "--stratified_timesteps"),
     ),
     "bfloat16 with compensation, schedule-free, offloaded": (
         *("--mixed_precision=bf16", "--full_bf16", "--bf16_rounding=kahan", "--optimizer_type=AdamWScheduleFree"),
@@ -118,7 +119,10 @@ def test_stops_change_nothing(way: int, stops: tuple[int, ...], trainer, stop_af
 
 
 def test_a_run_that_goes_on_in_two_processes_changes_nothing(trainer, run_server, free_port):
-    flags = ("--max_train_steps=3", "--max_data_loader_n_workers=0", "--learning_rate=1e-3", "--sample_at_first")
+    flags = (
+        *("--max_train_steps=3", "--max_data_loader_n_workers=0", "--learning_rate=1e-3", "--sample_at_first"),
+        *("--loss_weighting=edm2", "--stratified_timesteps"),
+    )
 
     def run(made: Trainer, *more: str, stop: bool = False) -> int:
         made.folder.mkdir(exist_ok=True)

@@ -42,9 +42,9 @@ def test_a_line_means_what_the_reference_made_of_it(case: dict, tmp_path: Path):
 
 def test_every_option_of_a_line_is_read(tmp_path: Path):
     line = "a cat --e photo --n ugly --ng dull --nl blurred --w 1024 --h 832 --d 7 --l 5.5 --s 20 --ss Euler_A"
-    assert read(tmp_path, line) == [
-        SamplePrompt("a cat", "photo", "dull", "blurred", 1024, 832, 7, 5.5, 20, "euler_a", line=1, shared=False)
-    ]
+    full = SamplePrompt("a cat", "photo", "dull", "blurred", 1024, 832, 7, 5.5, 20, "euler_a", line=1, shared=False)
+    assert read(tmp_path, line) == [full]
+    assert read(tmp_path, f"{line} --gr 0.7") == [replace(full, guidance_rescale=0.7)]
 
 
 @pytest.mark.parametrize("line", ["a cat --n ugly --nl blurred", "a cat --nl blurred --n ugly"])
@@ -217,7 +217,7 @@ def test_null_in_json_is_a_setting_left_out(tmp_path: Path):
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("a cat --foo bar", "no option --foo. The options are --e --n --ng --nl --w --h --d --l --s --ss."),
+        ("a cat --foo bar", "no option --foo. The options are --e --n --ng --nl --w --h --d --l --gr --s --ss."),
         ("a cat --steps 20", "no option --steps. Did you mean --s, a space and a value?"),
         ("a cat --w512", "no option --w512. Did you mean --w, a space and a value?"),
         ("a cat --l=7", "no option --l=7. Did you mean --l, a space and a value?"),

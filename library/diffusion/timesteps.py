@@ -1,0 +1,66 @@
+"""Which timesteps a step trains: draws from a distribution, one for each image or spread evenly over a step."""
+
+from typing import NamedTuple
+
+import torch
+
+from library.diffusion.options import NUM_TIMESTEPS, TimestepOptions
+from library.sdxl.device_copies import to_device
+
+_LARGEST_SEED = 2**63 - 1
+
+
+class Strata(NamedTuple):
+    """Where the images of a micro-batch stand among the `total` of their optimizer step, over all processes.
+
+    The first of them is number `first`, from 0. `seed` is that of the step, the same in all processes.
+    """
+
+    first: int
+    total: int
+    seed: int
+
+
+def draw_timesteps(
+    batch_size: int,
+    options: TimestepOptions,
+    generator: torch.Generator,
+    device: torch.device | str,
+    *,
+    continuous: bool = False,
+    strata: tuple[int, int, int] | None = None,
+) -> torch.Tensor:
+    """Return timesteps [B] on `device` within the trained range: int64, or with `continuous` any float32 between.
+
+    Where they are stratified, each image of the step has a part of the distribution to itself; which one is drawn for
+    each step. `strata` are the fields of `Strata`; without them the batch is the step.
+    """
+    trained = options.timestep_range
+    normal = options.logit_normal
+    if normal is None and not continuous and not options.stratified_timesteps:
+        drawn = torch.randint(trained.start, trained.stop, (batch_size,), generator=generator, device=generator.device)
+        return to_device(drawn, device)
+    quantiles = torch.rand(batch_size, generator=generator, device=generator.device, dtype=torch.float64)
+    if options.stratified_timesteps:
+        quantiles = _stratified(quantiles, strata or _of_batch(batch_size, generator))
+    below, up_to = options.mass_below
+    quantiles = below + (up_to - below) * quantiles
+    if normal is not None:
+        quantiles = torch.sigmoid(normal.mean + normal.stdev * torch.special.ndtri(quantiles))
+    timesteps = quantiles * NUM_TIMESTEPS
+    if continuous:
+        below_end = torch.nextafter(torch.tensor(float(trained.stop)), torch.tensor(0.0)).item()
+        return to_device(timesteps.float().clamp(trained.start, below_end), device)
+    return to_device(timesteps.long().clamp(trained.start, trained.stop - 1), device)
+
+
+def _stratified(uniform: torch.Tensor, strata: tuple[int, int, int]) -> torch.Tensor:
+    """Return uniform numbers [B] of which each lies in another of `total` equal parts of 0-1."""
+    first, total, seed = strata
+    parts = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[first : first + len(uniform)]
+    return (to_device(parts, uniform.device) + uniform) / total
+
+
+def _of_batch(batch_size: int, generator: torch.Generator) -> Strata:
+    seed = torch.randint(_LARGEST_SEED, (), generator=generator, device=generator.device)
+    return Strata(0, batch_size, int(seed))
