@@ -32,6 +32,16 @@ ANSWERS = (
         "--learning_rate=0 --train_text_encoder --learning_rate_te1=1e-6 --learning_rate_te2=1e-6",
     ),
     Answer(
+        "see whether the model learns what it was not shown?",
+        "--validation_split=0.1 --logging_dir=logs",
+        "A tenth of the images is held out and measured after each epoch: the curve `validation/loss`.",
+    ),
+    Answer(
+        "see what each text encoder is worth?",
+        "--validation_split=0.1 --validation_ablation --validate_at_first --max_train_steps=0",
+        "Measures a finished model and saves nothing; docs/separate-captions.md explains the figures.",
+    ),
+    Answer(
         "save every 100 steps and keep three models?",
         "--save_every_n_steps=100 --save_last_n_steps=200",
         "The second number counts steps: after step 500 the models of steps 300, 400 and 500 are there.",

@@ -55,6 +55,8 @@ NEUTRAL: dict[str, tuple[str, ...]] = {
             ),
             *("--save_every_n_epochs", "--save_last_n_steps", "--save_last_n_epochs", "--save_last_n_steps_state"),
             *("--save_last_n_epochs_state", "--save_n_epoch_ratio", "--save_every_n_minutes"),
+            *("--validate_every_n_steps", "--validate_every_n_epochs"),
+            "--max_validation_steps",
         ),
         ("0",),
     ),

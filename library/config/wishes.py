@@ -99,9 +99,9 @@ TRAINER_WISHES = (
     ),
     Wish(r"(use_)?ema(_\w+)?|\w+_ema", "The moving average of the weights is --ema, with --ema_decay."),
     Wish(
-        r"(use_|do_)?valid(ation)?(_(?!prompt)\w+)?|validate(_\w+)?|eval(uation)?(_(?!prompt)\w+)?|num_validation_images",
-        "A loss on images that are not trained is not offered. --sample_prompts draws images during training.",
-        r"--valid",
+        r"(use_|do_)?val(id(ation)?)?(_(?!prompt)\w+)?|validate(_\w+)?|eval(uation)?(_(?!prompt)\w+)?|num_validation_images",
+        "--validation_split=0.1 holds out images and measures the loss on them after each epoch. --sample_prompts "
+        "draws images during training.",
     ),
     Wish(
         r"dry_?run|check(_only)?|test_run|plan_only|no_train(ing)?",

@@ -16,6 +16,7 @@ from library.data.dataset_schema import WITHOUT_EFFECT, converted, read_tables
 from library.data.loader_options import LoaderOptions
 from library.data.subsets import Subset
 from library.data.training_set_options import TrainingSetOptions
+from library.data.validation_options import ValidationOptions
 from library.sdxl.sizes import Size
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ def read_dataset_config(
     loader: LoaderOptions,
     captions: CaptionOptions,
     buckets: BucketOptions,
+    validation: ValidationOptions = ValidationOptions(),  # noqa: B008 (a value)
 ) -> list[Subset]:
     """Return the subsets of a data set file.
 
@@ -38,7 +40,7 @@ def read_dataset_config(
     lists what cannot work: unknown keys, wrong values, folders that do not exist or are named twice in a data set.
     """
     tables = read_tables(path)
-    flags = _level_of_flags(training_set, loader, captions, buckets)
+    flags = _level_of_flags(training_set, loader, captions, buckets, validation)
     subsets: list[Subset] = []
     problems: list[str] = []
     for number, (dataset, members) in enumerate(tables.datasets):
@@ -69,7 +71,11 @@ def read_dataset_config(
 
 
 def _level_of_flags(
-    training_set: TrainingSetOptions, loader: LoaderOptions, captions: CaptionOptions, buckets: BucketOptions
+    training_set: TrainingSetOptions,
+    loader: LoaderOptions,
+    captions: CaptionOptions,
+    buckets: BucketOptions,
+    validation: ValidationOptions,
 ) -> dict[str, Any]:
     return {
         **vars(captions),
@@ -80,6 +86,8 @@ def _level_of_flags(
         "enable_bucket": training_set.enable_bucket,
         **{name: getattr(training_set, name) for name in AUGMENTATION_KEYS},
         "cache_info": training_set.cache_info,
+        "validation_split": validation.validation_split,
+        "validation_seed": validation.validation_seed,
     }
 
 
@@ -129,6 +137,8 @@ def _subset(path: Path, dataset: int, levels: Sequence[Level], training_set: Tra
         prior_loss_weight=training_set.prior_loss_weight,
         cache_info=decided("cache_info"),
         key_prefix=_key_prefix(folder, metadata, rule.max_resolution, training_set),
+        validation_split=decided("validation_split"),
+        validation_seed=int(decided("validation_seed")),
     )
     return subset.as_regularization() if decided("is_reg", False) else subset
 

@@ -36,6 +36,7 @@ _FLAG = Value(_of(bool), "true or false")
 _TEXT = Value(_of(str), "a text")
 _COUNT = Value(lambda value: type(value) in (int, bool) and value >= 1, "a whole number of 1 or more")
 _WHOLE = Value(_of(int, bool), "a whole number")
+_COUNTED_FROM_0 = Value(lambda value: type(value) in (int, bool) and value >= 0, "a whole number of 0 or more")
 _WEIGHT = Value(lambda value: type(value) in (int, float) and 0 <= value < float("inf"), "a number of 0 or more")
 
 _DATASET_KEYS: Mapping[str, Value] = {
@@ -47,10 +48,12 @@ _DATASET_KEYS: Mapping[str, Value] = {
     "bucket_reso_steps": _COUNT,
     "bucket_no_upscale": _FLAG,
     "network_multiplier": Value(_of(int, float), "a number"),
-    "validation_seed": _WHOLE,
-    "validation_split": Value(_of(float), "a number with a decimal point"),
 }
 _SUBSET_KEYS: Mapping[str, Value] = {
+    "validation_seed": _COUNTED_FROM_0,
+    "validation_split": Value(
+        lambda value: type(value) is float and 0 <= value <= 1, "a number with a decimal point, from 0.0 to 1.0"
+    ),
     "num_repeats": _COUNT,
     "flip_aug": _FLAG,
     "color_aug": _FLAG,
@@ -74,11 +77,9 @@ _SUBSET_ONLY_KEYS: Mapping[str, Value] = {
 WITHOUT_EFFECT: Mapping[str, str] = {
     "custom_attributes": "no other program reads the data set",
     "network_multiplier": "it belongs to LoRA training",
-    "validation_seed": "no images are split off for validation",
 }
 _REFUSED: Mapping[str, str] = {
     "alpha_mask": "masked training is not offered; remove it",
-    "validation_split": "no images are split off for validation; remove it",
     "conditioning_data_dir": "conditioning images belong to ControlNet and masked training; remove it",
 }
 

@@ -46,7 +46,7 @@ def with_distinct_keys(found: Iterable[FoundImage]) -> list[FoundImage]:
     for image in found:
         key = f"{image.subset.key_prefix}{image.key}"
         counts[key] = number = counts.get(key, 0) + 1
-        images.append(image._replace(key=key if number == 1 else f"{key} ({number})"))
+        images.append(image._replace(key=key if number == 1 else f"{key} ({number})", own_key=image.key))
     return images
 
 

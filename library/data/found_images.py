@@ -27,6 +27,7 @@ class FoundImage(NamedTuple):
     cache: Path
     loss_weight: float
     size: Size | None = None
+    own_key: str | None = None
 
 
 def require_usable(found: Sequence[FoundImage], subset: Subset) -> list[FoundImage]:

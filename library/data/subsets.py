@@ -25,6 +25,7 @@ class Subset:
     an image with `is_reg` is a regularization image, and so is one that metadata marks, whose loss is multiplied by
     `prior_loss_weight` as well. With `names_bucket` a cache is named with its bucket, with `cache_info` the sizes of
     images are remembered on disk. `key_prefix` tells the images of one subset from those of others.
+    `validation_split` is the fraction of its images that is held out, as `validation_seed` decides.
     A subset that `is_of_file` is described by a data set file or the name of its folder, not by flags alone.
     """
 
@@ -48,6 +49,8 @@ class Subset:
     cache_info: bool = False
     dataset_class: str | None = None
     key_prefix: str = ""
+    validation_split: float = 0.0
+    validation_seed: int = 0
 
     @property
     def source(self) -> Path | None:

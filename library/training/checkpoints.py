@@ -87,8 +87,8 @@ class Checkpoints:
         saves = self._due(occasion, is_asked=is_asked)
         if is_step:
             self._present_state = None
-        if not saves and not occasion.is_last and not occasion.is_resumed:
-            return
+        if occasion.step == 0 or not (saves or occasion.is_last or occasion.is_resumed):
+            return  # where nothing is trained, the last step is number 0
         if any(save.with_state for save, _ in saves):
             self._last_state_at = time.monotonic()
         with self._one_writer() as writes:

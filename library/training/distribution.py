@@ -2,12 +2,15 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 from torch.optim import Optimizer
+
+Item = TypeVar("Item")
 
 
 def prepare(
@@ -61,3 +64,8 @@ def any_process(accelerator: Accelerator, flag: bool) -> bool:
 def all_of(accelerator: Accelerator, names: list[str]) -> list[str]:
     """Return the names of all processes, each once. Every process has to call it."""
     return list(dict.fromkeys(gather_object(names)))
+
+
+def gathered(items: list[Item]) -> list[Item]:
+    """Return the items of all processes, one process after another. Every process has to call it."""
+    return list(gather_object(items))

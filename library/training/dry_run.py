@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from library.config.atomic_files import replacing, write_text
-from library.config.errors import UserError
+from library.config.errors import UserError, listed
 from library.data.caption_draws import Encoder
 from library.data.caption_report import report_captions
 from library.data.caption_rules import PairRules
@@ -27,7 +27,7 @@ from library.sdxl.model_source import load_vae
 from library.training.dry_run_facts import ImageFacts, ReadCaption, SetFacts, Visit
 from library.training.dry_run_page import page
 from library.training.dry_run_text import image_lines, set_lines
-from library.training.preparation import make_order, num_steps_of, read_images
+from library.training.preparation import make_order, num_steps_of, read_images, split_set
 from library.training.run_options import TrainingOptions
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def dry_run(options: TrainingOptions) -> int:
     """Show what the run would read and return 0; write the report of `--dry_run_report`. Raise as training would."""
     assert options.run.dry_run is not None
     subsets = options.subsets()
-    found = find_training_images(subsets)
+    found, held_out = split_set(options, find_training_images(subsets))
     cached = report_captions(
         options.training_set, subsets, found, trains_unet=options.trains_unet, trained=options.trained_encoders
     )
@@ -55,6 +55,8 @@ def dry_run(options: TrainingOptions) -> int:
     shown = list(preview.of_images(range(min(options.run.dry_run, len(images)))))
     for each in shown:
         log.info("\n".join(image_lines(each)))
+    if held_out:
+        log.info("held out for validation: %d images: %s", len(held_out), listed([image.key for image in held_out]))
     for line in (*set_lines(facts), *cut_captions(images, tokens)):
         log.info(line)
     if options.run.dry_run_report is not None:

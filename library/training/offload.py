@@ -12,7 +12,7 @@ from library.training.failures import explained_out_of_memory
 
 
 def place_networks(
-    networks: Iterable[nn.Module], *, needed_each_step: Collection[nn.Module], device: torch.device
+    networks: Iterable[nn.Module], needed_each_step: Collection[nn.Module], device: torch.device
 ) -> None:
     """Move the networks `needed_each_step` to `device`; the others, which are frozen, stay in host memory.
 

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from datetime import datetime
 from functools import partial
@@ -11,6 +10,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from library.data.caption_rules import ZEROS, PairRules
+from library.diffusion.objective import Objective
 from library.optim.ema_options import profile_name
 from library.samples.sampler import SamplingNetworks
 from library.sdxl.architecture import SdxlModel
@@ -28,6 +28,7 @@ from library.training.learner import Learner
 from library.training.loss_watch import require_finite
 from library.training.offload import on_device
 from library.training.plan import Plan
+from library.training.preparation import latents_of
 from library.training.progress import Progress
 from library.training.run_options import TrainingOptions
 from library.training.sampling import SampledRun, Sampling
@@ -36,13 +37,13 @@ from library.training.stopping import StopRequest
 from library.training.summary import logged_options
 from library.training.tracking import Tracker
 from library.training.uploads import Uploads
+from library.training.validation import Validation, WeightSets
+from library.training.validation_log import ValidationLog
+from library.training.validation_set import ValidationSet
 
 log = logging.getLogger(__name__)
 
 _THUMBNAIL = "modelspec.thumbnail"  # of the weights, not of an average
-
-WeightSets = Mapping[str, Callable[[], AbstractContextManager[None]]]
-"""What puts each set of weights in place within a block: "" those that a saved model has, "ema" their average."""
 
 
 def make_tracker(options: TrainingOptions, plan: Plan, progress: Progress, accelerator: Accelerator) -> Tracker:
@@ -198,6 +199,39 @@ def make_sampling(
         weight_sets=weight_sets,
         one_writer=partial(one_writer, learner.accelerator),
     )
+
+
+def make_validation(
+    options: TrainingOptions,
+    held_out: ValidationSet | None,
+    model: SdxlModel,
+    learner: Learner,
+    objective: Objective,
+    progress: Progress,
+    tracker: Tracker,
+    is_stopping: Callable[[], bool],
+    weight_sets: WeightSets,
+) -> list[Validation]:
+    """Return what measures the loss on the images that are held out; nothing where none are."""
+    if held_out is None:
+        return []
+    folder = options.tracking.run_folder(datetime.fromisoformat(progress.started))
+    is_writer = learner.accelerator.is_main_process
+    return [
+        Validation(
+            options.validation,
+            held_out,
+            learner=learner,
+            objective=objective,
+            vae=model.vae,
+            latents_of=partial(latents_of, vae=model.vae),
+            tracker=tracker,
+            figures=ValidationLog(tracker.log_values, folder, progress.step, is_writer=is_writer),
+            progress=progress,
+            is_stopping=is_stopping,
+            weight_sets=weight_sets,
+        )
+    ]
 
 
 def check_disk(

@@ -26,6 +26,7 @@ from library.data.subsets import Subset
 from library.data.text_cache import FOLDER_NAME, NO_TEXTS, CachedTexts, encode_texts
 from library.data.training_set import FoundImage, TrainingImage, fingerprints, read_training_set
 from library.data.training_set_options import TrainingSetOptions
+from library.data.validation_split import Split, split_off
 from library.sdxl.architecture import SdxlModel
 from library.sdxl.latents import encode_pixels_finite
 from library.training.accelerator import make_accelerator
@@ -66,6 +67,21 @@ def take_captions_over(options: TrainingOptions, subsets: Sequence[Subset]) -> N
                 update_captions(subset.metadata_file, subset.image_dir, (subset.extension_l, subset.extension_g))
 
 
+def split_set(options: TrainingOptions, found: Sequence[FoundImage]) -> Split:
+    """Return which images are trained and which are held out; where nothing is trained these may be all.
+
+    Raise `UserError` where one side is empty, or validation is asked for and nothing is held out.
+    """
+    split = split_off(found, trains=not options.only_measures)
+    flags = options.validation.needs_images
+    if flags and not split.held_out:
+        raise UserError(
+            f"{' and '.join(flags)}: no images are held out.",
+            "Set --validation_split, or validation_split in the data set file, such as 0.1.",
+        )
+    return Split(split.training or list(found), split.held_out)
+
+
 def prepare_set(
     options: TrainingOptions,
     found: list[FoundImage],
@@ -83,7 +99,7 @@ def prepare_set(
     with accelerator.main_process_first():
         if accelerator.is_main_process:
             remove_leftovers(*_folders_written(options.training_set, found))
-        images = _images(options, found, model.vae, digest, accelerator.device)
+        images = images_with_latents(options, found, model.vae, digest, accelerator.device)
         tokens = tokenize_captions_of(images)
         texts, notes = _texts(options, model, images, tokens, accelerator.device, progress.seed, cached_encoders)
     now = fingerprints(images)
@@ -105,9 +121,10 @@ def _folders_written(options: TrainingSetOptions, found: list[FoundImage]) -> se
     return folders
 
 
-def _images(
-    options: TrainingOptions, found: list[FoundImage], vae: AutoencoderKL, digest: str, device: torch.device
+def images_with_latents(
+    options: TrainingOptions, found: Sequence[FoundImage], vae: AutoencoderKL, digest: str, device: torch.device
 ) -> list[TrainingImage]:
+    """Return the images as they are found; where the options cache latents, those that lack them are encoded."""
     images = read_images(options.training_set, found, digest)
     if not options.training_set.caches_latents or all(image.has_latents for image in images):
         return images

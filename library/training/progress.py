@@ -34,11 +34,15 @@ class DamagedState(UserError):
 
 @dataclass(frozen=True)
 class Setting:
-    """What a run is made of: its flags as text, a fingerprint of each image by key, the versions of the libraries."""
+    """What a run is made of: its flags as text, a fingerprint of each image by key, the versions of the libraries.
+
+    `validation` has the fingerprints of the images that are measured and not trained.
+    """
 
     options: dict[str, str] = field(default_factory=dict)
     images: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    validation: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -50,7 +54,7 @@ class Progress:
     the current one: all of its steps where the epoch is over and what is due after it is not saved yet. `losses` are
     those of the moving average. `num_images` counts the images seen; it is 0 in states of earlier versions.
     `num_states` counts the states of this name in the order in which they were written, over all runs into one folder:
-    clocks can be set back.
+    clocks can be set back. `validated_step` is the step of the last validation.
     """
 
     started: str = ""
@@ -62,6 +66,7 @@ class Progress:
     num_images: int = 0
     num_states: int = 0
     setting: Setting = field(default_factory=Setting)
+    validated_step: int | None = None
 
     def advance(self) -> None:
         """Count one more optimizer step."""

@@ -23,7 +23,7 @@ _DECIDE_THE_COURSE = frozenset(
         *("v_parameterization", "flow_matching", "noise_prediction", "zero_terminal_snr"),
         *("loss_weighting", "edm2_channels"),
         *("mixed_precision", "full_bf16", "bf16_rounding", "legacy_text_projection", "legacy_crop_coords"),
-        *("transposed_text_projection", "one_caption"),
+        *("transposed_text_projection", "one_caption", "validation_seed", "validation_timesteps"),
     }
 )
 """Options that change the rest of the run, beside all rules of captions."""
@@ -101,6 +101,16 @@ def check_options(then: Setting, now: Setting, *, anyway: bool) -> list[str]:
 def check_images(then: Mapping[str, str], now: Mapping[str, str], *, anyway: bool) -> list[str]:
     """Return which images have changed since a state was saved, by their fingerprints; as `check_options`."""
     changes = list(_image_changes(then, now))
+    _refuse(changes, anyway=anyway)
+    return changes
+
+
+def check_validation(then: Mapping[str, str], now: Mapping[str, str], *, anyway: bool) -> list[str]:
+    """Return how the validation set has changed since a state was saved; as `check_options`.
+
+    A run that had none may get one: curves that do not exist cannot break.
+    """
+    changes = [f"of the validation set, {change}" for change in _image_changes(then, now)] if then else []
     _refuse(changes, anyway=anyway)
     return changes
 

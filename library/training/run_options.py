@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -18,6 +18,7 @@ from library.data.flag_subsets import subsets_of_flags
 from library.data.loader_options import LoaderOptions
 from library.data.subsets import Subset
 from library.data.training_set_options import TrainingSetOptions
+from library.data.validation_options import ValidationOptions
 from library.diffusion.loss_options import LossOptions
 from library.diffusion.options import NoiseOptions, TimestepOptions
 from library.optim.ema_options import EmaOptions
@@ -43,7 +44,12 @@ class RunOptions:
 
     _argument_group_name: ClassVar[str] = "Run"
 
-    max_train_steps: int = option(1600, "Number of optimizer steps.", least=1, most=MOST_STEPS)
+    max_train_steps: int = option(
+        1600,
+        "Number of optimizer steps. 0 only measures the model, with --validate_at_first.",
+        least=0,
+        most=MOST_STEPS,
+    )
     max_train_epochs: int | None = option(
         None, "Number of epochs; overrides --max_train_steps.", least=1, most=MOST_STEPS
     )
@@ -141,6 +147,7 @@ class TrainingOptions:
     noise: NoiseOptions
     timesteps: TimestepOptions
     loss: LossOptions
+    validation: ValidationOptions
     save: SaveOptions
     resume: ResumeOptions
     model_spec: ModelSpecOptions
@@ -187,10 +194,16 @@ class TrainingOptions:
     def subsets(self) -> list[Subset]:
         """Return what is trained on. Raise `UserError` for files and data sets that cannot work."""
         if self.training_set.dataset_config is not None:
-            return read_dataset_config(
-                self.training_set.dataset_config, self.training_set, self.loader, self.captions, self.buckets
-            )
-        return subsets_of_flags(self.training_set, self.loader, self.captions, self.bucket_rule)
+            options = self.training_set, self.loader, self.captions, self.buckets, self.validation
+            return read_dataset_config(self.training_set.dataset_config, *options)
+        flags = self.training_set, self.loader, self.captions, self.bucket_rule
+        split, seed = self.validation.validation_split, self.validation.validation_seed
+        return [replace(each, validation_split=split, validation_seed=seed) for each in subsets_of_flags(*flags)]
+
+    @property
+    def only_measures(self) -> bool:
+        """Whether the run has no steps."""
+        return self.run.max_train_epochs is None and self.run.max_train_steps == 0
 
     @property
     def trains_unet(self) -> bool:
@@ -226,6 +239,11 @@ class TrainingOptions:
             )
         if self.prediction.kind is not None:
             yield from self.misfits(self.prediction.kind)
+        yield from self.validation.conflicts(
+            has_dataset_config=self.training_set.dataset_config is not None,
+            only_measures=self.only_measures,
+            resumes=self.resume.resume is not None,
+        )
         yield from self._bucket_conflicts()
         yield from self.hub.conflicts(self.resume.resume, has_states=self.save.has_states)
         yield from self._fused_conflicts()
@@ -243,8 +261,9 @@ class TrainingOptions:
 
     @property
     def _known_num_steps(self) -> int | None:
-        """The optimizer steps of the run; None where epochs decide, whose length depends on the images."""
-        return self.run.max_train_steps if self.run.max_train_epochs is None else None
+        """The optimizer steps of the run; None where epochs decide, or it has none: then no schedule can be wrong."""
+        steps = self.run.max_train_steps
+        return steps if self.run.max_train_epochs is None and steps > 0 else None
 
     def _fused_conflicts(self) -> Iterator[str]:
         fused, offloaded = self.optimizer.fused_backward_pass, self.optimizer.offload_optimizer

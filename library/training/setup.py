@@ -16,9 +16,11 @@ from library.data.caption_draws import Encoder
 from library.data.caption_report import report_captions
 from library.data.dataset import Batch
 from library.data.subsets import Subset
-from library.data.training_set import FoundImage, find_training_images
+from library.data.training_set import find_training_images
+from library.data.validation_split import Split
 from library.diffusion.objective import Objective
 from library.optim.ema_options import EMA
+from library.optim.schedule_options import ScheduleOptions
 from library.sdxl.architecture import SdxlModel
 from library.sdxl.latents import vae_digest
 from library.sdxl.model_source import load_model
@@ -41,9 +43,10 @@ from library.training.outputs import (
     make_sampling,
     make_tracker,
     make_uploads,
+    make_validation,
 )
 from library.training.plan import Occasion, Plan
-from library.training.preparation import latents_of, make_plan, prepare_set, take_captions_over
+from library.training.preparation import latents_of, make_plan, prepare_set, split_set, take_captions_over
 from library.training.progress import Progress
 from library.training.run_options import TrainingOptions
 from library.training.sampling import SAMPLE_FOLDER
@@ -53,6 +56,7 @@ from library.training.stopping import StopRequest
 from library.training.summary import summary
 from library.training.tracking import Tracker
 from library.training.uploads import Uploads
+from library.training.validation_set import prepare_validation
 
 log = logging.getLogger(__name__)
 
@@ -128,9 +132,9 @@ def set_up(options: TrainingOptions, stop: StopRequest) -> Run:
     subsets = options.subsets()
     if options.training_set.update_captions:
         take_captions_over(options, subsets)
-    found = find_training_images(subsets)  # before a model is loaded in vain
+    found = split_set(options, find_training_images(subsets))  # before a model is loaded in vain
     cached_encoders = report_captions(
-        options.training_set, subsets, found, trains_unet=options.trains_unet, trained=options.trained_encoders
+        options.training_set, subsets, found.training, trains_unet=options.trains_unet, trained=options.trained_encoders
     )
     options = take_state_from_hub(options)
     build = partial(_set_up, options, stop, subsets, found, cached_encoders)
@@ -141,7 +145,7 @@ def _set_up(
     options: TrainingOptions,
     stop: StopRequest,
     subsets: Sequence[Subset],
-    found: list[FoundImage],
+    found: Split,
     cached_encoders: Sequence[Encoder],
     damaged: Sequence[Path],
 ) -> Run:
@@ -149,9 +153,9 @@ def _set_up(
     state, progress = starting_point(options, subsets, accelerator, damaged)
     uploads = make_uploads(options.hub, accelerator, stop)
     model, digest = _load_model(options)
-    prepared = prepare_set(options, found, model, digest, accelerator, progress, cached_encoders)
-    needed = prepared.networks_of_steps(model)
-    place_networks(model.networks, needed_each_step=needed, device=accelerator.device)
+    prepared = prepare_set(options, found.training, model, digest, accelerator, progress, cached_encoders)
+    held_out = prepare_validation(options, found.held_out, model, digest, accelerator, progress)
+    place_networks(model.networks, prepared.networks_of_steps(model), accelerator.device)
     plan = make_plan(prepared, options.loader, options.run, accelerator, progress.seed)
     options = replace(options, save=options.save.for_epochs(plan.num_epochs))
     learner = _make_learner(options, model, accelerator, plan, progress.seed)
@@ -164,7 +168,7 @@ def _set_up(
         load_state(state, learnt, accelerator)
     averages.begin(progress.step)
     weight_sets = {"": learner.final_weights} | averages.weight_sets()
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and not options.only_measures:
         check_disk(options, model, learner, averages, plan, progress)
     tracker = make_tracker(options, plan, progress, accelerator)
     compile_regions(model.unet, options.compilation, accelerator.device)
@@ -173,15 +177,17 @@ def _set_up(
     checkpoints = make_checkpoints(
         options, model, learner, learnt, averages, progress, tracker, state, stop, header, uploads
     )
+    objective, stops = make_objective(options, model.prediction, loss_weights), partial(any_stop, accelerator, stop)
+    validation = make_validation(options, held_out, model, learner, objective, progress, tracker, stops, weight_sets)
     sampling = make_sampling(options, model, learner, weight_sets, progress, tracker, stop.is_made, subsets[0].captions)
     return Run(
         plan=plan,
         progress=progress,
         learner=learner,
-        objective=make_objective(options, model.prediction, loss_weights),
+        objective=objective,
         latents_of=partial(latents_of, vae=model.vae),
-        events=(averages, loss_weights, tracker, checkpoints, sampling),
-        stop=lambda: any_process(accelerator, stop.is_made()),
+        events=(averages, loss_weights, tracker, *validation, checkpoints, sampling),
+        stop=stops,
         exit_status_of_stop=lambda: stop.exit_status,
         checkpoints=checkpoints,
         tracker=tracker,
@@ -198,7 +204,7 @@ def _make_learner(
         model,
         accelerator,
         options.optimizer,
-        options.schedule,
+        ScheduleOptions() if options.only_measures else options.schedule,
         trains_l=options.trains_l,
         trains_g=options.trains_g,
         num_steps=plan.num_steps,
@@ -207,6 +213,11 @@ def _make_learner(
         rounding=options.precision.rounding,
         max_bad_steps=options.run.max_bad_steps,
     )
+
+
+def any_stop(accelerator: Accelerator, stop: StopRequest) -> bool:
+    """Return whether the run is asked to stop, in any process: the same answer in all of them."""
+    return any_process(accelerator, stop.is_made())
 
 
 def _load_model(options: TrainingOptions) -> tuple[SdxlModel, str]:

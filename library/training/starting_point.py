@@ -51,7 +51,7 @@ def starting_point(
     now = _with_seed(setting, progress.seed)
     changes = check_options(then, now, anyway=options.resume.resume_anyway)
     log.info("\n  ".join([f"resuming after step {progress.step} from '{state}'", *changes]))
-    progress.setting = replace(now, images=progress.setting.images)
+    progress.setting = replace(now, images=progress.setting.images, validation=progress.setting.validation)
     progress.num_states = max(progress.num_states, num_states(*where))
     return state, progress
 

@@ -129,6 +129,10 @@ class Tracker:
         self._bar.set_postfix(loss=f"{report.loss:.4f}", average=f"{average:.4f}", refresh=False)
         self._bar.update()
 
+    def log_values(self, step: int, values: Mapping[str, float]) -> None:
+        """Add a point to each of some curves."""
+        self._log(lambda: self._accelerator.log(dict(values), step=step))
+
     @contextmanager
     def shown(self) -> Iterator[None]:
         """Close the progress bar at the end of the block, however it ends."""

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
+from library.config.console_options import ConsoleOptions
 from library.config.errors import UserError, exits_on_user_error, listed
 from library.config.messages import printable, start_logging
-from library.training.run_options import ConsoleOptions
 
 log = logging.getLogger("library.test")
 REPOSITORY = Path(__file__).parents[2]

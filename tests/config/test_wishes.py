@@ -51,7 +51,7 @@ MEANT = {
     "--ema_every": ["ema_update_interval", "ema_update_step_interval", "ema_steps"],
     "--ema_device=cpu": ["ema_cpu_only", "offload_ema"],
     "--ema_snapshot_every_n_steps": ["post_hoc_ema", "ema_length"],
-    "trained": ["validation_split", "validate_every_n_steps", "eval_steps"],
+    "--validation_split=0.1": ["validation_steps_per_epoch", "validation_data_dir", "eval_steps", "val_split"],
     "--max_train_steps=1": ["dry_run", "dry-run"],
     "--in_json": ["caption_l", "captions", "data_dir"],
 }

@@ -68,7 +68,12 @@ def test_what_is_missing_is_named(flag: str, problem: str, refused):
         (["--vae=my set/no vae.safetensors"], "--vae: there is no 'my set/no vae.safetensors'"),
         (["--in_json=my set/no.json"], "--in_json: there is no file 'my set/no.json'"),
         (["--train_data_dir=my images"], "--train_data_dir: there is no folder 'my images'"),
-        (["--max_train_steps=0"], "--max_train_steps is 0; it must be 1 or more."),
+        (["--max_train_steps=-1"], "--max_train_steps is -1; it must be 0 or more."),
+        (
+            ["--max_train_steps=0"],
+            "--max_train_steps is 0: there is nothing to do. Set the number of steps, add --validate_at_first to "
+            "measure the model, or --dry_run to look at the training set.",
+        ),
         (["--max_train_epochs=-1"], "--max_train_epochs is -1; it must be 1 or more."),
         (["--gradient_accumulation_steps=0"], "--gradient_accumulation_steps is 0; it must be 1 or more."),
         (["--train_batch_size=0"], "--train_batch_size is 0; it must be 1 or more."),
@@ -141,7 +146,7 @@ def test_a_mistake_in_the_prompt_file_is_found_before_the_model_is_loaded_and_ha
 
 def test_all_mistakes_are_named_together(refused):
     said = refused(
-        *("--in_json=no.json", "--max_train_steps=0", "--full_bf16", "--save_last_n_steps=3", "--noise_offset=-1"),
+        *("--in_json=no.json", "--max_train_steps=-1", "--full_bf16", "--save_last_n_steps=3", "--noise_offset=-1"),
         *("--learning_rate_te1=1e-5", "--sample_every_n_steps=5", "--lr_scheduler=cosin", "--optimizer_type=Adan"),
     )
     first, *problems = said.split("\n")
