@@ -47,3 +47,18 @@ def test_muon_leaves_the_embeddings_of_text_encoders_to_adamw(train):
     assert {rows for rows, _ in tables} == {49408, 77}, "tokens and positions"
     assert by_muon
     assert not by_muon & tables
+
+
+def test_the_rates_that_adafactor_finds_are_logged_and_resumed(train, tmp_path: Path):
+    flags = ("--optimizer_type=Adafactor", "--lr_scheduler=adafactor:1e-5", "--learning_rate=1")
+    at_once = train(*flags)
+    rates = at_once.logged("lr/unet")
+    assert rates[0] == pytest.approx(1e-5), "before it has found one"
+    # A hundredth of the size of the first weight, which is above the least of 0.001.
+    assert all(1e-5 < rate < 1e-2 for rate in rates[1:])
+    output = f"--output_dir={tmp_path / 'output'}"
+    train(*flags, output, "--max_train_steps=2", "--save_state_on_train_end")
+    resumed = train(*flags, output, "--resume=latest")
+    assert resumed.logged("lr/unet")[-1] == rates[-1]
+    weights, expected = replace(resumed, output=tmp_path / "output").weights(), at_once.weights()
+    assert [key for key, value in expected.items() if not torch.equal(value, weights[key])] == []
