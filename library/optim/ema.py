@@ -16,8 +16,10 @@ from library.optim.kernels import compiled
 from library.optim.rounding import stochastically_rounded
 from library.sdxl.device_copies import HostCopy
 
-_PIECE = 2**22
-"""Elements that are exchanged at once, so that what is needed beside the weights is small."""
+_PIECE = 2**18
+"""Elements that are exchanged at once: what is needed beside the weights stays in the processor's cache."""
+_PIECE_OF_GPU = 2**22
+"""The same on a GPU, which has fewer launches then."""
 
 
 class MovingAverage:
@@ -151,4 +153,5 @@ def _take_back(average: Tensor, weights: Tensor, waiting: Tensor | None) -> None
 
 
 def _pieces(average: Tensor, weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(average.view(-1).split(_PIECE), weights.view(-1).split(_PIECE), strict=True)
+    size = _PIECE if average.device.type == "cpu" else _PIECE_OF_GPU
+    return zip(average.view(-1).split(size), weights.view(-1).split(size), strict=True)
