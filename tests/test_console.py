@@ -31,10 +31,12 @@ TRAINING = [
     r"captions: L from \S.* \(\d+ different\), G from \S.* \(\d+ different\)",
     r"trained: U-Net; frozen: L, G \(a frozen L learns no new style words: docs/separate-captions.md\)",
     r"text encoder [LG]: \d+ different captions, .*",
+    r"validation: \d+ images are held out \(.*\), \d+ timesteps, \d+ conditions",
+    rf"step \d+: validation loss( of the ema weights)? {NUMBER}, \d+ images, {NUMBER} s",
     *SAVING,
 ]
 SAMPLES = [r"step \d+: drawing sample \d+ of \d+", r"step \d+: drawing the grid of \d+ images"]
-BAR = re.compile(r"(steps|encoding|captions): .*\d+/\d+ \[.*\]|\s*")
+BAR = re.compile(r"(steps|encoding|captions|validation): .*\d+/\d+ \[.*\]|\s*")
 
 
 def lines_of(command: list[str], cwd: Path) -> list[str]:
