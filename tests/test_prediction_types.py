@@ -100,8 +100,9 @@ def test_a_velocity_model_is_trained_on_and_saved_as_such_without_a_flag(
     assert read_diffusers_folder(str(run.output / "m"), ModelDtypes()).prediction == VELOCITY_MODEL
 
 
-def test_the_samples_of_training_are_those_of_the_saved_model(velocity_run: Run, velocity_model: Path, tmp_path: Path):
-    """sdxl_gen_img.py reads the record from the file, and the run from its flags: the same image, bit for bit."""
+def test_a_velocity_model_is_drawn_with_rescaled_guidance_and_its_image_says_so(
+    velocity_run: Run, velocity_model: Path, tmp_path: Path
+):
     prompt = "a dog --e photo --w 64 --h 64 --s 2 --d 3 --gr 0.7 --ss euler"
     argv = [f"--ckpt={velocity_model}", f"--prompt={prompt}", f"--outdir={tmp_path}"]
     forget_accelerator()
