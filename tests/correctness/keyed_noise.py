@@ -27,7 +27,9 @@ from library.training.learner import Learner, StepReport
 draw = Objective.draw
 
 
-def noise_of_each_image(self: Objective, latents: torch.Tensor, generator: torch.Generator) -> NoisyLatents:
+def noise_of_each_image(
+    self: Objective, latents: torch.Tensor, generator: torch.Generator, strata: tuple[int, int, int] | None = None
+) -> NoisyLatents:
     """As `Objective.draw`, but from a generator that each image's latents seed."""
     drawn = []
     for picture in latents.unbind():
