@@ -117,13 +117,10 @@ def run(command: list[str], environment: Environment | None = None) -> None:
     Raise `QuickstartError`, with the command and its exit status, if that is not 0.
     """
     print(f"\n> {shown(command)}", flush=True)
-    if environment is None:
-        status = subprocess.run(command, cwd=ROOT).returncode
-    else:
-        program, *arguments = command
-        status = subprocess.run(
-            [str(environment.program(program)), *arguments], cwd=ROOT, env=environment.variables()
-        ).returncode
+    command_line, variables = command, None
+    if environment is not None:
+        command_line, variables = [str(environment.program(command[0])), *command[1:]], environment.variables()
+    status = subprocess.run(command_line, cwd=ROOT, env=variables).returncode
     if status != 0:
         raise QuickstartError(f"this command ended with exit status {status}:\n  {shown(command)}", status)
 
@@ -149,17 +146,13 @@ class DemoSize:
 def demo_commands(folder: Path, size: DemoSize) -> list[list[str]]:
     """Return the commands that draw the images, the four of the workflow, and those that show its result."""
     my_set = folder.as_posix()
-    sampling = [f"--sample_prompts={size.prompts}", f"--sample_every_n_steps={max(1, size.num_steps // 4)}"]
+    sampling = ["--seed=0", f"--sample_prompts={size.prompts}", f"--sample_every_n_steps={max(1, size.num_steps // 4)}"]
+    measuring = [f"--scenes_per_pair={size.scenes_per_pair}", f"--save={my_set}/figures.txt"]
     return [
         ["python", "demo/pictures.py", f"{my_set}/images", f"--num_pictures={size.num_pictures}"],
-        *workflow_commands(
-            folder, size.num_steps, [*sampling, "--sample_sampler=euler_a", "--sample_grid", "--seed=0"]
-        ),
+        *workflow_commands(folder, size.num_steps, [*sampling, "--sample_sampler=euler_a", "--sample_grid"]),
         ["python", "finetune/contact_sheet.py", f"{my_set}/output/sample", f"--output={my_set}/contact_sheet.png"],
-        [
-            *["python", "demo/figures.py", DEMO_MODEL, f"{my_set}/output/finetuned_model.safetensors"],
-            *[f"--scenes_per_pair={size.scenes_per_pair}", f"--save={my_set}/figures.txt"],
-        ],
+        ["python", "demo/figures.py", DEMO_MODEL, f"{my_set}/output/finetuned_model.safetensors", *measuring],
     ]
 
 

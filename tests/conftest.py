@@ -38,18 +38,9 @@ MARKS_OF_FIXTURES = {
 """A test that uses one of these fixtures, directly or through another, has the mark. A quick run skips both marks."""
 
 
-SLOW_MODULES = {
-    *("test_save_precision", "test_starting_point", "test_metadata_sources", "test_caption_updates", "test_console"),
-    *("test_whole_sets", "test_trust_by_name", "test_names", "test_magnitudes"),
-}
-"""Modules of tests that each take whole runs: marked slow, so that the usual run stays short."""
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.stem in SLOW_MODULES:
-            item.add_marker("slow")
         for mark, fixtures in MARKS_OF_FIXTURES.items():
             if not fixtures.isdisjoint(getattr(item, "fixturenames", ())):
                 item.add_marker(mark)

@@ -38,6 +38,7 @@ def assert_equal(run: Run, other: Run) -> None:
     assert all(torch.equal(one[name], weight) for name, weight in two.items())
 
 
+@pytest.mark.slow  # five runs
 def test_an_edited_caption_is_named_and_trained_on_request(train, copied: PreparedSet, tmp_path: Path, capsys):
     edited = copied.images / "chelsea.txt"
     edited.write_text("a drawing", encoding="utf-8")
@@ -55,6 +56,7 @@ def test_an_edited_caption_is_named_and_trained_on_request(train, copied: Prepar
     assert_equal(again, new)
 
 
+@pytest.mark.slow
 def test_a_new_image_is_added_with_the_bucket_of_the_rule(train, copied: PreparedSet, unet_inputs):
     Image.new("RGB", (70, 260)).save(copied.images / "new.png")
     for suffix in (".txt", ".caption"):
@@ -64,6 +66,7 @@ def test_a_new_image_is_added_with_the_bucket_of_the_rule(train, copied: Prepare
     assert (copied.images / "new.npz").is_file()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_accepts_what_it_was_told_to_update(train, copied: PreparedSet, capsys):
     run = train(*flags_of(copied), "--max_train_steps=2", "--save_state")
     (copied.images / "chelsea.txt").write_text("a drawing", encoding="utf-8")

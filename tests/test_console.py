@@ -80,6 +80,7 @@ def test_a_run_prints_what_it_does_and_nothing_else(training_flags: list[str], t
     assert all(any(line.startswith(start) for line in told) for start in expected), lines
 
 
+@pytest.mark.slow
 def test_the_launcher_of_the_demo_adds_nothing(training_flags: list[str], tmp_path: Path):
     launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *QUIET_LAUNCH]
     flags = [*training_flags, "--save_state_on_train_end"]
@@ -92,6 +93,7 @@ def test_the_launcher_of_the_demo_adds_nothing(training_flags: list[str], tmp_pa
     assert lines[-1].startswith("to train longer: ")
 
 
+@pytest.mark.slow
 def test_preparing_prints_what_was_made_and_nothing_else(tiny_sdxl: Path, prepared_set: PreparedSet, tmp_path: Path):
     made = prepared_set.without_latents(tmp_path / "set")
     script = REPOSITORY / "finetune" / "prepare_buckets_latents.py"

@@ -35,24 +35,32 @@ def assert_equal(run: Run, other: Run) -> None:
     assert all(torch.equal(one[name], weight) for name, weight in two.items())
 
 
-def test_metadata_of_sd_scripts_trains_tags_as_l_and_captions_as_g(train, write_json, capsys):
+@pytest.fixture(scope="module")
+def own_form(train) -> Run:
+    """A run on the metadata of this project."""
+    return train()
+
+
+def test_metadata_of_sd_scripts_trains_tags_as_l_and_captions_as_g(train, own_form: Run, write_json, capsys):
     kohya = train(write_json(lambda caption_l, caption_g: {"tags": caption_l, "caption": caption_g}))
     assert "3 images: L from 'tags', G from 'caption'" in capsys.readouterr().out
-    assert_equal(kohya, train())
+    assert_equal(kohya, own_form)
 
 
+@pytest.mark.slow
 def test_one_caption_trains_both_encoders_with_caption_and_tags(train, write_json):
     kohya = write_json(lambda tags, caption: {"tags": tags, "caption": caption})
     joined = write_json(lambda tags, caption: dict.fromkeys(("captionL", "captionG"), f"{caption},{tags}"))
     assert_equal(train(kohya, "--one_caption"), train(joined))
 
 
-def test_the_first_of_listed_captions_is_trained(train, write_json):
+@pytest.mark.slow
+def test_the_first_of_listed_captions_is_trained(train, own_form: Run, write_json):
     listed = write_json(lambda caption_l, caption_g: {"captionL": [caption_l, "x"], "captionG": f"{caption_g}\ny"})
-    assert_equal(train(listed), train())
+    assert_equal(train(listed), own_form)
 
 
-def test_jsonl_trains(train, prepared_set: PreparedSet, tmp_path: Path):
+def test_jsonl_trains(train, own_form: Run, prepared_set: PreparedSet, tmp_path: Path):
     entries = json.loads(prepared_set.latents_json.read_text(encoding="utf-8"))
     lines = [
         {"image_path": f"{key}.jpg", "tags": entry["captionL"], "caption": entry["captionG"]}
@@ -61,4 +69,4 @@ def test_jsonl_trains(train, prepared_set: PreparedSet, tmp_path: Path):
     ]
     path = tmp_path / "meta lat.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    assert_equal(train(f"--in_json={path}"), train())
+    assert_equal(train(f"--in_json={path}"), own_form)

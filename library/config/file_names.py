@@ -2,16 +2,18 @@
 
 import os
 import re
-import tempfile
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from library.config.errors import UserError
-from library.config.leftovers import REPLACED_SUFFIX, temporary_path
+from library.config.leftovers import PARTIAL_SUFFIX, REPLACED_SUFFIX, temporary_path
 
 _DEVICES = frozenset({"con", "prn", "aux", "nul", "conin$", "conout$"}) | {
     f"{port}{number}" for port in ("com", "lpt") for number in "0123456789¹²³"
 }
+_TRIAL = "names"
 _SEPARATORS = re.compile(r"[/\\]")
 _NOT_ON_WINDOWS = re.compile(r'[<>:"|?*]')
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f]")
@@ -59,8 +61,8 @@ def require_writable_name(folder: Path, name: str, what: str, suffixes: Iterable
     absolute = folder.absolute()
     existing = next(path for path in (absolute, *absolute.parents) if path.is_dir())
     try:
-        with tempfile.TemporaryDirectory(prefix=".sdxl-names-", dir=existing) as made:
-            inside = Path(made) / absolute.relative_to(existing)  # folders that are to be made have names as well
+        with _trial_folder(existing) as made:
+            inside = made / absolute.relative_to(existing)  # folders that are to be made have names as well
             inside.mkdir(parents=True, exist_ok=True)
             for suffix in suffixes:
                 trial = inside / f"{name}{suffix}"
@@ -72,3 +74,14 @@ def require_writable_name(folder: Path, name: str, what: str, suffixes: Iterable
             f"{what} is '{name}': such files cannot be written in '{existing}' ({reason}).",
             "Choose another name, or another folder.",
         ) from error
+
+
+@contextmanager
+def _trial_folder(parent: Path) -> Iterator[Path]:
+    """Yield a new folder that is removed at the end, or by the next start if this process is killed before."""
+    made = temporary_path(parent / _TRIAL, PARTIAL_SUFFIX)
+    made.mkdir()
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)

@@ -62,7 +62,7 @@ _PRECISION_AND_MEMORY: dict[str, str] = {
         "--optimizer_type=Adafactor.",
     ),
     **dict.fromkeys(
-        ("--ddp_timeout", "--ddp_gradient_as_bucket_view", "--ddp_static_graph"),
+        ("--ddp_gradient_as_bucket_view", "--ddp_static_graph"),
         "several GPUs train with PyTorch's defaults. Leave it off.",
     ),
 }

@@ -9,5 +9,9 @@ MOST_WORKERS = 1024
 MOST_SEED = 2**32 - 1
 HIGHEST_RATE = 1000.0
 HIGHEST_NORM = 1e9
+DDP_TIMEOUT = 30.0
+MOST_MINUTES = 10_000.0
+HEAVIEST = 1000
+"""The weight of an image in the loss."""
 MOST_VISITS = 100_000_000
 """Images in an epoch, repeats included; their order takes some hundred bytes each."""

@@ -20,6 +20,10 @@ _MEMORY = (
     "this machine is out of memory",
     "Close other programs, use smaller batches or fewer worker processes.",
 )
+_LOST_PROCESS = (
+    "another process of this run has ended or cannot be reached",
+    "Look at the messages of the other processes, and start all of them again.",
+)
 _KINDS = (  # a type of error or a pattern of its text, what happened, what helps
     (r"shared memory|Bus error|/torch_\d+", *_SHARED_MEMORY),
     (
@@ -38,11 +42,13 @@ _KINDS = (  # a type of error or a pattern of its text, what happened, what help
         "the GPU or its driver has failed",
         "Look at nvidia-smi (heat, power, an overclocked card), restart the machine if it hangs, and start again.",
     ),
+    (r"[Cc]onnection (closed|reset)|Broken pipe", *_LOST_PROCESS),
     (
-        r"[Cc]onnection (closed|reset)|gloo|NCCL|ProcessGroup|DistNetworkError|Broken pipe",
-        "another process of this run has ended or cannot be reached",
-        "Look at the messages of the other processes, and start all of them again.",
+        r"Timed out waiting|monitoredBarrier|collective operation timeout",
+        "another process of this run does not answer: it is stopped, or waits for a disk",
+        "Look at the messages of the other processes, end them, and start all of them again.",
     ),
+    (r"gloo|NCCL|ProcessGroup|DistNetworkError", *_LOST_PROCESS),
     (
         r"Too many open files",
         "this process may not open more files",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from library.config.errors import UserError, error_of_problems, nearest
+from library.config.magnitudes import HEAVIEST
 from library.data.augmentation import RESIZE_INTERPOLATIONS
 from library.data.caption_options import CaptionOptions, level_problems
 from library.data.metadata import read_utf8
@@ -37,7 +38,7 @@ _TEXT = Value(_of(str), "a text")
 _COUNT = Value(lambda value: type(value) in (int, bool) and value >= 1, "a whole number of 1 or more")
 _WHOLE = Value(_of(int, bool), "a whole number")
 _COUNTED_FROM_0 = Value(lambda value: type(value) in (int, bool) and value >= 0, "a whole number of 0 or more")
-_WEIGHT = Value(lambda value: type(value) in (int, float) and 0 <= value < float("inf"), "a number of 0 or more")
+_WEIGHT = Value(lambda value: type(value) in (int, float) and 0 <= value <= HEAVIEST, f"a number from 0 to {HEAVIEST}")
 
 _DATASET_KEYS: Mapping[str, Value] = {
     "resolution": Value(lambda value: _of(int)(value) or _pair_of(int)(value), "a whole number or [width, height]"),

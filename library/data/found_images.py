@@ -8,6 +8,7 @@ from library.config.errors import UserError, listed
 from library.data.captions import CaptionPair
 from library.data.image_keys import is_file, is_found_by_name
 from library.data.image_sizes import ImageSizes
+from library.data.images import require_whole
 from library.data.latent_cache import bucket_of_cache, cache_path
 from library.data.subsets import Subset
 from library.sdxl.sizes import Size
@@ -140,6 +141,8 @@ def _checked(image: FoundImage, sizes: ImageSizes) -> FoundImage:
             )
     elif image.file is not None and (image.subset.reads_folder or not is_file(image.cache)):
         size = sizes.of(image.file)
+        if not is_file(image.cache):
+            require_whole(image.file)
         if image.bucket is None:
             image.subset.rule.assign(size)
         return image._replace(size=size)

@@ -19,6 +19,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 
 from library.config.errors import UserError
+from library.data.image_ends import seems_whole
 from library.data.image_kinds import format_lacking_package, readable_formats, remedy_for
 from library.data.jxl_header import declared_pixels
 from library.data.png_chunks import Png, needed_part
@@ -120,6 +121,17 @@ def read_size(path: Path) -> Size:
         if orientation is None:
             log.warning("'%s': its EXIF data are damaged; it is used as it lies in the file", path)
         return Size(height, width) if orientation in _ORIENTATIONS_ON_THE_SIDE else Size(width, height)
+
+
+def require_whole(path: Path) -> None:
+    """Raise `UnusableImage` for a file that was cut short; only one without the end of its format is decoded."""
+    try:
+        with path.open("rb") as file:
+            is_whole = seems_whole(file)
+    except OSError as error:
+        _refuse(path, error.strerror or str(error), error)
+    if not is_whole:
+        load_rgb(path)
 
 
 class _Opened(NamedTuple):

@@ -10,6 +10,7 @@ from typing import Any
 
 from library.config.atomic_files import write_text
 from library.config.errors import UserError, error_of_errors, listed
+from library.config.magnitudes import HEAVIEST
 from library.data.captions import CaptionPair, variants_of
 from library.data.metadata_lines import is_lines, read_lines, write_lines
 from library.data.strict_json import parse_json, shown
@@ -25,7 +26,6 @@ IS_REG = "is_reg"
 CAPTION, TAGS = "caption", "tags"
 """The captions that the scripts of sd-scripts write: a sentence and booru tags."""
 _LARGEST_IMAGE = 1_000_000  # pixels of a side
-_HEAVIEST = 1000
 
 
 @dataclass(frozen=True)
@@ -274,7 +274,7 @@ def _is_size(value: Any) -> bool:
 
 
 def _is_weight(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value <= _HEAVIEST  # not NaN
+    return type(value) in (int, float) and 0 <= value <= HEAVIEST  # not NaN
 
 
 _OPTIONAL_VALUES: Mapping[str, tuple[Callable[[Any], bool], str, str]] = {
@@ -284,7 +284,7 @@ _OPTIONAL_VALUES: Mapping[str, tuple[Callable[[Any], bool], str, str]] = {
         "Correct it, or prepare the buckets again.",
     ),
     IMAGE_SIZE: (_is_size, "[width, height] in pixels", "Correct it, or remove it."),
-    LOSS_WEIGHT: (_is_weight, f"a number from 0 to {_HEAVIEST}", "Correct it, or remove it."),
+    LOSS_WEIGHT: (_is_weight, f"a number from 0 to {HEAVIEST}", "Correct it, or remove it."),
     IS_REG: (lambda value: isinstance(value, bool), "true or false", "Correct it, or remove it."),
 }
 """What an entry may hold beside captions: the test of a value, what is expected and what to do otherwise."""

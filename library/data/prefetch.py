@@ -1,10 +1,14 @@
 """Items fetched a few ahead of their use by a thread, in their order."""
 
 import logging
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import TypeVar
+from concurrent.futures import Future, wait
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+from library.config.errors import UserError
 
 Item = TypeVar("Item")
 _END = object()
@@ -13,6 +17,12 @@ log = logging.getLogger(__name__)
 
 REPORT_SECONDS = 60.0
 """How long an item may take before the wait for it is reported, the first time and each time after."""
+MOST_REPORTS = 30
+"""How often that time may pass before the wait is given up."""
+
+
+class NeverCame(UserError):
+    """An item was waited for in vain."""
 
 
 def prefetch(items: Iterator[Item], num_ahead: int, *, begin: Callable[[], object] | None = None) -> Iterator[Item]:
@@ -20,26 +30,72 @@ def prefetch(items: Iterator[Item], num_ahead: int, *, begin: Callable[[], objec
 
     One thread fetches them, after it has called `begin`, so that `items` need not be thread-safe. What fetching raises
     is raised here, in its place of the order. Leaving a `for` loop over them waits for the item being fetched and
-    fetches no more.
+    fetches no more. Raise `NeverCame` if an item takes half an hour; its thread is left behind and holds nothing up.
     """
-    thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch", initializer=begin)
     until_over = (item for item in items)  # may be asked again after its end, as not every iterator may be
-    fetching = deque(thread.submit(next, until_over, _END) for _ in range(num_ahead))
+    thread = _Fetcher(lambda: next(until_over, _END), begin)
+    fetching = deque(thread.submit() for _ in range(num_ahead))
     try:
         while (item := _fetched(fetching.popleft())) is not _END:
-            fetching.append(thread.submit(next, until_over, _END))
-            yield item  # type: ignore[misc]  # mypy does not see that the end is not among them
+            fetching.append(thread.submit())
+            yield item
+    except NeverCame:
+        thread.has_to_end = False
+        raise
     finally:
-        thread.shutdown(cancel_futures=True)
+        thread.end(fetching)
 
 
-def _fetched(future: "Future[Item]") -> Item:
+class _Fetcher:
+    """A thread that fetches an item for each `submit`. Unlike an executor's, it does not keep the process alive."""
+
+    def __init__(self, fetch: Callable[[], Any], begin: Callable[[], object] | None):
+        self._fetch = fetch
+        self._begin = begin
+        self._asked: SimpleQueue[Future[Any] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
+        self._thread.start()
+        self.has_to_end = True
+
+    def submit(self) -> "Future[Any]":
+        future: Future[Any] = Future()
+        self._asked.put(future)
+        return future
+
+    def end(self, unused: "deque[Future[Any]]") -> None:
+        for future in unused:
+            future.cancel()
+        self._asked.put(None)
+        if self.has_to_end:
+            self._thread.join()
+
+    def _run(self) -> None:
+        begin, self._begin = self._begin, None
+        while (future := self._asked.get()) is not None:
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                if begin is not None:
+                    begin()
+                    begin = None
+                future.set_result(self._fetch())
+            except BaseException as error:  # noqa: BLE001 (raised where the item is asked for)
+                future.set_exception(error)
+            del future  # or its item would stay until the next is asked for
+
+
+def _fetched(future: "Future[Any]") -> Any:
     """Wait for an item, and report a wait that does not end."""
-    minutes = 0
+    num_reports = 0
     while not wait([future], REPORT_SECONDS).done:
-        minutes += 1
-        if minutes & (minutes - 1) == 0:  # after 1, 2, 4, 8 ...
-            log.warning(
-                "waiting for the next batch for %.0f s: is the disk with the images there?", minutes * REPORT_SECONDS
+        num_reports += 1
+        seconds = num_reports * REPORT_SECONDS
+        if num_reports >= MOST_REPORTS:
+            raise NeverCame(
+                f"the next batch has not come for {seconds:.0f} s: a disk, or a worker process that reads images, does"
+                " not answer.",
+                "Look whether the disk with the images is there, and start again.",
             )
+        if num_reports & (num_reports - 1) == 0:  # after 1, 2, 4, 8 ...
+            log.warning("waiting for the next batch for %.0f s: is the disk with the images there?", seconds)
     return future.result()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from library.config.errors import UserError
-from library.config.magnitudes import MOST_BATCHES, MOST_IMAGES_AT_ONCE
+from library.config.magnitudes import HEAVIEST, MOST_BATCHES, MOST_IMAGES_AT_ONCE
 from library.config.options import option
 from library.data.augmentation import (
     RESIZE_INTERPOLATION_HELP,
@@ -55,7 +55,10 @@ class TrainingSetOptions:
         "--in_json. Other flags are the defaults of what it leaves out.",
     )
     prior_loss_weight: float = option(
-        1.0, "Multiply the loss of regularization images, of --reg_data_dir or marked by is_reg, by this.", least=0
+        1.0,
+        "Multiply the loss of regularization images, of --reg_data_dir or marked by is_reg, by this.",
+        least=0,
+        most=HEAVIEST,
     )
     flip_aug: bool = option(False, "Flip each image horizontally with probability 0.5.")
     color_aug: bool = option(

@@ -89,7 +89,7 @@ class ValidationOptions:
         timesteps = self.validation_timesteps
         wrong = [str(timestep) for timestep in timesteps if not 0 <= timestep <= _HIGHEST_TIMESTEP]
         if wrong:
-            yield f"--validation_timesteps has {listed(wrong)}; timesteps go from 0 to {_HIGHEST_TIMESTEP}."
+            yield f"--validation_timesteps has {listed(wrong)}; it must be from 0 to {_HIGHEST_TIMESTEP}."
         if len(set(timesteps)) < len(timesteps):
             yield "--validation_timesteps has a timestep twice; name each once."
 

@@ -20,6 +20,7 @@ from library.sdxl.prediction import SDXL_PREDICTION, Prediction
 
 _TIME_FORMAT = "%Y%m%d%H%M%S"
 _TIME_DIGITS = 14
+_PARAMETERS = "parameters"  # the name under which WebUIs look for how an image was made
 _NAME = re.compile(
     r"(?:.*_)?(?P<time>[0-9]{14})_e?(?P<count>[0-9]{6,})_"
     r"(?:(?P<index>[0-9]{2,})(?:_(?P<seed>[0-9]+))?|grid)(?P<mark>_ema)?\.png",
@@ -155,7 +156,7 @@ def save_picture(
     """
     prompt = record.prompt
     entries = {
-        "parameters": parameters_text(record),
+        _PARAMETERS: parameters_text(record),
         "prompt_g": prompt.prompt_g,
         "prompt_l": prompt.prompt_l,
         "negative_prompt_g": prompt.negative_g,
@@ -177,6 +178,16 @@ def save_picture(
         info.add_text(name, value)  # plain text: all that older releases of ComfyUI read
     with replacing(path) as file:
         image.save(file, format="PNG", pnginfo=info)
+
+
+def read_picture(path: Path) -> tuple[Image.Image, str]:
+    """Return a sample image and its `parameters_text`. Raise `OSError` if the file cannot be read."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image, str(image.info.get(_PARAMETERS, ""))
+    except (SyntaxError, ValueError) as error:  # how Pillow answers some kinds of damage
+        raise OSError(str(error)) from error
 
 
 def _workflow_texts(record: PictureRecord) -> dict[str, str]:

@@ -9,13 +9,18 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast
 
 from library.config.digests import digest
+from library.config.magnitudes import DDP_TIMEOUT
 from library.training.precision import PrecisionOptions
+from library.training.run_options import TrainingOptions
 
-_PATIENCE = timedelta(days=1)  # for the process that saves and samples while the others wait
 
-
-def make_accelerator(precision: PrecisionOptions, trackers: list[str], log_folder: str | Path | None) -> Accelerator:
-    """Return accelerate's object for this process.
+def make_accelerator(
+    precision: PrecisionOptions,
+    trackers: list[str],
+    log_folder: str | Path | None,
+    patience: timedelta = timedelta(minutes=DDP_TIMEOUT),
+) -> Accelerator:
+    """Return accelerate's object for this process; `patience` is how long it waits for the others in a step.
 
     Gradient accumulation is not left to it: it would divide by a fixed number of batches, and the last step of an epoch
     may have fewer, of other sizes (see `EpochOrder`).
@@ -24,8 +29,14 @@ def make_accelerator(precision: PrecisionOptions, trackers: list[str], log_folde
         mixed_precision=precision.mixed_precision,
         log_with=trackers or None,
         project_dir=log_folder,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)],
     )
+
+
+def make_accelerator_of(options: TrainingOptions) -> Accelerator:
+    """Return accelerate's object as the options of the run have it."""
+    tracking, patience = options.tracking, timedelta(minutes=options.run.ddp_timeout or DDP_TIMEOUT)
+    return make_accelerator(options.precision, tracking.trackers, tracking.logging_dir, patience)
 
 
 def step_seed(seed: int, step: int, process_index: int) -> int:

@@ -94,7 +94,7 @@ class Checkpoints:
         with self._one_writer() as writes:
             if not writes:
                 return
-            if occasion.is_resumed and not occasion.is_last:
+            if occasion.is_resumed:
                 self._remove_what_a_killed_run_left(occasion)
             for save, progress in saves:
                 self._save_if_possible(save, progress)
@@ -171,7 +171,7 @@ class Checkpoints:
 
     def _remove_what_a_killed_run_left(self, occasion: Occasion) -> None:
         """Remove what the run that saved the resumed state had no time to remove."""
-        epoch = self._progress.epoch
+        epoch = None if occasion.is_last else self._progress.epoch  # the last step has no save of its epoch
         for save in (self._options.save_after_step(occasion.step), epoch and self._options.save_after_epoch(epoch)):
             if save:
                 self._remove_outdated(save)

@@ -2,15 +2,20 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import TypeVar
+from datetime import timedelta
+from functools import lru_cache
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 from torch.optim import Optimizer
 
 Item = TypeVar("Item")
+_LONGEST_WAIT = timedelta(days=1)
+"""How long processes wait for one that saves, samples or encodes."""
 
 
 def prepare(
@@ -34,9 +39,44 @@ def one_writer(accelerator: Accelerator) -> Iterator[bool]:
     try:
         yield accelerator.is_main_process
     except Exception:
-        accelerator.wait_for_everyone()
+        wait_for_main(accelerator)
         raise
-    accelerator.wait_for_everyone()
+    wait_for_main(accelerator)
+
+
+@contextmanager
+def main_process_first(accelerator: Accelerator) -> Iterator[None]:
+    """Run the block in the main process, then in the others, each as long as it takes; all leave it together."""
+    if not accelerator.is_main_process:
+        wait_for_main(accelerator)
+    yield
+    if accelerator.is_main_process:
+        wait_for_main(accelerator)
+    _meet(accelerator, _LONGEST_WAIT)
+
+
+def wait_for_main(accelerator: Accelerator) -> None:
+    """Wait until all processes are here: a day for the main one, which works while the others wait.
+
+    The main one waits for them only as long as in a step. Raise `RuntimeError` after that.
+    """
+    _meet(accelerator, accelerator.init_handler.timeout if accelerator.is_main_process else _LONGEST_WAIT)
+
+
+def _meet(accelerator: Accelerator, patience: timedelta) -> None:
+    """Wait for all processes, at most so long. Raise `RuntimeError` after that."""
+    if accelerator.num_processes == 1:
+        return
+    if not torch.distributed.is_initialized():  # no processes of torch's: TPUs
+        accelerator.wait_for_everyone()
+        return
+    torch.distributed.monitored_barrier(_group_of_hosts(torch.distributed.group.WORLD), patience, wait_all_ranks=True)
+
+
+@lru_cache(maxsize=1)
+def _group_of_hosts(world: object) -> Any:
+    """Return the group of all processes in which their hosts, and not their GPUs, wait for each other."""
+    return torch.distributed.new_group(backend="gloo", timeout=_LONGEST_WAIT)
 
 
 @contextmanager

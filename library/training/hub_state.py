@@ -11,7 +11,8 @@ from accelerate.utils import broadcast_object_list
 
 from library.config.atomic_files import replacing_folder
 from library.config.errors import UserError, listed
-from library.training.accelerator import make_accelerator
+from library.training.accelerator import make_accelerator_of
+from library.training.distribution import wait_for_main
 from library.training.hub import Hub
 from library.training.hub_options import HubOptions, HubPlace
 from library.training.progress import LATEST, PROGRESS_FILE, STATE_SUFFIX, read_record
@@ -27,11 +28,12 @@ def take_state_from_hub(options: TrainingOptions) -> TrainingOptions:
     """
     if not options.hub.resume_from_huggingface:
         return options
-    accelerator = make_accelerator(options.precision, options.tracking.trackers, options.tracking.logging_dir)
+    accelerator = make_accelerator_of(options)
     folder = [""]
     if accelerator.is_main_process:
         resume = str(options.resume.resume)
         folder = [str(fetch_state(resume, options.hub, options.output_dir, options.save.output_name))]
+    wait_for_main(accelerator)
     broadcast_object_list(folder)
     return replace(options, resume=replace(options.resume, resume=folder[0]))
 

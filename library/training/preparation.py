@@ -29,7 +29,8 @@ from library.data.training_set_options import TrainingSetOptions
 from library.data.validation_split import Split, split_off
 from library.sdxl.architecture import SdxlModel
 from library.sdxl.latents import encode_pixels_finite
-from library.training.accelerator import make_accelerator
+from library.training.accelerator import make_accelerator_of
+from library.training.distribution import main_process_first
 from library.training.failures import explained_out_of_memory
 from library.training.offload import on_device
 from library.training.plan import Plan
@@ -60,8 +61,8 @@ class PreparedSet(NamedTuple):
 
 def take_captions_over(options: TrainingOptions, subsets: Sequence[Subset]) -> None:
     """Write changed caption files into the metadata, by the main process; the others may read it afterwards."""
-    accelerator = make_accelerator(options.precision, options.tracking.trackers, options.tracking.logging_dir)
-    with accelerator.main_process_first():
+    accelerator = make_accelerator_of(options)
+    with main_process_first(accelerator):
         for subset in subsets if accelerator.is_main_process else []:
             if subset.metadata_file is not None:
                 update_captions(subset.metadata_file, subset.image_dir, (subset.extension_l, subset.extension_g))
@@ -96,7 +97,7 @@ def prepare_set(
     `digest` is the VAE's; the outputs of `cached_encoders` are cached. Raise `UserError` where the state that is
     resumed was made with other images.
     """
-    with accelerator.main_process_first():
+    with main_process_first(accelerator):
         if accelerator.is_main_process:
             remove_leftovers(*_folders_written(options.training_set, found))
         images = images_with_latents(options, found, model.vae, digest, accelerator.device)

@@ -1,6 +1,5 @@
 """All options of a training run, class by class, and what cannot work between them."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import ClassVar
 
 from library.config.console_options import ConsoleOptions
 from library.config.errors import UserError
-from library.config.magnitudes import MOST_BATCHES, MOST_SEED, MOST_STEPS
+from library.config.magnitudes import DDP_TIMEOUT, MOST_BATCHES, MOST_MINUTES, MOST_SEED, MOST_STEPS, MOST_VISITS
 from library.config.options import ConfigFileOptions, option, problems_of
 from library.data.buckets import BucketOptions, BucketRule, parse_resolution
 from library.data.caption_draws import Encoder
@@ -64,16 +63,13 @@ class RunOptions:
     )
     train_text_encoder: bool = option(False, "Train the text encoders as well.")
     stop_training_te1: float | None = option(
-        None, "Freeze text encoder L after this many optimizer steps. Below 1 it is a fraction of all steps."
+        None, "Freeze text encoder L after so many steps; below 1, that fraction of all.", least=0, most=MOST_STEPS
     )
     stop_training_te2: float | None = option(
-        None, "Freeze text encoder G after this many optimizer steps. Below 1 it is a fraction of all steps."
+        None, "Freeze text encoder G after so many steps; below 1, that fraction of all.", least=0, most=MOST_STEPS
     )
     max_bad_steps: int = option(
-        1,
-        "Stop after this many consecutive steps with a loss of NaN or Inf; their updates are skipped.",
-        least=1,
-        most=MOST_STEPS,
+        1, "Stop after so many consecutive steps whose loss is NaN or Inf; they are skipped.", least=1, most=MOST_STEPS
     )
     seed: int | None = option(
         None, "Seed of everything random. Default: drawn at random and reported.", least=0, most=MOST_SEED
@@ -84,10 +80,17 @@ class RunOptions:
         "the set.",
         bare=12,
         least=1,
+        most=MOST_VISITS,
         aliases=["--debug_dataset"],
     )
     dry_run_report: Path | None = option(
         None, "Write the dry run to this file: .html shows the images on a page, .jsonl has a line for every image."
+    )
+    ddp_timeout: float | None = option(
+        None,
+        f"Minutes that a process waits for the others in a step; then the main one saves. Default: {DDP_TIMEOUT:g}.",
+        least=0.01,
+        most=MOST_MINUTES,
     )
     sdpa: bool = option(True, "Use torch's scaled_dot_product_attention, which is always on.", choices=(True,))
 
@@ -99,8 +102,8 @@ class RunOptions:
             yield f"--dry_run_report is '{self.dry_run_report}'; its name must end in .html or .jsonl."
         for flag in ("stop_training_te1", "stop_training_te2"):
             value = getattr(self, flag)
-            if value is not None and not 0 < value < math.inf:
-                yield f"--{flag} is {value}; it must be a number of steps, or a fraction of all steps, above 0."
+            if value == 0:
+                yield f"--{flag} is 0; it must be a number of steps, or a fraction of all steps, above 0."
 
 
 DEFAULT_BACKEND = "inductor"

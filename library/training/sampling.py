@@ -21,6 +21,7 @@ from library.samples.picture_files import (
     other_drawings,
     parameters_text,
     picture_name,
+    read_picture,
     save_picture,
 )
 from library.samples.prompts import SamplePrompt
@@ -117,11 +118,11 @@ class Sampling:
         return by_step or (every_epoch is not None and epoch is not None and epoch % every_epoch == 0)
 
     def _draw(self, step: int, epoch: int | None, mark: str, *, only_missing: bool) -> None:
-        prompts = [
-            (index, prompt)
-            for index, prompt in enumerate(self._prompts)
-            if not (only_missing and self._is_there(self._name(prompt, index, step, epoch, mark)))
-        ]
+        prompts = []
+        for index, prompt in enumerate(self._prompts):
+            name = self._name(prompt, index, step, epoch, mark)
+            if not (only_missing and self._is_shown_from_file(name, step, _curve(index, mark))):
+                prompts.append((index, prompt))
         with self._tracker.untimed(), self._sets[mark]():
             for number, (index, prompt) in enumerate(self._until_stop(prompts, step), start=1):
                 log.info("step %d: drawing sample %d of %d%s", step, number, len(prompts), _AS_SAID[mark])
@@ -132,9 +133,22 @@ class Sampling:
             self._run.model_name, now=datetime.now(), step=step, epoch=epoch, index=index, seed=prompt.seed, mark=mark
         )
 
-    def _is_there(self, name: str) -> bool:
-        """Return whether this run, or the one it continues, has drawn that image."""
-        return self._run.since is not None and bool(other_drawings(self._folder / name, self._run.since))
+    def _drawn_before(self, name: str) -> list[Path]:
+        """Return the files of that image that this run, or the one it continues, has drawn."""
+        return [] if self._run.since is None else other_drawings(self._folder / name, self._run.since)
+
+    def _is_shown_from_file(self, name: str, step: int, curve: str) -> bool:
+        """Return whether that image was drawn before; a kill may have come before it was in the log."""
+        files = self._drawn_before(name)
+        if not files:
+            return False
+        try:
+            image, text = read_picture(max(files))
+        except OSError as error:  # somebody else has changed it
+            log.warning("'%s' cannot be read and is drawn again: %s", max(files), error)
+            return False
+        self._tracker.log_image(step, curve, image, text)
+        return True
 
     def _until_stop(self, prompts: Sequence[Each], step: int) -> Iterator[Each]:
         for number_drawn, each in enumerate(prompts):
@@ -150,11 +164,11 @@ class Sampling:
         if image is None:
             return
         self._save(self._name(prompt, index, step, epoch, mark), image, record)
-        self._tracker.log_image(step, f"sample{mark}/{index:02d}", image, parameters_text(record))
+        self._tracker.log_image(step, _curve(index, mark), image, parameters_text(record))
 
     def _draw_grid(self, step: int, mark: str, *, only_missing: bool) -> None:
         name = grid_name(self._run.model_name, now=datetime.now(), step=step, mark=mark)
-        if self._grid is None or (only_missing and self._is_there(name)):
+        if self._grid is None or (only_missing and self._is_shown_from_file(name, step, f"{SAMPLE_FOLDER}{mark}/grid")):
             return
         seed = self._fresh_seed(step=0, index=0)  # the same before and after, unless the first line sets one
         prompts, num_chunks = self._grid.prompts(), self._grid.num_chunks
@@ -174,14 +188,14 @@ class Sampling:
         image = self._grid.table(pictures)
         record = self._record(self._grid.first, step, seed, mark)
         self._save(name, image, record, self._grid.texts())
-        self._tracker.log_image(step, f"sample{mark}/grid", image, parameters_text(record))
+        self._tracker.log_image(step, f"{SAMPLE_FOLDER}{mark}/grid", image, parameters_text(record))
 
     def _say_what_grid_is_left(self, occasion: Occasion) -> None:
         """Tell the user of a resumed run, once, that the grid from before the first step is missing."""
         if not self._says_what_grid_is_left or not occasion.is_resumed or occasion.step == 0:
             return
         self._says_what_grid_is_left = False
-        if not self._is_there(grid_name(self._run.model_name, now=datetime.now(), step=0)):
+        if not self._drawn_before(grid_name(self._run.model_name, now=datetime.now(), step=0)):
             log.info("--sample_grid: there is no grid from before the first step; one is drawn after the last alone")
 
     def _record(self, prompt: SamplePrompt, step: int, fresh_seed: int, mark: str) -> PictureRecord:
@@ -205,7 +219,7 @@ class Sampling:
         except CannotWrite as error:
             log.warning("step %d: %s", record.step, error)
         else:
-            for other in () if self._run.since is None else other_drawings(self._folder / name, self._run.since):
+            for other in self._drawn_before(name):
                 other.unlink(missing_ok=True)
 
     def _fresh_seed(self, step: int, index: int) -> int:
@@ -215,3 +229,8 @@ class Sampling:
 
 def _where(step: int, which: str) -> str:
     return f"step {step}: the image of {which}"
+
+
+def _curve(index: int, mark: str) -> str:
+    """Return the name under which trackers show the images of a prompt."""
+    return f"{SAMPLE_FOLDER}{mark}/{index:02d}"

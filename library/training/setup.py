@@ -24,11 +24,11 @@ from library.optim.schedule_options import ScheduleOptions
 from library.sdxl.architecture import SdxlModel
 from library.sdxl.latents import vae_digest
 from library.sdxl.model_source import load_model
-from library.training.accelerator import make_accelerator
+from library.training.accelerator import make_accelerator_of
 from library.training.averages import make_averages
 from library.training.checkpoints import Checkpoints
 from library.training.compilation import compile_regions
-from library.training.distribution import any_process
+from library.training.distribution import any_process, wait_for_main
 from library.training.failures import saved_before_errors
 from library.training.goal import check_prediction, make_loss_weights, make_objective
 from library.training.header import header_maker
@@ -100,7 +100,7 @@ class Run:
         """Save a run that was stopped, close the logs and return the exit status."""
         is_finished = self.progress.step >= self.plan.num_steps
         last_words = "" if is_finished else self.checkpoints.at_stop()
-        self.accelerator.wait_for_everyone()  # else the launcher could end the one that saves
+        wait_for_main(self.accelerator)  # else the launcher could end the one that saves
         self.tracker.close()
         self.uploads.finish()
         log.info(
@@ -128,7 +128,6 @@ class Run:
 
 def set_up(options: TrainingOptions, stop: StopRequest) -> Run:
     """Load model and training set and return the parts of the run. Raise `UserError` for whatever is missing."""
-    check_prediction(options)  # before anything is loaded in vain
     subsets = options.subsets()
     if options.training_set.update_captions:
         take_captions_over(options, subsets)
@@ -136,6 +135,7 @@ def set_up(options: TrainingOptions, stop: StopRequest) -> Run:
     cached_encoders = report_captions(
         options.training_set, subsets, found.training, trains_unet=options.trains_unet, trained=options.trained_encoders
     )
+    check_prediction(options)
     options = take_state_from_hub(options)
     build = partial(_set_up, options, stop, subsets, found, cached_encoders)
     return without_damaged_states(build, options.resume.resume)
@@ -149,7 +149,7 @@ def _set_up(
     cached_encoders: Sequence[Encoder],
     damaged: Sequence[Path],
 ) -> Run:
-    accelerator = make_accelerator(options.precision, options.tracking.trackers, options.tracking.logging_dir)
+    accelerator = make_accelerator_of(options)
     state, progress = starting_point(options, subsets, accelerator, damaged)
     uploads = make_uploads(options.hub, accelerator, stop)
     model, digest = _load_model(options)

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from library.config.leftovers import remove_leftovers
 from library.data.subsets import Subset, described_subsets
 from library.training.accelerator import draw_seed
-from library.training.distribution import any_process
+from library.training.distribution import any_process, main_process_first
 from library.training.ema_snapshots import snapshot_folder
 from library.training.progress import LATEST, DamagedState, Progress, Setting, find_state, num_states, read_progress
 from library.training.resume import check_options, flat_options, library_versions
@@ -36,9 +36,10 @@ def starting_point(
     flat = flat_options(options, described_subsets(subsets), num_processes=accelerator.num_processes)
     setting = Setting(flat, versions=library_versions())
     where = options.output_dir, options.save.output_name
-    with accelerator.main_process_first():
+    with main_process_first(accelerator):
         if accelerator.is_main_process:
-            remove_leftovers(options.output_dir, options.output_dir / SAMPLE_FOLDER, snapshot_folder(*where))
+            logs = [] if options.tracking.logging_dir is None else [options.tracking.logging_dir]
+            remove_leftovers(options.output_dir, options.output_dir / SAMPLE_FOLDER, snapshot_folder(*where), *logs)
         wanted = options.resume.resume
         state = None if wanted is None else find_state(wanted, *where, damaged)
     if state is None:

@@ -14,10 +14,12 @@ import psutil
 import torch
 from tqdm import tqdm
 
+from library.training.event_files import names_at
 from library.training.tracking_options import TrackingOptions
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from accelerate.tracking import GeneralTracker
     from PIL import Image
 
     from library.training.learner import StepReport
@@ -27,6 +29,7 @@ log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 60.0
 """How long a run waits before it writes again to a log that could not be written."""
+_TEXT_TAG = "text_summary"  # what TensorBoard adds to the names of texts
 _NAMES_OF_KOHYA = {"text_encoder_l": "text_encoder1", "text_encoder_g": "text_encoder2"}
 """Curves that users of kohya's trainers look for, beside those by the names of this project."""
 
@@ -78,6 +81,8 @@ class Tracker:
         if log_folder is not None:
             accelerator.project_configuration.logging_dir = str(log_folder)
         self._steps_done = steps_done
+        self._resumed_at = steps_done or None
+        self._names_at_resume: frozenset[str] | None = None  # read when it is first asked for
         self._log_failed_at: float | None = None
         self._losses = deque(losses, maxlen=steps_per_epoch)
         self._bar = tqdm(
@@ -149,18 +154,30 @@ class Tracker:
         self._last_time += time.perf_counter() - started
 
     def log_image(self, step: int, name: str, image: "Image.Image", text: str) -> None:
-        """Show a sample image and its parameters in the trackers."""
+        """Show a sample image and its parameters in the trackers, unless the run was resumed and has shown them."""
         import numpy
 
         pixels = numpy.asarray(image)[None]  # (1, H, W, 3)
+        text_name = f"{name}/text"
 
         def write() -> None:
             for tracker in self._accelerator.trackers:
+                shown = self._shown_before(tracker, step)
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({name: pixels}, step=step, **layout)
-            self._accelerator.log({f"{name}/text": text.replace("\n", "  \n")}, step=step)
+                if name not in shown:
+                    tracker.log_images({name: pixels}, step=step, **layout)
+                if f"{text_name}/{_TEXT_TAG}" not in shown:
+                    tracker.log({text_name: text.replace("\n", "  \n")}, step=step)  # flushes both
 
         self._log(write)
+
+    def _shown_before(self, tracker: "GeneralTracker", step: int) -> frozenset[str]:
+        """Return what the log of a run that was resumed at this step holds of it; wandb begins another one."""
+        if tracker.name != "tensorboard" or step != self._resumed_at:
+            return frozenset()
+        if self._names_at_resume is None:
+            self._names_at_resume = names_at(Path(tracker.logging_dir), step)
+        return self._names_at_resume
 
     def close(self) -> None:
         """Close the bar and flush the trackers."""

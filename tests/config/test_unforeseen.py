@@ -32,6 +32,11 @@ KINDS = [
     (RuntimeError("CUDA error: an illegal memory access"), "the GPU or its driver has failed", "nvidia-smi"),
     (RuntimeError("CUDA out of memory. Tried to allocate"), "the GPU is out of memory", "smaller batches"),
     (RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer"), "another process of this run", ""),
+    (
+        RuntimeError("[../gloo/unbound_buffer.cc:78] Timed out waiting 1800000ms for recv operation to complete"),
+        "another process of this run does not answer",
+        "start all of them again",
+    ),
     (OSError(24, "Too many open files"), "this process may not open more files", "ulimit -n"),
 ]
 

@@ -6,6 +6,7 @@ import re
 import socket
 import struct
 import zlib
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from library.data import images
 from library.data.buckets import covering_size
-from library.data.images import UnusableImage, load_cropped, load_rgb, load_rgb_and_alpha, read_size
+from library.data.images import UnusableImage, load_cropped, load_rgb, load_rgb_and_alpha, read_size, require_whole
 from library.sdxl.sizes import Size
 
 ORIENTATIONS = range(1, 9)
@@ -184,6 +185,29 @@ def test_a_truncated_image_is_named(tmp_path, suffix):
         UnusableImage, match=f"'{re.escape(str(path))}' cannot be used: .+ Replace the file or remove it."
     ):
         load_rgb(path)
+
+
+@pytest.mark.parametrize("suffix", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "AVIF"])
+def test_an_image_that_is_cut_short_is_found_without_decoding_the_others(tmp_path, suffix, monkeypatch):
+    data = encoded(Image.fromarray(noise(64, 64)), suffix)
+    notes = b"notes of a camera" if suffix in ("PNG", "JPEG") else b""
+    whole = damaged(tmp_path, f"whole.{suffix.lower()}", data + notes)
+    for missing in (1, len(data) // 3, len(data) * 2 // 3):
+        cut = damaged(tmp_path, f"cut.{suffix.lower()}", data[:-missing])
+        with suppress(UnusableImage):
+            load_rgb(cut)
+            continue  # the last bytes were none of the image's
+        with pytest.raises(UnusableImage, match="cut"):
+            require_whole(cut)
+    monkeypatch.setattr("library.data.images.load_rgb", None)
+    require_whole(whole)
+
+
+def test_an_image_without_the_end_of_its_format_that_can_be_decoded_is_used(tmp_path):
+    data = encoded(Image.fromarray(noise(64, 64)), "PNG")
+    require_whole(damaged(tmp_path, "long notes.png", data + bytes(10_000)))
+    with pytest.raises(UnusableImage, match=r"gone\.png' cannot be used: No such file"):
+        require_whole(tmp_path / "gone.png")
 
 
 @pytest.mark.parametrize("read", [load_rgb, read_size])

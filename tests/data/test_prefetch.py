@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import pytest
 
 from library.config.errors import UserError
-from library.data.prefetch import prefetch
+from library.data import prefetch as prefetching
+from library.data.prefetch import NeverCame, prefetch
 
 SECONDS = 10  # far more than any of these waits takes; only a failing test waits so long
 
@@ -102,6 +103,36 @@ def test_a_source_is_not_asked_again_after_its_end():
             raise StopIteration
 
     assert list(prefetch(Once(), 3)) == [0]
+
+
+def test_an_item_that_never_comes_ends_the_wait_and_its_thread_holds_nothing_up(monkeypatch, caplog):
+    monkeypatch.setattr(prefetching, "REPORT_SECONDS", 0.01)
+    monkeypatch.setattr(prefetching, "MOST_REPORTS", 5)
+    came = threading.Event()
+
+    def numbers() -> Iterator[int]:
+        yield 0
+        came.wait()
+
+    items = prefetch(numbers(), 2)
+    assert next(items) == 0
+    with pytest.raises(NeverCame, match=r"the next batch has not come for 0 s: .* Look whether the disk"):
+        next(items)
+    assert len(caplog.messages) == 3  # after 1, 2 and 4 waits
+    [thread] = reading_threads()
+    assert thread.daemon
+    came.set()
+    thread.join(SECONDS)
+    assert reading_threads() == []
+
+
+def test_what_the_thread_begins_with_may_fail():
+    def fail() -> None:
+        raise UserError("there is no such GPU.", "Choose another.")
+
+    with pytest.raises(UserError, match="there is no such GPU"):
+        next(prefetch(iter(Source(2)), 1, begin=fail))
+    assert reading_threads() == []
 
 
 def test_the_thread_begins_with_what_it_is_told():

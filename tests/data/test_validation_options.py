@@ -44,7 +44,7 @@ def test_timesteps_are_the_middles_of_ten_equal_parts_of_the_trained_range():
 
 def test_what_cannot_work_is_said():
     assert [*map(str, problems_of(ValidationOptions(validation_timesteps=[5, 1000, 5])))] == [
-        "--validation_timesteps has 1000; timesteps go from 0 to 999.",
+        "--validation_timesteps has 1000; it must be from 0 to 999.",
         "--validation_timesteps has a timestep twice; name each once.",
     ]
     assert "--validation_split is 1.5" in problems_of(ValidationOptions(validation_split=1.5))[0]

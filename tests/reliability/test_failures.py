@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,14 +16,12 @@ import torch
 from diffusers import UNet2DConditionModel
 
 import sdxl_train
+from library.data.dataset import CaptionedImages
 from library.training.progress import read_progress
 from library.training.run_lock import run_lock
 from tests.conftest import BUCKET_FLAGS, PreparedSet, base_flags, forget_accelerator
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.trains,
-]  # processes that fail in the middle of a run, each with seconds of waiting
+pytestmark = pytest.mark.trains
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -60,7 +59,10 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# A run for each: one kind stands for all, whose sentences tests/config/test_unforeseen.py has.
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "memory" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
 def test_any_error_in_a_step_saves_the_step_before(kind: str, argv, tmp_path: Path, monkeypatch, capsys):
     error, problem, status = KINDS[kind]
     forward, calls = UNet2DConditionModel.forward, []
@@ -82,6 +84,7 @@ def test_any_error_in_a_step_saves_the_step_before(kind: str, argv, tmp_path: Pa
         )
 
 
+@pytest.mark.slow
 def test_an_error_in_the_middle_of_an_update_names_the_newest_state(argv, tmp_path: Path, monkeypatch, capsys):
     step, calls = torch.optim.AdamW.step, []
 
@@ -103,6 +106,29 @@ def test_an_error_in_the_middle_of_an_update_names_the_newest_state(argv, tmp_pa
     assert "is saved; continue" not in said
 
 
+def test_a_batch_that_never_comes_ends_the_run_after_a_complete_step(argv, monkeypatch, capsys):
+    """As from a network disk that is away, or a worker that hangs."""
+    monkeypatch.setattr("library.data.prefetch.REPORT_SECONDS", 0.5)
+    monkeypatch.setattr("library.data.prefetch.MOST_REPORTS", 8)
+    read, came, calls = CaptionedImages.__getitem__, threading.Event(), []
+
+    def never_come(self, micro_batch):
+        calls.append(1)
+        if len(calls) > 2:
+            came.wait()
+        return read(self, micro_batch)
+
+    monkeypatch.setattr(CaptionedImages, "__getitem__", never_come)
+    forget_accelerator()
+    try:
+        assert sdxl_train.main([*argv, "--max_data_loader_n_workers=0"]) == 2
+    finally:
+        came.set()
+    said = capsys.readouterr().err
+    assert "waiting for the next batch" in said
+    assert_saved_and_said(said, "the next batch has not come for 4 s", step=2)
+
+
 # -- real processes ---------------------------------------------------------------------------------------------------
 
 
@@ -118,6 +144,7 @@ def test_a_killed_worker_ends_the_run_after_a_complete_step(argv, run_server):
     assert_saved_and_said(run.said, "a worker process that reads images has ended")
 
 
+@pytest.mark.slow
 def test_workers_that_outlive_a_killed_run_do_not_hold_its_lock(argv, run_server, tmp_path: Path):
     run = run_server("train", [*argv, "--max_data_loader_n_workers=2"])
     run.wait_until_said("1/55")
@@ -135,6 +162,7 @@ def test_workers_that_outlive_a_killed_run_do_not_hold_its_lock(argv, run_server
             worker.kill()
 
 
+@pytest.mark.slow
 def test_a_killed_process_of_two_ends_the_other_after_a_complete_step(argv, run_server, free_port, tmp_path: Path):
     port = str(free_port())
     flags = [*argv, "--max_data_loader_n_workers=0"]
@@ -148,6 +176,23 @@ def test_a_killed_process_of_two_ends_the_other_after_a_complete_step(argv, run_
     assert other.wait() == -signal.SIGKILL
 
 
+@pytest.mark.slow
+def test_a_process_of_two_that_does_not_answer_ends_the_other_after_a_complete_step(argv, run_server, free_port):
+    port = str(free_port())
+    flags = [*argv, "--max_data_loader_n_workers=0", "--ddp_timeout=0.3"]
+    main, other = (
+        run_server("train", flags, WORLD_SIZE="2", RANK=rank, LOCAL_RANK=rank, PORT=port) for rank in ("0", "1")
+    )
+    main.wait_until_said("1/55")
+    other.send(signal.SIGSTOP)
+    try:
+        assert main.wait() == 1
+    finally:
+        other.kill()
+    assert_saved_and_said(main.said, "another process of this run does not answer")
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="no private /dev/shm can be mounted here")
 def test_full_shared_memory_is_named_and_nothing_hangs(argv, prepared_set: PreparedSet, tmp_path: Path):
     alone = prepared_set.without_latents(tmp_path / "set")  # pixels, far larger than latents

@@ -13,8 +13,6 @@ from benchmarks.fuzz_readers import READERS, Reader, read_damaged
 from tests.conftest import forget_accelerator
 from tests.forked_runs import RunServer
 
-pytestmark = pytest.mark.slow  # runs of whole scripts
-
 NUM_RUNS = 3
 NUM_READINGS = 25
 
@@ -29,6 +27,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow  # runs of whole scripts
 @pytest.mark.heavy
 @pytest.mark.trains
 @pytest.mark.filterwarnings("ignore")
@@ -41,6 +40,7 @@ def test_damaged_files_are_used_or_refused(whole: Path, tmp_path: Path, _server:
     assert faults == []
 
 
+@pytest.mark.slow
 @pytest.mark.heavy
 @pytest.mark.trains
 def test_each_kind_has_files_and_damages(whole: Path):

@@ -6,7 +6,7 @@ benchmarks/kill_runs.py does it longer: its figures are in benchmarks/results.
 import random
 from pathlib import Path
 
-from benchmarks.kill_runs import KillExperiment
+from benchmarks.kill_experiment import KillExperiment
 
 
 def test_a_round_of_kills_changes_nothing(_server, tmp_path: Path):

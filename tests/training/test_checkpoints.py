@@ -215,6 +215,16 @@ def test_the_average_is_saved_beside_each_model_and_removed_with_it(tmp_path: Pa
     assert names(tmp_path) == sorted([*kept, "m.safetensors", "m_ema.safetensors"])
 
 
+@pytest.mark.parametrize("is_last", [False, True])
+def test_what_a_killed_run_had_no_time_to_remove_goes_when_it_resumes(is_last: bool, tmp_path: Path):
+    after_step(keep_one(tmp_path), 3)
+    after_step(keep_one(tmp_path), 4)
+    write_file(tmp_path / "m-step00000002")  # as if the run was killed before it removed this
+    after_step(keep_one(tmp_path), 4, is_resumed=True, is_last=is_last)
+    steps = ["m-step00000003", "m-step00000004"]
+    assert names(tmp_path) == (["m", *steps] if is_last else steps)
+
+
 def test_a_save_that_fails_removes_nothing_is_reported_and_tried_again(tmp_path: Path, caplog):
     def write(path: Path) -> None:
         if path.name == "m-step00000003":

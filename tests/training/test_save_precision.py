@@ -49,6 +49,7 @@ def large_model(tiny_sdxl: Path, tmp_path: Path) -> Path:
     return tmp_path / "large.safetensors"
 
 
+@pytest.mark.slow  # three runs
 @pytest.mark.parametrize("form", ["safetensors", "diffusers"])
 def test_a_model_that_does_not_fit_its_precision_is_refused_and_the_state_saved(
     form: str, large_model: Path, prepared_set: PreparedSet, tmp_path: Path, capsys

@@ -56,6 +56,7 @@ def test_a_damaged_state_that_is_named_is_refused(train_in, tmp_path: Path, caps
     assert "is damaged: optimizer.pt is not as it was written. Resume from an older state" in capsys.readouterr().err
 
 
+@pytest.mark.slow  # five runs
 def test_the_seed_that_is_announced_is_trained_with(train_in, tmp_path: Path, capsys):
     assert train_in("old seed", "--max_train_steps=1", "--seed=7") == 0
     again = f"--resume={state(tmp_path / 'old seed', 1)}"
@@ -75,6 +76,7 @@ def test_the_seed_that_is_announced_is_trained_with(train_in, tmp_path: Path, ca
     assert any(not one.equal(weights[1][name]) for name, one in weights[0].items())
 
 
+@pytest.mark.slow
 def test_a_seed_that_was_drawn_is_no_change_when_it_is_given(train_in, tmp_path: Path, capsys):
     assert train_in("run", "--max_train_steps=1") == 0
     progress = json.loads((state(tmp_path / "run", 1) / "progress.json").read_text(encoding="utf-8"))
@@ -86,6 +88,7 @@ def test_a_seed_that_was_drawn_is_no_change_when_it_is_given(train_in, tmp_path:
 NARROW = ("--mixed_precision=bf16", "--full_bf16")
 
 
+@pytest.mark.slow  # three runs each
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "kahan"])
 @pytest.mark.parametrize("is_narrow_first", [True, False], ids=["to float32", "to bfloat16"])
 def test_a_state_of_adamw_in_another_precision_is_continued(train_in, rounding, is_narrow_first, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """What a run shows and logs: read back out of TensorBoard's own files."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -9,9 +10,10 @@ from pathlib import Path
 import pytest
 from accelerate import Accelerator
 from PIL import Image
+from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from library.training import tracking
+from library.training import event_files, tracking
 from library.training.learner import StepReport
 from library.training.plan import Occasion
 from library.training.tracking import Tracker, TrackingOptions
@@ -109,6 +111,45 @@ def test_a_picture_is_shown_with_how_it_was_drawn(logged):
     assert (shown.step, shown.width, shown.height) == (3, 16, 8)
     [text] = events.Tensors("sample/00/text/text_summary")
     assert text.tensor_proto.string_val == [b"a cat  \nSteps: 2"]
+
+
+IMAGE = Image.new("RGB", (8, 8), "red")
+
+
+def shown_at(folder: Path, step: int) -> list[str]:
+    """What TensorBoard's page shows of a step, each as often as it does."""
+    events = plugin_event_accumulator.EventAccumulator(str(folder), tensor_size_guidance={}).Reload()
+    return sorted(name for name in events.Tags()["tensors"] for event in events.Tensors(name) if event.step == step)
+
+
+@pytest.mark.parametrize("num_whole_records", [0, 1, 2], ids=["none", "the image", "image and text"])
+def test_a_resumed_run_shows_what_a_killed_one_did_not_log_and_nothing_twice(
+    num_whole_records: int, tmp_path: Path, fresh_accelerate
+):
+    """The event file of the first run ends within a record, as a kill leaves it, or behind the last."""
+
+    def run(steps_done: int, *step_and_name: tuple[int, str]) -> None:
+        accelerator = Accelerator(log_with="tensorboard", project_dir=tmp_path, cpu=True)
+        tracker = Tracker(accelerator, TrackingOptions(tmp_path), num_steps=4, steps_per_epoch=2, steps_done=steps_done)
+        for step, name in step_and_name:
+            tracker.log_image(step, name, IMAGE, "a cat")
+        tracker.close()
+        for file in folder.glob("*.tfevents.*.*"):  # as if each run had begun in another second
+            file.rename(folder / f"events.out.tfevents.{len(list(folder.iterdir()))}")
+
+    folder = tmp_path / "finetuning"
+    run(0, (2, "sample/00"))
+    [file] = folder.glob("*tfevents*")
+    ends = list(itertools.accumulate(len(record) + 16 for record in event_files._records(file)))
+    cut = ends[-1] - (ends[-1] - ends[-2]) // 2 if num_whole_records == 1 else ends[num_whole_records - 3]
+    file.write_bytes(file.read_bytes()[:cut])
+
+    run(2, (2, "sample/00"), (3, "sample/00"))
+    assert shown_at(folder, 2) == shown_at(folder, 3) == ["sample/00", "sample/00/text/text_summary"]
+
+    run(1, (2, "sample/00"), (3, "sample/00"))  # from an older state: the steps behind it are logged again
+    run(3, (3, "sample/00"))
+    assert shown_at(folder, 2) == shown_at(folder, 3) == ["sample/00", "sample/00/text/text_summary"]
 
 
 # -- options ----------------------------------------------------------------------------------------------------------
