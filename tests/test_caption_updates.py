@@ -11,6 +11,8 @@ from PIL import Image
 import sdxl_train
 from tests.conftest import PreparedSet, Run, forget_accelerator
 
+pytestmark = pytest.mark.slow  # whole runs
+
 
 @pytest.fixture
 def copied(prepared_set: PreparedSet, tmp_path: Path) -> PreparedSet:

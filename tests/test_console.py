@@ -11,6 +11,8 @@ import pytest
 from quickstart import QUIET_LAUNCH
 from tests.conftest import BUCKET_FLAGS, PreparedSet, base_flags
 
+pytestmark = pytest.mark.slow  # whole runs
+
 REPOSITORY = Path(__file__).parents[1]
 # What the machine of the test may differ in and libraries warn of: a CUDA toolkit without a GPU.
 NOISY = {"CUDA_HOME": "/usr/local", "OMP_NUM_THREADS": "1"}

@@ -67,7 +67,7 @@ def command(gigabytes: int) -> list[str]:
 
 
 def flags_of_recipe(gigabytes: int) -> list[str]:
-    (heading,) = (heading for heading in recipes() if heading.startswith(f"{gigabytes} GB"))
+    (heading,) = (heading for heading in recipes() if heading.startswith(f"{gigabytes} GB ("))
     return shlex.split(recipes()[heading])
 
 

@@ -10,6 +10,8 @@ import torch
 
 from tests.conftest import PreparedSet, Run
 
+pytestmark = pytest.mark.slow  # whole runs
+
 
 @pytest.fixture
 def write_json(prepared_set: PreparedSet, tmp_path: Path) -> Callable[..., str]:

@@ -93,6 +93,7 @@ def test_an_installation_that_fails_leaves_no_stamp(tmp_path, empty_environment)
     assert not environment.stamp(requirements).exists()
 
 
+@pytest.mark.slow  # an installation
 @pytest.mark.heavy
 def test_an_environment_that_was_cut_short_is_made_whole(tmp_path):
     environment = Environment(tmp_path / "environment")

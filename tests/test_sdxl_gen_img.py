@@ -57,6 +57,7 @@ PRECISIONS = [
         ["--mixed_precision=bf16", "--full_bf16", "--no_half_vae"],
         ["--mixed_precision=bf16", "--no_half_vae"],
         id="full bf16",
+        marks=pytest.mark.slow,
     ),
 ]
 

@@ -71,6 +71,7 @@ def test_diffusers_draws_a_circle_after_the_model_was_saved_as_a_folder(trained_
     assert (reading.shape, reading.colour, reading.background) == ("circle", "red", "black")
 
 
+@pytest.mark.slow  # half a minute
 @pytest.mark.trains
 def test_one_step_of_pretraining_writes_a_whole_model_with_the_vae_that_is_given(trained_sdxl, tmp_path):
     path = tmp_path / "tiny.safetensors"

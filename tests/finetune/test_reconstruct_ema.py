@@ -14,6 +14,8 @@ from library.optim.ema_profiles import Decay, PowerFunction
 from library.training.ema_snapshots import SnapshotRecord, write_snapshot
 from tests.conftest import Run
 
+pytestmark = pytest.mark.slow  # a run with snapshots; tests/optim has the mathematics
+
 NUM_STEPS = 4
 WIDTHS = ("0.05", "0.07", "0.1")
 Weights = dict[str, torch.Tensor]

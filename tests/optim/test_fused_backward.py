@@ -31,6 +31,7 @@ def test_the_trainer_saves_the_same_model(train):
     assert_same_weights(usual, fused)
 
 
+@pytest.mark.slow  # the same without text encoders is not
 def test_the_trainer_saves_the_same_model_in_the_recipe_with_text_encoders(train):
     flags = (
         *("--full_bf16", "--mixed_precision=bf16", "--optimizer_type=Adafactor", "--optimizer_args", *RECIPE),

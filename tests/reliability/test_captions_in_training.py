@@ -105,6 +105,7 @@ def test_a_killed_run_ends_as_one_that_was_left_alone(run_server, data_set_file:
     assert differences(outcome_of(tmp_path / "whole"), outcome_of(tmp_path / "killed")) == []
 
 
+@pytest.mark.slow  # several runs
 def test_another_rule_of_captions_is_another_run_and_another_spelling_of_it_is_not(
     train, varied_set: list[str], capsys
 ):
@@ -120,6 +121,7 @@ def test_another_rule_of_captions_is_another_run_and_another_spelling_of_it_is_n
     assert "--caption_tag_dropout_rate_l: 0.0 then, 0.5 now" in capsys.readouterr().err
 
 
+@pytest.mark.slow  # four runs
 @pytest.mark.parametrize("stepping", [[], ["--fused_backward_pass", "--optimizer_type=torch.optim.SGD"]], ids=str)
 def test_an_encoder_that_stops_is_frozen_from_there_on_and_the_rest_trains(stepping, train, tiny_sdxl: Path):
     flags = ("--train_text_encoder", *stepping)
@@ -133,6 +135,7 @@ def test_an_encoder_that_stops_is_frozen_from_there_on_and_the_rest_trains(stepp
     assert stopped.logged("lr/text_encoder_l")[1:] == [0, 0]
 
 
+@pytest.mark.slow  # several runs
 def test_a_fraction_is_one_of_all_steps_and_a_resumed_run_stays_frozen(train):
     flags = ("--train_text_encoder", "--stop_training_te2=0.5", "--save_every_n_steps=3", "--save_state")
     whole = train(*flags, "--max_train_steps=4")

@@ -21,7 +21,7 @@ from library.training.progress import read_progress
 from library.training.run_lock import run_lock
 from tests.conftest import BUCKET_FLAGS, PreparedSet, base_flags, forget_accelerator
 
-pytestmark = pytest.mark.trains
+pytestmark = [pytest.mark.slow, pytest.mark.trains]  # whole runs
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -83,7 +84,9 @@ def test_training_goes_on_and_saves_again_when_there_is_room(
 def test_the_finished_model_is_saved_as_soon_as_there_is_room(disk: Disk, monkeypatch, caplog):
     monkeypatch.setattr(checkpoints, "RETRY_SECONDS", 0.0)
     # In this room alone: threads of other tests may sleep too.
-    monkeypatch.setattr(checkpoints, "time", SimpleNamespace(sleep=lambda seconds: disk.make_room()))
+    monkeypatch.setattr(
+        checkpoints, "time", SimpleNamespace(sleep=lambda seconds: disk.make_room(), monotonic=time.monotonic)
+    )
 
     def write(path: Path) -> None:
         with replacing(path) as file:

@@ -13,6 +13,8 @@ from benchmarks.fuzz_readers import READERS, Reader, read_damaged
 from tests.conftest import forget_accelerator
 from tests.forked_runs import RunServer
 
+pytestmark = pytest.mark.slow  # whole runs
+
 NUM_RUNS = 3
 NUM_READINGS = 25
 

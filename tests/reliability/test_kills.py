@@ -6,7 +6,11 @@ benchmarks/kill_runs.py does it longer: its figures are in benchmarks/results.
 import random
 from pathlib import Path
 
+import pytest
+
 from benchmarks.kill_experiment import KillExperiment
+
+pytestmark = pytest.mark.slow  # minutes; tests/reliability/test_captions_in_training.py kills a run once
 
 
 def test_a_round_of_kills_changes_nothing(_server, tmp_path: Path):

@@ -13,6 +13,8 @@ from library.sdxl.tensor_file import DoesNotFit, TensorToWrite, write_pickle, wr
 from library.training.progress import read_progress
 from tests.conftest import BUCKET_FLAGS, PreparedSet, base_flags, forget_accelerator
 
+pytestmark = pytest.mark.slow  # whole runs
+
 LARGE = "conditioner.embedders.0.transformer.text_model.embeddings.position_embedding.weight"
 
 

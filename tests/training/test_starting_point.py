@@ -11,6 +11,8 @@ from tests.conftest import BUCKET_FLAGS, PreparedSet, base_flags, forget_acceler
 from tests.outcome import differences, outcome_of
 from tests.training.test_state import flip_bit
 
+pytestmark = pytest.mark.slow  # whole runs
+
 
 @pytest.fixture
 def train_in(tiny_sdxl: Path, prepared_set: PreparedSet, tmp_path: Path):

@@ -123,6 +123,7 @@ def encoded(networks, captions_l: list[str], captions_g: list[str]):
         return encode_captions(networks.text_encoder_l, networks.text_encoder_g, tokens)
 
 
+@pytest.mark.slow  # several runs
 def test_a_stop_in_a_validation_changes_nothing(
     tiny_sdxl: Path, prepared_set: PreparedSet, tmp_path: Path, monkeypatch, capsys
 ):
