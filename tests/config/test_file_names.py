@@ -1,7 +1,10 @@
 """Names and texts for files are tried before anything rests on them."""
 
+from pathlib import Path
+
 import pytest
 
+from library.config import leftovers
 from library.config.errors import UserError
 from library.config.file_names import name_problem, require_writable_name, text_problem
 
@@ -78,3 +81,17 @@ def test_a_folder_that_is_a_file_is_tried_where_it_stands(tmp_path):
 )
 def test_a_text_that_no_file_can_hold_is_told_from_others(text, problem):
     assert text_problem(text) == problem
+
+
+def test_the_folder_in_which_names_are_tried_is_one_that_the_next_start_removes(tmp_path: Path, monkeypatch):
+    rename, seen = Path.rename, []
+
+    def look(self: Path, target: Path) -> Path:
+        seen.extend(path.name for path in tmp_path.iterdir())
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", look)
+    require_writable_name(tmp_path, "m", "--output_name", ("", ".safetensors"))
+    assert len(seen) == 2
+    assert all(leftovers._proven(name) for name in seen)
+    assert not list(tmp_path.iterdir())
