@@ -5,6 +5,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,13 +66,19 @@ def start_and_kill(start: Start, folder: Path, within: Range, chance: random.Ran
             seconds = chance.uniform(0.2, within.seconds)
             aim = f"after {seconds:.2f} s"
             victim.wait_or_go_on(seconds)
-        if not victim.is_over():
-            victim.send(signal.SIGKILL)
+        _kill(victim)
         aim += "" if victim is runs[0] else ", the second process"
     for run in runs:
         if not run.wait_or_go_on(LAST_SECONDS):
-            run.send(signal.SIGKILL)
+            _kill(run)
     return aim, runs
+
+
+def _kill(run: ForkedRun) -> None:
+    """Kill a process, which may have ended in this moment."""
+    if not run.is_over():
+        with suppress(ProcessLookupError):
+            run.send(signal.SIGKILL)
 
 
 def wait_for_temporary_file(folder: Path, number: int, run: ForkedRun) -> None:
