@@ -89,7 +89,7 @@ class RunOptions:
     ddp_timeout: float | None = option(
         None,
         f"Minutes that a process waits for the others in a step; then the main one saves. Default: {DDP_TIMEOUT:g}.",
-        least=0.01,
+        least=0,
         most=MOST_MINUTES,
     )
     sdpa: bool = option(True, "Use torch's scaled_dot_product_attention, which is always on.", choices=(True,))

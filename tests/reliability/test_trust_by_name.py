@@ -11,6 +11,8 @@ import sdxl_train
 from tests.conftest import PreparedSet, base_flags, forget_accelerator
 from tests.reliability.refusal import said_on_refusal
 
+pytestmark = pytest.mark.slow  # whole runs
+
 ENTRY = {"captionL": "style", "captionG": "content"}
 
 
