@@ -38,7 +38,7 @@ OTHER_REASON = {  # where / is allowed, or comes first
 }
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures]  # a run for each
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("folder_without_model")]  # a run for each
 
 
 def train(*flags: str) -> list[str]:
