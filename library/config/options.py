@@ -122,10 +122,13 @@ class Option:
         return self.among_choices(value)
 
     def among_choices(self, value: Any) -> Any:
-        """Return `value`. Raise `UserError` if the option has choices and this is none of them."""
-        if self.choices and value not in self.choices:
+        """Return `value`, or the choice that it is in any case. Raise `UserError` if it is none of the choices."""
+        if not self.choices or value in self.choices:
+            return value
+        in_any_case = {str(choice).casefold(): choice for choice in self.choices}
+        if not isinstance(value, str) or value.casefold() not in in_any_case:
             raise self.refusal(value)
-        return value
+        return in_any_case[value.casefold()]
 
     def bound_problem(self, value: Any) -> str | None:
         """Return what is wrong with the size of a number, in a sentence; None for one between the bounds."""

@@ -1,6 +1,7 @@
 """Arguments of optimizers and schedules: `name=value` words of the command line to Python values."""
 
 import ast
+import math
 import re
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -28,10 +29,14 @@ def parse_arguments(flag: str, words: Sequence[str], *, texts: Collection[str] =
 
 def _value(flag: str, word: str, value: str) -> Any:
     try:
-        return ast.literal_eval(value)
+        read = ast.literal_eval(value)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         expected = "It must be a number, numbers with commas, True, False, None or a text in quotes."
         raise UserError(f"{flag}: the value of '{word}' is not understood.", expected) from None
+    numbers = read if isinstance(read, tuple | list) else (read,)
+    if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+        raise UserError(f"{flag}: '{word}' is larger than any number that can be computed with.", "Correct the value.")
+    return read
 
 
 def _arguments_of(word: str) -> list[str]:

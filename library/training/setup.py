@@ -132,10 +132,10 @@ def set_up(options: TrainingOptions, stop: StopRequest) -> Run:
     if options.training_set.update_captions:
         take_captions_over(options, subsets)
     found = split_set(options, find_training_images(subsets))  # before a model is loaded in vain
+    check_prediction(options)
     cached_encoders = report_captions(
         options.training_set, subsets, found.training, trains_unet=options.trains_unet, trained=options.trained_encoders
     )
-    check_prediction(options)
     options = take_state_from_hub(options)
     build = partial(_set_up, options, stop, subsets, found, cached_encoders)
     return without_damaged_states(build, options.resume.resume)

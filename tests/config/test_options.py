@@ -64,6 +64,14 @@ def message(*argv, **more):
     return str(caught.value)
 
 
+@pytest.mark.parametrize("value", ["BF16", "bf16", "Bf16"])
+def test_a_choice_is_taken_in_any_case(value: str, tmp_path: Path):
+    assert parse(f"--mixed_precision={value}")[0].mixed_precision == "bf16"
+    file = tmp_path / "options.toml"
+    file.write_text(f'mixed_precision = "{value}"', encoding="utf-8")
+    assert parse(f"--config_file={file}")[0].mixed_precision == "bf16"
+
+
 @pytest.fixture
 def write_toml(tmp_path):
     def write(text, name="my options.toml"):

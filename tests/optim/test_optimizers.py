@@ -146,7 +146,17 @@ def test_what_an_optimizer_prints_does_not_reach_the_console(capsys):
 
 
 @pytest.mark.parametrize(
-    "word", ["weight_decay", "weight_decay=", "relative_step=false", "=3", "a b=3", "eps=__import__('os')"]
+    "word",
+    [
+        "weight_decay",
+        "weight_decay=",
+        "relative_step=false",
+        "=3",
+        "a b=3",
+        "eps=__import__('os')",
+        "eps=1e400",
+        "betas=0.9,-1e400",
+    ],
 )
 def test_an_argument_that_is_not_understood_is_named(word: str):
     with pytest.raises(UserError) as caught:
