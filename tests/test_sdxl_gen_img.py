@@ -2,6 +2,7 @@
 
 import io
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -62,8 +63,18 @@ PRECISIONS = [
 ]
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread: several share a product as memory happens to lie, and the last bit of a float32 follows that."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("training", "drawing"), PRECISIONS)
-def test_images_and_grid_are_the_samples_of_the_run_bit_for_bit(training, drawing, train, prompt_file, tmp_path: Path):
+def test_images_are_the_samples_of_the_run_bit_for_bit(training, drawing, train, prompt_file, tmp_path: Path):
     run = train(*training, f"--sample_prompts={prompt_file}", "--sample_every_n_steps=1", "--max_train_steps=1")
     model = run.output / "m.safetensors"
     drawn = draw(tmp_path, model, f"--prompt_file={prompt_file}", *drawing)
