@@ -186,6 +186,7 @@ def test_a_demo_removes_what_an_earlier_one_made_and_nothing_else(tmp_path):
     quickstart.clear_demo(tmp_path / "a folder that does not exist")
 
 
+@pytest.mark.slow  # minutes; tests/test_workflow.py runs the same commands
 @pytest.mark.trains
 def test_the_demo_runs_the_workflow_and_says_where_its_pictures_and_figures_are(tmp_path, capfd):
     folder = tmp_path / "my set"

@@ -190,6 +190,7 @@ def test_the_loader_gives_the_batches_of_the_order_epoch_after_epoch(tmp_path):
     assert all(same(rest, batch) for rest, batch in zip(loader, batches[2:], strict=True))
 
 
+@pytest.mark.slow  # each worker imports torch
 @pytest.mark.heavy
 def test_spawned_workers_give_the_same_batches_in_each_epoch_that_they_live_through(tmp_path, monkeypatch):
     dataset = mixed_set(tmp_path, swapped=True)  # to tell tokens of the table from those of another tokenization

@@ -98,7 +98,7 @@ WAYS = {
 }
 
 
-STOPS = [(0, (1, 2)), pytest.param(1, (3,), marks=pytest.mark.slow), (2, (2,))]  # the second compiles for minutes
+STOPS = [(0, (1, 2)), pytest.param(1, (3,), marks=pytest.mark.slow), pytest.param(2, (2,), marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize(("way", "stops"), STOPS, ids=list(WAYS))
@@ -121,6 +121,7 @@ def test_stops_change_nothing(way: int, stops: tuple[int, ...], trainer, stop_af
     assert differences(expected, stopped.outcome(less=stops)) == []
 
 
+@pytest.mark.slow  # three runs, two processes
 def test_a_run_that_goes_on_in_two_processes_changes_nothing(trainer, run_server, free_port):
     flags = (
         *("--max_train_steps=3", "--max_data_loader_n_workers=0", "--learning_rate=1e-3", "--sample_at_first"),
@@ -171,6 +172,7 @@ def test_a_run_goes_on_where_an_epoch_has_become_shorter_than_what_was_done_of_i
     assert [name[-10:-7] for name in names if name.startswith("picture m_TIME_e")] == ["001", "002"]
 
 
+@pytest.mark.slow  # several runs
 def test_another_learning_rate_holds_from_the_state_on(trainer):
     one = trainer("one", "--save_every_n_steps=1", "--save_state", "--max_data_loader_n_workers=0")
     rates = "--sample_at_first", "--lr_scheduler=linear"
