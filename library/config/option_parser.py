@@ -9,6 +9,9 @@ from library.config.errors import UserError
 if TYPE_CHECKING:
     from library.config.options import Option
 
+HIDDEN = "(hidden)"
+"""Stands for a secret."""
+
 
 class OptionParser(argparse.ArgumentParser):
     """A parser whose flags are `Option`s, a group for each class, and whose errors are `UserError`s."""
@@ -24,6 +27,16 @@ class OptionParser(argparse.ArgumentParser):
             group = self.add_argument_group(getattr(option_class, "_argument_group_name", None))
             for each in options:
                 group.add_argument(each.flag, *each.aliases, **_settings(each))
+
+    def hide_secrets(self, arguments: list[str]) -> None:
+        """Replace the values of secret flags in `arguments`, which libraries such as wandb copy into their logs."""
+        flags = {each.flag for each in self.options if each.is_secret}
+        for place, argument in enumerate(arguments):
+            flag, equals, _ = argument.replace("-", "_").replace("__", "--", 1).partition("=")
+            if flag in flags and equals:
+                arguments[place] = f"{flag}={HIDDEN}"
+            elif flag in flags and place + 1 < len(arguments):
+                arguments[place + 1] = HIDDEN
 
     def instances(self, arguments: Sequence[str]) -> tuple[Any, ...]:
         """Return one instance of each class. Raise `UserError` for arguments that belong to no option."""

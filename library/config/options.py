@@ -16,9 +16,6 @@ from library.config.value_kinds import KINDS
 
 log = logging.getLogger(__name__)
 
-HIDDEN = "(hidden)"
-"""Stands for a secret."""
-
 # -- one option -------------------------------------------------------------------------------------------------------
 
 
@@ -161,6 +158,12 @@ def problems_of(instance: Any) -> list[str]:
     return [*wrong.values(), *rest]
 
 
+def changed_options(instance: Any, names: Iterable[str]) -> list[str]:
+    """Return those of the options `names` of an option class whose value is not their default."""
+    fields = type(instance).__dataclass_fields__
+    return [name for name in names if getattr(instance, name) != fields[name].default]
+
+
 def _option_of(field: dataclasses.Field, annotation: Any) -> Option:
     members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
     value_types = [member for member in members if member is not types.NoneType]
@@ -244,7 +247,7 @@ def parse_options(
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = OptionParser(_options_of_each(option_classes, spellings), description)
-    hide_secrets(sys.argv, parser.options)
+    parser.hide_secrets(sys.argv)
     arguments = spellings.current_arguments(argv, parser.options)
     instances = parser.instances(arguments)
     source = next((each for each in instances if isinstance(each, ConfigFileOptions)), ConfigFileOptions())
@@ -268,17 +271,6 @@ def parse_options(
     if problems:
         raise error_of_problems(problems)
     return instances
-
-
-def hide_secrets(arguments: list[str], options: Sequence[Option]) -> None:
-    """Replace the values of secret flags in a list of arguments, which libraries such as wandb copy into their logs."""
-    flags = {each.flag for each in options if each.is_secret}
-    for place, argument in enumerate(arguments):
-        flag, equals, _ = argument.replace("-", "_").replace("__", "--", 1).partition("=")
-        if flag in flags and equals:
-            arguments[place] = f"{flag}={HIDDEN}"
-        elif flag in flags and place + 1 < len(arguments):
-            arguments[place + 1] = HIDDEN
 
 
 def _options_of_each(option_classes: Sequence[type], spellings: Spellings) -> dict[type, list[Option]]:

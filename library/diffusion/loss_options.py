@@ -1,17 +1,17 @@
 """The flags of the loss: how errors are measured, and how much each timestep counts."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from library.config.options import option
+from library.config.options import changed_options, option
 from library.sdxl.prediction import EPSILON, FLOW, VELOCITY
 
 L2, L1, HUBER, SMOOTH_L1 = "l2", "l1", "huber", "smooth_l1"
 SNR, EXPONENTIAL, CONSTANT = "snr", "exponential", "constant"
 EDM2 = "edm2"
-_HUBER_DEFAULTS = {"huber_schedule": SNR, "huber_c": 0.1, "huber_scale": 1.0}
-_EDM2_DEFAULTS = {"edm2_learning_rate": 0.005, "edm2_channels": 128}
+_OF_HUBER = ("huber_schedule", "huber_c", "huber_scale")
+_OF_EDM2 = ("edm2_learning_rate", "edm2_channels")
 _MOST_GAMMA = 1e6
 
 
@@ -72,12 +72,12 @@ class LossOptions:
     def problems(self) -> Iterator[str]:
         """Yield what is wrong with these values, one sentence each."""
         if self.loss_type not in (HUBER, SMOOTH_L1):
-            for flag in self._changed(_HUBER_DEFAULTS):
+            for flag in changed_options(self, _OF_HUBER):
                 yield f"--{flag} has no effect on --loss_type {self.loss_type}; it belongs to huber and smooth_l1."
-        elif self.huber_schedule == SNR and self.huber_scale != _HUBER_DEFAULTS["huber_scale"]:
+        elif self.huber_schedule == SNR and changed_options(self, ["huber_scale"]):
             yield "--huber_scale has no effect on --huber_schedule snr; it belongs to exponential and constant."
         if self.loss_weighting != EDM2:
-            for flag in self._changed(_EDM2_DEFAULTS):
+            for flag in changed_options(self, _OF_EDM2):
                 yield f"--{flag} has no effect without --loss_weighting edm2; add it."
         elif weights := self._weights():
             yield (
@@ -103,6 +103,3 @@ class LossOptions:
         """Return the flags that weigh timesteps by their signal-to-noise ratio."""
         names = ("min_snr_gamma", "debiased_estimation_loss", "scale_v_pred_loss_like_noise_pred", "v_pred_like_loss")
         return [f"--{name}" for name in names if getattr(self, name)]
-
-    def _changed(self, defaults: Mapping[str, object]) -> list[str]:
-        return [name for name, default in defaults.items() if getattr(self, name) != default]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import ClassVar
 
-from library.config.options import option
+from library.config.options import changed_options, option
 from library.sdxl.prediction import SDXL_PREDICTION
 
 NUM_TIMESTEPS = SDXL_PREDICTION.num_timesteps
@@ -65,7 +65,6 @@ class NoiseOptions:
 UNIFORM, SIGMOID, LOGIT_NORMAL, SHIFT = "uniform", "sigmoid", "logit_normal", "shift"
 _LEAST_SPREAD, _MOST_SPREAD = 0.01, 100.0
 _LEAST_MASS = 1e-6
-_DEFAULT_SHIFT = 3.0
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class TimestepOptions:
         1.0, "Standard deviation of --timestep_sampling logit_normal.", least=_LEAST_SPREAD, most=_MOST_SPREAD
     )
     discrete_flow_shift: float = option(
-        _DEFAULT_SHIFT,
+        3.0,
         "Shift of --timestep_sampling shift: s becomes shift * s / (1 + (shift - 1) * s). 1 shifts nothing.",
         least=0.001,
         most=1000,
@@ -150,9 +149,9 @@ class TimestepOptions:
                 f"--min_timestep {trained.start} and --max_timestep {trained.stop} leave nothing to train; "
                 f"they must satisfy 0 <= min < max <= {NUM_TIMESTEPS}."
             )
-        for flag, samplings in _PARAMETERS_OF_SAMPLING.items():
-            value = getattr(self, flag)
-            if value != _DEFAULTS_OF_SAMPLING[flag] and self.timestep_sampling not in samplings:
+        for flag in changed_options(self, _SAMPLINGS_OF_PARAMETER):
+            samplings = _SAMPLINGS_OF_PARAMETER[flag]
+            if self.timestep_sampling not in samplings:
                 yield (
                     f"--{flag} has no effect on --timestep_sampling {self.timestep_sampling}; it belongs to "
                     f"{' and '.join(samplings)}."
@@ -165,17 +164,11 @@ class TimestepOptions:
             )
 
 
-_PARAMETERS_OF_SAMPLING = {
+_SAMPLINGS_OF_PARAMETER = {
     "sigmoid_scale": (SIGMOID, SHIFT),
     "logit_mean": (LOGIT_NORMAL,),
     "logit_std": (LOGIT_NORMAL,),
     "discrete_flow_shift": (SHIFT,),
-}
-_DEFAULTS_OF_SAMPLING = {
-    "sigmoid_scale": 1.0,
-    "logit_mean": 0.0,
-    "logit_std": 1.0,
-    "discrete_flow_shift": _DEFAULT_SHIFT,
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from library.config.errors import UserError, nearest
 from library.config.magnitudes import HIGHEST_RATE, MOST_STEPS
-from library.config.options import option
+from library.config.options import changed_options, option
 from library.config.value_kinds import NumSteps
 from library.optim.arguments import parse_arguments
 from library.optim.options import complaints
@@ -207,8 +207,7 @@ class ScheduleOptions:
                 yield from complaints(parse_step_rules, arguments[STEP_RULES])
 
     def _set_flags(self) -> list[str]:
-        defaults = type(self).__dataclass_fields__
-        return [flag for flag in _SHAPING if getattr(self, flag) != defaults[flag].default]
+        return changed_options(self, _SHAPING)
 
     def problems_in_run(self, num_steps: int | None, learning_rate: float) -> Iterator[str]:
         """Yield what cannot work in a run of `num_steps`, if they are known, at this learning rate."""
