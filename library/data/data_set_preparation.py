@@ -7,7 +7,7 @@ from pathlib import Path
 
 from library.config.errors import UserError, error_of_errors
 from library.config.leftovers import remove_leftovers
-from library.data.buckets import BucketAssignment, BucketedImage, covering_size
+from library.data.buckets import BucketedImage
 from library.data.cache_files import cache_finder, require_separate_caches
 from library.data.captions import CaptionPair
 from library.data.crops import LEGACY_CROP_NOTICE
@@ -111,12 +111,7 @@ def _placed(found: Sequence[FoundImage], problems: list[str]) -> Iterator[tuple[
         assert each.file is not None
         try:
             size = sizes[each.subset.cache_info].of(each.file)
-            if each.bucket is None:
-                assignment = each.subset.rule.assign(size)
-            else:
-                assignment = BucketAssignment(
-                    each.bucket, covering_size(each.bucket, size), each.bucket.aspect - size.aspect
-                )
+            assignment = each.assignment(size)
             placed = in_bucket(each._replace(size=size))
         except UserError as error:
             problems.append(problem_of(each.file, error))

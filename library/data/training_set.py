@@ -12,7 +12,7 @@ from library.config.digests import digest, file_digest
 from library.config.errors import UserError, error_of_errors
 from library.config.magnitudes import MOST_VISITS
 from library.data.augmentation import require_faces
-from library.data.buckets import BucketAssignment, BucketedImage, covering_size
+from library.data.buckets import BucketedImage
 from library.data.captions import CaptionPair
 from library.data.crops import LEGACY_CROP_NOTICE, Crop, crop_to_train
 from library.data.folder_images import find_images_of_folder, in_bucket, with_distinct_keys
@@ -226,11 +226,7 @@ def _from_file(found: FoundImage, *, legacy: bool) -> TrainingImage:
     """Return the image without latents, in the bucket that the metadata names, or else the one of the rule."""
     assert found.file is not None  # or its cache would have been used, or refused
     size = found.size or read_size(found.file)
-    if found.bucket is None:
-        assignment = found.subset.rule.assign(size)
-    else:
-        resized = covering_size(found.bucket, size)
-        assignment = BucketAssignment(found.bucket, resized, found.bucket.aspect - size.aspect)
+    assignment = found.assignment(size)
     bucket, resized, _ = assignment
     return TrainingImage(
         key=found.key,

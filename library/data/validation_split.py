@@ -38,10 +38,12 @@ def split_off(found: Sequence[FoundImage], *, trains: bool = True) -> Split:
     images are trained. Raise `UserError` if a subset has a split and nothing is on one of the sides; without `trains`
     only if nothing is held out.
     """
-    held_out = [image for image in found if _is_held_out(image)]
     if not any(image.subset.validation_split for image in found):
         return Split(list(found), [])
-    training = [image for image in found if not _is_held_out(image)]
+    training: list[FoundImage] = []
+    held_out: list[FoundImage] = []
+    for image in found:
+        (held_out if _is_held_out(image) else training).append(image)
     nothing_to_train = trains and all(image.subset.is_reg for image in training)
     if nothing_to_train or not held_out:
         splits = listed(sorted({f"{image.subset.validation_split:g}" for image in found if not image.subset.is_reg}))
