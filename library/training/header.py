@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 
 from library.config.errors import UserError
@@ -56,7 +57,7 @@ def header_maker(
     The header of the source and the user's thumbnail are read now: the files may be gone when the model is saved.
     """
     source = _header_of_source(options.model.pretrained_model_name_or_path)
-    fixed = dict(_notes(options, subsets, images, plan, progress))
+    notes = cache(lambda: dict(_notes(options, subsets, images, plan, progress)))  # a pass over the set
     wanted = options.model_spec.metadata_thumbnail
     own = None if wanted in (None, NO_THUMBNAIL) else thumbnail_of(wanted)
 
@@ -73,7 +74,7 @@ def header_maker(
             thumbnail=_newest_sample(options, progress) if wanted is None else own,
         )
         steps = {"ss_steps": str(progress.step), "ss_training_finished_at": str(now.timestamp())}
-        return spec | fixed | steps
+        return spec | notes() | steps
 
     return make
 

@@ -14,6 +14,7 @@ from library.data.epoch_order import MicroBatch
 from library.data.found_images import FoundImage
 from library.data.training_set import TrainingImage, fingerprints
 from library.sdxl.architecture import SdxlModel
+from library.training.distribution import main_process_first
 from library.training.preparation import images_with_latents
 from library.training.progress import Progress
 from library.training.resume import check_validation
@@ -50,7 +51,7 @@ def prepare_validation(
 
     `digest` is the VAE's. Raise `UserError` where the state that is resumed measured other images.
     """
-    with accelerator.main_process_first():
+    with main_process_first(accelerator):
         images = images_with_latents(options, held_out, model.vae, digest, accelerator.device) if held_out else []
     images = first_batches(images, options.validation.max_validation_steps)
     now = dict(sorted(fingerprints(images).items()))
