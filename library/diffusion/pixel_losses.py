@@ -19,11 +19,11 @@ def make_pixel_loss(options: LossOptions, process: ForwardProcess) -> PixelLoss:
         return squared
     if options.loss_type == L1:
         return lambda errors, timesteps: errors.abs()
-    factor_of_delta = 1.0 if options.loss_type == HUBER else 0.0
 
     def huber(errors: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         delta = huber_thresholds(timesteps, options, process)[:, None, None, None]
-        return pseudo_huber(errors, delta) * (delta if factor_of_delta else 1.0)
+        losses = pseudo_huber(errors, delta)
+        return losses * delta if options.loss_type == HUBER else losses
 
     return huber
 

@@ -1,24 +1,11 @@
 """Which timesteps a step trains: draws from a distribution, one for each image or spread evenly over a step."""
 
-from typing import NamedTuple
-
 import torch
 
 from library.diffusion.options import NUM_TIMESTEPS, TimestepOptions
 from library.sdxl.device_copies import to_device
 
 _LARGEST_SEED = 2**63 - 1
-
-
-class Strata(NamedTuple):
-    """Where the images of a micro-batch stand among the `total` of their optimizer step, over all processes.
-
-    The first of them is number `first`, from 0. `seed` is that of the step, the same in all processes.
-    """
-
-    first: int
-    total: int
-    seed: int
 
 
 def draw_timesteps(
@@ -33,7 +20,8 @@ def draw_timesteps(
     """Return timesteps [B] on `device` within the trained range: int64, or with `continuous` any float32 between.
 
     Where they are stratified, each image of the step has a part of the distribution to itself; which one is drawn for
-    each step. `strata` are the fields of `Strata`; without them the batch is the step.
+    each step. `strata` says which number the first image of the batch has in its step (from 0), how many there are in
+    all processes, and the seed of the step; without it the batch is the step.
     """
     trained = options.timestep_range
     normal = options.logit_normal
@@ -61,6 +49,6 @@ def _stratified(uniform: torch.Tensor, strata: tuple[int, int, int]) -> torch.Te
     return (to_device(parts, uniform.device) + uniform) / total
 
 
-def _of_batch(batch_size: int, generator: torch.Generator) -> Strata:
+def _of_batch(batch_size: int, generator: torch.Generator) -> tuple[int, int, int]:
     seed = torch.randint(_LARGEST_SEED, (), generator=generator, device=generator.device)
-    return Strata(0, batch_size, int(seed))
+    return 0, batch_size, int(seed)

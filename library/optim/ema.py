@@ -127,8 +127,7 @@ def _lend(average: Tensor, weights: Tensor, waiting: Tensor | None) -> None:
     for kept, shown in _pieces(average, weights):
         own = shown.to(kept.device, copy=True)
         if kept.dtype == shown.dtype:
-            shown.copy_(kept)
-            kept.copy_(own)
+            _exchange(kept, shown, own)
             continue
         bits = kept.view(torch.int32)
         shown.copy_(((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16))  # rounded half away from zero
@@ -143,13 +142,17 @@ def _take_back(average: Tensor, weights: Tensor, waiting: Tensor | None) -> None
     for kept, shown in _pieces(average, weights):
         lent = shown.to(kept.device, copy=True)
         if kept.dtype == shown.dtype:
-            shown.copy_(kept)
-            kept.copy_(lent)
+            _exchange(kept, shown, lent)
             continue
         bits = kept.view(torch.int32)
         low = bits & 0xFFFF
         shown.copy_((bits >> 16).to(torch.int16).view(torch.bfloat16))
         bits.copy_(((lent.view(torch.int16).to(torch.int32) - (low >> 15)) << 16) | low)
+
+
+def _exchange(kept: Tensor, shown: Tensor, copy_of_shown: Tensor) -> None:
+    shown.copy_(kept)
+    kept.copy_(copy_of_shown)
 
 
 def _pieces(average: Tensor, weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from library.config.errors import UserError
-from library.samples.drawing import try_to_draw
+from library.samples.drawing import try_to_draw, unless_it_fails
 from library.samples.picture_files import PictureRecord, save_picture
 from library.samples.prompts import MAX_SEED, SamplePrompt
 from library.samples.sample_grid import SampleGrid
@@ -170,15 +171,11 @@ def _images(networks: SamplingNetworks, batch: Sequence[PictureRecord]) -> list[
         except (torch.OutOfMemoryError, MemoryError):
             log.warning("out of memory for %d images at once: they are drawn one by one", len(batch))
         else:
-            return [_decoded(networks, each[None], record) for each, record in zip(latents, batch, strict=True)]
+            return [
+                unless_it_fails(partial(picture_of_latents, networks, each[None]), record, _where(record))
+                for each, record in zip(latents, batch, strict=True)
+            ]
     return [try_to_draw(networks, record, _where(record)) for record in batch]
-
-
-def _decoded(networks: SamplingNetworks, latents: torch.Tensor, record: PictureRecord) -> Image.Image | None:
-    image = picture_of_latents(networks, latents)
-    if image is None:
-        log.warning("%s is NaN and is not saved (fp16? add --no_half_vae)", _where(record))
-    return image
 
 
 def _where(record: PictureRecord) -> str:
