@@ -22,6 +22,7 @@ from library.optim.rounding import Rounder
 from library.optim.stepping import Stepper
 from library.training.progress import Progress, Setting
 from library.training.state import Resumable, group_settings, read_learnt, write_state
+from tests.optim.small_net import SmallNet
 
 CPU = torch.device("cpu")
 PROGRESS = Progress("2026-02-03T04:05:06", 7, 3, 1, 1, [0.1], setting=Setting({"output_name": "m"}, {}, {}))
@@ -54,21 +55,16 @@ def options(kind: OptimizerKind) -> OptimizerOptions:
     return OptimizerOptions(kind.name, args, learning_rate=1.0 if couples(kind) else RATES.get(kind.name, 1e-3))
 
 
-class Net(nn.Module):
+class Net(SmallNet):
     """What SDXL has: a convolution, matrices, vectors; one weight is used twice."""
 
     def __init__(self, dtype: torch.dtype):
         super().__init__()
-        torch.manual_seed(0)
-        self.convolution = nn.Conv2d(3, 8, 3)
-        self.first = nn.Linear(8, 16)
-        self.twice = nn.Linear(16, 16)
         self.last = nn.Linear(16, 1)
         self.to(dtype)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        features = self.first(self.convolution(images).mean(dim=(2, 3)).relu())
-        return self.last(self.twice(self.twice(features).relu()))
+        return self.last(super().forward(images))
 
 
 class Trained:

@@ -14,6 +14,7 @@ from library.optim.optimizers import make_optimizer
 from library.optim.options import ADAFACTOR_RECIPE, NEAREST, STOCHASTIC, OptimizerOptions
 from library.optim.rounding import Rounder
 from library.optim.stepping import Stepper
+from tests.optim.small_net import SmallNet
 
 RECIPE = ADAFACTOR_RECIPE.split()[1:]
 
@@ -41,21 +42,13 @@ def test_the_trainer_saves_the_same_model_in_the_recipe_with_text_encoders(train
     assert_same_weights(usual, fused)
 
 
-class Net(nn.Module):
+class Net(SmallNet):
     """Convolution, linear layers, a parameter used twice, and one that is never used."""
 
     def __init__(self, dtype: torch.dtype):
         super().__init__()
-        torch.manual_seed(0)
-        self.convolution = nn.Conv2d(3, 8, 3)
-        self.first = nn.Linear(8, 16)
-        self.twice = nn.Linear(16, 16)
         self.unused = nn.Linear(4, 4)
         self.to(dtype)
-
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        features = self.first(self.convolution(pictures).mean(dim=(2, 3)).relu())
-        return self.twice(self.twice(features).relu())
 
 
 def trained(options: OptimizerOptions, *, fused: bool, dtype: torch.dtype, rounding: str, chunk: int) -> Net:
