@@ -3,11 +3,13 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from library.config.errors import UserError
 from library.sdxl.tokenizers import CHUNK_TOKENS, in_chunks, token_ids
+
+if TYPE_CHECKING:
+    import torch
 
 Piece = tuple[str, float]
 
@@ -98,7 +100,7 @@ def tokenize_weighted(caption: str, pad_token_id: int, num_chunks: int) -> Weigh
     return WeightedCaption(tokenized.ids, position_weights(weights, num_chunks), tokenized.num_truncated)
 
 
-def weighted_features(features: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def weighted_features(features: "torch.Tensor", weights: "torch.Tensor") -> "torch.Tensor":
     """Return features [..., C] of one encoder times their weights [...]: hidden states by position, or pooled vectors.
 
     The mean is not restored, as in sd-scripts.

@@ -11,6 +11,7 @@ import torch
 from library.config.atomic_files import replacing, write_text
 from library.config.errors import UserError, listed
 from library.data.caption_draws import Encoder
+from library.data.caption_limits import fitting_beginning
 from library.data.caption_report import report_captions
 from library.data.caption_rules import PairRules
 from library.data.caption_summary import summarize
@@ -166,15 +167,9 @@ class _Preview:
         num_tokens = self._tokens.num_tokens(text, own)
         kept = text
         if num_tokens > own.max_token_length:
-            words = text.split(" ")
-            fit, too_many = 0, len(words)
-            while too_many - fit > 1:  # the longest beginning, in whole words, that is not cut
-                middle = (fit + too_many) // 2
-                if self._tokens.num_tokens(" ".join(words[:middle]), own) <= own.max_token_length:
-                    fit = middle
-                else:
-                    too_many = middle
-            kept = " ".join(words[:fit])
+            kept = fitting_beginning(
+                text, own.max_token_length, lambda beginning: self._tokens.num_tokens(beginning, own)
+            )
         return ReadCaption(
             text=kept,
             cut=text[len(kept) :],

@@ -34,6 +34,8 @@ WITHOUT_TORCH = [
     "library.data.captions",
     "library.data.caption_options",
     "library.data.caption_notices",
+    "library.data.caption_limits",
+    "library.data.caption_writing",
     *SCRIPTS,
     "library.data.image_keys",
     "library.data.caption_files",
