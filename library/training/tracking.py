@@ -148,10 +148,13 @@ class Tracker:
 
     @contextmanager
     def untimed(self) -> Iterator[None]:
-        """Do not count the time of the block (samples, saves) as training time."""
+        """Do not count the time of the block (samples, saves) as training time, nor let the bar's rate fall by it."""
         started = time.perf_counter()
         yield
-        self._last_time += time.perf_counter() - started
+        spent = time.perf_counter() - started
+        self._last_time += spent
+        if not self._bar.disable:
+            self._bar.last_print_t += spent
 
     def log_image(self, step: int, name: str, image: "Image.Image", text: str) -> None:
         """Show a sample image and its parameters in the trackers, unless the run was resumed and has shown them."""

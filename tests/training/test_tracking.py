@@ -104,6 +104,26 @@ def test_the_time_of_samples_and_saves_is_not_the_steps(logged, monkeypatch: pyt
     assert scalars(logged(use), "steps_per_second") == [(1, 4.0), (2, 4.0)]
 
 
+def test_the_bar_tells_the_time_left_by_steps_alone(logged, monkeypatch: pytest.MonkeyPatch):
+    clock = Clock()
+    monkeypatch.setattr(tracking, "time", clock)
+    shown = []
+
+    def use(tracker: Tracker) -> None:
+        bar = tracker._bar
+        bar._time = clock.perf_counter
+        bar.start_t = bar.last_print_t = 0.0
+        for step in (1, 2):
+            with tracker.untimed():
+                clock.seconds += 800.0
+            clock.seconds += 2.0
+            tracker.after_step(Occasion(step), StepReport(1.0, {}, None))
+            shown.append((bar.format_dict["rate"], bar.format_dict["elapsed"]))
+
+    logged(use)
+    assert shown == [(0.5, 802.0), (0.5, 1604.0)]
+
+
 def test_a_picture_is_shown_with_how_it_was_drawn(logged):
     image = Image.new("RGB", (16, 8), (255, 0, 0))
     events = logged(lambda tracker: tracker.log_image(3, "sample/00", image, "a cat\nSteps: 2"))
