@@ -86,7 +86,7 @@ def train(options: TrainingOptions, stop: StopRequest) -> int:
                     sizes = size_conditioning(batch.original_sizes, batch.crop_top_lefts, batch.target_sizes)  # [B, 6]
                     noisy = objective.draw(latents, step.generator, batch.places)  # noise, timesteps, noisy latents
                     predicted = learner.predict(noisy, text, sizes)  # [B, 4, h, w]
-                    losses = objective.losses(predicted, latents, noisy)  # [B]
+                    losses = objective.losses(predicted, latents, noisy, batch.masks)  # [B]
                     learner.backward(losses, batch, step.number)
             report = learner.step(step.number)  # clip, update, advance the schedule; a bad step updates nothing
             run.progress.advance()

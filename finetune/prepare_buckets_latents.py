@@ -49,8 +49,19 @@ class PrepareOptions:
     recursive: bool = option(False, "Include the images of subfolders.")
     remove_missing: bool = option(False, "Leave entries whose image is gone out of out_json.")
     skip_existing: bool = option(
-        False, "Keep latents that were made from this image, VAE, bucket, flip and interpolation."
+        False, "Keep latents that were made from this image, mask, VAE, bucket, flip and interpolation."
     )
+    conditioning_data_dir: Path | None = option(
+        None,
+        "Folder of masks, one of the same name and size for each image, to keep with the latents for --masked_loss in "
+        "training.",
+    )
+
+    def problems(self) -> Iterator[str]:
+        """Yield a sentence for each value that cannot work."""
+        masks = self.conditioning_data_dir
+        if masks is not None and not masks.is_dir():
+            yield f"--conditioning_data_dir: there is no folder '{masks}'; name the folder of the masks."
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,9 @@ class LatentOptions:
     )
     mixed_precision: str = option("no", "Precision of the VAE.", choices=("no", "fp16", "bf16"))
     flip_aug: bool = option(False, "Also encode each image flipped, for --flip_aug in training.")
-    alpha_mask: bool = option(False, "Keep the transparency of each image with its latents.")
+    alpha_mask: bool = option(
+        False, "Keep the transparency of each image with its latents, for --alpha_mask in training."
+    )
     resize_interpolation: str | None = option(None, RESIZE_INTERPOLATION_HELP, choices=RESIZE_INTERPOLATIONS)
     legacy_crop_coords: bool = option(False, "Record the crop as kohya's trainers do, on the wrong axis.")
 
@@ -75,7 +88,6 @@ class LatentOptions:
         num_threads = self.max_data_loader_n_workers
         return {
             "batch_size": self.batch_size,
-            "alpha_mask": self.alpha_mask,
             "legacy_crop": self.legacy_crop_coords,
             "num_threads": None if num_threads is None else max(1, num_threads),  # one is the least that reads at all
         }
@@ -103,7 +115,7 @@ class DataSetOptions:
         False, "Write the sizes of images into their folders (image_sizes.json), for the next start of any script."
     )
     skip_existing: bool = option(
-        True, "Keep latents that were made from this image, VAE, bucket, flip and interpolation."
+        True, "Keep latents that were made from this image, mask, VAE, bucket, flip and interpolation."
     )
 
     def problems(self) -> Iterator[str]:
@@ -148,6 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         skip_existing=options.skip_existing,
         remove_missing=options.remove_missing,
         resize_interpolation=interpolation_of(latents.resize_interpolation),
+        alpha_mask=latents.alpha_mask,
+        mask_dir=options.conditioning_data_dir,
     )
     return EXIT_SOME_UNUSABLE if num_failed else 0
 
@@ -163,6 +177,8 @@ def prepare_data_set_file(argv: Sequence[str]) -> int:
         enable_bucket=options.enable_bucket,
         cache_info=options.cache_info,
         flip_aug=latents.flip_aug,
+        masked_loss=True,  # or masks of the file would be refused
+        alpha_mask=latents.alpha_mask,
         resize_interpolation=latents.resize_interpolation,
         legacy_crop_coords=latents.legacy_crop_coords,
     )

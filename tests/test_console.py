@@ -33,6 +33,7 @@ TRAINING = [
     r"captions: L from \S.* \(\d+ different\), G from \S.* \(\d+ different\)",
     r"trained: U-Net; frozen: L, G \(a frozen L learns no new style words: docs/separate-captions.md\)",
     r"text encoder [LG]: \d+ different captions, .*",
+    r"masks: \d+ from (files|alpha channels)( and \d+ .*)?, of \d+ images; the others are trained whole",
     r"validation: \d+ images are held out \(.*\), \d+ timesteps, \d+ conditions",
     rf"step \d+: validation loss( of the ema weights)? {NUMBER}, \d+ images, {NUMBER} s",
     *SAVING,

@@ -27,18 +27,6 @@ _OTHER_MODEL: dict[str, str] = {
     "weights themselves are trained. Use --full_bf16 to save memory.",
 }
 
-_OTHER_TRAINING: dict[str, str] = {
-    "--conditioning_data_dir": "conditioning images belong to ControlNet and masked training, which are not offered. "
-    "Leave it off.",
-}
-
-_IMAGES: dict[str, str] = {
-    **dict.fromkeys(
-        ("--alpha_mask", "--masked_loss"),
-        "the loss cannot be masked yet: transparent parts are trained as white. Crop the images to what matters.",
-    ),
-}
-
 _PRECISION_AND_MEMORY: dict[str, str] = {
     "--full_fp16": "in pure fp16 small gradients become zero and large activations overflow. Use --full_bf16, or "
     "--mixed_precision=fp16 on a card without bf16.",
@@ -111,8 +99,6 @@ OTHER_TRAINERS: dict[str, str] = {
 
 TRAINER_REFUSED: dict[str, str] = {
     **_OTHER_MODEL,
-    **_OTHER_TRAINING,
-    **_IMAGES,
     **_PRECISION_AND_MEMORY,
     **_FILES_AND_LOGS,
     **OTHER_TRAINERS,

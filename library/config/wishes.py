@@ -115,9 +115,9 @@ TRAINER_WISHES = (
         "afterwards.",
     ),
     Wish(
-        r"masked?(_\w+)?|use_mask(s)?|alpha(_\w+)?",
-        "The loss cannot be masked. Crop the images to what matters.",
-        r"--(alpha_mask|masked_loss)",
+        r"(use_|enable_)?mask(s|ed|ing)?(_\w+)?|mask_?(dir|folder|path)|alpha(_\w+)?|loss_mask\w*",
+        "--masked_loss with --conditioning_data_dir, a folder of masks, or --alpha_mask, the transparency of the "
+        "images, says which parts are trained.",
     ),
     # Names of diffusers' scripts and of other trainers.
     Wish(r"batch_?size|bs|micro_batch_size|per_device_train_batch_size", "Did you mean --train_batch_size?"),

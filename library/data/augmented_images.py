@@ -1,5 +1,7 @@
 """An image as one visit of training shows it: the part that is drawn for the visit, in the colours drawn for it."""
 
+from typing import NamedTuple
+
 import numpy as np
 from PIL import Image
 
@@ -7,7 +9,7 @@ from library.data.augmentation import Augmentation, drawn_part
 from library.data.buckets import BucketedImage
 from library.data.caption_draws import CaptionDraw, drawn_numbers
 from library.data.crops import Crop
-from library.data.images import load_cropped
+from library.data.masks import load_masked
 
 _CHANGED_SHARE = 0.33  # of the visits, as in the reference; half of them by hue, half by gamma
 _LARGEST_TURN = 16 / 360  # of the hue
@@ -16,18 +18,27 @@ _HUES = 255  # of Pillow's colour circle, whose first and last value are the sam
 _BRIGHTEST = 255
 
 
-def load_augmented(source: BucketedImage, augmentation: Augmentation, draw: CaptionDraw) -> tuple[np.ndarray, Crop]:
-    """Return the pixels of a visit, uint8 (H, W, 3), not flipped, and where in the resized image they lie.
+class AugmentedImage(NamedTuple):
+    """An image as a visit shows it, not flipped: uint8 (H, W, 3), where in the resized image that lies, and its mask.
+
+    The mask is float32 (h, w), None if there is none.
+    """
+
+    pixels: np.ndarray
+    crop: Crop
+    mask: np.ndarray | None
+
+
+def load_augmented(source: BucketedImage, augmentation: Augmentation, draw: CaptionDraw) -> AugmentedImage:
+    """Return the image as a visit shows it.
 
     A function of the file and of what the draw says of the visit, and of nothing else. Raise `UnusableImage` for a
     file that cannot be used.
     """
     bucket = source.assignment.bucket
     part = drawn_part(source, augmentation, draw)
-    pixels = load_cropped(
-        source.path, part.resized, bucket, corner=(part.left, part.top), interpolation=source.resize_interpolation
-    ).pixels
-    return recolored(pixels, draw) if augmentation.color_aug else pixels, part.crop(bucket)
+    pixels, mask = load_masked(source, part.resized, (part.left, part.top))
+    return AugmentedImage(recolored(pixels, draw) if augmentation.color_aug else pixels, part.crop(bucket), mask)
 
 
 def recolored(pixels: np.ndarray, draw: CaptionDraw) -> np.ndarray:

@@ -5,13 +5,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Final, Literal, NamedTuple
 
 from library.config.errors import UserError
 from library.config.options import option
 from library.sdxl.sizes import MAX_ASPECT, MAX_SIDE, MIN_SIDE, PIXELS_PER_LATENT, Size
 
 _MOST_DIGITS = 5  # of a side of the resolution
+
+ALPHA: Final = "alpha"
+MaskSource = Path | Literal["alpha"]
+"""Where the mask of an image is: in a file, or in its alpha channel."""
 
 
 class BucketAssignment(NamedTuple):
@@ -26,12 +30,13 @@ class BucketAssignment(NamedTuple):
 
 
 class BucketedImage(NamedTuple):
-    """An image file, its size on disk, the bucket it goes to, and how it is resized (None: as is usual)."""
+    """An image file, its size on disk, the bucket it goes to, how it is resized (None: as is usual), and its mask."""
 
     path: Path
     size: Size
     assignment: BucketAssignment
     resize_interpolation: str | None = None
+    mask: MaskSource | None = None
 
 
 @dataclass(frozen=True)

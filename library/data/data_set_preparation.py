@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from library.config.errors import UserError, error_of_errors
 from library.config.leftovers import remove_leftovers
@@ -18,7 +19,8 @@ from library.data.image_keys import images_by_stem, resolve_image
 from library.data.image_sizes import ImageSizes
 from library.data.latent_cache import cache_path
 from library.data.latent_files import problem_of, report_buckets, report_names, vae_to_encode, write_latents
-from library.data.latent_preparation import Encoding
+from library.data.latent_preparation import Encoding, joined_masks
+from library.data.mask_files import with_masks
 from library.data.metadata import train_resolution
 from library.data.metadata_images import metadata_of
 from library.data.subsets import Subset
@@ -26,6 +28,23 @@ from library.data.subsets import Subset
 log = logging.getLogger(__name__)
 
 _NO_CAPTIONS = CaptionPair((), ())
+
+
+class _Wanted(NamedTuple):
+    """What a file is to hold, and the file that may hold it already."""
+
+    image: BucketedImage
+    flip: bool
+    present: Path
+
+    def joined(self, other: "_Wanted", file: Path) -> "_Wanted":
+        """Return what serves both of two subsets: flipped and masked if one of them is. Raise `UserError` for none."""
+        if self.image._replace(mask=None) != other.image._replace(mask=None):
+            raise UserError(
+                f"two subsets would write different latents to '{file}'.",
+                "Let them agree in resolution, buckets and resize_interpolation, or copy the folder.",
+            )
+        return _Wanted(joined_masks(self.image, other.image), self.flip or other.flip, self.present)
 
 
 def prepare_data_set(
@@ -42,15 +61,15 @@ def prepare_data_set(
     if encoding.legacy_crop:
         log.warning(LEGACY_CROP_NOTICE)
     problems: list[str] = []
-    groups: dict[Encoding, dict[BucketedImage, Path]] = {}
-    present: dict[BucketedImage, Path] = {}
+    wanted: dict[Path, _Wanted] = {}
     for image, placed in _placed(found, problems):
         name = cache_path(image.path, image.assignment.bucket if placed.subset.names_bucket else None)
-        own = replace(encoding, flip=placed.subset.augmentation.flip_aug)
-        groups.setdefault(own, {})[image] = name
-        present[image] = placed.cache
-    _join_flips(groups, encoding)
-    _require_one_image_a_file(groups)
+        own = _Wanted(image, placed.subset.augmentation.flip_aug, placed.cache)
+        wanted[name] = own.joined(wanted.get(name, own), name)
+    groups: dict[Encoding, dict[BucketedImage, Path]] = {}
+    for name, each in wanted.items():
+        groups.setdefault(replace(encoding, flip=each.flip), {})[each.image] = name
+    present = {each.image: each.present for each in wanted.values()}
     vae, digest = vae_to_encode(model, vae_dtype)
     kept, written = write_latents(vae, digest, groups, present if skip_existing else {}, problems)
     report_buckets(kept | written, num_kept=len(kept))
@@ -72,7 +91,8 @@ def _found_images(subsets: Iterator[Subset]) -> list[FoundImage]:
     errors: list[UserError] = []
     for subset in subsets:
         try:
-            found += _found_in_folder(subset) if subset.reads_folder else _found_in_metadata(subset)
+            of_subset = _found_in_folder(subset) if subset.reads_folder else _found_in_metadata(subset)
+            found += with_masks(of_subset, subset)
         except UserError as error:
             errors.append(error)
     if errors:
@@ -116,23 +136,6 @@ def _placed(found: Sequence[FoundImage], problems: list[str]) -> Iterator[tuple[
         except UserError as error:
             problems.append(problem_of(each.file, error))
             continue
-        yield BucketedImage(each.file, size, assignment, each.subset.augmentation.resize_interpolation), placed
+        interpolation = each.subset.augmentation.resize_interpolation
+        yield BucketedImage(each.file, size, assignment, interpolation, each.mask), placed
     sizes[True].save()
-
-
-def _join_flips(groups: dict[Encoding, dict[BucketedImage, Path]], encoding: Encoding) -> None:
-    """Encode an image once that one subset flips and another does not: flipped too, which serves both."""
-    flipped, plain = groups.get(replace(encoding, flip=True), {}), groups.get(replace(encoding, flip=False), {})
-    for image in flipped:
-        plain.pop(image, None)
-
-
-def _require_one_image_a_file(groups: dict[Encoding, dict[BucketedImage, Path]]) -> None:
-    image_of: dict[Path, BucketedImage] = {}
-    for image, file in (pair for cache_of in groups.values() for pair in cache_of.items()):
-        first = image_of.setdefault(file, image)
-        if first != image:
-            raise UserError(
-                f"two subsets would write different latents to '{file}'.",
-                "Let them agree in resolution, buckets and resize_interpolation, or copy the folder.",
-            )

@@ -35,8 +35,9 @@ class Batch(NamedTuple):
     """B images of one bucket. Sizes are [B, 2], height (top) first, in float32: a legacy crop has fractions.
 
     Either `latents` [B, 4, h, w] (float32, not yet scaled) or `pixels` [B, 3, H, W] (float32, -1..1) is set.
-    `tokens`, `weights` and `encoded` are those of `TextBatch`. The loss of each sample is multiplied by its
-    `loss_weights` [B], if there are any; `loss_scale`, `completes_step` and `places` are as in `MicroBatch`.
+    `tokens`, `weights` and `encoded` are those of `TextBatch`. The loss of each latent cell is multiplied by that of
+    `masks` [B, 1, h, w], the loss of each sample by its `loss_weights` [B], if there are any; `loss_scale`,
+    `completes_step` and `places` are as in `MicroBatch`.
     """
 
     latents: torch.Tensor | None
@@ -52,6 +53,7 @@ class Batch(NamedTuple):
     completes_step: bool
     keys: tuple[str, ...]
     places: StepPlaces | None = None
+    masks: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch with its tensors on `device`; copies to a GPU do not block Python."""
@@ -82,6 +84,7 @@ class Batch(NamedTuple):
             encoded=EncodedText(*map(changed, self.encoded)),
             weights=TextWeights(*map(changed, self.weights)),
             loss_weights=changed(self.loss_weights),
+            masks=changed(self.masks),
         )
 
 
@@ -115,6 +118,7 @@ class CaptionedImages(Dataset[Batch]):
             places=micro_batch.places,
             completes_step=micro_batch.completes_step,
             keys=tuple(image.key for image in images),
+            masks=_masks([visit.mask for visit in visits]),
         )
 
 
@@ -238,22 +242,38 @@ def _unchanged(item: Any) -> Any:
 
 
 class _Visit(NamedTuple):
-    """Latents [4, h, w], or pixels [3, H, W] where none are cached, and the crop that they are."""
+    """Latents [4, h, w], or pixels [3, H, W] where none are cached, the crop that they are, and their mask [h, w]."""
 
     sample: torch.Tensor
     crop_top_left: list[float]
+    mask: torch.Tensor | None
 
 
 def _visit(image: TrainingImage, draw: CaptionDraw, flip: bool) -> _Visit:
     if image.has_latents:
-        latents = torch.from_numpy(np.ascontiguousarray(image.read_latents().in_direction(flipped=flip)))
-        return _Visit(latents, _top_left(image.crop, flip))
+        cached = image.read_latents()
+        latents = torch.from_numpy(np.ascontiguousarray(cached.in_direction(flipped=flip)))
+        mask = None if image.mask is None else cached.alpha_mask
+        return _Visit(latents, _top_left(image.crop, flip), _in_direction(mask, flip))
     assert image.source is not None
     augmentation = image.subset.augmentation
-    array, crop = load_augmented(image.source, augmentation, draw)
+    array, crop, mask = load_augmented(image.source, augmentation, draw)
     pixels = pixels_to_tensor(array)
+    crop = crop if augmentation.moves_crop else image.crop
     # A centre crop may be conditioned on as a legacy one.
-    return _Visit(pixels.flip(-1) if flip else pixels, _top_left(crop if augmentation.moves_crop else image.crop, flip))
+    return _Visit(pixels.flip(-1) if flip else pixels, _top_left(crop, flip), _in_direction(mask, flip))
+
+
+def _in_direction(mask: np.ndarray | None, flip: bool) -> torch.Tensor | None:
+    return None if mask is None else torch.from_numpy(np.ascontiguousarray(mask[:, ::-1] if flip else mask))
+
+
+def _masks(masks: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """Return masks [B, 1, h, w], ones for an image without one; None if there are none at all."""
+    some = next((mask for mask in masks if mask is not None), None)
+    if some is None:
+        return None
+    return torch.stack([torch.ones_like(some) if mask is None else mask for mask in masks])[:, None]
 
 
 def _loss_weights(images: Sequence[TrainingImage]) -> torch.Tensor | None:

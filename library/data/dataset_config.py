@@ -53,6 +53,8 @@ def read_dataset_config(
                 continue
             own = [*rule_problems(subsets[-1].captions), *training_set.crop_problems(subsets[-1].augmentation)]
             problems += [f"'{path}': {problem}" for problem in own]
+    if any(subset.mask_dir is not None for subset in subsets) and not training_set.masked_loss:
+        problems.append(f"'{path}': conditioning_data_dir has no effect without --masked_loss; add it.")
     of_all = [*_folder_problems(subsets), *training_set.cache_problems([subset.augmentation for subset in subsets])]
     problems += [f"'{path}': {problem}" for problem in of_all]
     if problems:
@@ -70,6 +72,16 @@ def read_dataset_config(
     return _with_names_of_caches(subsets)
 
 
+def require_masks(training_set: TrainingSetOptions, subsets: Sequence[Subset]) -> list[Subset]:
+    """Return the subsets of a data set file. Raise `UserError` if masks are asked for and none of them has any."""
+    if training_set.masked_loss and not any(subset.has_masks for subset in subsets):
+        raise UserError(
+            f"--masked_loss: no subset of '{training_set.dataset_config}' has masks.",
+            "Name their folder there (conditioning_data_dir), or use the transparency of images (alpha_mask = true).",
+        )
+    return list(subsets)
+
+
 def _level_of_flags(
     training_set: TrainingSetOptions,
     loader: LoaderOptions,
@@ -85,6 +97,7 @@ def _level_of_flags(
         "resolution": training_set.resolution,
         "enable_bucket": training_set.enable_bucket,
         **{name: getattr(training_set, name) for name in AUGMENTATION_KEYS},
+        "alpha_mask": training_set.alpha_mask,
         "cache_info": training_set.cache_info,
         "validation_split": validation.validation_split,
         "validation_seed": validation.validation_seed,
@@ -131,6 +144,8 @@ def _subset(path: Path, dataset: int, levels: Sequence[Level], training_set: Tra
             face_crop_aug_range=None if face_range is None else _face_range(face_range),
             resize_interpolation=interpolation_of(decided("resize_interpolation")),
         ),
+        alpha_mask=decided("alpha_mask"),
+        mask_dir=None if (masks := decided("conditioning_data_dir")) is None else _located(path, masks),
         loss_weight=float(decided("loss_weight", 1.0)),
         class_tokens=decided("class_tokens"),
         is_of_file=True,
@@ -170,6 +185,8 @@ def _folder_problems(subsets: Sequence[Subset]) -> Iterator[str]:
     for subset in subsets:
         if not subset.image_dir.is_dir():
             yield f"image_dir: there is no folder '{subset.image_dir}'."
+        if subset.mask_dir is not None and not subset.mask_dir.is_dir():
+            yield f"conditioning_data_dir: there is no folder '{subset.mask_dir}'."
         if subset.metadata_file is not None and not subset.metadata_file.is_file():
             yield f"metadata_file: there is no file '{subset.metadata_file}'."
         named[subset.dataset, (subset.metadata_file or subset.image_dir).resolve()] += 1

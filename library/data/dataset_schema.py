@@ -73,15 +73,12 @@ _SUBSET_ONLY_KEYS: Mapping[str, Value] = {
     "metadata_file": _TEXT,
     "is_reg": _FLAG,
     "alpha_mask": _FLAG,
+    "conditioning_data_dir": _TEXT,
 }
 
 WITHOUT_EFFECT: Mapping[str, str] = {
     "custom_attributes": "no other program reads the data set",
     "network_multiplier": "it belongs to LoRA training",
-}
-_REFUSED: Mapping[str, str] = {
-    "alpha_mask": "masked training is not offered; remove it",
-    "conditioning_data_dir": "conditioning images belong to ControlNet and masked training; remove it",
 }
 
 
@@ -121,14 +118,12 @@ class Table:
     values: dict[str, Any]
 
     def problems(self, path: Path, lines: Mapping[tuple[str, int, str], int]) -> Iterator[str]:
-        """Yield a sentence for each key that is unknown, refused, or of a wrong value."""
+        """Yield a sentence for each key that is unknown or of a wrong value."""
         known, right = KEYS[self.kind], {}
         for key, value in self.values.items():
             line = lines.get((self.kind, self.number, key))
             where = f"'{path}'" + ("" if line is None else f", line {line}")
-            if key in _REFUSED and (key not in known or (known[key].is_right(value) and value)):
-                yield f"{where}: {key} is not offered: {_REFUSED[key]}."
-            elif key not in known:
+            if key not in known:
                 suggestion = nearest(key, known)
                 others = [kind for kind, keys in KEYS.items() if key in keys]
                 place = f"; it belongs to {' or '.join(map(_header, others))}" if others else ""

@@ -1,6 +1,7 @@
 """What flags describe as subsets: one, or one for each folder named 10_name."""
 
 from dataclasses import replace
+from pathlib import Path
 
 from library.data.buckets import BucketRule
 from library.data.caption_options import CaptionOptions, caption_extension, resolve
@@ -18,11 +19,20 @@ def subsets_of_flags(
     if not subset.reads_folder:
         return [subset]
     assert training_set.train_data_dir is not None  # checked by problems()
-    subsets = [_of_repeat_folder(subset, each, "") for each in repeat_folders(training_set.train_data_dir)]
-    regular, of_regular = subset.as_regularization(), training_set.reg_data_dir
+    subsets = [
+        replace(_of_repeat_folder(subset, each, ""), mask_dir=_mask_dir_of(subset.mask_dir, each))
+        for each in repeat_folders(training_set.train_data_dir)
+    ]
+    regular, of_regular = replace(subset.as_regularization(), mask_dir=None), training_set.reg_data_dir
     if of_regular is not None:
         subsets += [_of_repeat_folder(regular, each, f"{of_regular.name}/") for each in repeat_folders(of_regular)]
     return subsets
+
+
+def _mask_dir_of(masks: Path | None, folder: RepeatFolder) -> Path | None:
+    """Return the folder of masks of the same name as the folder of images, or else the one for all."""
+    own = None if masks is None else masks / folder.path.name
+    return own if own is not None and own.is_dir() else masks
 
 
 def _of_repeat_folder(subset: Subset, folder: RepeatFolder, place: str) -> Subset:
@@ -52,6 +62,8 @@ def subset_of_flags(
         extension_l=caption_extension([vars(captions)], "l"),
         extension_g=caption_extension([vars(captions)], "g"),
         augmentation=training_set.augmentation,
+        alpha_mask=training_set.alpha_mask,
+        mask_dir=training_set.conditioning_data_dir,
         prior_loss_weight=training_set.prior_loss_weight,
         cache_info=training_set.cache_info,
         dataset_class=training_set.dataset_class,

@@ -1,12 +1,12 @@
 """A folder of images prepared for training: a bucket and latents for each, and a report of what became of them."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from library.config.errors import UserError, listed
 from library.config.leftovers import remove_leftovers
-from library.data.buckets import BucketedImage, BucketRule
+from library.data.buckets import BucketedImage, BucketRule, MaskSource
 from library.data.cache_files import require_separate_caches
 from library.data.crops import LEGACY_CROP_NOTICE
 from library.data.image_files import find_images
@@ -15,7 +15,8 @@ from library.data.images import read_size
 from library.data.latent_cache import cache_path
 from library.data.latent_files import problem_of, report_buckets, report_names, vae_to_encode, write_latents
 from library.data.latent_preparation import Encoding
-from library.data.metadata import Metadata, read_metadata, with_train_resolution, write_metadata
+from library.data.mask_files import masks_of
+from library.data.metadata import Metadata, is_reg, read_metadata, with_train_resolution, write_metadata
 from library.data.metadata_lines import is_lines
 
 log = logging.getLogger(__name__)
@@ -35,20 +36,25 @@ def prepare_folder(
     skip_existing: bool,
     remove_missing: bool = False,
     resize_interpolation: str | None = None,
+    alpha_mask: bool = False,
+    mask_dir: Path | None = None,
 ) -> int:
     """Write latents beside the images of `folder` and their buckets into `out_json`; return how many images failed.
 
-    `vae_dtype` is the name of torch's dtype. Raise `UserError` if nothing can be prepared at all.
+    Masks of `mask_dir`, or else with `alpha_mask` the alpha channels, are kept with the latents. `vae_dtype` names
+    torch's dtype. Raise `UserError` if nothing can be prepared at all.
     """
     metadata = read_metadata(in_json)
     path_of = _images_with_metadata(folder, in_json, metadata, full_path=full_path, recursive=recursive)
     _report_missing(metadata, path_of, remove_missing=remove_missing)
+    regular = {key for key in path_of if is_reg(metadata[key])}
+    masks = masks_of(path_of, folder, mask_dir, alpha_mask=alpha_mask, need_none=regular)
     remove_leftovers(out_json.parent, *(path.parent for path in path_of.values()))
     if encoding.legacy_crop:
         log.warning(LEGACY_CROP_NOTICE)
     vae, digest = vae_to_encode(model, vae_dtype)
     problems: list[str] = []
-    images = dict(_assign(path_of, rule, resize_interpolation, problems))
+    images = dict(_assign(path_of, masks, rule, resize_interpolation, problems))
     cache_of = {image: cache_path(image.path) for image in images.values()}
     kept, written = write_latents(vae, digest, {encoding: cache_of}, cache_of if skip_existing else {}, problems)
 
@@ -114,11 +120,15 @@ def _report_missing(metadata: Metadata, known: dict[str, Path], *, remove_missin
 
 
 def _assign(
-    path_of: dict[str, Path], rule: BucketRule, resize_interpolation: str | None, problems: list[str]
+    path_of: Mapping[str, Path],
+    masks: Mapping[str, MaskSource | None],
+    rule: BucketRule,
+    resize_interpolation: str | None,
+    problems: list[str],
 ) -> Iterator[tuple[str, BucketedImage]]:
     for key, path in path_of.items():
         try:
             size = read_size(path)
-            yield key, BucketedImage(path, size, rule.assign(size), resize_interpolation)
+            yield key, BucketedImage(path, size, rule.assign(size), resize_interpolation, masks[key])
         except UserError as error:
             problems.append(problem_of(path, error))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from library.config.errors import UserError, listed
-from library.data.buckets import BucketAssignment, covering_size
+from library.data.buckets import BucketAssignment, MaskSource, covering_size
 from library.data.captions import CaptionPair
 from library.data.image_keys import is_file, is_found_by_name
 from library.data.image_sizes import ImageSizes
@@ -30,6 +30,7 @@ class FoundImage(NamedTuple):
     loss_weight: float
     size: Size | None = None
     own_key: str | None = None
+    mask: MaskSource | None = None
 
     def assignment(self, size: Size) -> BucketAssignment:
         """Return the bucket of the image, which has that size: the one the metadata names, else that of the rule."""

@@ -36,18 +36,9 @@ DECODING_SECONDS = 120.0
 
 # What decoders raise for a damaged file, beside the errors that get a separate message.
 _DECODING_ERRORS = (
-    OSError,
+    *(OSError, SyntaxError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError),
+    *(EOFError, struct.error, zlib.error),
     RuntimeError,  # RecursionError too
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    AssertionError,
-    EOFError,
-    struct.error,
-    zlib.error,
 )
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -71,7 +62,7 @@ class UnusableImage(UserError):
 
 
 class CroppedImage(NamedTuple):
-    """An image at the size of its bucket: uint8 (H, W, 3), and its opacity (H, W) if it has any."""
+    """An image at the size of its bucket: uint8 (H, W, 3), a mask (H, W); and its opacity (H, W) if it has any."""
 
     pixels: np.ndarray
     alpha: np.ndarray | None
@@ -84,15 +75,16 @@ def load_cropped(
     *,
     corner: tuple[int, int] | None = None,
     interpolation: str | None = None,
+    is_mask: bool = False,
 ) -> CroppedImage:
     """Return the image resized and cropped as by `resize_and_crop`; of large images, one at a time is in memory.
 
-    Whatever goes wrong with it, lack of memory included, raises `UnusableImage`.
+    Of a mask it is the first channel, transparent parts black. Whatever goes wrong raises `UnusableImage`.
     """
     with _opened(path) as opened, _one_large_image if opened.num_pixels > LARGE_PIXELS else nullcontext():
-        rgb, alpha = _rgb_and_alpha(path, opened)
+        image, alpha = (_first_channel(path, opened), None) if is_mask else _rgb_and_alpha(path, opened)
         fitted = partial(resize_and_crop, resized=resized, bucket=bucket, corner=corner, interpolation=interpolation)
-        return CroppedImage(fitted(rgb), None if alpha is None else fitted(alpha))
+        return CroppedImage(fitted(image), None if alpha is None else fitted(alpha))
 
 
 def load_rgb(path: Path) -> Image.Image:
@@ -109,6 +101,18 @@ def load_rgb_and_alpha(path: Path) -> tuple[Image.Image, Image.Image | None]:
     """
     with _opened(path) as opened:
         return _rgb_and_alpha(path, opened)
+
+
+def load_mask(path: Path) -> Image.Image:
+    """Return the first channel of a mask (mode L), upright; transparent parts are black. Raises `UnusableImage`."""
+    with _opened(path) as opened:
+        return _first_channel(path, opened)
+
+
+def has_alpha(path: Path) -> bool:
+    """Return whether the file has an alpha channel, without decoding its pixels; raises `UnusableImage`."""
+    with _opened(path) as opened:
+        return bool(opened.image.has_transparency_data)
 
 
 def read_size(path: Path) -> Size:
@@ -238,7 +242,11 @@ def _formats() -> tuple[str, ...]:
     return readable_formats()
 
 
-def _rgb_and_alpha(path: Path, opened: _Opened) -> tuple[Image.Image, Image.Image | None]:
+def _first_channel(path: Path, opened: _Opened) -> Image.Image:
+    return _rgb_and_alpha(path, opened, background="black")[0].getchannel("R")
+
+
+def _rgb_and_alpha(path: Path, opened: _Opened, background: str = "white") -> tuple[Image.Image, Image.Image | None]:
     image = opened.image
     image.load()
     turn = _TURNS.get(_orientation(opened) or 1)
@@ -250,7 +258,7 @@ def _rgb_and_alpha(path: Path, opened: _Opened) -> tuple[Image.Image, Image.Imag
     # Premultiplied grey has no way to RGBA but by way of plain grey with alpha.
     rgba = (upright.convert("LA") if upright.mode == "La" else upright).convert("RGBA")
     alpha = rgba.getchannel("A")
-    rgb = Image.new("RGB", rgba.size, "white")
+    rgb = Image.new("RGB", rgba.size, background)
     rgb.paste(rgba, mask=alpha)
     return rgb, alpha
 

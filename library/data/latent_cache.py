@@ -1,50 +1,29 @@
 """The `.npz` of latents beside each image: the format of the 2023 trainer, and what it was made from."""
 
 import logging
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from library.config.atomic_files import replacing
 from library.config.digests import digest, file_digest
 from library.config.errors import UserError
-from library.data.buckets import covering_size
+from library.data.buckets import ALPHA, MaskSource, covering_size
 from library.data.crops import Crop, crop_to_train
-from library.sdxl.sizes import LATENT_CHANNELS, MAX_SIDE, PIXELS_PER_LATENT, Size
+from library.data.latent_arrays import (
+    READING_ERRORS,
+    checked_latents,
+    checked_mask,
+    checked_size,
+    known_arrays,
+    warn_of_strangers,
+)
+from library.sdxl.sizes import LATENT_CHANNELS, PIXELS_PER_LATENT, Size
 
 log = logging.getLogger(__name__)
 
 _BYTES_AROUND = 3000  # names, sizes, digests
-_SMALL = 10_000
-_LARGEST_LATENTS = LATENT_CHANNELS * (MAX_SIDE // PIXELS_PER_LATENT) ** 2 * 8 + _SMALL
-_LARGEST_MEMBERS = {
-    "latents": _LARGEST_LATENTS,
-    "latents_flipped": _LARGEST_LATENTS,
-    "alpha_mask": MAX_SIDE**2 * 8 + _SMALL,
-    **dict.fromkeys(("original_size", "crop_ltrb", "resized_size"), _SMALL),
-    **dict.fromkeys(("image_blake2b", "vae_blake2b", "resize_interpolation"), _SMALL),
-}
-"""The arrays of a cache file, and the bytes that each may have."""
-_LARGE_STRANGER = 100_000_000
-
-# What NumPy and zipfile raise for damaged files, depending on the byte that is damaged.
-_READING_ERRORS = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    OverflowError,
-    MemoryError,
-    EOFError,
-    AttributeError,
-    RuntimeError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
 
 
 @dataclass(frozen=True)
@@ -52,12 +31,12 @@ class CacheDemands:
     """What a cache file must agree with to be used, besides its image and its bucket.
 
     `legacy_crop` None accepts either kind of crop. `only_ours` refuses the files of other programs, which do not say
-    what they were made from. Without `check_image` the image is not read.
+    what they were made from. Without `check_image` neither the image nor the file of its mask is read.
     """
 
     vae_digest: str
     flip: bool = False
-    alpha_mask: bool = False
+    mask: MaskSource | None = None
     legacy_crop: bool | None = None
     only_ours: bool = False
     check_image: bool = True
@@ -68,9 +47,10 @@ class CacheDemands:
 class CachedLatents:
     """The content of a cache file; arrays are float32.
 
-    `latents` and `latents_flipped` are (4, h, w), not yet scaled, `alpha_mask` is (H, W) from 0 to 1. `crop_ltrb` is in
-    pixels of the resized image. Only this project writes the last four: `resized_size`, absent if the crop is the
-    legacy one, the digests of the image file and of the VAE, and the interpolation if it was not the usual one.
+    `latents` and `latents_flipped` are (4, h, w), not yet scaled, `alpha_mask` is (h, w) from 0 to 1 and weighs the
+    loss. `crop_ltrb` is in pixels of the resized image. Only this project writes the last five: `resized_size`, absent
+    if the crop is the legacy one, the digests of the image file, of the VAE and of the file of the mask (None if it is
+    the alpha channel), and the interpolation if it was not the usual one.
     """
 
     latents: np.ndarray
@@ -82,6 +62,7 @@ class CachedLatents:
     image_digest: str | None = None
     vae_digest: str | None = None
     resize_interpolation: str | None = None
+    mask_digest: str | None = None
 
     @property
     def bucket(self) -> Size:
@@ -133,17 +114,29 @@ class CachedLatents:
             f"{demands.resize_interpolation or 'the usual one'} (--resize_interpolation)": self.is_ours
             and self.resize_interpolation != demands.resize_interpolation,
             "it lacks the flipped latents (--flip_aug)": demands.flip and self.latents_flipped is None,
-            "it lacks the alpha mask (--alpha_mask)": demands.alpha_mask and self.alpha_mask is None,
             "it has the other kind of crop (--legacy_crop_coords)": demands.legacy_crop
             not in (None, self.resized_size is None),
         }
-        return [reason for reason, holds in found.items() if holds]
+        return [reason for reason, holds in found.items() if holds] + self._reasons_of_mask(demands)
+
+    def _reasons_of_mask(self, demands: CacheDemands) -> list[str]:
+        """Return why the mask is not the one that is demanded."""
+        if demands.mask is None:
+            return []
+        if self.alpha_mask is None:
+            return [f"it lacks the mask ({'--alpha_mask' if demands.mask == ALPHA else '--conditioning_data_dir'})"]
+        if demands.mask == ALPHA:
+            return [] if self.mask_digest is None else ["its mask is that of a file, not its alpha channel"]
+        if self.mask_digest is None:
+            return [f"its mask is its alpha channel, not '{demands.mask}'"]
+        changed = demands.check_image and file_digest(demands.mask) != self.mask_digest
+        return [f"the mask '{demands.mask}' has changed"] if changed else []
 
 
-def cache_bytes(bucket: Size, *, flip: bool = False, alpha_mask: bool = False) -> int:
+def cache_bytes(bucket: Size, *, flip: bool = False, masked: bool = False) -> int:
     """Return the size in bytes of the cache file of an image in `bucket`, within a few thousand bytes."""
-    num_pixels = bucket.width * bucket.height
-    num_numbers = LATENT_CHANNELS * num_pixels // PIXELS_PER_LATENT**2 * (1 + flip) + num_pixels * alpha_mask
+    num_cells = bucket.area // PIXELS_PER_LATENT**2
+    num_numbers = num_cells * (LATENT_CHANNELS * (1 + flip) + masked)
     return num_numbers * np.dtype(np.float32).itemsize + _BYTES_AROUND
 
 
@@ -163,6 +156,8 @@ def write_cache(path: Path, cached: CachedLatents) -> None:
         arrays["latents_flipped"] = cached.latents_flipped.astype(np.float32)
     if cached.alpha_mask is not None:
         arrays["alpha_mask"] = cached.alpha_mask.astype(np.float32)
+    if cached.mask_digest is not None:
+        arrays["mask_blake2b"] = np.array(cached.mask_digest)
     if cached.resized_size is not None:
         arrays["resized_size"] = np.array(cached.resized_size, dtype=np.int64)
     if cached.image_digest is not None:
@@ -184,9 +179,20 @@ def read_cache(path: Path, *, warns: bool = False) -> CachedLatents:
     try:
         with np.load(path, allow_pickle=False) as file:
             if warns:
-                _warn_of_strangers(path, file)
-            return _from_arrays(_known_arrays(file))
-    except _READING_ERRORS as error:
+                warn_of_strangers(path, file)
+            return _from_arrays(known_arrays(file))
+    except READING_ERRORS as error:
+        raise UserError(
+            f"'{path}' is not a usable latent cache ({error}).", "Delete it and run prepare_buckets_latents.py again."
+        ) from error
+
+
+def cache_holds_mask(path: Path) -> bool:
+    """Return whether a cache file has a mask; reads its table alone. Raise `UserError` as `read_cache`."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return "alpha_mask" in file.files
+    except READING_ERRORS as error:
         raise UserError(
             f"'{path}' is not a usable latent cache ({error}).", "Delete it and run prepare_buckets_latents.py again."
         ) from error
@@ -203,7 +209,7 @@ def bucket_of_cache(path: Path) -> Size:
             shape, _, _ = read_header(member)
             _, height, width = shape
             return Size(width * PIXELS_PER_LATENT, height * PIXELS_PER_LATENT)
-    except _READING_ERRORS as error:
+    except READING_ERRORS as error:
         raise UserError(
             f"'{path}' is not a usable latent cache ({error}).", "Delete it and run prepare_buckets_latents.py again."
         ) from error
@@ -227,30 +233,12 @@ def read_fitting_cache(path: Path, image: Path | None, bucket: Size | None, dema
     return cached
 
 
-def _known_arrays(file: Any) -> dict[str, np.ndarray]:
-    """Return the arrays of a cache file that are read, each of a size that it can have."""
-    arrays = {}
-    for name in _LARGEST_MEMBERS.keys() & set(file.files):
-        num_bytes = file.zip.getinfo(f"{name}.npy").file_size  # what it says before it is unpacked
-        if num_bytes > _LARGEST_MEMBERS[name]:
-            raise ValueError(f"{name} would take {num_bytes} bytes")
-        arrays[name] = file[name]
-    return arrays
-
-
-def _warn_of_strangers(path: Path, file: Any) -> None:
-    sizes = {info.filename.removesuffix(".npy"): info.file_size for info in file.zip.infolist()}
-    for name in sizes.keys() - _LARGEST_MEMBERS.keys():
-        if sizes[name] > _LARGE_STRANGER:
-            log.warning("'%s' holds '%s' of %d MB, which is not read.", path, name, sizes[name] // 10**6)
-
-
 def _from_arrays(arrays: dict[str, np.ndarray]) -> CachedLatents:
     missing = {"latents", "original_size", "crop_ltrb"} - arrays.keys()
     if missing:
         raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-    latents = _checked_latents(arrays["latents"])
-    flipped = _checked_latents(arrays["latents_flipped"]) if "latents_flipped" in arrays else None
+    latents = checked_latents(arrays["latents"])
+    flipped = checked_latents(arrays["latents_flipped"]) if "latents_flipped" in arrays else None
     if flipped is not None and flipped.shape != latents.shape:
         raise ValueError(f"latents_flipped is {flipped.shape}, latents {latents.shape}")
     left, top, right, bottom = (float(value) for value in arrays["crop_ltrb"])
@@ -259,37 +247,13 @@ def _from_arrays(arrays: dict[str, np.ndarray]) -> CachedLatents:
     resized = arrays.get("resized_size")
     return CachedLatents(
         latents=latents,
-        original_size=_size(arrays["original_size"]),
+        original_size=checked_size(arrays["original_size"]),
         crop_ltrb=(left, top, right, bottom),
         latents_flipped=flipped,
-        alpha_mask=_checked_mask(arrays["alpha_mask"]) if "alpha_mask" in arrays else None,
-        resized_size=None if resized is None else _size(resized),
+        alpha_mask=checked_mask(arrays["alpha_mask"], latents.shape) if "alpha_mask" in arrays else None,
+        resized_size=None if resized is None else checked_size(resized),
         image_digest=str(arrays["image_blake2b"]) if "image_blake2b" in arrays else None,
         vae_digest=str(arrays["vae_blake2b"]) if "vae_blake2b" in arrays else None,
         resize_interpolation=str(arrays["resize_interpolation"]) if "resize_interpolation" in arrays else None,
+        mask_digest=str(arrays["mask_blake2b"]) if "mask_blake2b" in arrays else None,
     )
-
-
-def _checked_latents(latents: np.ndarray) -> np.ndarray:
-    if latents.ndim != 3 or latents.shape[0] != LATENT_CHANNELS or latents.size == 0 or latents.dtype.kind != "f":
-        raise ValueError(f"latents are {latents.dtype} {latents.shape}, expected float32 (4, h, w)")
-    if not np.isfinite(latents).all():
-        raise ValueError("latents hold NaN or Inf")
-    with np.errstate(over="ignore"):
-        narrowed = latents.astype(np.float32, copy=False)
-    if not np.isfinite(narrowed).all():
-        raise ValueError("latents hold numbers that float32 cannot")
-    return narrowed
-
-
-def _checked_mask(mask: np.ndarray) -> np.ndarray:
-    if mask.ndim != 2 or mask.dtype.kind != "f" or not np.isfinite(mask).all():
-        raise ValueError(f"alpha_mask is {mask.dtype} {mask.shape}, expected numbers of float32 (H, W)")
-    return mask
-
-
-def _size(values: np.ndarray) -> Size:
-    width, height = (int(value) for value in values)
-    if min(width, height) < 1:
-        raise ValueError(f"{width}x{height} is no size")
-    return Size(width, height)

@@ -83,7 +83,7 @@ def _still_fitting(
         demands = CacheDemands(
             vae_digest=digest,
             flip=encoding.flip,
-            alpha_mask=encoding.alpha_mask,
+            mask=image.mask,
             legacy_crop=encoding.legacy_crop,
             only_ours=True,
             resize_interpolation=image.resize_interpolation,

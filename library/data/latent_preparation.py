@@ -21,8 +21,8 @@ from library.config.errors import UserError
 from library.data.buckets import BucketedImage
 from library.data.crops import crop_to_record
 from library.data.found_images import error_of_images
-from library.data.images import load_cropped
 from library.data.latent_cache import CachedLatents, cache_bytes, cache_path, write_cache
+from library.data.masks import black_mask, load_masked, mask_digest
 from library.data.prefetch import prefetch
 from library.data.training_set import TrainingImage
 from library.data.training_set_options import TrainingSetOptions
@@ -43,7 +43,6 @@ class Encoding:
 
     batch_size: int = 1
     flip: bool = False
-    alpha_mask: bool = False
     legacy_crop: bool = False
     num_threads: int | None = None
 
@@ -57,10 +56,17 @@ class Outcome(NamedTuple):
     redone_in_float32: bool = False
 
 
+class _Encoded(NamedTuple):
+    latents: Path | CachedLatents
+    content_digest: str
+    mask_digest: str | None
+
+
 class _Loaded(NamedTuple):
     pixels: np.ndarray  # uint8 (H, W, 3)
-    alpha: np.ndarray | None  # uint8 (H, W)
+    mask: np.ndarray | None  # float32 (h, w)
     digest: str
+    mask_digest: str | None
 
 
 def pixels_to_tensor(pixels: np.ndarray) -> torch.Tensor:
@@ -71,7 +77,7 @@ def pixels_to_tensor(pixels: np.ndarray) -> torch.Tensor:
 def require_disk_for_latents(folder: Path, images: Iterable[BucketedImage], encoding: Encoding) -> None:
     """Raise `UserError` unless the disk of `folder` has room for the latents of `images`."""
     sizes = [
-        cache_bytes(image.assignment.bucket, flip=encoding.flip, alpha_mask=encoding.alpha_mask) for image in images
+        cache_bytes(image.assignment.bucket, flip=encoding.flip, masked=image.mask is not None) for image in images
     ]
     require_disk_space(folder, sum(sizes), f"to write latents of {len(sizes)} images")
 
@@ -85,8 +91,9 @@ def encode_missing(
     `UserError` naming the images that cannot be encoded.
     """
     lacking = [image for image in images if not image.has_latents and not image.subset.augmentation.changes_pixels]
-    sources = list(dict.fromkeys(image.source for image in lacking if image.source is not None))
-    subset_of = {image.source: image.subset for image in lacking}
+    source_of = _sources_of(lacking, on_disk=options.cache_latents_to_disk)
+    sources = list(dict.fromkeys(source_of.values()))
+    subset_of = {source_of[image.source]: image.subset for image in lacking if image.source is not None}
     flip = any(image.subset.augmentation.flip_aug for image in lacking)
     encoding = Encoding(options.vae_batch_size, flip=flip, legacy_crop=options.legacy_crop_coords)
     if options.cache_latents_to_disk:
@@ -94,7 +101,7 @@ def encode_missing(
             of_folder = [source for source in sources if subset_of[source].image_dir == folder]
             require_disk_for_latents(folder, of_folder, encoding)
     outcomes = encode_images(sources, vae, encoding, vae_digest=digest or vae_digest(vae))
-    encoded: dict[BucketedImage, tuple[Path | CachedLatents, str]] = {}
+    encoded: dict[BucketedImage, _Encoded] = {}
     errors: list[UserError] = []
     for outcome in tqdm(outcomes, "encoding latents", len(sources), unit="image", disable=None if sources else True):
         if outcome.error is not None:
@@ -108,19 +115,44 @@ def encode_missing(
             names_bucket = subset_of[outcome.image].names_bucket
             latents = cache_path(outcome.image.path, outcome.image.assignment.bucket if names_bucket else None)
             write_cache(latents, outcome.cached)
-        encoded[outcome.image] = latents, outcome.cached.content_digest
+        encoded[outcome.image] = _Encoded(latents, outcome.cached.content_digest, outcome.cached.mask_digest)
     if errors:
         raise error_of_images(errors)
-    return [_with_latents(image, encoded) for image in images]
+    return [_with_latents(image, source_of, encoded) for image in images]
+
+
+def _sources_of(images: Iterable[TrainingImage], *, on_disk: bool) -> dict[BucketedImage, BucketedImage]:
+    """Return what each source is encoded as: on disk, sources that differ in their mask alone share a file.
+
+    The one with the mask serves both. Raise `UserError` for two masks.
+    """
+    sources = [image.source for image in images if image.source is not None]
+    joined: dict[BucketedImage, BucketedImage] = {}
+    for source in sources if on_disk else []:
+        plain = source._replace(mask=None)
+        joined[plain] = joined_masks(joined.get(plain, source), source)
+    return {source: joined.get(source._replace(mask=None), source) for source in sources}
+
+
+def joined_masks(first: BucketedImage, second: BucketedImage) -> BucketedImage:
+    """Return the image with the mask of either. Raise `UserError` for two masks."""
+    if None not in (first.mask, second.mask) and first.mask != second.mask:
+        raise UserError(
+            f"'{first.path}' has two masks, '{first.mask}' and '{second.mask}', and one file for its latents.",
+            "Let the subsets agree in alpha_mask and conditioning_data_dir, or copy the folder.",
+        )
+    return first if second.mask is None else second
 
 
 def _with_latents(
-    image: TrainingImage, encoded: Mapping[BucketedImage, tuple[Path | CachedLatents, str]]
+    image: TrainingImage,
+    source_of: Mapping[BucketedImage, BucketedImage],
+    encoded: Mapping[BucketedImage, _Encoded],
 ) -> TrainingImage:
     if image.source is None or image.has_latents or image.subset.augmentation.changes_pixels:
         return image
-    latents, content_digest = encoded[image.source]
-    return replace(image, latents=latents, content_digest=content_digest)
+    latents, content_digest, mask_digest = encoded[source_of[image.source]]
+    return replace(image, latents=latents, content_digest=content_digest, mask_digest=mask_digest)
 
 
 def encode_images(
@@ -167,9 +199,10 @@ def _loaded_ahead(
 
 
 def _load(image: BucketedImage) -> _Loaded:
-    bucket, resized, _ = image.assignment
-    cropped = load_cropped(image.path, resized, bucket, interpolation=image.resize_interpolation)
-    return _Loaded(cropped.pixels, cropped.alpha, file_digest(image.path))
+    pixels, mask = load_masked(image, image.assignment.resized)
+    if image.mask is not None and mask is not None and not mask.any():
+        raise black_mask(image.mask, image.path)
+    return _Loaded(pixels, mask, file_digest(image.path), mask_digest(image.mask))
 
 
 def _encode_batch(
@@ -202,11 +235,12 @@ def _encode_batch(
             original_size=image.size,
             crop_ltrb=crop_to_record(bucket, resized, image.size, legacy=encoding.legacy_crop),
             latents_flipped=None if flipped is None else flipped.latents[index].cpu().numpy(),
-            alpha_mask=_mask(loaded) if encoding.alpha_mask else None,
+            alpha_mask=loaded.mask,
             resized_size=None if encoding.legacy_crop else resized,
             image_digest=loaded.digest,
             vae_digest=vae_digest,
             resize_interpolation=image.resize_interpolation,
+            mask_digest=loaded.mask_digest,
         )
         yield Outcome(image, cached, redone_in_float32=any(index in each.redone for each in encoded))
 
@@ -222,13 +256,6 @@ def _explained_out_of_memory(bucket: Size) -> Iterator[None]:
             "Close what else uses the GPU, or prepare smaller images with prepare_buckets_latents.py, which also takes "
             "--mixed_precision=bf16 and, to keep the latents written so far, --skip_existing.",
         ) from error
-
-
-def _mask(loaded: _Loaded) -> np.ndarray:
-    """Return opacity 0-1 (H, W); an image without alpha is opaque."""
-    if loaded.alpha is None:
-        return np.ones(loaded.pixels.shape[:2], dtype=np.float32)
-    return loaded.alpha.astype(np.float32) / 255.0
 
 
 def _not_finite(path: Path) -> UserError:

@@ -26,6 +26,7 @@ class Subset:
     `prior_loss_weight` as well. With `names_bucket` a cache is named with its bucket, with `cache_info` the sizes of
     images are remembered on disk. `key_prefix` tells the images of one subset from those of others.
     `validation_split` is the fraction of its images that is held out, as `validation_seed` decides.
+    With a `mask_dir` the masks of the images are files there, else with `alpha_mask` their alpha channels.
     A subset that `is_of_file` is described by a data set file or the name of its folder, not by flags alone.
     """
 
@@ -40,6 +41,8 @@ class Subset:
     extension_g: str = CAPTION_EXTENSIONS["g"]
     one_caption: bool = False
     augmentation: Augmentation = field(default_factory=Augmentation)
+    alpha_mask: bool = False
+    mask_dir: Path | None = None
     loss_weight: float = 1.0
     is_reg: bool = False
     class_tokens: str | None = None
@@ -56,6 +59,11 @@ class Subset:
     def source(self) -> Path | None:
         """What lists the images: a metadata file or the path of a class, None where the folder is read."""
         return self.metadata_file if self.dataset_class is None else Path(self.dataset_class)
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether images have masks."""
+        return self.alpha_mask or self.mask_dir is not None
 
     @property
     def reads_folder(self) -> bool:

@@ -12,7 +12,7 @@ from library.config.digests import digest, file_digest
 from library.config.errors import UserError, error_of_errors
 from library.config.magnitudes import MOST_VISITS
 from library.data.augmentation import require_faces
-from library.data.buckets import BucketedImage
+from library.data.buckets import BucketedImage, MaskSource
 from library.data.captions import CaptionPair
 from library.data.crops import LEGACY_CROP_NOTICE, Crop, crop_to_train
 from library.data.folder_images import find_images_of_folder, in_bucket, with_distinct_keys
@@ -20,6 +20,8 @@ from library.data.found_images import FoundImage, error_of_images
 from library.data.image_keys import is_file
 from library.data.images import read_size
 from library.data.latent_cache import CacheDemands, CachedLatents, read_cache, read_fitting_cache
+from library.data.mask_files import require_usable_masks, with_masks
+from library.data.masks import black_mask, mask_digest
 from library.data.metadata_images import find_images_of_metadata
 from library.data.subsets import Subset
 from library.sdxl.sizes import Size
@@ -41,8 +43,8 @@ class Kind(NamedTuple):
 class TrainingImage:
     """One image of the training set; `size` is its own, `bucket` the size it is trained at.
 
-    `latents` are in memory or in the cache file that is named, and `content_digest` tells what they were made from.
-    Without latents, `source` is encoded in each step.
+    `latents` are in memory or in the cache file that is named, `content_digest` and `mask_digest` (None for an alpha
+    channel) tell what they and their mask were made from. Without latents, `source` is encoded in each step.
     """
 
     key: str
@@ -55,6 +57,8 @@ class TrainingImage:
     content_digest: str | None = None
     source: BucketedImage | None = None
     loss_weight: float = 1.0
+    mask: MaskSource | None = None
+    mask_digest: str | None = None
 
     @property
     def has_latents(self) -> bool:
@@ -78,12 +82,17 @@ class TrainingImage:
                 f"'{self.latents}' was replaced while training: it holds latents {other}.",
                 "Start again, or restore the latents and continue from a saved state.",
             )
+        if self.mask is not None and (cached.alpha_mask is None or cached.mask_digest != self.mask_digest):
+            raise UserError(
+                f"'{self.latents}' was replaced while training: it holds no mask, or another one.",
+                "Start again, or restore the latents and continue from a saved state.",
+            )
         return cached
 
     def fingerprint(self) -> str:
-        """Return a digest of captions, bucket, the image, whether its latents are cached and what it is for.
+        """Return a digest of captions, bucket, the image and its mask, whether latents are cached and what it is for.
 
-        The image file is read unless the latents are cached. Raise `UserError` if it cannot be read.
+        The files of image and mask are read unless the latents are cached. Raise `UserError` if one cannot be read.
         """
         if self.source is not None and not self.has_latents:
             content, kind = file_digest(self.source.path), "pixels"
@@ -91,10 +100,14 @@ class TrainingImage:
             assert self.content_digest is not None
             content, kind = self.content_digest, "latents"
         captions = ("\n".join(variants) for variants in self.captions)
-        parts = (*captions, str(self.bucket), kind, content, *["regularization"] * self.subset.is_reg)
+        mask = [] if self.mask is None else ["mask", self._mask_digest() or "alpha"]
+        parts = (*captions, str(self.bucket), kind, content, *["regularization"] * self.subset.is_reg, *mask)
         encoded = [part.encode("utf-8", errors="surrogatepass") for part in parts]
         with_lengths = (half for part in encoded for half in (len(part).to_bytes(8, "little"), part))
         return digest(with_lengths, _FINGERPRINT_BYTES).hex()
+
+    def _mask_digest(self) -> str | None:
+        return self.mask_digest if self.has_latents else mask_digest(self.mask)
 
 
 def find_training_images(subsets: Sequence[Subset]) -> list[FoundImage]:
@@ -110,12 +123,13 @@ def find_training_images(subsets: Sequence[Subset]) -> list[FoundImage]:
         try:
             images = find_images_of_folder(subset) if subset.reads_folder else find_images_of_metadata(subset, is_alone)
             _require_countable(len(images), subset)
-            found += images
+            found += with_masks(images, subset)
         except UserError as error:
             errors.append(error)
     if errors:
         raise error_of_errors("subsets cannot be trained", errors)
     _require_others_than_regularization(found, subsets)
+    require_usable_masks(found)
     return with_distinct_keys(found)
 
 
@@ -163,7 +177,7 @@ def read_training_set(
             placed = in_bucket(each)
             cached = None
             if not each.subset.augmentation.changes_pixels:
-                cached = _read_if_fitting(placed, cache_demands(each.subset, vae_digest, check_image=check_images))
+                cached = _read_if_fitting(placed, cache_demands(each, vae_digest, check_image=check_images))
             if cached is None:
                 images.append(_from_file(each, legacy=legacy_crop))
             else:
@@ -180,13 +194,14 @@ def read_training_set(
     return images
 
 
-def cache_demands(subset: Subset, vae_digest: str, *, check_image: bool = True) -> CacheDemands:
-    """Return what the caches of a subset must agree with to be used."""
+def cache_demands(image: FoundImage, vae_digest: str, *, check_image: bool = True) -> CacheDemands:
+    """Return what the cache of an image must agree with to be used."""
     return CacheDemands(
         vae_digest,
-        flip=subset.augmentation.flip_aug,
+        flip=image.subset.augmentation.flip_aug,
+        mask=image.mask,
         check_image=check_image,
-        resize_interpolation=subset.augmentation.resize_interpolation,
+        resize_interpolation=image.subset.augmentation.resize_interpolation,
     )
 
 
@@ -209,6 +224,8 @@ def _read_if_fitting(found: FoundImage, demands: CacheDemands) -> CachedLatents 
 
 
 def _from_cache(found: FoundImage, cached: CachedLatents, *, legacy: bool) -> TrainingImage:
+    if found.mask is not None and cached.alpha_mask is not None and not cached.alpha_mask.any():
+        raise black_mask(found.mask, found.file or found.cache)
     return TrainingImage(
         key=found.key,
         captions=found.captions,
@@ -219,6 +236,8 @@ def _from_cache(found: FoundImage, cached: CachedLatents, *, legacy: bool) -> Tr
         crop=cached.crop(legacy=legacy),
         latents=found.cache,
         content_digest=cached.content_digest,
+        mask=found.mask,
+        mask_digest=cached.mask_digest,
     )
 
 
@@ -236,5 +255,6 @@ def _from_file(found: FoundImage, *, legacy: bool) -> TrainingImage:
         size=size,
         bucket=bucket,
         crop=crop_to_train(bucket, resized, size, legacy=legacy),
-        source=BucketedImage(found.file, size, assignment, found.subset.augmentation.resize_interpolation),
+        source=BucketedImage(found.file, size, assignment, found.subset.augmentation.resize_interpolation, found.mask),
+        mask=found.mask,
     )

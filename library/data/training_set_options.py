@@ -73,6 +73,21 @@ class TrainingSetOptions:
         "random between least and most times as large as the face: 2.0,4.0. Its latents cannot be cached.",
     )
     resize_interpolation: str | None = option(None, RESIZE_INTERPOLATION_HELP, choices=RESIZE_INTERPOLATIONS)
+    masked_loss: bool = option(
+        False,
+        "Weigh the loss of each part of an image by its mask: black parts are not trained, white ones count in full. "
+        "The masks are those of --conditioning_data_dir, or the transparency of the images with --alpha_mask.",
+    )
+    alpha_mask: bool = option(
+        False,
+        "Weigh the loss of each part of an image by its opacity: transparent parts are not trained. Implies "
+        "--masked_loss. Images with a file in --conditioning_data_dir have that as their mask.",
+    )
+    conditioning_data_dir: Path | None = option(
+        None,
+        "Folder of the masks for --masked_loss: for each image one of the same name and size. The first channel "
+        "counts.",
+    )
     cache_info: bool = option(
         False,
         "Write the sizes of images into their folders (image_sizes.json), so that the next start opens only new and "
@@ -170,13 +185,23 @@ class TrainingSetOptions:
         assert self.dataset_config is not None
         if not self.dataset_config.is_file():
             yield f"--dataset_config: there is no file '{self.dataset_config}'; check the path."
-        for name in ("train_data_dir", "in_json", "reg_data_dir", "dataset_class"):
+        for name in ("train_data_dir", "in_json", "reg_data_dir", "dataset_class", "conditioning_data_dir"):
             if getattr(self, name) is not None:
                 yield f"--{name} and --dataset_config exclude each other: the file names all folders. Keep one of them."
         if self.update_captions:
             yield "--update_captions needs --in_json: --dataset_config reads captions at each start; leave it off."
 
     def _source_problems(self) -> Iterator[str]:
+        masks = self.conditioning_data_dir
+        if masks is not None and not masks.is_dir():
+            yield f"--conditioning_data_dir: there is no folder '{masks}'; name the folder of the masks."
+        if masks is not None and not self.masked_loss:
+            yield "--conditioning_data_dir has no effect without --masked_loss; add it."
+        if self.masked_loss and masks is None and not self.alpha_mask:
+            yield (
+                "--masked_loss has no masks: name their folder with --conditioning_data_dir, or use the transparency "
+                "of the images with --alpha_mask."
+            )
         if self.prior_loss_weight != 1 and self.reg_data_dir is None and not (self.in_json or self.dataset_class):
             yield (
                 "--prior_loss_weight needs regularization images: --reg_data_dir, or metadata or --dataset_config "

@@ -73,9 +73,15 @@ class Objective:
             losses = losses * self._weights(noisy.timesteps)
         return losses if self._learnt is None else self._learnt.weighed(losses, noisy.timesteps)
 
-    def plain_losses(self, predicted: torch.Tensor, latents: torch.Tensor, noisy: NoisyLatents) -> torch.Tensor:
+    def plain_losses(
+        self,
+        predicted: torch.Tensor,
+        latents: torch.Tensor,
+        noisy: NoisyLatents,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Return the mean squared error of each sample, float32 [B], whatever the options do to the trained loss."""
-        return per_sample_loss(predicted, self.target(latents, noisy))
+        return per_sample_loss(predicted, self.target(latents, noisy), mask)
 
 
 _NO_TIMESTEPS = torch.empty(0)

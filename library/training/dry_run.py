@@ -103,7 +103,10 @@ class _Preview:
         """Return the totals, in one pass over the images."""
         options = self._options.training_set
         without = [image for image in self._images if not image.has_latents]
-        bytes_of_latents = sum(cache_bytes(image.bucket, flip=image.subset.augmentation.flip_aug) for image in without)
+        bytes_of_latents = sum(
+            cache_bytes(image.bucket, flip=image.subset.augmentation.flip_aug, masked=image.mask is not None)
+            for image in without
+        )
         source = Path(str(self._options.model.pretrained_model_name_or_path))
         return SetFacts(
             num_images=len(self._images),
@@ -197,7 +200,7 @@ class _Preview:
         if image.subset.augmentation.changes_pixels:
             return "have no use: pixels change at every visit"
         try:
-            read_fitting_cache(found.cache, found.file, found.bucket, cache_demands(found.subset, self._vae_digest))
+            read_fitting_cache(found.cache, found.file, found.bucket, cache_demands(found, self._vae_digest))
         except UserError as error:
             return f"are stale: {error.problem}"
         return "fit"

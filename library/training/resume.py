@@ -18,7 +18,7 @@ _DECIDE_THE_COURSE = frozenset(
     {
         *("train_batch_size", "gradient_accumulation_steps", "num_processes", "dataset_repeats", "flip_aug", "seed"),
         *("pretrained_model_name_or_path", "vae", "train_text_encoder", "optimizer_type"),
-        *("color_aug", "random_crop", "face_crop_aug_range", "resize_interpolation"),
+        *("color_aug", "random_crop", "face_crop_aug_range", "resize_interpolation", "masked_loss", "alpha_mask"),
         *("stop_training_te1", "stop_training_te2"),
         *("v_parameterization", "flow_matching", "noise_prediction", "zero_terminal_snr"),
         *("loss_weighting", "edm2_channels"),

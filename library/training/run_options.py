@@ -12,7 +12,7 @@ from library.config.options import ConfigFileOptions, option, problems_of
 from library.data.buckets import BucketOptions, BucketRule, parse_resolution
 from library.data.caption_draws import Encoder
 from library.data.caption_options import CaptionOptions
-from library.data.dataset_config import read_dataset_config
+from library.data.dataset_config import read_dataset_config, require_masks
 from library.data.flag_subsets import subsets_of_flags
 from library.data.loader_options import LoaderOptions
 from library.data.subsets import Subset
@@ -198,7 +198,7 @@ class TrainingOptions:
         """Return what is trained on. Raise `UserError` for files and data sets that cannot work."""
         if self.training_set.dataset_config is not None:
             options = self.training_set, self.loader, self.captions, self.buckets, self.validation
-            return read_dataset_config(self.training_set.dataset_config, *options)
+            return require_masks(self.training_set, read_dataset_config(self.training_set.dataset_config, *options))
         flags = self.training_set, self.loader, self.captions, self.bucket_rule
         split, seed = self.validation.validation_split, self.validation.validation_seed
         return [replace(each, validation_split=split, validation_seed=seed) for each in subsets_of_flags(*flags)]

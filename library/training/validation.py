@@ -196,7 +196,7 @@ class Validation:
             noisy = self._objective.noised(latents, to_device(noise, device).to(latents.dtype), timesteps)
             for condition, text in texts.items():
                 predicted = self._learner.predict(noisy, text, sizes)
-                found[condition].append(self._objective.plain_losses(predicted, latents, noisy))
+                found[condition].append(self._objective.plain_losses(predicted, latents, noisy, batch.masks))
                 bar.update()
         return {
             condition: self._where_possible(condition, micro_batch.indices, torch.stack(losses, dim=1))

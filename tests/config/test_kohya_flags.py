@@ -83,7 +83,10 @@ SCRIPTS = [
         "prepare_buckets_latents",
         PREPARE_REPLACED,
         PREPARE_REFUSED,
-        {"--alpha_mask", "--legacy_crop_coords", "--remove_missing", "--resize_interpolation"},
+        {
+            *("--alpha_mask", "--conditioning_data_dir", "--legacy_crop_coords", "--remove_missing"),
+            "--resize_interpolation",
+        },
     ),
     (
         "finetune.sdxl_merge_captions_g_to_metadata",

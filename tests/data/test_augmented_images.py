@@ -43,7 +43,7 @@ def visits(count):
 
 
 def test_without_augmentation_a_visit_shows_the_centre(source):
-    pixels, crop = load_augmented(source, Augmentation(), DRAW)
+    pixels, crop, _ = load_augmented(source, Augmentation(), DRAW)
     np.testing.assert_array_equal(pixels, resize_and_crop(load_rgb(source.path), RESIZED, BUCKET))
     assert (pixels.dtype, crop) == (np.uint8, Crop(8, 4, 9))
 
@@ -55,7 +55,7 @@ def test_the_crop_is_where_the_pixels_are_cut_from_the_resized_image(source, int
     flipped = whole[:, ::-1]
     seen = set()
     for visit in visits(30):
-        pixels, (left, top, left_flipped) = load_augmented(source, Augmentation(random_crop=True), visit)
+        pixels, (left, top, left_flipped), _ = load_augmented(source, Augmentation(random_crop=True), visit)
         np.testing.assert_array_equal(pixels, whole[top : top + 40, left : left + 80])
         np.testing.assert_array_equal(pixels[:, ::-1], flipped[top : top + 40, left_flipped : left_flipped + 80])
         seen.add((left, top))
@@ -65,7 +65,7 @@ def test_the_crop_is_where_the_pixels_are_cut_from_the_resized_image(source, int
 def test_a_crop_around_a_face_shows_the_face_and_says_where(face_source):
     image = load_rgb(face_source.path)
     for visit in visits(20):
-        pixels, crop = load_augmented(face_source, Augmentation(face_crop_aug_range=(1.5, 3.0)), visit)
+        pixels, crop, _ = load_augmented(face_source, Augmentation(face_crop_aug_range=(1.5, 3.0)), visit)
         width = int(crop.left + BUCKET.width + crop.left_flipped)
         resized = Size(width, int(SIZE.height * width / SIZE.width + 0.5))
         whole = resize_and_crop(image, resized, resized)
@@ -77,7 +77,7 @@ def test_a_crop_around_a_face_shows_the_face_and_says_where(face_source):
 def test_a_visit_is_the_same_whatever_was_loaded_before(face_source):
     alone = load_augmented(face_source, ALL, DRAW._replace(epoch=3))
     for visit in visits(3):
-        pixels, crop = load_augmented(face_source, ALL, visit)
+        pixels, crop, _ = load_augmented(face_source, ALL, visit)
     np.testing.assert_array_equal(pixels, alone[0])
     assert crop == alone[1]
 

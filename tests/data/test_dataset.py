@@ -102,7 +102,7 @@ def test_what_varies_in_a_picture_is_drawn_for_its_visit_alone(tmp_path):
     for number, index in enumerate((0, 1, 0)):
         image = images[index]
         draw = CaptionDraw(5, 3, image.key, occurrences[number])
-        pixels, crop = load_augmented(image.source, image.subset.augmentation, draw)
+        pixels, crop, _ = load_augmented(image.source, image.subset.augmentation, draw)
         expected = pixels[:, ::-1] if flips[number] else pixels
         np.testing.assert_array_equal(((batch.pixels[number] + 1) * 127.5).round().permute(1, 2, 0), expected)
         left = crop.left_flipped if flips[number] else crop.left

@@ -10,7 +10,7 @@ from PIL import Image
 from library.config.errors import UserError
 from library.data.buckets import BucketOptions
 from library.data.caption_options import CaptionOptions
-from library.data.dataset_config import read_dataset_config
+from library.data.dataset_config import read_dataset_config, require_masks
 from library.data.loader_options import LoaderOptions
 from library.data.regularization import balanced_repeats, repeats_of
 from library.data.subsets import Subset, described_subsets
@@ -20,9 +20,6 @@ from library.sdxl.sizes import Size
 
 CASES = json.loads((Path(__file__).parents[1] / "golden" / "dataset_config.json").read_text(encoding="utf-8"))["cases"]
 NOT_OFFERED = {  # the key that this program refuses, or what is missing, in files that the reference reads
-    "pictures_settings": "alpha_mask is not offered",
-    "finetuning_captions": "alpha_mask is not offered",
-    "alpha_masks_with_masked_loss": "alpha_mask is not offered",
     "general_only": r"there are no \[\[datasets\]\]",
 }
 READ_HERE = {"mixed_subsets"}  # refused there; metadata and caption files may be mixed here
@@ -80,6 +77,7 @@ def test_every_value_is_that_of_the_reference(case: dict[str, Any], in_folder: P
             assert subset.num_repeats == expected["num_repeats"]
             assert subset.is_reg == expected.get("is_reg", False)
             assert subset.class_tokens == expected.get("class_tokens")
+            assert subset.alpha_mask == expected.get("alpha_mask", False)
             augmentation = subset.augmentation
             for key in ("flip_aug", "color_aug", "random_crop", "resize_interpolation"):
                 assert getattr(augmentation, key) == expected[key]
@@ -138,6 +136,7 @@ def toml(subset: str = "", dataset: str = "", general: str = "") -> str:
         (toml('[[datasets.subsets]]\nimage_dir = "a"'), "names '.*' 2 times"),
         (toml('[[datasets.subsets]]\nimage_dir = "b"'), "there is no folder 'b'"),
         (toml("is_reg = true"), "regularization images only"),
+        (toml('conditioning_data_dir = "a"'), "conditioning_data_dir has no effect without --masked_loss"),
         ("[[datasets]]\nresolution = 64\n", "has no ..datasets.subsets.."),
         ("[general\n", "cannot be read"),
     ],
@@ -262,3 +261,16 @@ def test_regularization_images_are_balanced_and_weighted(in_folder: Path):
     found = find_training_images(read(text, in_folder, prior_loss_weight=0.25))
     assert repeats_of(found) == [3, 3, 6]
     assert [image.loss_weight for image in found] == [1.0, 1.0, 0.25]
+
+
+def test_masks_are_those_of_the_subset_and_the_flag_is_the_default(in_folder: Path):
+    for name in ("a", "b", "m"):
+        (in_folder / name).mkdir()
+    text = toml('conditioning_data_dir = "m"\n[[datasets.subsets]]\nimage_dir = "b"\nalpha_mask = false')
+    subsets = read(text, in_folder, masked_loss=True, alpha_mask=True)
+    assert [(subset.alpha_mask, subset.mask_dir) for subset in subsets] == [(True, Path("m")), (False, None)]
+    with pytest.raises(UserError, match="there is no folder 'gone'"):
+        read(toml('conditioning_data_dir = "gone"'), in_folder, masked_loss=True)
+    options = TrainingSetOptions(dataset_config=in_folder / "sets.toml", masked_loss=True)
+    with pytest.raises(UserError, match=r"--masked_loss: no subset of '.*sets.toml' has masks"):
+        require_masks(options, read(toml(), in_folder, masked_loss=True))

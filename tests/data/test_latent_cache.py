@@ -9,7 +9,7 @@ import pytest
 
 from library.config.digests import file_digest
 from library.config.errors import UserError
-from library.data.buckets import covering_size
+from library.data.buckets import ALPHA, covering_size
 from library.data.cache_files import require_separate_caches
 from library.data.crops import crop_to_record, crop_to_train
 from library.data.latent_cache import (
@@ -29,6 +29,11 @@ GOLDEN_FILES = [
 # A picture neither square nor symmetric, whose crop takes an odd number of columns off the width.
 SIZE, BUCKET, RESIZED = Size(451, 300), Size(256, 192), Size(289, 192)
 DEMANDS = CacheDemands(vae_digest="vae")
+OPAQUE = np.ones((24, 32), dtype=np.float32)
+
+
+def opacity(height, width):
+    return np.random.default_rng(5).random((height, width)).astype(np.float32)
 
 
 def noise(*shape):
@@ -74,7 +79,10 @@ def reasons(cached, **demands):
 
 def test_everything_comes_back_as_it_was_written(tmp_path):
     written = ours(
-        latents_flipped=noise(4, 24, 32)[::-1], alpha_mask=noise(192, 256) ** 2, resize_interpolation="bicubic"
+        latents_flipped=noise(4, 24, 32)[::-1],
+        alpha_mask=opacity(24, 32),
+        mask_digest="mask",
+        resize_interpolation="bicubic",
     )
     write_cache(tmp_path / "my ü.npz", written)
     read = read_cache(tmp_path / "my ü.npz")
@@ -174,8 +182,8 @@ def test_the_crop_of_a_file_of_the_seed_is_corrected_unless_the_legacy_one_is_as
 
 
 def test_a_file_that_agrees_in_everything_is_not_stale():
-    everything = ours(latents_flipped=noise(4, 24, 32), alpha_mask=noise(192, 256))
-    assert reasons(everything, flip=True, alpha_mask=True, legacy_crop=False, only_ours=True) == []
+    everything = ours(latents_flipped=noise(4, 24, 32), alpha_mask=opacity(24, 32))
+    assert reasons(everything, flip=True, mask=ALPHA, legacy_crop=False, only_ours=True) == []
     assert reasons(ours(resized_size=None), legacy_crop=True) == []
 
 
@@ -186,7 +194,14 @@ def test_a_file_that_agrees_in_everything_is_not_stale():
         ({"vae_digest": "other"}, {}, "it was made with another VAE"),
         ({"latents": noise(4, 24, 40)}, {}, "it is for 320x192, not 256x192"),
         ({}, {"flip": True}, "it lacks the flipped latents (--flip_aug)"),
-        ({}, {"alpha_mask": True}, "it lacks the alpha mask (--alpha_mask)"),
+        ({}, {"mask": ALPHA}, "it lacks the mask (--alpha_mask)"),
+        ({}, {"mask": Path("a.png")}, "it lacks the mask (--conditioning_data_dir)"),
+        ({"alpha_mask": OPAQUE}, {"mask": Path("a.png")}, "its mask is its alpha channel, not 'a.png'"),
+        (
+            {"alpha_mask": OPAQUE, "mask_digest": "mask"},
+            {"mask": ALPHA},
+            "its mask is that of a file, not its alpha channel",
+        ),
         ({}, {"legacy_crop": True}, "it has the other kind of crop (--legacy_crop_coords)"),
         ({"resized_size": None}, {"legacy_crop": False}, "it has the other kind of crop (--legacy_crop_coords)"),
         (

@@ -7,7 +7,7 @@ from PIL import Image
 
 from library.config.digests import file_digest
 from library.config.errors import UserError
-from library.data.buckets import BucketAssignment, BucketedImage, covering_size
+from library.data.buckets import ALPHA, BucketAssignment, BucketedImage, covering_size
 from library.data.images import load_rgb
 from library.data.latent_preparation import Encoding, encode_images, pixels_to_tensor
 from library.data.resizing import resize_and_crop
@@ -117,9 +117,11 @@ def test_the_mask_is_the_opacity_of_the_cropped_picture_and_ones_without_alpha(t
     alpha.paste(255, (0, 0, 50, 48))
     see_through = picture(tmp_path, "alpha.png", Size(100, 48), alpha=alpha)
     opaque = picture(tmp_path, "plain.png")
-    masks = [outcome.cached.alpha_mask for outcome in outcomes_of([see_through, opaque], vae, alpha_mask=True)]
-    assert [(mask.shape, mask.dtype.name) for mask in masks] == [((48, 80), "float32")] * 2
-    np.testing.assert_array_equal(masks[0], np.repeat(np.float32([[1, 51 / 255]]), 40, axis=1).repeat(48, axis=0))
+    masked = [image._replace(mask=ALPHA) for image in (see_through, opaque)]
+    masks = [outcome.cached.alpha_mask for outcome in outcomes_of(masked, vae)]
+    assert [(mask.shape, mask.dtype.name) for mask in masks] == [((6, 10), "float32")] * 2
+    expected = np.repeat(np.float32([[1, 51 / 255]]), 5, axis=1).repeat(6, axis=0)
+    np.testing.assert_allclose(masks[0], expected, rtol=1e-6)  # a mean of 64 equal numbers, each sum rounded
     np.testing.assert_array_equal(masks[1], 1)
 
 

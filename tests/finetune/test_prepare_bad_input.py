@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from finetune import prepare_buckets_latents
@@ -149,3 +150,33 @@ def test_bad_numbers_of_batch_and_threads_are_named():
     assert [problem.split(" is ")[0] for problem in problems] == ["--batch_size", "--max_data_loader_n_workers"]
     no_threads = prepare_buckets_latents.LatentOptions(max_data_loader_n_workers=0)
     assert problems_of(no_threads) == []
+
+
+def test_a_mask_that_cannot_be_used_is_listed(folder, capsys):
+    (folder.root / "masks").mkdir()
+    for name, size in (("a", (100, 60)), ("b", (60, 100)), ("c", (100, 60))):
+        folder.add(f"{name}.png")
+        Image.new("L", size, 0 if name == "c" else 255).save(folder.root / f"masks/{name}.png")
+    folder.captions_for("a", "b", "c")
+    flag = f"--conditioning_data_dir={folder.root / 'masks'}"
+    assert folder.prepare(flag) == 1
+    told = capsys.readouterr().out
+    assert "2 images could not be used:" in told
+    assert "the mask is 60x100, its image 100x60" in told
+    assert "c.png' is black wherever it would be trained" in told
+    assert folder.cached("a").alpha_mask.min() == 1
+    (folder.root / "masks/b.png").unlink()
+    assert folder.prepare(flag) == 2
+    assert "1 images of '" in (told := capsys.readouterr().err) and "have no mask in" in told
+
+
+def test_masks_that_have_changed_are_written_again(folder):
+    (folder.root / "masks").mkdir()
+    folder.add("a.png")
+    Image.new("L", (100, 60), 255).save(folder.root / "masks/a.png")
+    flags = (f"--conditioning_data_dir={folder.root / 'masks'}", "--skip_existing")
+    folder.prepare_all(*flags)
+    before = folder.cached("a")
+    Image.new("L", (100, 60), 51).save(folder.root / "masks/a.png")
+    folder.prepare_all(*flags)
+    assert (before.alpha_mask[0, 0], round(float(folder.cached("a").alpha_mask[0, 0]), 6)) == (1, 0.2)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import sdxl_train
 from library.training.learner import StepReport
@@ -46,12 +47,16 @@ def trainer(tiny_sdxl: Path, prepared_set: PreparedSet, tmp_path: Path):
     """`trainer("name", *flags)` trains in a folder of that name; sample pictures of 64x64 in one step."""
     prompts = tmp_path / "prompt.txt"
     prompts.write_text("a dog --e photo --w 64 --h 64 --s 1", encoding="utf-8")
+    (tmp_path / "masks").mkdir()
+    for path in prepared_set.images.glob("*.jpg"):  # opaque from the left to the right
+        Image.linear_gradient("L").rotate(90).resize(Image.open(path).size).save(tmp_path / f"masks/{path.stem}.png")
 
     def make(name: str, *flags: str) -> Trainer:
         argv = [
             *base_flags(tiny_sdxl, prepared_set.latents_json, prepared_set.images, tmp_path / name / "output"),
             f"--sample_prompts={prompts}",
-            *("--output_name=m", "--resolution=128,128", "--seed=7", "--enable_bucket", *BUCKET_FLAGS, *flags),
+            *("--output_name=m", "--resolution=128,128", "--seed=7", "--enable_bucket", *BUCKET_FLAGS),
+            *(flag.format(folder=tmp_path) for flag in flags),
         ]
         return Trainer(argv, tmp_path / name)
 
@@ -81,6 +86,7 @@ WAYS = {
         *("--cache_latents", "--flip_aug", "--gradient_accumulation_steps=2", "--max_train_steps=4"),
         *("--learning_rate=1e-3", "--lr_scheduler=cosine", "--lr_warmup_steps=2", "--sample_every_n_steps=2"),
         *("--save_every_n_steps=3", "--save_last_n_steps=9", "--ema", "--ema_every=2"),
+        *("--masked_loss", "--conditioning_data_dir={folder}/masks"),
     ),
     "bfloat16, Adafactor, text encoders": (
         *("--mixed_precision=bf16", "--full_bf16", "--train_text_encoder", "--max_train_steps=4"),
