@@ -10,9 +10,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-# Read by torch when it is imported: large tensors in huge pages, or the kernel spends longer handing out the memory of
-# 3.5 billion weights than the disk spends reading them.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+from library.config.environment import torch_environment
+
+os.environ.update(torch_environment())  # read by torch when it is imported
 
 from library.config.errors import UserError, exits_on_user_error
 from library.config.kohya_spellings import GENERATE_SPELLINGS

@@ -11,9 +11,9 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-# Read by torch when it is imported: large tensors in huge pages, or the kernel spends longer handing out the memory of
-# 3.5 billion weights than the disk spends reading them.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+from library.config.environment import torch_environment
+
+os.environ.update(torch_environment())  # read by torch when it is imported
 
 from library.config.errors import exits_on_user_error
 from library.config.kohya_spellings import TRAINER_SPELLINGS

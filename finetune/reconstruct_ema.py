@@ -9,8 +9,9 @@ from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere, find library/
 
-# Read by torch when it is imported: large tensors in huge pages.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+from library.config.environment import torch_environment
+
+os.environ.update(torch_environment())  # read by torch when it is imported
 
 from library.config.errors import UserError, exits_on_user_error
 from library.config.magnitudes import MOST_STEPS

@@ -97,7 +97,8 @@ class Adafactor(Optimizer):
         state = self.state[parameter]
         state["step"] = state.get("step", 0) + 1
         shape = _rows_first(parameter.shape)
-        weights = parameter.data.view(shape)
+        held = parameter.data.contiguous()  # itself, unless its memory format is another one
+        weights = held.view(shape)
         factors = _update_mean_squares(state, gradient, group)
         gradient = gradient.reshape(shape)
         scale, rate = None, group["lr"]
@@ -121,6 +122,8 @@ class Adafactor(Optimizer):
             beta1=group["beta1"] or 0.0,
             **self._rounding_of(parameter, state, shape),
         )
+        if held.data_ptr() != parameter.data_ptr():
+            parameter.data.copy_(held)
 
     def _rounding_of(self, parameter: Parameter, state: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
         """Return the seed of stochastic rounding and the residual of compensated rounding, None if not used."""
@@ -130,7 +133,7 @@ class Adafactor(Optimizer):
             seed = self.rounder.seed(parameter)
         if kind == KAHAN:
             if RESIDUAL not in state:
-                state[RESIDUAL] = torch.zeros_like(parameter)
+                state[RESIDUAL] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
             residual = state[RESIDUAL].view(shape)
         return {"seed": seed, "residual": residual}
 

@@ -1,12 +1,15 @@
 """Functions of tensors as one compiled kernel, where a compiler is installed and the tensor is large enough."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, wraps
 from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+from library.optim.kernel_cache import with_whole_kernels
 
 log = logging.getLogger(__name__)
 
@@ -15,6 +18,8 @@ _WORTH_COMPILING = 2**17
 
 MAX_KERNELS = 48
 """How often one function may be compiled, for other ranks, precisions or sizes; the default of torch is 8."""
+
+_compiles_nothing = False
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -31,17 +36,28 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
     @cache
     def kernel() -> Callable[P, R]:
         allow_kernels()
-        return torch.compile(function, dynamic=True)
+        return with_whole_kernels(torch.compile(function, dynamic=True))
 
     @wraps(function)
     def chosen(*args: P.args, **kwargs: P.kwargs) -> R:
         first = args[0]
         assert isinstance(first, Tensor)
         is_worth_it = first.is_cuda or first.numel() >= _WORTH_COMPILING
-        compiles = is_worth_it and _can_compile(first.device.type)
+        compiles = is_worth_it and not _compiles_nothing and _can_compile(first.device.type)
         return (kernel() if compiles else function)(*args, **kwargs)
 
     return chosen
+
+
+@contextmanager
+def without_compiling() -> Iterator[None]:
+    """Within the block the plain functions run: a try on a few numbers is not worth the seconds of compiling."""
+    global _compiles_nothing
+    before, _compiles_nothing = _compiles_nothing, True
+    try:
+        yield
+    finally:
+        _compiles_nothing = before
 
 
 def allow_kernels() -> None:
@@ -53,7 +69,7 @@ def allow_kernels() -> None:
 def why_not_compiled(device_type: str, backend: str = "inductor") -> str | None:
     """Return the reason, from torch, why `torch.compile` does not work on this kind of device, or None; tried once."""
     try:
-        torch.compile(torch.neg, backend=backend)(torch.ones(64, device=device_type))
+        with_whole_kernels(torch.compile(torch.neg, backend=backend))(torch.ones(64, device=device_type))
     except (torch._dynamo.exc.BackendCompilerFailed, RuntimeError) as error:
         return str(error).strip().partition("\n")[0]
     return None

@@ -10,6 +10,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from library.config.errors import UserError
+from library.optim.kernels import without_compiling
 from library.optim.options import NEAREST, OptimizerOptions
 from library.optim.rounding import Rounder
 from library.optim.stepping import Stepper
@@ -46,7 +47,8 @@ def state_beside(
     """
     parameter = _probe(shape, dtype, device)
     optimizer = make([{"name": "probe", "params": [parameter], "lr": 1e-3}])
-    optimizer.step()
+    with without_compiling():
+        optimizer.step()
     return {key: value for key, value in optimizer.state[parameter].items() if isinstance(value, Tensor)}
 
 
@@ -97,7 +99,8 @@ def _after_a_few_steps(make: MakeOptimizer, device: torch.device, elements_per_c
     for step in range(1, 13):  # one that finds a rate has found another one by then
         for scale, parameter in enumerate(parameters, start=1):
             parameter.grad = torch.full_like(parameter, 0.1 * step * scale)
-        stepper.step(step)
+        with without_compiling():
+            stepper.step(step)
     [group] = optimizer.param_groups
     return [*parameters, *(value for name, value in sorted(group.items()) if name != "params")]
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from library.samples.prompts import SamplePrompt
 from library.samples.schedulers import make_sampling_scheduler
 from library.sdxl.architecture import LATENT_SCALE
+from library.sdxl.device_copies import to_device
 from library.sdxl.latents import decode_latents
 from library.sdxl.prediction import SDXL_PREDICTION, Prediction
 from library.sdxl.text_encoding import UNWEIGHTED, TextConditioning, TextWeights, encode_captions
@@ -29,7 +31,8 @@ class SamplingNetworks:
 
     With `zeros_l` or `zeros_g` an empty negative prompt is zero features of that encoder (for G also a zero pooled
     vector), as dropped captions are in training. The others may be elsewhere: they are called only within
-    `at_hand(network, ...)`, which holds them on the U-Net's device.
+    `at_hand(network, ...)`, which holds them on the U-Net's device. `kept_texts`, where the encoders are frozen, keeps
+    what they have said, in host memory: a prompt is then encoded once.
     """
 
     unet: UNet2DConditionModel
@@ -40,6 +43,7 @@ class SamplingNetworks:
     zeros_l: bool = False
     zeros_g: bool = False
     prediction: Prediction = SDXL_PREDICTION
+    kept_texts: dict[Any, tuple[TextConditioning, TextConditioning]] | None = None
 
 
 @torch.no_grad()
@@ -66,8 +70,7 @@ def draw_latents_together(
         (prompt.num_inference_steps, prompt.guidance_scale, prompt.guidance_rescale) for prompt in prompts
     }
     assert not others
-    with networks.at_hand(networks.text_encoder_l, networks.text_encoder_g):
-        wanted, unwanted = _encode_prompts(networks, prompts, min_chunks)
+    wanted, unwanted = _conditioning(networks, prompts, min_chunks)
     pipeline = StableDiffusionXLPipeline(
         vae=None,  # only decodes, and may be elsewhere
         text_encoder=None,
@@ -119,6 +122,26 @@ def picture_of_latents(networks: SamplingNetworks, latents: torch.Tensor) -> Ima
         return None
     scaled = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
     return Image.fromarray(np.ascontiguousarray(scaled.permute(1, 2, 0).numpy()))
+
+
+def _conditioning(
+    networks: SamplingNetworks, prompts: Sequence[SamplePrompt], min_chunks: int
+) -> tuple[TextConditioning, TextConditioning]:
+    """Return the conditioning of prompts and negative prompts, encoded now or, by frozen encoders, before."""
+    texts = tuple((each.prompt_l, each.prompt_g, each.negative_l, each.negative_g) for each in prompts)
+    kept = {} if networks.kept_texts is None else networks.kept_texts
+    key = min_chunks, texts
+    if key not in kept:
+        with networks.at_hand(networks.text_encoder_l, networks.text_encoder_g):
+            encoded = _encode_prompts(networks, prompts, min_chunks)
+        if networks.kept_texts is None:
+            return encoded
+        wanted, unwanted = (TextConditioning(*(tensor.cpu() for tensor in each)) for each in encoded)
+        kept[key] = wanted, unwanted
+    wanted, unwanted = (
+        TextConditioning(*(to_device(tensor, networks.unet.device) for tensor in each)) for each in kept[key]
+    )
+    return wanted, unwanted
 
 
 def _encode_prompts(

@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from library.config.digests import digest
+from library.sdxl.device_memory import bytes_to_decode, bytes_to_encode, free_bytes
 from library.sdxl.sizes import PIXELS_PER_LATENT
 from library.sdxl.tensor_file import raw_bytes
 
@@ -34,10 +35,14 @@ def encode_pixels(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
 
     The mean of the posterior: kohya's trainers draw from it, but its deviation is far below what the U-Net can tell
     apart, and the mean makes cached and uncached training the same. A GPU without memory for a batch gets images
-    one by one from then on.
+    one by one.
     """
     pixels = pixels.to(vae.device, vae.dtype)
     together = len(pixels) > 1 and not vae.use_slicing
+    if together and not _fits(pixels.device, bytes_to_encode(vae, len(pixels) * pixels[0, 0].numel())):
+        log.info("the GPU has no memory left for a batch of %d images: they are encoded one by one", len(pixels))
+        vae.enable_slicing()
+        together = False
     encoded = _unless_out_of_memory(lambda: vae.encode(pixels)) if together else None
     if encoded is None:
         if together:
@@ -68,9 +73,12 @@ def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     Where the device has no memory for that, in tiles that overlap, which differ a little in brightness.
     """
     latents = latents.to(vae.device, vae.dtype)
-    decoded = _unless_out_of_memory(lambda: vae.decode(latents))
+    num_pixels = len(latents) * latents[0, 0].numel() * PIXELS_PER_LATENT**2
+    decoded = None
+    if _fits(vae.device, bytes_to_decode(vae, num_pixels)):
+        decoded = _unless_out_of_memory(lambda: vae.decode(latents))
     if decoded is None:
-        log.warning("out of memory to decode an image at once: it is decoded in tiles")
+        log.warning("the GPU has no memory to decode an image at once: it is decoded in tiles")
         with _tiles(vae):
             decoded = vae.decode(latents)
     return decoded.sample.float()
@@ -85,6 +93,11 @@ def vae_digest(vae: AutoencoderKL) -> str:
     weights = sorted(vae.state_dict().items())
     named = ((name.encode(), raw_bytes(tensor.to("cpu", torch.bfloat16))) for name, tensor in weights)
     return digest(part for pair in named for part in pair).hex()
+
+
+def _fits(device: torch.device, num_bytes: int) -> bool:
+    free = free_bytes(device)
+    return free is None or num_bytes <= free
 
 
 def _unless_out_of_memory(compute: Callable[[], Result]) -> Result | None:

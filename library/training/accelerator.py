@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast
 
 from library.config.digests import digest
 from library.config.magnitudes import DDP_TIMEOUT
@@ -23,13 +23,17 @@ def make_accelerator(
     """Return accelerate's object for this process; `patience` is how long it waits for the others in a step.
 
     Gradient accumulation is not left to it: it would divide by a fixed number of batches, and the last step of an epoch
-    may have fewer, of other sizes (see `EpochOrder`).
+    may have fewer, of other sizes (see `EpochOrder`). Gradients lie in the buffers of their exchange, not beside them:
+    4.8 GiB less for the U-Net in bfloat16.
     """
     return Accelerator(
         mixed_precision=precision.mixed_precision,
         log_with=trackers or None,
         project_dir=log_folder,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=patience),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        ],
     )
 
 

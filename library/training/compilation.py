@@ -10,6 +10,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from library.config.errors import UserError
+from library.optim.kernel_cache import with_whole_kernels
 from library.optim.kernels import MAX_KERNELS, allow_kernels, why_not_compiled
 from library.training.run_options import CompileOptions
 
@@ -49,7 +50,7 @@ class _Region:
     def __init__(self, kind: type[nn.Module], backend: str):
         self._kind = kind
         # A whole graph: otherwise torch would leave out, in silence, what it cannot compile.
-        self._compiled = torch.compile(kind.forward, backend=backend, fullgraph=True)
+        self._compiled = with_whole_kernels(torch.compile(kind.forward, backend=backend, fullgraph=True))
         self._left_alone: set[tuple[int, torch.Size]] = set()
 
     def forward(self, module: nn.Module, hidden: torch.Tensor, *arguments: Any, **named: Any) -> Any:

@@ -182,6 +182,7 @@ def make_sampling(
         zeros_l=captions.rules_l.dropped_caption == ZEROS,
         zeros_g=captions.rules_g.dropped_caption == ZEROS,
         prediction=model.prediction,
+        kept_texts=None if options.trained_encoders else {},
     )
     run = SampledRun(
         options.output_dir,

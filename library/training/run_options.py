@@ -92,6 +92,11 @@ class RunOptions:
         least=0,
         most=MOST_MINUTES,
     )
+    deterministic: bool = option(
+        False,
+        "Use only kernels that return the same bits in each run: slower on a GPU, where attention's backward pass "
+        "differs in last bits otherwise. A CPU is deterministic without it.",
+    )
     sdpa: bool = option(True, "Use torch's scaled_dot_product_attention, which is always on.", choices=(True,))
 
     def problems(self) -> Iterator[str]:

@@ -26,6 +26,7 @@ from library.sdxl.latents import vae_digest
 from library.sdxl.model_source import load_model
 from library.training.accelerator import make_accelerator_of
 from library.training.averages import make_averages
+from library.training.backends import choose_backends
 from library.training.checkpoints import Checkpoints
 from library.training.compilation import compile_regions
 from library.training.distribution import any_process, wait_for_main
@@ -150,6 +151,7 @@ def _set_up(
     damaged: Sequence[Path],
 ) -> Run:
     accelerator = make_accelerator_of(options)
+    choose_backends(options.precision, accelerator.device, deterministic=options.run.deterministic)
     state, progress = starting_point(options, subsets, accelerator, damaged)
     uploads = make_uploads(options.hub, accelerator, stop)
     model, digest = _load_model(options)

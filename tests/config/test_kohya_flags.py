@@ -50,6 +50,7 @@ SCRIPTS = [
             "--timestep_sampling",
             "--flow_matching",
             "--noise_prediction",
+            "--deterministic",
             "--dropped_caption",
             "--dry_run",
             "--dry_run_report",

@@ -114,6 +114,22 @@ def test_compensated_bfloat16_follows_float32(shape):
     torch.testing.assert_close(ours.float() + state["rounding_residual"], exact.detach(), rtol=20 * 2**-17, atol=2e-6)
 
 
+@pytest.mark.parametrize("rounding", [STOCHASTIC, KAHAN])
+def test_weights_in_another_memory_format_move_to_the_same_bits(rounding):
+    shape = (6, 5, 3, 3)
+    usual, other = (Parameter(draw(shape, 0, torch.bfloat16)) for _ in range(2))
+    other.data = other.data.to(memory_format=torch.channels_last)
+    for parameter in (usual, other):
+        optimizer = Adafactor([parameter], **AT_A_GIVEN_RATE, scale_parameter=False)
+        optimizer.rounder = Rounder(rounding, [parameter], seed=3)
+        for step in range(1, 4):
+            optimizer.rounder.start(step)
+            parameter.grad = torch.empty_like(parameter).copy_(draw(shape, step, torch.bfloat16))
+            optimizer.step()
+    assert other.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(usual, other)
+
+
 def test_a_warm_up_of_relative_steps_needs_them():
     with pytest.raises(ValueError, match="relative_step"):
         Adafactor([Parameter(torch.zeros(2))], lr=1e-3, relative_step=False, warmup_init=True)

@@ -198,3 +198,20 @@ def test_encoders_and_vae_are_used_only_while_they_are_at_hand(tiny_networks: Sa
     assert picture is not None
     assert there == []
     assert picture.tobytes() == draw_picture(tiny_networks, PROMPT, sampler="euler", seed=SEED, **SIZE).tobytes()
+
+
+# -- what is kept -----------------------------------------------------------------------------------------------------
+
+
+def test_frozen_encoders_encode_a_prompt_once(tiny_networks: SamplingNetworks):
+    networks, calls = replace(tiny_networks, kept_texts={}), []
+    hook = networks.text_encoder_g.register_forward_hook(lambda *_: calls.append("G"))
+    another = replace(PROMPT, prompt_l="another")
+    try:
+        first, again, other = (drawn(networks, prompt, "ddim") for prompt in (PROMPT, PROMPT, another))
+    finally:
+        hook.remove()
+    assert calls == ["G", "G"]
+    assert torch.equal(first, again)
+    assert torch.equal(first, drawn(tiny_networks, PROMPT, "ddim"))
+    assert torch.equal(other, drawn(tiny_networks, another, "ddim"))

@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 
+from library.sdxl import latents
 from library.sdxl.checkpoint_file import read_vae
-from library.sdxl.latents import decode_latents, encode_pixels, encode_pixels_finite, vae_digest
+from library.sdxl.latents import TILE, decode_latents, encode_pixels, encode_pixels_finite, vae_digest
 
 OVERFLOWING = 3e4
 """What the first convolution is multiplied by: its weights still fit float16, its sums over a bright picture do not."""
@@ -52,28 +53,53 @@ def same_weights(vae, before):
 def test_latents_are_the_mode_of_diffusers_posterior_unscaled(vae, pixels):
     with torch.no_grad():
         expected = vae.encode(pixels).latent_dist.mode()
-    latents = encode_pixels(vae, pixels)
-    assert latents.shape == (3, 4, 8, 12)
-    assert torch.equal(latents, expected)
+    found = encode_pixels(vae, pixels)
+    assert found.shape == (3, 4, 8, 12)
+    assert torch.equal(found, expected)
 
 
 def test_decoding_gives_the_pixels_that_diffusers_decodes(vae, pixels):
-    latents = encode_pixels(vae, pixels)
-    decoded = decode_latents(vae, latents)
+    encoded = encode_pixels(vae, pixels)
+    decoded = decode_latents(vae, encoded)
     with torch.no_grad():
-        assert torch.equal(decoded, vae.decode(latents).sample)
+        assert torch.equal(decoded, vae.decode(encoded).sample)
     assert decoded.shape == pixels.shape
     assert not decoded.requires_grad
+
+
+def passes_of(module, compute) -> int:
+    """How often `compute()` runs the module."""
+    passes = []
+    hook = module.register_forward_hook(lambda *_: passes.append(1))
+    try:
+        compute()
+    finally:
+        hook.remove()
+    return len(passes)
+
+
+@pytest.mark.parametrize(("spare", "num_decoded", "num_encoded"), [(-1, 2, 3), (0, 1, 1)])
+def test_what_would_not_fit_a_gpu_is_divided_before_it_is_tried(vae, monkeypatch, spare, num_decoded, num_encoded):
+    width = vae.config.block_out_channels[0] / 128
+    cells = torch.zeros(1, 4, TILE // 2, TILE + TILE // 2)  # two tiles, as diffusers lets them overlap
+    peak = int(768 * width * 4 * cells[0, 0].numel() * 64)  # numbers a pixel, bytes
+    monkeypatch.setattr(latents, "free_bytes", lambda device: peak + spare)
+    assert passes_of(vae.decoder, lambda: decode_latents(vae, cells)) == num_decoded
+    pictures = torch.zeros(3, 3, 64, 64)
+    peak = int(640 * width * 4 * 3 * 64 * 64)
+    monkeypatch.setattr(latents, "free_bytes", lambda device: peak + spare)
+    own = copy.deepcopy(vae)
+    assert passes_of(own.encoder, lambda: encode_pixels(own, pictures)) == num_encoded
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_results_are_float32_whatever_the_vae_is_held_in(vae, pixels, dtype):
     narrow = copy.deepcopy(vae).to(dtype)
-    latents = encode_pixels(narrow, pixels)
-    assert latents.dtype == decode_latents(narrow, latents).dtype == torch.float32
+    found = encode_pixels(narrow, pixels)
+    assert found.dtype == decode_latents(narrow, found).dtype == torch.float32
     expected = encode_pixels(vae, pixels)
     # Each of some 30 layers rounds to 8 (bfloat16) or 11 (float16) bits.
-    assert (latents - expected).norm() / expected.norm() < (0.1 if dtype == torch.bfloat16 else 0.01)
+    assert (found - expected).norm() / expected.norm() < (0.1 if dtype == torch.bfloat16 else 0.01)
 
 
 def test_only_the_samples_that_overflow_are_encoded_again_in_float32(overflowing_vae, pixels):

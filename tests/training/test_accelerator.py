@@ -22,6 +22,10 @@ def test_it_computes_and_logs_as_the_options_say(tmp_path: Path, fresh_accelerat
     assert [str(name) for name in made.log_with] == ["tensorboard"]
 
 
+def test_gradients_lie_in_the_buffers_of_their_exchange(accelerator):
+    assert accelerator.ddp_handler.gradient_as_bucket_view
+
+
 def test_gradients_of_several_batches_add_up_undivided(accelerator):
     layer = torch.nn.Linear(2, 1, bias=False)
     network = accelerator.prepare(layer)

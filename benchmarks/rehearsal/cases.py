@@ -1,0 +1,47 @@
+"""What is rehearsed: every recipe of docs/performance.md, and what else changes the course of a step."""
+
+import re
+import shlex
+from pathlib import Path
+
+from benchmarks.rehearsal.rehearsed_run import Case
+from library.sdxl.sizes import Size
+
+RECIPES_PAGE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
+_RECIPE = re.compile(r"^### (\d+ GB[^\n(]*)[^\n]*\n+```\n(.*?)\n```", re.MULTILINE | re.DOTALL)
+_RATE_OF_RECIPE = "8 GB"
+
+
+def documented_recipes() -> dict[str, tuple[str, ...]]:
+    """Return the flags of each recipe of the page, by its heading."""
+    page = RECIPES_PAGE.read_text(encoding="utf-8")
+    return {heading.strip(): tuple(shlex.split(flags)) for heading, flags in _RECIPE.findall(page)}
+
+
+def cases() -> dict[str, Case]:
+    """Return every case by name: the recipes, and variations of the one for 8 GB."""
+    recipes = documented_recipes()
+    base = recipes[_RATE_OF_RECIPE]
+    fused = "--fused_backward_pass"
+    unfused = tuple(flag for flag in base if flag not in (fused, "--max_grad_norm=0"))
+    float32 = tuple(flag for flag in base if flag != "--full_bf16")
+    encoded = tuple(flag for flag in base if flag != "--cache_text_encoder_outputs")
+    varied = {
+        "no fused backward pass, clipping": unfused,
+        "fused, clipping": (*base, "--max_grad_norm=1"),
+        "kahan": (*base, "--bf16_rounding=kahan"),
+        "nearest": (*base, "--bf16_rounding=nearest"),
+        "float32 under autocast": float32,
+        "fp16": (*(each for each in float32 if each != fused), "--mixed_precision=fp16"),
+        "encoders trained": (*encoded, "--train_text_encoder"),
+        "warm-up and cosine": (*base, "--lr_scheduler=cosine", "--lr_warmup_steps=5"),
+        "convolutions kernel by kernel": tuple(each for each in base if not each.startswith("flatten")),
+        "samples": (*base, "--sample_at_first", "--sample_prompts={folder}/prompts.txt"),
+        "samples, float32 VAE": (*base, "--no_half_vae", "--sample_at_first", "--sample_prompts={folder}/prompts.txt"),
+        "AdamW8bit": (*base[: base.index("--optimizer_type=Adafactor")], "--optimizer_type=AdamW8bit"),
+        "AdamW": (*base[: base.index("--optimizer_type=Adafactor")], "--optimizer_type=AdamW"),
+    }
+    found = {name: Case(name, flags) for name, flags in (recipes | varied).items()}
+    mixed = (Size(1024, 1024), Size(832, 1216))
+    found["mixed buckets"] = Case("mixed buckets", (*base, "--enable_bucket"), buckets=mixed, num_steps=3)
+    return found

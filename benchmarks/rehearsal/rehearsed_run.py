@@ -1,0 +1,278 @@
+"""sdxl_train.py itself on a GPU that is not there: memory, launches, waits and copies of its last step.
+
+Nothing is computed. Its model has no numbers and is not saved; the tiny SDXL needs seconds, the full size a minute and
+a gigabyte. Counts of operations are the same in both.
+"""
+
+import json
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import sdxl_train  # isort: skip  # before torch, since it says how torch is to take its memory
+import torch
+from accelerate import Accelerator
+from accelerate.state import PartialState
+
+from benchmarks.rehearsal.books import Books
+from benchmarks.rehearsal.stand_in import CUDA, stand_in_gpu
+from benchmarks.synthetic_set import SyntheticSet
+from benchmarks.timed_run import ARCHITECTURES
+from library.diffusion.objective import Objective
+from library.optim import kernels
+from library.optim.stepping import Stepper
+from library.sdxl import text_encoding
+from library.sdxl.architecture import Architecture, SdxlModel, empty_model
+from library.sdxl.checkpoint_file import ModelDtypes
+from library.sdxl.sizes import Size
+from library.training import accelerator as accelerator_room
+from library.training import setup
+from library.training.checkpoints import Checkpoints
+from library.training.learner import Learner
+from library.training.sampling import Sampling
+from library.training.tracking import Tracker
+
+GIB = 2**30
+MODELS = {
+    **ARCHITECTURES,
+    "small": replace(
+        ARCHITECTURES["tiny"], unet=ARCHITECTURES["tiny"].unet | {"transformer_layers_per_block": [1, 1, 1]}
+    ),
+}
+"""The tiny SDXL has the skeleton of the full size, and its counts; the small one has fewer transformer blocks."""
+RUN_FLAGS = (
+    *("--output_name=rehearsal", "--max_data_loader_n_workers=0", "--seed=1", "--learning_rate=1e-5"),
+    *("--noise_offset=0.0357", "--adaptive_noise_scale=0.00357", "--save_model_as=safetensors"),
+)
+"""The flags of README's command that decide neither memory nor launches."""
+_LOOP, _SAMPLES = "loop", "samples"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is rehearsed: `flags` after `RUN_FLAGS`, on images of these sizes."""
+
+    name: str
+    flags: tuple[str, ...]
+    buckets: tuple[Size, ...] = (Size(1024, 1024),)
+    num_steps: int = 2
+
+
+def rehearse(case: Case, model_size: str) -> dict[str, Any]:
+    """Return the figures of a case, from a forked process; a "note" says why there are none."""
+    with tempfile.TemporaryDirectory(prefix="rehearsal_") as folder:
+        path = Path(folder) / "figures.json"
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pid = os.fork()
+        if pid == 0:
+            _write_figures(case, model_size, Path(folder), path)
+        _, status = os.waitpid(pid, 0)
+        if path.exists():
+            figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return figures
+        return {"note": f"exit status {os.waitstatus_to_exitcode(status)}"}
+
+
+def _write_figures(case: Case, model_size: str, folder: Path, path: Path) -> None:
+    """Write the figures of a case and end this process: the thread of a GPU that is not there cannot be joined."""
+    log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    try:
+        figures = _Rehearsal(case, MODELS[model_size], folder).figures()
+    except BaseException as error:  # noqa: BLE001 (its text is the row of the table)
+        traceback.print_exc()
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        figures = {"note": f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})"}
+    path.write_text(json.dumps(figures), encoding="utf-8")
+    os._exit(0)
+
+
+class _Rehearsal:
+    """One run of the trainer within a stand-in for a GPU."""
+
+    def __init__(self, case: Case, architecture: Architecture, folder: Path):
+        self._case = case
+        self._architecture = architecture
+        self._folder = folder
+        self._model: SdxlModel | None = None
+        self._learner: Learner | None = None
+        self._steps: list[dict[str, Any]] = []
+        self._samples: dict[str, Any] = {}
+        self._before_steps = 0
+
+    def figures(self) -> dict[str, Any]:
+        """Run the case and return what the books say of its last step, of its samples and of what came before."""
+        training_set = SyntheticSet(self._folder / "set", self._case.buckets)
+        training_set.folder.mkdir()
+        training_set.write()
+        (self._folder / "prompts.txt").write_text("a cat --e photographic --s 2\n", encoding="utf-8")
+        begun = time.process_time()
+        with ExitStack() as stack:
+            books = stack.enter_context(stand_in_gpu())
+            for target, name, value in self._replaced(books):
+                stack.enter_context(patch.object(target, name, value))
+            # Without the wrapper that turns a UserError into an exit status.
+            sdxl_train.main.__wrapped__(self._argv(training_set))  # type: ignore[attr-defined]
+        return {
+            **self._steps[-1],
+            "before_steps_peak_gib": round(self._before_steps / GIB, 3),
+            "first_step": self._steps[0],
+            "samples": self._samples,
+            "seconds": round(time.process_time() - begun, 1),
+        }
+
+    def _argv(self, training_set: SyntheticSet) -> list[str]:
+        case, first = self._case, self._case.buckets[0]
+        return [
+            *("--pretrained_model_name_or_path=random/sdxl", f"--in_json={training_set.metadata}"),
+            *(f"--train_data_dir={training_set.images}", f"--output_dir={self._folder / 'output'}"),
+            f"--max_train_steps={case.num_steps}",
+            *("--dataset_repeats=100", f"--resolution={first.width},{first.height}", *RUN_FLAGS),
+            *(flag.replace("{folder}", str(self._folder)) for flag in case.flags),
+        ]
+
+    def _replaced(self, books: Books) -> Iterator[tuple[Any, str, Any]]:
+        """Yield what is replaced in the trainer: what would read numbers, and where phases begin and end."""
+        yield accelerator_room, "make_accelerator", _on_cuda(accelerator_room.make_accelerator)
+        yield setup, "check_prediction", lambda options: None  # there is no file
+        yield setup, "load_model", lambda options, dtypes, prediction=None: self._load(dtypes, books)
+        yield setup, "vae_digest", lambda vae: "0" * 32
+        yield setup, "check_disk", lambda *_: None
+        yield Checkpoints, "after_step", lambda *_: None
+        yield kernels, "_can_compile", lambda device_type: True
+        for target, name, phase in (
+            (text_encoding, "encode_captions", "text"),
+            (Objective, "draw", "noise"),
+            (Learner, "predict", "forward"),
+            (Objective, "losses", "loss"),
+            (Learner, "backward", "backward"),
+            (Learner, "step", "end of step"),
+            (Stepper, "_step_groups", "optimizer"),
+        ):
+            yield target, name, _within(books.in_phase, phase, getattr(target, name))
+        yield setup, "_make_learner", self._noting_the_learner(setup._make_learner, books)
+        yield Sampling, "_draw_one", self._noting_samples(Sampling._draw_one, books)
+        yield Tracker, "after_step", self._ending_steps(Tracker.after_step, books)
+
+    def _load(self, dtypes: ModelDtypes, books: Books) -> SdxlModel:
+        self._model = model_without_numbers(self._architecture, dtypes, books)
+        return self._model
+
+    def _noting_the_learner(self, make: Callable[..., Learner], books: Books) -> Callable[..., Learner]:
+        def noting(*arguments: Any, **named: Any) -> Learner:
+            self._learner = make(*arguments, **named)
+            self._before_steps = books.peak
+            books.phase = _LOOP
+            books.begin()
+            return self._learner
+
+        return noting
+
+    def _noting_samples(self, draw: Callable[..., None], books: Books) -> Callable[..., None]:
+        def noting(*arguments: Any, **named: Any) -> None:
+            books.begin()
+            with books.in_phase(_SAMPLES):
+                draw(*arguments, **named)
+            self._samples = _counts(books) | {"peak_gib": round(books.peak / GIB, 3)}
+            books.begin()
+
+        return noting
+
+    def _ending_steps(self, after_step: Callable[..., None], books: Books) -> Callable[..., None]:
+        def ending(tracker: Tracker, occasion: Any, report: Any) -> None:
+            after_step(tracker, occasion, report)
+            if report is not None:
+                assert self._model is not None and self._learner is not None
+                self._steps.append(_snapshot(books, _names(books, self._model, self._learner)))
+            books.begin()
+
+        return ending
+
+
+def _within(phase: Callable[[str], Any], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def within(*arguments: Any, **named: Any) -> Any:
+        with phase(name):
+            return function(*arguments, **named)
+
+    return within
+
+
+def _on_cuda(make: Callable[..., Accelerator]) -> Callable[..., Accelerator]:
+    """Return a function that makes an accelerator on the GPU that is not there."""
+
+    def make_on_cuda(*arguments: Any, **named: Any) -> Accelerator:
+        accelerator = make(*arguments, **named)
+        accelerator.state._shared_state["device"] = CUDA
+        PartialState._shared_state["device"] = CUDA
+        assert accelerator.device == CUDA
+        return accelerator
+
+    return make_on_cuda
+
+
+def model_without_numbers(architecture: Architecture, dtypes: ModelDtypes, books: Books) -> SdxlModel:
+    """Return a model on the CPU that takes no memory and moves to the GPU as any other."""
+    model = empty_model(architecture)
+    for name, network in zip(
+        asdict(dtypes), (model.unet, model.vae, model.text_encoder_l, model.text_encoder_g), strict=True
+    ):
+        dtype = getattr(dtypes, name) or torch.bfloat16
+        with books.fake_mode:
+            weights = {key: torch.empty(each.shape, dtype=dtype) for key, each in network.named_parameters()}
+        network.load_state_dict(weights, strict=False, assign=True)
+        network.eval()
+    return model
+
+
+def _names(books: Books, model: SdxlModel, learner: Learner) -> dict[int, str]:
+    """Return the storages of weights, gradients and the optimizer's state by name."""
+    networks = {"U-Net": model.unet, "VAE": model.vae, "L": model.text_encoder_l, "G": model.text_encoder_g}
+    names: dict[int, str] = {}
+    for label, network in networks.items():
+        for tensor in (*network.parameters(), *network.buffers()):
+            if tensor.device.type == "cuda":
+                names[books.number_of(tensor)] = label
+            if tensor.grad is not None:
+                names[books.number_of(tensor.grad)] = "gradients"
+    for state in learner.optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, torch.Tensor) and value.device.type == "cuda":
+                names[books.number_of(value)] = "optimizer"
+    return names
+
+
+def _snapshot(books: Books, names: Mapping[int, str]) -> dict[str, Any]:
+    parts = books.parts_at_peak(dict(names))
+    return {
+        "peak_gib": round(books.peak / GIB, 3),
+        "resting_gib": round(books.now / GIB, 3),
+        "parts_at_peak_gib": {name: round(size / GIB, 3) for name, size in parts.most_common()},
+        **_counts(books),
+    }
+
+
+def _counts(books: Books) -> dict[str, Any]:
+    return {
+        "operations": {phase: counter.total() for phase, counter in books.operations.items()},
+        "kernels": dict(books.kernels),
+        "casts": dict(books.casts),
+        "products": _flat(books.products),
+        "waits": _flat(books.waits),
+        "copies": _flat(books.copies),
+        "copied_mib": {key: round(count / 2**20, 3) for key, count in _flat(books.copied_bytes).items()},
+    }
+
+
+def _flat(counts: Counter[tuple[str, str]]) -> dict[str, int]:
+    return {f"{phase}: {what}": count for (phase, what), count in counts.items()}
