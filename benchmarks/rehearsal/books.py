@@ -9,6 +9,7 @@ import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ class Books(TorchDispatchMode):
         """Begin to count and to look for the peak from here on."""
         self.peak, self._at_peak = self.now, None
         for counts in (self.operations, self.kernels, self.waits, self.copies, self.copied_bytes):
-            counts.clear()  # type: ignore[attr-defined]
+            counts.clear()
         self.products.clear()
         self.casts.clear()
 
@@ -111,13 +112,13 @@ class Books(TorchDispatchMode):
                 return
             number = self._num_storages = self._num_storages + 1
             size = -(-storage.nbytes() // ALLOCATION) * ALLOCATION
-            self._storages[key] = (number, weakref.ref(storage, lambda _, key=key: self._gone(key)))
+            self._storages[key] = (number, weakref.ref(storage, partial(self._gone, key)))
             self._live[number] = (size, self.phase)
             self.now += size
             if self.now > self.peak:
                 self.peak, self._at_peak = self.now, None
 
-    def _gone(self, key: int) -> None:
+    def _gone(self, key: int, _: object) -> None:
         with self._lock:
             number, _ = self._storages.pop(key)
             if self._at_peak is None and self.now == self.peak:

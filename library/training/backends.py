@@ -4,6 +4,7 @@ import logging
 import os
 
 import torch
+import torch.utils.deterministic
 
 from library.training.precision import PrecisionOptions
 

@@ -1,49 +1,84 @@
 """Compiled kernels: damaged files are made again, and what is only tried compiles nothing."""
 
-import time
+import importlib.util
+import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from library.optim import kernels
-from library.optim.kernels import compiled
+from library.optim.kernel_cache import with_whole_kernels
 from library.optim.optimizer_probe import keys_in_bfloat16, treats_each_alone
 from library.optim.optimizers import make_optimizer
 from library.optim.options import OptimizerOptions
 
-LARGE = 2**17
+
+def test_a_kernel_that_cannot_be_loaded_is_removed_and_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    kernel = tmp_path / "ab" / "cab.main.so"
+    kernel.parent.mkdir()
+    kernel.touch()  # as a killed process leaves it
+
+    def compiled_and_loaded() -> str:
+        if not kernel.exists():
+            return "compiled"
+        spec = importlib.util.spec_from_file_location("cab", kernel)
+        assert spec is not None
+        return str(importlib.util.module_from_spec(spec))
+
+    with pytest.raises(ImportError, match="file too short"):
+        compiled_and_loaded()
+    assert with_whole_kernels(compiled_and_loaded)() == "compiled"
+    assert f"the compiled kernel '{kernel}' was damaged" in capsys.readouterr().err
 
 
-def forget_kernels() -> None:
-    """As in a process that has compiled nothing: what is on disk is read again."""
-    torch._dynamo.reset()
-    torch._inductor.codecache.CppPythonBindingsCodeCache.cache_clear()
-    torch._inductor.codecache.PyCodeCache.cache_clear()
+def test_files_elsewhere_are_never_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "kernels"))
+    library = tmp_path / "libnumbers.so"
+    library.touch()
+
+    def broken() -> None:
+        raise ImportError(f"{library}: file too short")
+
+    with pytest.raises(ImportError):
+        with_whole_kernels(broken)()
+    assert library.exists()
 
 
-@pytest.mark.heavy
-def test_a_kernel_that_a_killed_process_left_empty_is_compiled_again(capsys: pytest.CaptureFixture[str]):
-    folder, number = Path(cache_dir()), time.time()  # no run before this one has compiled it
+USE_A_KERNEL = """
+import torch
+from library.config.messages import start_logging
+from library.optim.kernel_cache import with_whole_kernels
+start_logging()
+print(float(compiled(lambda values: values * 3 + 1)(torch.ones(2**17)).sum()))
+"""
 
-    def multiplied(values: torch.Tensor) -> torch.Tensor:
-        return values * number + 1
 
-    values, before = torch.arange(LARGE, dtype=torch.float32), set(folder.rglob("*.main.so"))
-    forget_kernels()
-    compiled(multiplied)(values)
-    made = set(folder.rglob("*.main.so")) - before
-    assert made
-    for path in made:  # another file in its place: the one that was loaded is still mapped
-        path.unlink()
-        path.touch()
-    forget_kernels()
-    torch.testing.assert_close(compiled(multiplied)(values), multiplied(values))
-    assert "was damaged, as a killed process leaves it" in capsys.readouterr().err
-    for path in made:
-        path.unlink()
+@pytest.mark.slow
+def test_a_process_runs_where_a_killed_one_has_left_empty_kernels(tmp_path: Path):
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+
+    def said() -> str:
+        command = [sys.executable, "-c", USE_A_KERNEL]
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout + ended.stderr
+
+    first = said()
+    kernels_made = list(tmp_path.rglob("*.main.so"))
+    assert kernels_made
+    for path in kernels_made:
+        path.write_bytes(b"")
+    again = said()
+    assert "was damaged" in again
+    assert str(4.0 * 2**17) in first
+    assert str(4.0 * 2**17) in again
 
 
 @pytest.mark.parametrize("tried", [keys_in_bfloat16, treats_each_alone])
