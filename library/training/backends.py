@@ -27,7 +27,7 @@ def choose_backends(precision: PrecisionOptions, device: torch.device, *, determ
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
     torch.use_deterministic_algorithms(deterministic)
     # Memory that is never read need not be filled, whatever that costs in debugging.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if device.type == "cuda":
         log.info(_as_said(device, in_float32, deterministic=deterministic))
 

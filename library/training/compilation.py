@@ -12,7 +12,7 @@ from torch import nn
 from library.config.errors import UserError
 from library.optim.kernel_cache import with_whole_kernels
 from library.optim.kernels import MAX_KERNELS, allow_kernels, why_not_compiled
-from library.training.run_options import CompileOptions
+from library.training.compile_options import CompileOptions
 
 log = logging.getLogger(__name__)
 

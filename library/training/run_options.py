@@ -29,6 +29,7 @@ from library.sdxl.model_source import ModelOptions
 from library.sdxl.model_spec import ModelSpecOptions
 from library.sdxl.prediction_options import PredictionOptions
 from library.sdxl.sizes import Size
+from library.training.compile_options import CompileOptions
 from library.training.hub_options import HubOptions
 from library.training.precision import PrecisionOptions
 from library.training.progress import is_state
@@ -92,11 +93,6 @@ class RunOptions:
         least=0,
         most=MOST_MINUTES,
     )
-    deterministic: bool = option(
-        False,
-        "Use only kernels that return the same bits in each run: slower on a GPU, where attention's backward pass "
-        "differs in last bits otherwise. A CPU is deterministic without it.",
-    )
     sdpa: bool = option(True, "Use torch's scaled_dot_product_attention, which is always on.", choices=(True,))
 
     def problems(self) -> Iterator[str]:
@@ -109,31 +105,6 @@ class RunOptions:
             value = getattr(self, flag)
             if value == 0:
                 yield f"--{flag} is 0; it must be a number of steps, or a fraction of all steps, above 0."
-
-
-DEFAULT_BACKEND = "inductor"
-
-
-@dataclass(frozen=True)
-class CompileOptions:
-    """Compilation of the U-Net."""
-
-    _argument_group_name: ClassVar[str] = "Compilation"
-
-    torch_compile: bool = option(
-        False,
-        "Compile the U-Net's blocks with torch.compile. The first steps take minutes; later ones are faster on a GPU.",
-    )
-    dynamo_backend: str = option(
-        DEFAULT_BACKEND,
-        "Backend of torch.compile; eager and aot_eager compile nothing and serve to find faults.",
-        choices=(DEFAULT_BACKEND, "aot_eager", "eager"),
-    )
-
-    def problems(self) -> Iterator[str]:
-        """Yield what is wrong with these values, one sentence each."""
-        if self.dynamo_backend != DEFAULT_BACKEND and not self.torch_compile:
-            yield f"--dynamo_backend {self.dynamo_backend} has no effect without --torch_compile; add it."
 
 
 @dataclass(frozen=True)

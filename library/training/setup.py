@@ -151,7 +151,7 @@ def _set_up(
     damaged: Sequence[Path],
 ) -> Run:
     accelerator = make_accelerator_of(options)
-    choose_backends(options.precision, accelerator.device, deterministic=options.run.deterministic)
+    choose_backends(options.precision, accelerator.device, deterministic=options.compilation.deterministic)
     state, progress = starting_point(options, subsets, accelerator, damaged)
     uploads = make_uploads(options.hub, accelerator, stop)
     model, digest = _load_model(options)

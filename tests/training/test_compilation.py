@@ -13,7 +13,7 @@ from library.config.errors import UserError
 from library.optim import kernels as compiled_kernels
 from library.training import compilation
 from library.training.compilation import compile_regions
-from library.training.run_options import CompileOptions
+from library.training.compile_options import CompileOptions
 
 pytestmark = pytest.mark.heavy
 
