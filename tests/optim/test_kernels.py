@@ -54,7 +54,7 @@ def test_files_elsewhere_are_never_removed(tmp_path: Path, monkeypatch: pytest.M
 USE_A_KERNEL = """
 import torch
 from library.config.messages import start_logging
-from library.optim.kernel_cache import with_whole_kernels
+from library.optim.kernels import compiled
 start_logging()
 print(float(compiled(lambda values: values * 3 + 1)(torch.ones(2**17)).sum()))
 """
