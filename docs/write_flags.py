@@ -11,11 +11,14 @@ import sdxl_gen_img
 import sdxl_train
 from docs.flags_page import ScriptFlags, render_flags_page
 from finetune import (
+    clean_captions_and_tags,
     contact_sheet,
+    make_captions,
     prepare_buckets_latents,
     reconstruct_ema,
     sdxl_merge_captions_g_to_metadata,
     sdxl_merge_captions_l_to_metadata,
+    tag_images_by_wd14_tagger,
 )
 from library.config.atomic_files import write_text
 from library.config.kohya_spellings import GENERATE_SPELLINGS, PREPARE_SPELLINGS, TRAINER_SPELLINGS
@@ -31,6 +34,15 @@ def _flags_of(script: ModuleType, spellings: Spellings) -> ScriptFlags:
 
 
 SCRIPTS = [
+    _flags_of(tag_images_by_wd14_tagger, tag_images_by_wd14_tagger.SPELLINGS),
+    _flags_of(make_captions, make_captions.SPELLINGS),
+    _flags_of(clean_captions_and_tags, Spellings()),
+    ScriptFlags(
+        "finetune/clean_captions_and_tags.py with --undo",
+        clean_captions_and_tags.UNDO_DESCRIPTION,
+        clean_captions_and_tags.UNDO_CLASSES,
+        Spellings(),
+    ),
     _flags_of(sdxl_merge_captions_g_to_metadata, Spellings()),
     _flags_of(sdxl_merge_captions_l_to_metadata, Spellings()),
     _flags_of(prepare_buckets_latents, PREPARE_SPELLINGS),

@@ -80,9 +80,14 @@ def write_metadata(path: Path, metadata: Mapping[str, Entry]) -> None:
     """
     if is_lines(path):
         write_lines(path, metadata)
-        return
+    else:
+        write_text(path, text_of_metadata(metadata))
+
+
+def text_of_metadata(metadata: Mapping[str, Entry]) -> str:
+    """Return what `write_metadata` writes as JSON."""
     text = json.dumps(metadata, indent=2, ensure_ascii=False)
-    write_text(path, re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text) + "\n")
+    return re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text) + "\n"
 
 
 def captions_of(entry: Entry, *, one_caption: bool = False, separators: tuple[str, str] = (",", ",")) -> CaptionPair:
@@ -101,8 +106,13 @@ def captions_of(entry: Entry, *, one_caption: bool = False, separators: tuple[st
 
 def variants_for(entry: Entry, column: CaptionColumn) -> tuple[str, ...] | None:
     """Return the captions of an entry for one encoder, or None if there is none."""
-    source = _source(entry, column, one_caption=False)
+    source = key_of_caption(entry, column)
     return None if source is None else _lines(_tags(entry) if source == TAGS else entry[source])
+
+
+def key_of_caption(entry: Entry, column: CaptionColumn) -> str | None:
+    """Return the key under which an entry has its caption for one encoder, None if it has none."""
+    return _source(entry, column, one_caption=False)
 
 
 def keys_without_caption(

@@ -41,6 +41,11 @@ def write_lines(path: Path, metadata: Mapping[str, Mapping[str, Any]]) -> None:
         file.writelines(_encoded_lines(metadata.items()))
 
 
+def text_of_lines(metadata: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return what `write_lines` writes."""
+    return b"".join(_encoded_lines(metadata.items())).decode()
+
+
 def _decoded(line: bytes, path: Path, number: int) -> str:
     try:
         return line.decode("utf-8-sig" if number == 1 else "utf-8")

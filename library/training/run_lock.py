@@ -18,8 +18,10 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def run_lock(output_dir: Path, output_name: str | None) -> Iterator[None]:
+def run_lock(output_dir: Path, output_name: str | None, *, doing: str = "training") -> Iterator[None]:
     """Within the block this process is the only one that trains `output_name` into `output_dir`.
+
+    `doing` says what it does there, if it is something else.
 
     `accelerate launch` returns at once on Ctrl-C while the run is still saving: to resume then would continue from an
     older state. Raise `UserError`, with the number of the process, if another run of this machine holds the lock. Of
@@ -37,6 +39,11 @@ def run_lock(output_dir: Path, output_name: str | None) -> Iterator[None]:
         lock.acquire()
     except filelock.Timeout as error:
         what = f"into '{output_dir}'" if output_name is None else f"'{output_name}' into '{output_dir}'"
+        if doing != "training":
+            raise UserError(
+                f"process {_holder(path)} is {doing} {output_name or 'files'} in '{output_dir}'.",
+                "Wait until it has ended.",
+            ) from error
         raise UserError(
             f"process {_holder(path)} is still training {what}, or saving it after it was stopped.",
             "Wait until it has ended, or set another --output_name or --output_dir.",

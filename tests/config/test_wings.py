@@ -16,6 +16,7 @@ ALLOWED = {
     "data": {"config", "sdxl"},
     "diffusion": {"config", "sdxl"},
     "samples": {"config", "sdxl"},
+    "annotation": {"config", "sdxl", "data"},
     "optim": {"config", "sdxl"},
     "training": {"config", "sdxl", "data", "diffusion", "samples", "optim"},
 }
@@ -27,6 +28,9 @@ SCRIPTS = [
     "finetune.sdxl_merge_captions_g_to_metadata",
     "finetune.reconstruct_ema",
     "finetune.contact_sheet",
+    "finetune.tag_images_by_wd14_tagger",
+    "finetune.make_captions",
+    "finetune.clean_captions_and_tags",
 ]
 WITHOUT_TORCH = [
     *(f"library.config.{path.stem}" for path in sorted((REPOSITORY / "library" / "config").glob("[!_]*.py"))),
@@ -46,6 +50,8 @@ WITHOUT_TORCH = [
     "library.sdxl.sizes",
     "library.samples.prompts",
     "library.optim.ema_options",
+    *(f"library.annotation.{name}" for name in ("tag_options", "sentence_options", "cleaning_options", "tagger")),
+    *(f"library.annotation.{name}" for name in ("caption_run", "caption_cleaning", "caption_texts", "cleaning_steps")),
 ]
 
 # Imports one module after the other and stops at the first that brings torch along.

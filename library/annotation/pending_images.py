@@ -1,0 +1,91 @@
+"""Which images of a folder are to be captioned, and which process of several captions them."""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from library.config.errors import UserError, listed
+from library.data.image_files import find_images
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of the work that one process of a run does: `index` of `count`."""
+
+    index: int = 0
+    count: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process does what one of them has to."""
+        return self.index == 0
+
+
+class Pending(NamedTuple):
+    """The images that this process captions, how many there are in all, and how many have a caption file.
+
+    `folders` are those of all images.
+    """
+
+    images: list[Path]
+    folders: list[Path]
+    num_images: int
+    num_existing: int
+
+
+def share_of_process() -> Share:
+    """Return the share of this process, as `accelerate launch` and torchrun tell it."""
+    return Share(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def pending_images(
+    folder: Path, extension: str, *, recursive: bool, keep_existing: bool, batch_size: int, share: Share
+) -> Pending:
+    """Return what a process has to caption.
+
+    Batches of the whole listing are dealt out in turn: the processes need not agree on what is done already, and
+    what they caption in an untouched folder is batch by batch what a single process would. Raise `UserError` for a
+    folder without images, and for two images that would share a caption file.
+    """
+    images = find_images(folder, recursive=recursive)
+    _require_separate_files(images, extension)
+    dealt = [image for index, image in enumerate(images) if index // batch_size % share.count == share.index]
+    folders = [Path(name) for name in dict.fromkeys(map(os.path.dirname, images))]
+    if not keep_existing:
+        return Pending(dealt, folders, len(images), 0)
+    existing = set(with_caption_file(images, extension))
+    to_do = [image for image in dealt if image not in existing]
+    return Pending(to_do, folders, len(images), len(existing))
+
+
+def with_caption_file(images: Iterable[Path], extension: str) -> Iterator[Path]:
+    """Yield the images beside which there is a caption file: each folder is listed once, no file is asked for."""
+    names_of: dict[str, set[str]] = {}
+    for image in images:
+        folder, name = os.path.split(image)
+        if folder not in names_of:
+            names_of[folder] = {os.path.normcase(each) for each in os.listdir(folder or ".")}  # noqa: PTH208 (faster)
+        if os.path.normcase(os.path.splitext(name)[0] + extension) in names_of[folder]:  # noqa: PTH122 (faster)
+            yield image
+
+
+def caption_file(image: Path, extension: str) -> Path:
+    """Return the caption file of an image, as the merge scripts look for it."""
+    return image.parent / f"{image.stem}{extension}"
+
+
+def _require_separate_files(images: Sequence[Path], extension: str) -> None:
+    first_of: dict[str, Path] = {}
+    shared = []
+    for image in images:
+        start = os.path.splitext(image)[0]  # noqa: PTH122 (pathlib would take seconds for many)
+        first = first_of.setdefault(start, image)
+        if first is not image:
+            shared.append(f"'{first}' and '{image.name}'")
+    if shared:
+        raise UserError(
+            f"{len(shared)} pairs of images would share their {extension} file: {listed(shared)}.",
+            "Rename or remove one of each.",
+        )
