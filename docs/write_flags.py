@@ -23,6 +23,7 @@ from finetune import (
 from library.config.atomic_files import write_text
 from library.config.kohya_spellings import GENERATE_SPELLINGS, PREPARE_SPELLINGS, TRAINER_SPELLINGS
 from library.config.spellings import Spellings
+from studio import command as studio_command
 
 FLAGS_PAGE = Path(__file__).with_name("flags.md")
 
@@ -56,6 +57,7 @@ SCRIPTS = [
     _flags_of(sdxl_gen_img, GENERATE_SPELLINGS),
     _flags_of(reconstruct_ema, Spellings()),
     _flags_of(contact_sheet, Spellings()),
+    ScriptFlags("studio.py", studio_command.DESCRIPTION, studio_command.OPTION_CLASSES, Spellings()),
 ]
 
 

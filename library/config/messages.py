@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-PROJECT_LOGGERS = ("library", "finetune", "demo", "sdxl_train", "sdxl_gen_img", "__main__")
+PROJECT_LOGGERS = ("library", "finetune", "demo", "studio", "sdxl_train", "sdxl_gen_img", "__main__")
 _LOGGERS_OF_NO_INTEREST = ("bitsandbytes", "torch.utils.cpp_extension")
 """Of libraries that warn, when they are imported, of what this project does not use: 4-bit kernels on the CPU, and
 the toolkit of CUDA. Their errors are shown."""

@@ -129,9 +129,8 @@ def entries_of_folder(
 ) -> dict[Path, dict[str, Any]]:
     """Return an entry, as metadata has it, for each image of a folder, from the caption files beside it.
 
-    An image without a file has `class_tokens` as its caption. As in kohya's trainers, the file of a face image
-    `name_x_y_width_height.jpg` may have the name without the numbers. Raise `UserError` naming the images that have no
-    caption.
+    An image without a file (`caption_file_of`) has `class_tokens` as its caption. Raise `UserError` naming the images
+    that have no caption.
     """
     entries: dict[Path, dict[str, Any]] = {
         image: {} for image in find_images(folder, recursive=False, may_recurse=False)
@@ -155,12 +154,19 @@ def entries_of_folder(
     return entries
 
 
+def caption_file_of(image: Path, extension: str) -> Path:
+    """Return the caption file of an image, which need not exist.
+
+    As in kohya's trainers, that of a face image `name_x_y_width_height.jpg` may have the name without the numbers.
+    """
+    own = image.parent / f"{image.stem}{extension}"
+    other = image.parent / f"{_NUMBERS_OF_FACE.sub('', image.stem)}{extension}"
+    return other if other != own and not own.is_file() and other.is_file() else own
+
+
 def _caption_beside(image: Path, extension: str, if_missing: str | None) -> str | None:
-    for stem in dict.fromkeys((image.stem, _NUMBERS_OF_FACE.sub("", image.stem))):
-        file = image.parent / f"{stem}{extension}"
-        if file.is_file():
-            return read_utf8(file).strip()
-    return if_missing
+    file = caption_file_of(image, extension)
+    return read_utf8(file).strip() if file.is_file() else if_missing
 
 
 def _metadata_to_extend(options: MergeOptions) -> Metadata:

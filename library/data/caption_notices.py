@@ -1,5 +1,6 @@
 """What the start of a run says about captions and their rules, in sentences, and the captions that it refuses."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from library.config.errors import UserError, listed
@@ -9,6 +10,7 @@ from library.data.captions import CaptionPair
 
 _LONGEST_TAG = 8
 """Words; a longer piece between separators is taken for part of a sentence."""
+_WORD = re.compile(r"\w{3,}")
 
 
 def caption_notices(captions: Mapping[str, CaptionPair], rules: PairRules) -> list[str]:
@@ -21,6 +23,11 @@ def caption_notices(captions: Mapping[str, CaptionPair], rules: PairRules) -> li
         notices += _line_notices(variants, own, encoder)
         notices += _sentence_notices(variants, own, encoder)
     return notices
+
+
+def words_of(text: str) -> set[str]:
+    """Return the words of a text, of three letters or more, case folded."""
+    return {word.casefold() for word in _WORD.findall(text)}
 
 
 def dropout_sentence(dropout: CaptionDropout) -> str | None:
@@ -110,7 +117,7 @@ def _line_notices(captions: Sequence[Sequence[str]], rules: CaptionRules, encode
 
 
 def _sentence_notices(captions: Sequence[Sequence[str]], rules: CaptionRules, encoder: Encoder) -> Iterator[str]:
-    num_sentences = sum(_looks_like_sentences(variants[0], rules) for variants in captions)
+    num_sentences = sum(looks_like_sentences(variants[0], rules) for variants in captions)
     if rules.shuffle_caption and num_sentences > len(captions) / 2:
         other: Encoder = "g" if encoder == "l" else "l"
         yield (
@@ -119,7 +126,8 @@ def _sentence_notices(captions: Sequence[Sequence[str]], rules: CaptionRules, en
         )
 
 
-def _looks_like_sentences(caption: str, rules: CaptionRules) -> bool:
+def looks_like_sentences(caption: str, rules: CaptionRules) -> bool:
+    """Return whether a caption is made of sentences, not tags."""
     return ". " in caption or any(len(piece.split()) > _LONGEST_TAG for piece in _pieces(caption, rules))
 
 

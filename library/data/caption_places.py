@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from library.config.atomic_files import replacing
 from library.config.digests import digest
 from library.config.errors import UserError
-from library.data.metadata import TAGS, Entry, read_metadata, write_metadata
+from library.data.metadata import TAGS, Entry, Metadata, read_metadata, write_metadata
 
 ABSENT = "absent"
 """The tag of a caption that does not exist."""
@@ -50,6 +50,28 @@ def read_place(place: Place) -> bytes | None:
     if len(content) > LARGEST_CAPTION:
         raise UserError(f"'{place.path}' is larger than 1 MiB, which no caption is.", "Move the file elsewhere.")
     return content
+
+
+def read_places(places: Iterable[Place]) -> dict[Place, bytes | UserError | None]:
+    """Return what `read_place` does for each, or the error; a metadata file is read once."""
+    metadata: dict[Path, Metadata | UserError] = {}
+    contents: dict[Place, bytes | UserError | None] = {}
+    for place in places:
+        try:
+            if place.key is None:
+                contents[place] = read_place(place)
+                continue
+            if place.path not in metadata:
+                metadata[place.path] = read_metadata(place.path)
+            entries = metadata[place.path]
+            contents[place] = (
+                entries if isinstance(entries, UserError) else _entry_content(entries.get(place.key), place)
+            )
+        except UserError as error:
+            contents[place] = error
+            if place.key is not None:
+                metadata[place.path] = error
+    return contents
 
 
 def tag_of(content: bytes | None) -> str:

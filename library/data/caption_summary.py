@@ -1,12 +1,12 @@
 """The captions of a training set in numbers: texts, encodings, lengths, and words that blur the division."""
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from library.data.caption_draws import ENCODERS, Encoder
 from library.data.caption_listing import texts_to_encode, unlistable_settings
+from library.data.caption_notices import words_of
 from library.data.caption_tokens import TokenTable
 from library.data.captions import first_text
 from library.data.training_set import TrainingImage
@@ -14,7 +14,6 @@ from library.data.training_set import TrainingImage
 BIN = 25
 """Tokens in one bar of the histogram."""
 
-_WORD = re.compile(r"\w{3,}")
 _MOST_WORDS = 20
 
 
@@ -54,7 +53,7 @@ def summarize(
     """Return the summary, in one pass over the images for each encoder; `seed` is that of the run."""
     words: Counter[str] = Counter()
     for image in images:
-        in_l, in_g = (_words(first_text(image.captions, image.subset.captions, encoder)) for encoder in ENCODERS)
+        in_l, in_g = (words_of(first_text(image.captions, image.subset.captions, encoder)) for encoder in ENCODERS)
         words.update(in_l & in_g)
     return CaptionSummary(
         _of_encoder(images, tokens, "l", "l" in cached, seed),
@@ -88,7 +87,3 @@ def _of_encoder(
         num_empty=num_empty,
         histogram=histogram,
     )
-
-
-def _words(text: str) -> set[str]:
-    return {word.casefold() for word in _WORD.findall(text)}

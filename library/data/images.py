@@ -87,9 +87,12 @@ def load_cropped(
         return CroppedImage(fitted(image), None if alpha is None else fitted(alpha))
 
 
-def load_rgb(path: Path) -> Image.Image:
-    """Return the image as 8-bit RGB, upright; raises as `load_rgb_and_alpha`, which says what is done to it."""
-    return load_rgb_and_alpha(path)[0]
+def load_rgb(path: Path, edge: int | None = None) -> Image.Image:
+    """Return the image of `load_rgb_and_alpha` alone; a JPEG reduced while it is decoded, to no less than `edge`."""
+    with _opened(path) as opened:
+        if edge is not None:
+            opened.image.draft("RGB", (edge, edge))
+        return _rgb_and_alpha(path, opened)[0]
 
 
 def load_rgb_and_alpha(path: Path) -> tuple[Image.Image, Image.Image | None]:

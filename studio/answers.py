@@ -1,0 +1,84 @@
+"""Requests to functions and their results to JSON: what each route has in common."""
+
+import json
+from collections.abc import Awaitable, Callable
+from json import JSONDecodeError
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from library.config.atomic_files import CannotWrite
+from library.config.errors import UserError
+from library.data.caption_draws import ENCODERS, Encoder
+
+Body = dict[str, Any]
+Answer = Callable[[Request, Body], Any]
+
+
+class Stale(Exception):
+    """What a request is about has changed meanwhile; `now` says what it is by now."""
+
+    def __init__(self, problem: str, now: Any = None):
+        super().__init__(problem)
+        self.now = now
+
+
+def answering(answer: Answer) -> Callable[[Request], Awaitable[Response]]:
+    """Return the endpoint of a function that runs in a thread: it is handed the JSON of a body, and returns JSON."""
+
+    async def endpoint(request: Request) -> Response:
+        try:
+            body = await _json_of(request)
+            result = await run_in_threadpool(answer, request, body)
+        except Stale as error:
+            return JSONResponse({"problem": str(error), "now": error.now}, status_code=412)
+        except CannotWrite as error:
+            return JSONResponse({"problem": error.problem, "remedy": error.remedy}, status_code=507)
+        except UserError as error:
+            return JSONResponse({"problem": error.problem, "remedy": error.remedy}, status_code=400)
+        return result if isinstance(result, Response) else JSONResponse(result)
+
+    return endpoint
+
+
+async def _json_of(request: Request) -> Body:
+    if request.method in ("GET", "HEAD"):
+        return {}
+    if request.headers.get("content-type", "").split(";")[0] != "application/json":
+        raise UserError("expected JSON.", "Send it as application/json.")
+    try:
+        body = json.loads(await request.body())
+    except (JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"this is no JSON: {error}.") from error
+    if not isinstance(body, dict):
+        raise UserError("expected an object.")
+    return body
+
+
+def text(body: Body, name: str, default: str | None = None) -> str:
+    """Return a text of a body. Raise `UserError` unless it is one that can be written as UTF-8."""
+    value = body.get(name, default)
+    if not isinstance(value, str):
+        raise UserError(f"expected '{name}' to be a text.")
+    if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+        raise UserError(f"'{name}' holds a character that no file can hold.", "Remove it.")
+    return value
+
+
+def number(value: Any, name: str) -> int:
+    """Return a whole number from 0. Raise `UserError` for anything else."""
+    if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) < 16:
+        value = int(value)
+    if type(value) is not int or value < 0:
+        raise UserError(f"expected '{name}' to be a number.")
+    return int(value)
+
+
+def encoder(value: Any) -> Encoder:
+    """Return which encoder is meant. Raise `UserError` unless it is one of the two."""
+    for each in ENCODERS:
+        if value == each:
+            return each
+    raise UserError("expected an encoder: l or g.")
