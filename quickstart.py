@@ -29,7 +29,7 @@ DEMO_FOLDER = Path("demo/output/my set")
 DEMO_MODEL = "demo/tiny_sdxl.safetensors"
 MADE_BY_DEMO = (
     *("images", "meta_cap.json", "meta_lat.json", "tiny_sdxl.safetensors", "output", "logs"),
-    *("contact_sheet.png", "figures.txt"),
+    *("contact_sheet.png", "run_report.html", "figures.txt"),
 )
 """Files that a demo leaves in its folder, and the next one removes before it starts."""
 QUIET_LAUNCH = ("--quiet", "--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no")
@@ -152,6 +152,7 @@ def demo_commands(folder: Path, size: DemoSize) -> list[list[str]]:
         ["python", "demo/pictures.py", f"{my_set}/images", f"--num_pictures={size.num_pictures}"],
         *workflow_commands(folder, size.num_steps, [*sampling, "--sample_sampler=euler_a", "--sample_grid"]),
         ["python", "finetune/contact_sheet.py", f"{my_set}/output/sample", f"--output={my_set}/contact_sheet.png"],
+        ["python", "finetune/run_report.py", f"{my_set}/output", f"--output={my_set}/run_report.html"],
         ["python", "demo/figures.py", DEMO_MODEL, f"{my_set}/output/finetuned_model.safetensors", *measuring],
     ]
 
@@ -219,6 +220,8 @@ The demo finished in {seconds:.0f} seconds. Look at these first:
 
   contact sheet          {my_set}/contact_sheet.png
                          each sample prompt, from before the first step to the last
+  report                 {my_set}/run_report.html
+                         the run on one page: curves, samples, options
   grid before, after     {before_and_after}
                          each L prompt with each G prompt
   figures                {my_set}/figures.txt

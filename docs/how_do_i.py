@@ -132,6 +132,11 @@ ANSWERS = (
         "`python finetune/contact_sheet.py output/sample` writes a page and an image, a column for each step.",
     ),
     Answer("see curves?", "--logging_dir=logs", "Then `tensorboard --logdir logs`."),
+    Answer(
+        "show a run to somebody?",
+        "--logging_dir=logs",
+        "`python finetune/run_report.py output` writes one page: options, curves, samples, what L and G are worth.",
+    ),
     Answer("use captions of more than 75 tokens?", "--max_token_length=225"),
     Answer(
         "keep the flags in a file?",

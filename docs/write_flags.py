@@ -16,6 +16,7 @@ from finetune import (
     make_captions,
     prepare_buckets_latents,
     reconstruct_ema,
+    run_report,
     sdxl_merge_captions_g_to_metadata,
     sdxl_merge_captions_l_to_metadata,
     tag_images_by_wd14_tagger,
@@ -58,6 +59,7 @@ SCRIPTS = [
     _flags_of(reconstruct_ema, Spellings()),
     _flags_of(contact_sheet, Spellings()),
     ScriptFlags("studio.py", studio_command.DESCRIPTION, studio_command.OPTION_CLASSES, Spellings()),
+    _flags_of(run_report, Spellings()),
 ]
 
 

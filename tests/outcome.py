@@ -57,7 +57,7 @@ def _files(output_dir: Path) -> Iterator[tuple[str, Any]]:
                 yield f"snapshot {each.name}", _snapshot(each)
         elif path.suffix == ".safetensors":
             yield f"model {path.stem}", load_file(path)
-        elif path.name != "sample":
+        elif path.name not in ("sample", "run"):
             yield f"leftover {path.name}", True
     pictures: set[str] = set()
     for path in sorted((output_dir / "sample").glob("*")):

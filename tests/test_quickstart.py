@@ -212,7 +212,12 @@ def test_the_demo_runs_the_workflow_and_says_where_its_pictures_and_figures_are(
 
     printed = capfd.readouterr().out
     report = printed[printed.index("The demo finished") :]
-    shown = ("contact_sheet.png", "figures.txt", *(f"output/sample/{name}" for name in samples if "grid" in name))
+    shown = (
+        "contact_sheet.png",
+        "run_report.html",
+        "figures.txt",
+        *(f"output/sample/{name}" for name in samples if "grid" in name),
+    )
     for path in (*shown, "images", "meta_lat.json", "output/sample", "output/finetuned_model.safetensors", "logs"):
         assert (folder / path).exists()
         assert f"{folder.as_posix()}/{path}" in report

@@ -203,7 +203,7 @@ def test_the_checkpoint_has_the_names_and_shapes_of_the_base_model(workflow: Wor
     with safe_open(path, "pt") as file:
         assert file.metadata()["modelspec.title"] == "finetuned_model"
         assert file.metadata()["modelspec.resolution"] == "{}x{}".format(*workflow.scale.buckets["astronaut"])
-    assert [entry.name for entry in sorted((workflow.my_set / "output").iterdir())] == [path.name, "sample"]
+    assert [entry.name for entry in sorted((workflow.my_set / "output").iterdir())] == [path.name, "run", "sample"]
 
 
 def test_diffusers_draws_with_the_checkpoint(workflow: Workflow, tmp_path: Path):

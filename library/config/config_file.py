@@ -70,7 +70,7 @@ def write_config_file(path: Path, instances: Sequence[Any], options: Sequence["O
         for name, value in vars(instance).items():
             # Leaving a key out brings the default back, so that None is written only where the default is another.
             if name in flags and not flags[name].is_secret and (value is not None or flags[name].default is not None):
-                section[name] = _toml_value(value)
+                section[name] = toml_value(value)
     write_text(path, tomli_w.dumps({name: values for name, values in sections.items() if values}))
 
 
@@ -183,11 +183,12 @@ def _element_from_file(option: "Option", value: Any) -> Any:
         raise option.refusal(value) from None
 
 
-def _toml_value(value: Any) -> Any:
+def toml_value(value: Any) -> Any:
+    """Return the value of an option as TOML and JSON have it."""
     if value is None:  # which TOML does not have
         return NONE_TEXT
     if isinstance(value, list):
-        return [_toml_value(element) for element in value]
+        return [toml_value(element) for element in value]
     if isinstance(value, NumSteps):  # a percentage is text in TOML
         return str(value) if value.is_fraction and value >= 1 else float(value)
     return str(value) if isinstance(value, Path) else value

@@ -6,6 +6,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import quote
@@ -13,7 +14,7 @@ from urllib.parse import quote
 from PIL import Image
 
 from library.config.errors import UserError
-from library.samples.picture_files import PictureName
+from library.samples.picture_files import TIME_FORMAT, PictureName
 from library.samples.picture_table import draw_table
 
 log = logging.getLogger(__name__)
@@ -50,20 +51,25 @@ class Prompt:
         return ", ".join([f"{self.index:02d}", *seed, *(f"without {text}" for text in negatives)])
 
 
+EVER = datetime.min, datetime.max
 Samples = dict[Prompt, dict[int, Path]]
 """The image files by prompt and training step."""
 
 
-def find_samples(folder: Path) -> Samples:
+def find_samples(folder: Path, model: str | None = None, span: tuple[datetime, datetime] = EVER) -> Samples:
     """Return the sample images of a folder by prompt and training step, without grids.
 
-    If a run was repeated under the same name, its images replace the earlier ones: going back from the newest image of
-    a prompt, images are taken as long as their steps fall. Raise `UserError` if there are no samples.
+    `model` (an output name) and `span` (from, before) choose those of one run. If a run was repeated under the same
+    name, its images replace the earlier ones: going back from the newest image of a prompt, images are taken as long as
+    their steps fall. Raise `UserError` if there are no samples.
     """
     drawn: dict[Prompt, list[tuple[str, int, Path]]] = defaultdict(list)
+    since, until = (f"{moment:{TIME_FORMAT}}" for moment in span)
     for name, path in _sample_files(folder):
+        if not since <= name.time < until:
+            continue
         texts = _read(path, lambda image: image.info)  # does not decode the pixels
-        if texts is not None and "training_step" in texts:
+        if texts is not None and "training_step" in texts and model in (None, texts["model"]):
             prompt = Prompt(
                 texts["model"],
                 name.index,
@@ -85,28 +91,28 @@ def find_samples(folder: Path) -> Samples:
 
 def contact_sheet(samples: Samples, side: int | None = None) -> Image.Image:
     """Return the table of the images; those larger than `side` pixels are reduced. Unreadable files are named."""
-    steps = _steps(samples)
+    steps = steps_of(samples)
     images = [
         [_read(paths[step], lambda image: _reduced(image, side)) if step in paths else None for step in steps]
         for paths in samples.values()
     ]
-    return draw_table(_labels(list(samples)), [f"step {step}" for step in steps], images)
+    return draw_table(row_labels(list(samples)), [f"step {step}" for step in steps], images)
 
 
 def contact_page(samples: Samples, folder: Path) -> str:
     """Return the table as an HTML page that lies in `folder` and shows the image files from where they are."""
-    steps = _steps(samples)
+    steps = steps_of(samples)
     head = "".join(f"<th>step {step}</th>" for step in steps)
     rows = "".join(
         f"<tr><th>{html.escape(label)}</th>{''.join(_cell(paths.get(step), folder) for step in steps)}</tr>\n"
-        for label, paths in zip(_labels(list(samples)), samples.values(), strict=True)
+        for label, paths in zip(row_labels(list(samples)), samples.values(), strict=True)
     )
     return _PAGE.format(head=head, rows=rows)
 
 
 def last_steps(samples: Samples, num_columns: int) -> Samples:
     """Return the samples of at most `num_columns` steps, evenly chosen, the first and the last among them."""
-    steps = _steps(samples)
+    steps = steps_of(samples)
     last = max(1, num_columns - 1)
     chosen = {steps[round(number * (len(steps) - 1) / last)] for number in range(last + 1)}
     chosen = chosen if num_columns > 1 else {steps[-1]}
@@ -138,7 +144,8 @@ def _cell(path: Path | None, folder: Path) -> str:
     return f'<td><a href="{address}"><img src="{address}" loading="lazy" alt=""></a></td>'
 
 
-def _steps(samples: Samples) -> list[int]:
+def steps_of(samples: Samples) -> list[int]:
+    """Return the steps at which any of the samples was drawn, in order."""
     return sorted({step for paths in samples.values() for step in paths})
 
 
@@ -175,7 +182,7 @@ def _of_newest_run(drawn: Sequence[tuple[str, int, Path]]) -> dict[int, Path]:
     return newest
 
 
-def _labels(prompts: Sequence[Prompt]) -> list[str]:
+def row_labels(prompts: Sequence[Prompt]) -> list[str]:
     """Return a label for each row: its prompts, and model and details only where they tell rows apart."""
     several_models = len({prompt.model for prompt in prompts}) > 1
     heads = [f"{prompt.model}\n" if several_models else "" for prompt in prompts]

@@ -18,7 +18,9 @@ from library.samples.prompts import SamplePrompt
 from library.samples.sampler_names import names_of
 from library.sdxl.prediction import SDXL_PREDICTION, Prediction
 
-_TIME_FORMAT = "%Y%m%d%H%M%S"
+SAMPLE_FOLDER = "sample"
+"""The folder of sample images in the output folder of a run."""
+TIME_FORMAT = "%Y%m%d%H%M%S"
 _TIME_DIGITS = 14
 _PARAMETERS = "parameters"  # the name under which WebUIs look for how an image was made
 _NAME = re.compile(
@@ -65,7 +67,7 @@ def picture_name(
     prefix = "" if model_name is None else f"{model_name}_"
     when = f"e{epoch:06d}" if epoch is not None else f"{step:06d}"
     suffix = "" if seed is None else f"_{seed}"
-    return f"{prefix}{now:{_TIME_FORMAT}}_{when}_{index:02d}{suffix}{mark}.png"
+    return f"{prefix}{now:{TIME_FORMAT}}_{when}_{index:02d}{suffix}{mark}.png"
 
 
 def grid_name(model_name: str | None, *, now: datetime, step: int, mark: str = "") -> str:
@@ -100,7 +102,7 @@ def other_drawings(path: Path, since: datetime) -> list[Path]:
     assert match is not None  # as `picture_name` makes it
     start, end = path.name[: match.start("time")], path.name[match.end("time") :]
     same_image = path.parent.glob(f"{escape(start)}{'[0-9]' * _TIME_DIGITS}{escape(end)}")
-    earliest = f"{start}{since:{_TIME_FORMAT}}"
+    earliest = f"{start}{since:{TIME_FORMAT}}"
     return [other for other in same_image if other.name != path.name and other.name >= earliest]
 
 
@@ -117,9 +119,21 @@ def newest_pictures(folder: Path, model_name: str | None, since: datetime) -> li
             continue
         if match["mark"]:  # the moving average is another model
             continue
-        if match["time"] >= f"{since:{_TIME_FORMAT}}":
+        if match["time"] >= f"{since:{TIME_FORMAT}}":
             found.append((-int(match["count"]), int(match["index"]), path))
     return [path for *_, path in sorted(found)]
+
+
+def find_grids(folder: Path, model_name: str | None, since: datetime, until: datetime) -> dict[int, Path]:
+    """Return the grids that a run drew in a span of time, by step; of several of a step the newest."""
+    prefix = "" if model_name is None else f"{model_name}_"
+    span = f"{since:{TIME_FORMAT}}", f"{until:{TIME_FORMAT}}"
+    grids = {}
+    for path in sorted(folder.glob(f"{escape(prefix)}{'[0-9]' * _TIME_DIGITS}_*_grid.png")):
+        match = _NAME.fullmatch(path.name)
+        if match is not None and match.start("time") == len(prefix) and span[0] <= match["time"] < span[1]:
+            grids[int(match["count"])] = path
+    return grids
 
 
 def parameters_text(record: PictureRecord) -> str:

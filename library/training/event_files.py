@@ -1,4 +1,4 @@
-"""What TensorBoard's files of a run hold already, so that a resumed run shows nothing twice."""
+"""TensorBoard's event files: their records, and what a resumed run must not show twice."""
 
 import struct
 from collections.abc import Iterator
@@ -14,17 +14,28 @@ def names_at(folder: Path, step: int) -> frozenset[str]:
 
     A later start of the run hides what was logged from its first step on, as TensorBoard does.
     """
-    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+    from tensorboard.compat.proto.event_pb2 import SessionLog
 
     names: set[str] = set()
     for path in sorted(folder.glob("*tfevents*")):
-        for record in _records(path):
-            event: Any = Event.FromString(record)
+        for event in events_of(path):
             if event.session_log.status == SessionLog.START and event.step <= step:
                 names.clear()
             elif event.step == step:
                 names |= {value.tag for value in event.summary.value}
     return frozenset(names)
+
+
+def events_of(path: Path) -> Iterator[Any]:
+    """Yield the events of a file, as far as it can be read: a record that is damaged or cut off ends it."""
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    for record in _records(path):
+        try:
+            yield Event.FromString(record)
+        except DecodeError:
+            return
 
 
 def _records(path: Path) -> Iterator[bytes]:

@@ -13,14 +13,13 @@ from library.data.caption_rules import PairRules, described_rules
 from library.data.captions import first_text
 from library.data.subsets import Subset
 from library.data.training_set import TrainingImage
-from library.samples.picture_files import newest_pictures
+from library.samples.picture_files import SAMPLE_FOLDER, newest_pictures
 from library.sdxl.model_spec import NO_THUMBNAIL, model_spec
 from library.sdxl.tensor_file import open_tensors
 from library.sdxl.thumbnail import thumbnail_of
 from library.training.plan import Plan
 from library.training.progress import Progress
 from library.training.run_options import TrainingOptions
-from library.training.sampling import SAMPLE_FOLDER
 from library.training.saves import last_name
 
 MOST_TAGS = 100
@@ -152,8 +151,8 @@ def _rate(own: float | None, otherwise: float, *, is_trained: bool) -> float:
 def _notes_on_captions(subsets: Sequence[Subset], images: Sequence[TrainingImage]) -> Iterator[tuple[str, str]]:
     """Yield which captions each encoder reads, what changes them, and their most frequent tags."""
     yield "ss_one_caption", str(_one_caption(subsets))
-    for encoder in ENCODERS:
-        yield f"ss_captions_{encoder}", _joined(_source_of(subset, encoder) for subset in subsets)
+    for encoder, source in caption_sources(subsets).items():
+        yield f"ss_captions_{encoder}", source
     plain = described_rules(PairRules())
     described = [described_rules(subset.captions) for subset in subsets]
     for name, value in plain.items():
@@ -162,6 +161,11 @@ def _notes_on_captions(subsets: Sequence[Subset], images: Sequence[TrainingImage
             yield f"ss_{name}", _joined(values)
     tags = {encoder.upper(): _frequent_tags(images, encoder) for encoder in ENCODERS}
     yield "ss_tag_frequency", json.dumps(tags, ensure_ascii=False)
+
+
+def caption_sources(subsets: Sequence[Subset]) -> dict[Encoder, str]:
+    """Return where the captions of each encoder come from: metadata, or the endings of caption files."""
+    return {encoder: _joined(_source_of(subset, encoder) for subset in subsets) for encoder in ENCODERS}
 
 
 def _source_of(subset: Subset, encoder: Encoder) -> str:

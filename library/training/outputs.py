@@ -1,7 +1,7 @@
 """What a run writes: logs, models, states and sample images, and whether the disk holds them."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
 from functools import partial
@@ -10,6 +10,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from library.data.caption_rules import ZEROS, PairRules
+from library.data.subsets import Subset
 from library.diffusion.objective import Objective
 from library.optim.ema_options import profile_name
 from library.samples.sampler import SamplingNetworks
@@ -22,6 +23,7 @@ from library.training.checkpoints import Checkpoints
 from library.training.disk_space import bytes_of, bytes_of_state, require_disk_for_saves
 from library.training.distribution import any_process, one_writer
 from library.training.ema_snapshots import SnapshotRecord, SnapshotSaver, snapshot_folder
+from library.training.header import caption_sources
 from library.training.hub import Hub
 from library.training.hub_options import HubOptions
 from library.training.learner import Learner
@@ -31,6 +33,7 @@ from library.training.plan import Plan
 from library.training.preparation import latents_of
 from library.training.progress import Progress
 from library.training.run_options import TrainingOptions
+from library.training.run_record import RecordFile, RunRecord, changed_values
 from library.training.sampling import SampledRun, Sampling
 from library.training.state import Resumable, write_state
 from library.training.stopping import StopRequest
@@ -61,6 +64,37 @@ def make_tracker(options: TrainingOptions, plan: Plan, progress: Progress, accel
     )
     log.info("%s, seed %d", plan, progress.seed)
     return tracker
+
+
+def make_record(
+    options: TrainingOptions,
+    subsets: Sequence[Subset],
+    plan: Plan,
+    progress: Progress,
+    *,
+    num_held_out: int,
+    is_writer: bool,
+) -> RecordFile:
+    """Return what records in the output folder that the run exists, and how it ends."""
+    folder = options.tracking.run_folder(datetime.fromisoformat(progress.started))
+    order = plan.order
+    record = RunRecord(
+        started=progress.started,
+        output_name=options.save.output_name,
+        seed=progress.seed,
+        options=changed_values(options),
+        set={
+            "images": plan.num_images,
+            "held_out": num_held_out,
+            "batches_per_epoch": order.num_batches,
+            "steps_per_epoch": order.steps_per_epoch,
+            "epochs": plan.num_epochs,
+            "steps": plan.num_steps,
+        },
+        captions=caption_sources(subsets),
+        log_folder=None if folder is None or "tensorboard" not in options.tracking.trackers else str(folder.absolute()),
+    )
+    return RecordFile(options.output_dir, record, progress, is_writer=is_writer)
 
 
 def make_checkpoints(

@@ -16,6 +16,7 @@ from library.optim.ema_options import EMA
 from library.samples.drawing import try_to_draw
 from library.samples.options import SampleOptions
 from library.samples.picture_files import (
+    SAMPLE_FOLDER,
     PictureRecord,
     grid_name,
     other_drawings,
@@ -33,7 +34,6 @@ from library.training.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
-SAMPLE_FOLDER = "sample"
 _AS_SAID = {"": "", AVERAGE_MARK: " with the averaged weights"}
 
 Each = TypeVar("Each")

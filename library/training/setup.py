@@ -21,6 +21,7 @@ from library.data.validation_split import Split
 from library.diffusion.objective import Objective
 from library.optim.ema_options import EMA
 from library.optim.schedule_options import ScheduleOptions
+from library.samples.picture_files import SAMPLE_FOLDER
 from library.sdxl.architecture import SdxlModel
 from library.sdxl.latents import vae_digest
 from library.sdxl.model_source import load_model
@@ -41,6 +42,7 @@ from library.training.outputs import (
     check_disk,
     connect_snapshots,
     make_checkpoints,
+    make_record,
     make_sampling,
     make_tracker,
     make_uploads,
@@ -50,7 +52,7 @@ from library.training.plan import Occasion, Plan
 from library.training.preparation import latents_of, make_plan, prepare_set, split_set, take_captions_over
 from library.training.progress import Progress
 from library.training.run_options import TrainingOptions
-from library.training.sampling import SAMPLE_FOLDER
+from library.training.run_record import FINISHED, STOPPED, RecordFile
 from library.training.starting_point import load_state, starting_point, without_damaged_states
 from library.training.state import Kept
 from library.training.stopping import StopRequest
@@ -85,13 +87,14 @@ class Run:
     tracker: Tracker
     accelerator: Accelerator
     uploads: Uploads
+    record: RecordFile
     is_resumed: bool
 
     @contextmanager
     def begun(self) -> Iterator[None]:
         """Begin the run; within the block, save what was learnt before an error ends it."""
-        uploads = self.uploads.finished_after_errors()
-        with self.tracker.shown(), uploads, saved_before_errors(self._save_after_error):
+        recorded, uploads = self.record.kept(), self.uploads.finished_after_errors()
+        with recorded, self.tracker.shown(), uploads, saved_before_errors(self._save_after_error):
             occasion = self.plan.occasion(self.progress, is_resumed=self.is_resumed)
             for event in self.events:
                 event.after_step(occasion, None)
@@ -104,6 +107,7 @@ class Run:
         wait_for_main(self.accelerator)  # else the launcher could end the one that saves
         self.tracker.close()
         self.uploads.finish()
+        self.record.end(FINISHED if is_finished else STOPPED)
         log.info(
             summary(
                 self.tracker.figures,
@@ -195,6 +199,9 @@ def _set_up(
         tracker=tracker,
         accelerator=accelerator,
         uploads=uploads,
+        record=make_record(
+            options, subsets, plan, progress, num_held_out=len(found.held_out), is_writer=accelerator.is_main_process
+        ),
         is_resumed=state is not None,
     )
 

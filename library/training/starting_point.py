@@ -11,13 +11,14 @@ from accelerate import Accelerator
 
 from library.config.leftovers import remove_leftovers
 from library.data.subsets import Subset, described_subsets
+from library.samples.picture_files import SAMPLE_FOLDER
 from library.training.accelerator import draw_seed
 from library.training.distribution import any_process, main_process_first
 from library.training.ema_snapshots import snapshot_folder
 from library.training.progress import LATEST, DamagedState, Progress, Setting, find_state, num_states, read_progress
 from library.training.resume import check_options, flat_options, library_versions
 from library.training.run_options import TrainingOptions
-from library.training.sampling import SAMPLE_FOLDER
+from library.training.run_record import RECORD_FOLDER
 from library.training.state import Resumable, read_learnt
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,8 @@ def starting_point(
     with main_process_first(accelerator):
         if accelerator.is_main_process:
             logs = [] if options.tracking.logging_dir is None else [options.tracking.logging_dir]
-            remove_leftovers(options.output_dir, options.output_dir / SAMPLE_FOLDER, snapshot_folder(*where), *logs)
+            folders = [options.output_dir / name for name in (SAMPLE_FOLDER, RECORD_FOLDER)]
+            remove_leftovers(options.output_dir, *folders, snapshot_folder(*where), *logs)
         wanted = options.resume.resume
         state = None if wanted is None else find_state(wanted, *where, damaged)
     if state is None:

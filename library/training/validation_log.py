@@ -61,6 +61,11 @@ class ValidationLog:
             log.warning("'%s' cannot be written (%s); training continues", file, error)
 
 
+def read_validations(folder: Path) -> list[dict[str, Any]]:
+    """Return the figures of each validation in a log folder: its step, name, timesteps, losses and worth."""
+    return _read(folder / FILE_NAME)
+
+
 def _read(file: Path | None) -> list[dict[str, Any]]:
     """Return the lines of the file; those that are no figures, of a disk that was full, are left out."""
     if file is None or not file.is_file():

@@ -1,0 +1,72 @@
+"""What a run left on disk, found by its record: samples, grids, models, states, logs."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+from library.config.errors import UserError
+from library.samples.contact_sheet import Samples, find_samples, last_steps
+from library.samples.picture_files import SAMPLE_FOLDER, find_grids
+from library.training.run_record import RunRecord
+
+log = logging.getLogger(__name__)
+
+_NAMES_WITHOUT_ONE = ("last", "at", "epoch", "recent")
+"""What the models of a run without a name are called."""
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What a run left: images by prompt and step, `grids` by step, `files` are models and states.
+
+    `log_folder` is None for a run without logs; it need not exist.
+    """
+
+    record: RunRecord
+    samples: Samples = field(default_factory=dict)
+    grids: Mapping[int, Path] = field(default_factory=dict)
+    files: Sequence[Path] = ()
+    log_folder: Path | None = None
+
+
+def find_run(
+    output_dir: Path, record: RunRecord, records: Sequence[RunRecord], logs: Path | None, *, num_columns: int
+) -> RunFiles:
+    """Return what the run of `record` left in `output_dir`, with the samples of at most `num_columns` steps.
+
+    `records` are those of all runs there: what was written after the next run of the same name began is its own.
+    `logs` is the folder that the log folders lie in, where they were moved.
+    """
+    started = datetime.fromisoformat(record.started)
+    later = [datetime.fromisoformat(each.started) for each in records if each.output_name == record.output_name]
+    span = started, min((moment for moment in later if moment > started), default=datetime.max)
+    folder = output_dir / SAMPLE_FOLDER
+    log_folder = None if record.log_folder is None else Path(record.log_folder)
+    if logs is not None and log_folder is not None:
+        log_folder = logs / log_folder.name
+    return RunFiles(
+        record,
+        samples=_samples_of(folder, record, span, num_columns),
+        grids=find_grids(folder, record.output_name, *span),
+        files=sorted(_saved(output_dir, record, span)),
+        log_folder=log_folder,
+    )
+
+
+def _samples_of(folder: Path, record: RunRecord, span: tuple[datetime, datetime], num_columns: int) -> Samples:
+    try:
+        samples = find_samples(folder, record.output_name or "", span)
+    except UserError as error:
+        log.info(error.problem)
+        return {}
+    return last_steps(samples, num_columns)
+
+
+def _saved(output_dir: Path, record: RunRecord, span: tuple[datetime, datetime]) -> Iterator[Path]:
+    names = _NAMES_WITHOUT_ONE if record.output_name is None else (record.output_name,)
+    for path in output_dir.iterdir():
+        is_own = any(path.name == name or path.name.startswith((f"{name}-", f"{name}.", f"{name}_")) for name in names)
+        if is_own and span[0] <= datetime.fromtimestamp(path.stat().st_mtime) < span[1]:
+            yield path
