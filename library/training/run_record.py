@@ -145,6 +145,9 @@ class RecordFile:
             self._write()
         try:
             yield
+        except SystemExit:
+            self.end(STOPPED, "It was ended at once, without a save.")
+            raise
         except BaseException as error:
             self.end(FAILED, (str(error) or type(error).__name__).splitlines()[0])
             raise

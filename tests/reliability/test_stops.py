@@ -10,6 +10,7 @@ import pytest
 import sdxl_train
 from library.training.progress import read_progress
 from library.training.run_lock import run_lock
+from library.training.run_record import RECORD_FOLDER, STOPPED, find_records
 from library.training.stopping import SAME_SIGNAL_SECONDS
 from tests.conftest import PreparedSet, base_flags
 from tests.forked_runs import FOLDER, KILL_AT, KILL_BY, REPORT_CALL
@@ -62,7 +63,9 @@ def test_a_second_signal_ends_it_at_once_unless_it_is_the_terminal_that_closes(a
         run.send(signal.SIGHUP)  # handled before the next one, and would end the run with 129
     run.send(signal.SIGINT)
     assert run.wait() == 130
-    assert not list((tmp_path / "my output").glob("*"))
+    assert [path.name for path in (tmp_path / "my output").iterdir()] == [RECORD_FOLDER]
+    [record] = find_records(tmp_path / "my output")
+    assert record.state == STOPPED and "without a save" in record.end.message
 
 
 def test_a_second_run_of_the_same_model_is_refused_until_the_first_has_ended(argv, run_server, tmp_path: Path, capsys):
