@@ -84,7 +84,7 @@ def train(options: TrainingOptions, stop: StopRequest) -> int:
                         learner.text_encoder_l, learner.text_encoder_g, batch.tokens, batch.encoded, batch.weights
                     )
                     sizes = size_conditioning(batch.original_sizes, batch.crop_top_lefts, batch.target_sizes)  # [B, 6]
-                    noisy = objective.draw(latents, step.generator, batch.places)  # noise, timesteps, noisy latents
+                    noisy = objective.draw(latents, step.generators(batch), batch.places)  # noise, timesteps, sum
                     predicted = learner.predict(noisy, text, sizes)  # [B, 4, h, w]
                     losses = objective.losses(predicted, latents, noisy, batch.masks)  # [B]
                     learner.backward(losses, batch, step.number)

@@ -46,7 +46,7 @@ def loss_of(unet: UNet2DConditionModel, cells: torch.Tensor, generator: torch.Ge
     """Return the mean loss [] of `cells` [B, 4, 16, 16] with noise and timesteps from `generator`."""
     batch_size = len(cells)
     objective = Objective(NoiseOptions())
-    noisy = objective.draw(cells, generator)
+    noisy = objective.draw(cells, [generator])
     predicted = unet(
         noisy.latents,
         noisy.timesteps,

@@ -55,7 +55,7 @@ def _loss(
     assert batch.latents is not None
     device = generator.device
     latents = batch.latents.to(device, model.unet.dtype) * LATENT_SCALE
-    noisy = objective.draw(latents, generator)
+    noisy = objective.draw(latents, [generator])
     predicted = model.unet(
         noisy.latents.to(model.unet.dtype),
         noisy.timesteps,

@@ -202,7 +202,7 @@ def _loss(
     sizes = _sizes(batch).repeat(DRAWS_PER_IMAGE, 1)
     latents = torch.stack([drawing.latents for drawing in batch]).repeat(DRAWS_PER_IMAGE, 1, 1, 1)
     objective = Objective(NoiseOptions())
-    noisy = objective.draw(latents, noise_generator)
+    noisy = objective.draw(latents, [noise_generator])
     predicted = model.unet(
         noisy.latents,
         noisy.timesteps,

@@ -28,6 +28,7 @@ SUMMARY = [
 ]
 SAVING = [*SUMMARY, rf"saving {NAME}", rf"saved {NAME}( and {NAME})?"]
 TRAINING = [
+    r"training in one process on (cpu|cuda)",
     rf"loading {NAME}",
     rf"{NUMBER} images in {NUMBER} batches, {NUMBER} steps per epoch, {NUMBER} steps in {NUMBER} epochs, seed {NUMBER}",
     r"captions: L from \S.* \(\d+ different\), G from \S.* \(\d+ different\)",

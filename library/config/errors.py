@@ -24,6 +24,8 @@ class UserError(Exception):
     """A mistake that the user can fix: `problem` says what is wrong and where, `remedy` how to fix it."""
 
     exit_status = EXIT_USER_ERROR
+    is_shared = False
+    """Whether every process of a run raises it, so that one of them is enough to say it."""
 
     def __init__(self, problem: str, remedy: str = ""):
         super().__init__(f"{problem} {remedy}".strip())
@@ -55,7 +57,7 @@ def exits_on_user_error(main: Main) -> Main:
         try:
             return main(argv)
         except UserError as error:
-            log.error("error: %s", error)
+            log.error("error: %s", error, extra={"is_shared": error.is_shared})
             return error.exit_status
         except KeyboardInterrupt:
             log.warning("interrupted; files that were being written are unchanged")

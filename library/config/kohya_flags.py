@@ -27,6 +27,24 @@ _OTHER_MODEL: dict[str, str] = {
     "weights themselves are trained. Use --full_bf16 to save memory.",
 }
 
+_DEEPSPEED: dict[str, str] = {
+    flag: f"belongs to DeepSpeed, which is not offered. {instead}"
+    for flag, instead in {
+        "--deepspeed": "FSDP2 shards the same: fsdp_version 2 in the file of accelerate (docs/many-gpus.md).",
+        "--zero_stage": "FSDP2 with fsdp_reshard_after_forward: true is stage 3, with false stage 2 "
+        "(docs/many-gpus.md).",
+        "--offload_optimizer_device": "--offload_optimizer keeps the optimizer's state in host memory.",
+        "--offload_optimizer_nvme_path": "--offload_optimizer keeps the optimizer's state in host memory; none goes to "
+        "a disk, here or with FSDP2.",
+        "--offload_param_device": "FSDP2 shards the weights over the GPUs instead (docs/many-gpus.md).",
+        "--offload_param_nvme_path": "FSDP2 shards the weights over the GPUs instead (docs/many-gpus.md).",
+        "--zero3_init_flag": "Here the checkpoint is mapped from the disk and FSDP2 shards it as it is read. Leave it "
+        "off.",
+        "--zero3_save_16bit_model": "With FSDP2 too a whole model is saved, in --save_precision. Leave it off.",
+        "--fp16_master_weights_and_gradients": "--full_bf16 holds weights and gradients in 16 bits, with FSDP2 too.",
+    }.items()
+}
+
 _PRECISION_AND_MEMORY: dict[str, str] = {
     "--full_fp16": "in pure fp16 small gradients become zero and large activations overflow. Use --full_bf16, or "
     "--mixed_precision=fp16 on a card without bf16.",
@@ -34,25 +52,7 @@ _PRECISION_AND_MEMORY: dict[str, str] = {
     "--highvram": "there is no low-memory mode to switch off. Leave it off.",
     "--disable_mmap_load_safetensors": "mapping the file is what keeps loading small. If it is slow from a network "
     "drive, copy the checkpoint to a local disk first.",
-    **dict.fromkeys(
-        (
-            "--deepspeed",
-            "--zero_stage",
-            "--offload_optimizer_device",
-            "--offload_optimizer_nvme_path",
-            "--offload_param_device",
-            "--offload_param_nvme_path",
-            "--zero3_init_flag",
-            "--zero3_save_16bit_model",
-            "--fp16_master_weights_and_gradients",
-        ),
-        "DeepSpeed is not supported. To save memory use --offload_optimizer, --full_bf16, --gradient_checkpointing and "
-        "--optimizer_type=Adafactor.",
-    ),
-    **dict.fromkeys(
-        ("--ddp_gradient_as_bucket_view", "--ddp_static_graph"),
-        "several GPUs train with PyTorch's defaults. Leave it off.",
-    ),
+    **_DEEPSPEED,
 }
 
 _FILES_AND_LOGS: dict[str, str] = {

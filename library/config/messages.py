@@ -49,7 +49,7 @@ class _Console(logging.Handler):
     """
 
     def emit(self, record: logging.LogRecord) -> None:
-        if _rank() != "0" and record.levelno < logging.ERROR:
+        if _rank() != "0" and (record.levelno < logging.ERROR or getattr(record, "is_shared", False)):
             return
         stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
         with suppress(OSError):  # a closed terminal, a pipe that nobody reads: no reason to end a run

@@ -28,6 +28,7 @@ Operation = Literal[
 ]
 
 _NUMBERS_PER_DIGEST = 8
+_SEED_BYTES = 8
 _DIGEST_FORMAT = struct.Struct(f"<{_NUMBERS_PER_DIGEST}Q")
 _DROPPED_BITS = 11  # of 64: a float has 53
 _UNIT = 2.0**-53
@@ -69,6 +70,12 @@ def drawn_numbers(draw: CaptionDraw, stream: Stream, operation: Operation, count
         block_digest = digest([message.encode("utf-8", errors="surrogatepass")], _DIGEST_FORMAT.size)
         numbers += [(bits >> _DROPPED_BITS) * _UNIT for bits in _DIGEST_FORMAT.unpack(block_digest)]
     return numbers[:count]
+
+
+def noise_seed(draw: CaptionDraw) -> int:
+    """Return the seed of the noise and the timestep of a visit: of the same visit in every way to split a step."""
+    message = f"{draw.seed}\0{draw.epoch}\0{draw.occurrence}\0noise\0{draw.key}"
+    return int.from_bytes(digest([message.encode("utf-8", errors="surrogatepass")], _SEED_BYTES), "little")
 
 
 def numbers_without_chance(draw: CaptionDraw, stream: Stream, operation: Operation, count: int) -> list[float]:

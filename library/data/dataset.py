@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from library.config.errors import UserError
 from library.data.augmented_images import load_augmented
-from library.data.caption_draws import CaptionDraw
+from library.data.caption_draws import CaptionDraw, noise_seed
 from library.data.captioning import Captioning
 from library.data.crops import Crop
 from library.data.epoch_order import EpochOrder, MicroBatch, StepPlaces
@@ -38,6 +38,7 @@ class Batch(NamedTuple):
     `tokens`, `weights` and `encoded` are those of `TextBatch`. The loss of each latent cell is multiplied by that of
     `masks` [B, 1, h, w], the loss of each sample by its `loss_weights` [B], if there are any; `loss_scale`,
     `completes_step` and `places` are as in `MicroBatch`.
+    `noise_seeds` has a seed for each image, of what is drawn for this visit of it.
     """
 
     latents: torch.Tensor | None
@@ -54,6 +55,7 @@ class Batch(NamedTuple):
     keys: tuple[str, ...]
     places: StepPlaces | None = None
     masks: torch.Tensor | None = None
+    noise_seeds: tuple[int, ...] = ()
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch with its tensors on `device`; copies to a GPU do not block Python."""
@@ -119,6 +121,7 @@ class CaptionedImages(Dataset[Batch]):
             completes_step=micro_batch.completes_step,
             keys=tuple(image.key for image in images),
             masks=_masks([visit.mask for visit in visits]),
+            noise_seeds=tuple(map(noise_seed, draws)),
         )
 
 

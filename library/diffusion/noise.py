@@ -1,5 +1,6 @@
 """Noise in the latents, and the random draws of training."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,39 +18,54 @@ class NoisyLatents(NamedTuple):
     latents: torch.Tensor
 
 
-def draw_noise(latents: torch.Tensor, options: NoiseOptions, generator: torch.Generator) -> torch.Tensor:
+Generators = Sequence[torch.Generator]
+"""One generator for each image of a batch, or a single one for all of them together."""
+
+
+def draw_noise(latents: torch.Tensor, options: NoiseOptions, generators: Generators) -> torch.Tensor:
     """Return Gaussian noise shaped like `latents` [B, C, h, w], plus the offset and the multi-resolution noise.
 
-    The order of draws is that of kohya's trainer: noise, the strength of the offset where it is random, offset, then
-    for each lower resolution its size and its noise. Everything is drawn on the device of `generator`: a CPU generator
-    produces the same noise on every machine. (Kohya's trainer takes the sizes from Python's `random` instead.) Noise
-    has the precision of the latents; an offset or a lower resolution makes it float32.
+    The order of draws from each generator is that of kohya's trainer: noise, the strength of the offset where it is
+    random, offset, then for each lower resolution its size and its noise. Everything is drawn on the device of the
+    generators: those of a CPU produce the same noise on every machine. (Kohya's trainer takes the sizes from Python's
+    `random` instead.) Noise has the precision of the latents; an offset or a lower resolution makes it float32.
     """
-    noise = _normal(tuple(latents.shape), generator, latents.device, latents.dtype)
+    noise = _normal(tuple(latents.shape), generators, latents.device, latents.dtype)
     if options.noise_offset:
-        share = _uniform(generator) if options.noise_offset_random_strength else 1.0
-        noise = noise + _offset_strength(latents, options.noise_offset * share, options) * _normal(
-            (*latents.shape[:2], 1, 1), generator, latents.device
+        offset = _strength(options.noise_offset, generators, latents, is_random=options.noise_offset_random_strength)
+        noise = noise + _offset_strength(latents, offset, options) * _normal(
+            (*latents.shape[:2], 1, 1), generators, latents.device
         )
     if options.multires_noise_iterations:
-        noise = _add_lower_resolutions(noise, options, generator)
+        parts = zip(noise.split(len(noise) // len(generators)), generators, strict=True)
+        noise = torch.cat([_add_lower_resolutions(part, options, generator) for part, generator in parts])
     return noise
 
 
-def perturbed(noise: torch.Tensor, options: NoiseOptions, generator: torch.Generator) -> torch.Tensor:
+def perturbed(noise: torch.Tensor, options: NoiseOptions, generators: Generators) -> torch.Tensor:
     """Return the noise [B, C, h, w] that the U-Net sees where its input is perturbed: `noise` and a little more.
 
     Ning et al. 2023, "Input Perturbation Reduces Exposure Bias in Diffusion Models"; drawn after the timesteps.
     """
     if not options.ip_noise_gamma:
         return noise
-    strength = options.ip_noise_gamma
-    if options.ip_noise_gamma_random_strength:
-        strength *= _uniform(generator)
-    return noise + strength * _normal(tuple(noise.shape), generator, noise.device, noise.dtype)
+    is_random = options.ip_noise_gamma_random_strength
+    strength = _strength(options.ip_noise_gamma, generators, noise, is_random=is_random)
+    more = strength * _normal(tuple(noise.shape), generators, noise.device, noise.dtype)
+    return noise + more.to(noise.dtype)
 
 
-def _offset_strength(latents: torch.Tensor, offset: float, options: NoiseOptions) -> torch.Tensor | float:
+def _strength(most: float, generators: Generators, like: torch.Tensor, *, is_random: bool) -> torch.Tensor | float:
+    """Return `most`, or where it is random the part of it that each generator draws, [B, 1, 1, 1]."""
+    if not is_random:
+        return most
+    drawn = torch.tensor([most * _uniform(generator) for generator in generators])
+    return to_device(drawn.repeat_interleave(len(like) // len(generators)), like.device)[:, None, None, None]
+
+
+def _offset_strength(
+    latents: torch.Tensor, offset: torch.Tensor | float, options: NoiseOptions
+) -> torch.Tensor | float:
     """Return the strength of the offset noise: a number, or with an adaptive scale [B, C, 1, 1], at least 0."""
     if not options.adaptive_noise_scale:
         return offset
@@ -58,7 +74,7 @@ def _offset_strength(latents: torch.Tensor, offset: float, options: NoiseOptions
 
 
 def _add_lower_resolutions(noise: torch.Tensor, options: NoiseOptions, generator: torch.Generator) -> torch.Tensor:
-    """Add noise of ever lower resolution to `noise` [B, C, h, w] and scale the sum to unit variance.
+    """Add noise of ever lower resolution to `noise` [B, C, h, w] and scale the sum of all B to unit variance.
 
     Source: J. Whitaker 2023, "Multi-Resolution Noise for Diffusion Model Training", as in kohya's trainer.
     """
@@ -66,7 +82,7 @@ def _add_lower_resolutions(noise: torch.Tensor, options: NoiseOptions, generator
     for level in range(options.multires_noise_iterations or 0):
         shrink = (2 + 2 * _uniform(generator)) ** level
         coarse_height, coarse_width = max(1, int(height / shrink)), max(1, int(width / shrink))
-        coarse = _normal((batch_size, channels, coarse_height, coarse_width), generator, noise.device)
+        coarse = _normal((batch_size, channels, coarse_height, coarse_width), [generator], noise.device)
         noise = noise + interpolate(coarse, (height, width), mode="bilinear") * options.multires_noise_discount**level
         if 1 in (coarse_height, coarse_width):
             break
@@ -74,9 +90,12 @@ def _add_lower_resolutions(noise: torch.Tensor, options: NoiseOptions, generator
 
 
 def _normal(
-    shape: tuple[int, ...], generator: torch.Generator, device: torch.device, dtype: torch.dtype = torch.float32
+    shape: tuple[int, ...], generators: Generators, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    return to_device(torch.randn(shape, generator=generator, device=generator.device, dtype=dtype), device)
+    """Return normal numbers [B, ...] from generators that draw equally many of the B each."""
+    part = (shape[0] // len(generators), *shape[1:])
+    drawn = [torch.randn(part, generator=each, device=each.device, dtype=dtype) for each in generators]
+    return to_device(torch.cat(drawn), device)
 
 
 def _uniform(generator: torch.Generator) -> float:

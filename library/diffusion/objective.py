@@ -6,7 +6,7 @@ from library.diffusion.forward_process import make_forward_process
 from library.diffusion.learnt_weights import LearntWeights
 from library.diffusion.loss_options import LossOptions
 from library.diffusion.loss_weights import make_loss_weights
-from library.diffusion.noise import NoisyLatents, draw_noise, perturbed
+from library.diffusion.noise import Generators, NoisyLatents, draw_noise, perturbed
 from library.diffusion.options import NoiseOptions, TimestepOptions
 from library.diffusion.pixel_losses import PixelLoss, make_pixel_loss, squared
 from library.diffusion.timesteps import draw_timesteps
@@ -36,19 +36,22 @@ class Objective:
         self._weights = make_loss_weights(loss, prediction.kind, self._process)
 
     def draw(
-        self, latents: torch.Tensor, generator: torch.Generator, strata: tuple[int, int, int] | None = None
+        self, latents: torch.Tensor, generators: Generators, strata: tuple[int, int, int] | None = None
     ) -> NoisyLatents:
-        """Draw noise, then timesteps, and add the noise to the scaled `latents` [B, C, h, w]; `strata` as there."""
-        noise = draw_noise(latents, self._noise, generator)
+        """Draw noise, then timesteps, and add the noise to the scaled `latents` [B, C, h, w]; `strata` as there.
+
+        With a generator for each image, what is drawn for it does not depend on the others of its batch.
+        """
+        noise = draw_noise(latents, self._noise, generators)
         timesteps = draw_timesteps(
             latents.shape[0],
             self._timesteps,
-            generator,
+            generators,
             latents.device,
             continuous=self._is_continuous,
             strata=strata,
         )
-        seen = self.noised(latents, perturbed(noise, self._noise, generator), timesteps)
+        seen = self.noised(latents, perturbed(noise, self._noise, generators), timesteps)
         return seen._replace(noise=noise)
 
     def noised(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> NoisyLatents:

@@ -28,7 +28,7 @@ class NoiseOptions:
         most=_STRONGEST,
     )
     noise_offset_random_strength: bool = option(
-        False, "Draw the strength of --noise_offset for each batch, from 0 to what is set."
+        False, "Draw the strength of --noise_offset for each image, from 0 to what is set."
     )
     adaptive_noise_scale: float | None = option(
         None,
@@ -37,7 +37,11 @@ class NoiseOptions:
         most=_STRONGEST,
     )
     multires_noise_iterations: int | None = option(
-        None, "Number of lower resolutions at which noise is added; 6 to 10 are common.", least=0, most=_MOST_HALVINGS
+        None,
+        "Number of lower resolutions at which noise is added; 6 to 10 are common. Sizes are drawn, and the sum is "
+        "scaled to unit variance, for each image.",
+        least=0,
+        most=_MOST_HALVINGS,
     )
     multires_noise_discount: float = option(
         0.3, "Strength of each lower resolution relative to the one before, 0-1.", least=0, most=1
@@ -50,7 +54,7 @@ class NoiseOptions:
         most=_STRONGEST,
     )
     ip_noise_gamma_random_strength: bool = option(
-        False, "Draw the strength of --ip_noise_gamma for each batch, from 0 to what is set."
+        False, "Draw the strength of --ip_noise_gamma for each image, from 0 to what is set."
     )
 
     def problems(self) -> Iterator[str]:

@@ -1,7 +1,11 @@
 """Which timesteps a step trains: draws from a distribution, one for each image or spread evenly over a step."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
+from library.diffusion.noise import Generators
 from library.diffusion.options import NUM_TIMESTEPS, TimestepOptions
 from library.sdxl.device_copies import to_device
 
@@ -11,7 +15,7 @@ _LARGEST_SEED = 2**63 - 1
 def draw_timesteps(
     batch_size: int,
     options: TimestepOptions,
-    generator: torch.Generator,
+    generators: Generators,
     device: torch.device | str,
     *,
     continuous: bool = False,
@@ -26,11 +30,11 @@ def draw_timesteps(
     trained = options.timestep_range
     normal = options.logit_normal
     if normal is None and not continuous and not options.stratified_timesteps:
-        drawn = torch.randint(trained.start, trained.stop, (batch_size,), generator=generator, device=generator.device)
+        drawn = _drawn(partial(torch.randint, trained.start, trained.stop), batch_size, generators)
         return to_device(drawn, device)
-    quantiles = torch.rand(batch_size, generator=generator, device=generator.device, dtype=torch.float64)
+    quantiles = _drawn(partial(torch.rand, dtype=torch.float64), batch_size, generators)
     if options.stratified_timesteps:
-        quantiles = _stratified(quantiles, strata or _of_batch(batch_size, generator))
+        quantiles = _stratified(quantiles, strata or _of_batch(batch_size, generators[0]))
     below, up_to = options.mass_below
     quantiles = below + (up_to - below) * quantiles
     if normal is not None:
@@ -40,6 +44,12 @@ def draw_timesteps(
         below_end = torch.nextafter(torch.tensor(float(trained.stop)), torch.tensor(0.0)).item()
         return to_device(timesteps.float().clamp(trained.start, below_end), device)
     return to_device(timesteps.long().clamp(trained.start, trained.stop - 1), device)
+
+
+def _drawn(draw: Callable[..., torch.Tensor], batch_size: int, generators: Generators) -> torch.Tensor:
+    """Return what `draw(shape, generator, device)` draws from generators that share the batch equally."""
+    shape = (batch_size // len(generators),)
+    return torch.cat([draw(shape, generator=each, device=each.device) for each in generators])
 
 
 def _stratified(uniform: torch.Tensor, strata: tuple[int, int, int]) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Several processes as one run: prepare, exchange gradients, agree, and let one of them write."""
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -13,7 +14,11 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.optim import Optimizer
 
+from library.config.digests import digest
+from library.config.errors import UserError, listed
+
 Item = TypeVar("Item")
+_MOST_SHOWN = 3
 _LONGEST_WAIT = timedelta(days=1)
 """How long processes wait for one that saves, samples or encodes."""
 
@@ -104,6 +109,31 @@ def any_process(accelerator: Accelerator, flag: bool) -> bool:
 def all_of(accelerator: Accelerator, names: list[str]) -> list[str]:
     """Return the names of all processes, each once. Every process has to call it."""
     return list(dict.fromkeys(gather_object(names)))
+
+
+class SharedError(UserError):
+    """A mistake that every process finds and raises; the main one says it."""
+
+    is_shared = True
+
+
+def require_alike(accelerator: Accelerator, what: str, mine: Mapping[str, str]) -> None:
+    """Raise `SharedError` naming what differs unless `mine` is the same in all processes, each of which calls it."""
+    if accelerator.num_processes == 1:
+        return
+    fingerprints = gathered([digest([json.dumps(mine).encode()], 8).hex()])
+    if len(set(fingerprints)) == 1:
+        return
+    others = gathered([dict(mine)])  # only now: of a million images it is long
+    other = next(place for place, each in enumerate(fingerprints) if each != fingerprints[0])
+    theirs, first = others[other], others[0]
+    names = [name for name in {**first, **theirs} if first.get(name) != theirs.get(name)]
+    shown = [f"{name} ({first.get(name, 'none')} and {theirs.get(name, 'none')})" for name in names[:_MOST_SHOWN]]
+    raise SharedError(
+        f"the processes were started with different {what}: process 0 and {other} differ in "
+        f"{listed([*shown, *names[_MOST_SHOWN:]], _MOST_SHOWN) or 'their order'}.",
+        "Start all of them with the same command, files and packages.",
+    )
 
 
 def gathered(items: list[Item]) -> list[Item]:

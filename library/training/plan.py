@@ -1,14 +1,14 @@
 """The steps of a run: the batches of each, where epochs end, where a run continues and where it stops."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from library.data.dataset import Batch
 from library.data.epoch_order import EpochOrder
-from library.training.accelerator import start_generators
+from library.training.accelerator import start_step
 from library.training.progress import Progress
 
 
@@ -28,11 +28,11 @@ class Occasion:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step (`number` from 1): its micro-batches on the device, and its generator of noise."""
+    """One optimizer step (`number` from 1): its micro-batches on the device, and the generators of noise of each."""
 
     number: int
     batches: Iterator[Batch]
-    generator: torch.Generator
+    generators: Callable[[Batch], Sequence[torch.Generator]]
     occasion: Occasion
 
 
@@ -57,7 +57,6 @@ class Plan:
 
         Whoever runs a step exhausts its batches and then calls `progress.advance()`; epochs are counted here.
         """
-        generator = torch.Generator()
         while progress.step < self.num_steps:
             if progress.step_in_epoch >= self.order.steps_per_epoch:  # more, if --resume_anyway shortened the epochs
                 progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
@@ -66,7 +65,7 @@ class Plan:
             while progress.step < self.num_steps and progress.step_in_epoch < self.order.steps_per_epoch:
                 if until():
                     return
-                yield self._next_step(progress, batches, generator)
+                yield self._next_step(progress, batches)
 
     def occasion(self, progress: Progress, *, is_resumed: bool) -> Occasion:
         """Return the occasion of a run that is at `progress` and takes no step there."""
@@ -74,12 +73,12 @@ class Plan:
             progress.step, self._epoch_ended(progress), is_last=progress.step >= self.num_steps, is_resumed=is_resumed
         )
 
-    def _next_step(self, progress: Progress, batches: Iterator[Batch], generator: torch.Generator) -> Step:
+    def _next_step(self, progress: Progress, batches: Iterator[Batch]) -> Step:
         number = progress.step + 1
         ends_epoch = progress.step_in_epoch + 1 >= self.order.steps_per_epoch or number >= self.num_steps
         occasion = Occasion(number, progress.epoch + 1 if ends_epoch else None, is_last=number >= self.num_steps)
-        start_generators(generator, progress.seed, number, self.process_index)
-        return Step(number, self._batches_of_step(batches), generator, occasion)
+        generators = start_step(progress.seed, number, self.process_index, progress.noise_by)
+        return Step(number, self._batches_of_step(batches), generators, occasion)
 
     def _batches_of_step(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         for batch in batches:

@@ -30,7 +30,7 @@ from library.data.validation_split import Split, split_off
 from library.sdxl.architecture import SdxlModel
 from library.sdxl.latents import encode_pixels_finite
 from library.training.accelerator import make_accelerator_of
-from library.training.distribution import main_process_first
+from library.training.distribution import SharedError, main_process_first, require_alike
 from library.training.failures import explained_out_of_memory
 from library.training.offload import on_device
 from library.training.plan import Plan
@@ -104,6 +104,7 @@ def prepare_set(
         tokens = tokenize_captions_of(images)
         texts, notes = _texts(options, model, images, tokens, accelerator.device, progress.seed, cached_encoders)
     now = fingerprints(images)
+    require_alike(accelerator, "images", now)
     notes += cut_captions(images, tokens)
     if options.resume.resume is not None:
         anyway = options.resume.resume_anyway or options.training_set.update_captions
@@ -178,6 +179,12 @@ def make_plan(
         num_processes=accelerator.num_processes,
         process_index=accelerator.process_index,
     )
+    if order.num_batches < accelerator.num_processes:
+        raise SharedError(
+            f"{accelerator.num_processes} processes train, and an epoch has {order.num_batches} batches: some would "
+            "never have an image.",
+            "Start fewer processes, lower --train_batch_size, or add images or --dataset_repeats.",
+        )
     num_steps = num_steps_of(run_options, order)
     dataset = CaptionedImages(images, Captioning(prepared.tokens, seed, num_steps, prepared.texts))
     loader = make_loader(dataset, order, loader_options, accelerator.device)

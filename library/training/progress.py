@@ -20,6 +20,9 @@ PROGRESS_FILE = "progress.json"
 WEIGHTS_FILE = "weights.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"
 
+BY_IMAGE, BY_STEP = "image", "step"
+"""Rules of what the noise of a run is a function of: each visit of an image, or step and process as once."""
+
 _NO_DIGEST = "0" * 32
 """Stands for the digest of a progress file while that is computed."""
 
@@ -54,7 +57,8 @@ class Progress:
     the current one: all of its steps where the epoch is over and what is due after it is not saved yet. `losses` are
     those of the moving average. `num_images` counts the images seen; it is 0 in states of earlier versions.
     `num_states` counts the states of this name in the order in which they were written, over all runs into one folder:
-    clocks can be set back. `validated_step` is the step of the last validation.
+    clocks can be set back. `validated_step` is the step of the last validation. `noise_by` is the rule by which noise
+    is drawn: a run keeps the one that it began with.
     """
 
     started: str = ""
@@ -67,6 +71,7 @@ class Progress:
     num_states: int = 0
     setting: Setting = field(default_factory=Setting)
     validated_step: int | None = None
+    noise_by: str = BY_IMAGE
 
     def advance(self) -> None:
         """Count one more optimizer step."""
@@ -111,6 +116,8 @@ def read_record(folder: Path) -> StateRecord:
         own_digest = content.pop("digest", None)
         sizes, digests = content.pop("bytes"), content.pop("digests", {})
         _require_sizes(folder, sizes)
+        if content.setdefault("noise_by", BY_STEP) not in (BY_IMAGE, BY_STEP):
+            raise ValueError(f"its noise is drawn by {content['noise_by']}, which this version does not know")
         progress = Progress(**{**content, "setting": Setting(**content["setting"])})
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(

@@ -1,5 +1,6 @@
 """Continue from a state: which one, and what has changed since it was saved."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from importlib.metadata import version
@@ -27,6 +28,9 @@ _DECIDE_THE_COURSE = frozenset(
     }
 )
 """Options that change the rest of the run, beside all rules of captions."""
+
+_SPLIT = ("gradient_accumulation_steps", "num_processes")
+"""What says how many micro-batches a step has."""
 
 _CAPTION_RULES = described_rules(PairRules()).keys()
 _ABOUT_RESUMING = frozenset(
@@ -78,10 +82,11 @@ def library_versions() -> dict[str, str]:
     return {library: version(library) for library in _LIBRARIES}
 
 
-def check_options(then: Setting, now: Setting, *, anyway: bool) -> list[str]:
+def check_options(then: Setting, now: Setting, *, anyway: bool, splits_alike: bool = True) -> list[str]:
     """Return which options and library versions have changed since a state was saved, a sentence each.
 
-    Raise `UserError` for those that make the continuation another run, unless `anyway`.
+    Raise `UserError` for those that make the continuation another run, unless `anyway`. With `splits_alike` it is the
+    same run however many processes share the micro-batches of a step, if their number is the same.
     """
     harmless = [
         f"{library}: {before} then, {now.versions.get(library)} now"
@@ -90,10 +95,12 @@ def check_options(then: Setting, now: Setting, *, anyway: bool) -> list[str]:
     ]
     serious: list[str] = []
     saved = _with_caption_rules(then.options)
+    same_split = _batches_of_step(saved) == _batches_of_step(now.options)
     for name, value in now.options.items():
         before = saved.get(name, value)
         if before != value and name not in _ABOUT_RESUMING:
-            (serious if _decides(name) else harmless).append(f"--{name}: {before} then, {value} now")
+            is_serious = _decides(name) and not (name in _SPLIT and splits_alike and same_split)
+            (serious if is_serious else harmless).append(f"--{name}: {before} then, {value} now")
     _refuse(serious, anyway=anyway)
     return harmless + serious
 
@@ -119,12 +126,20 @@ def _refuse(serious: list[str], *, anyway: bool) -> None:
     if serious and not anyway:
         raise UserError(
             f"since the state was saved this has changed: {'; '.join(serious)}.",
-            "Undo the change, or continue with --resume_anyway.",
+            "Undo the change, or continue with --resume_anyway."
+            if not any(change.startswith("--num_processes") for change in serious)
+            else "Set --gradient_accumulation_steps so that times the number of processes it is as many as then, or "
+            "continue with --resume_anyway.",
         )
 
 
 def _decides(name: str) -> bool:
     return name in _DECIDE_THE_COURSE or name in _CAPTION_RULES or name.startswith(SUBSET_MARK)
+
+
+def _batches_of_step(options: Mapping[str, str]) -> int:
+    """Return how many micro-batches a step has in all processes."""
+    return math.prod(int(options.get(name, "1")) for name in _SPLIT)
 
 
 def _with_caption_rules(options: Mapping[str, str]) -> Mapping[str, str]:

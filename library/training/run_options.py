@@ -1,5 +1,6 @@
 """All options of a training run, class by class, and what cannot work between them."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import ClassVar
 
 from library.config.console_options import ConsoleOptions
 from library.config.errors import UserError
-from library.config.magnitudes import DDP_TIMEOUT, MOST_BATCHES, MOST_MINUTES, MOST_SEED, MOST_STEPS, MOST_VISITS
+from library.config.magnitudes import MOST_BATCHES, MOST_SEED, MOST_STEPS, MOST_VISITS
 from library.config.options import ConfigFileOptions, option, problems_of
 from library.data.buckets import BucketOptions, BucketRule, parse_resolution
 from library.data.caption_draws import Encoder
@@ -32,6 +33,7 @@ from library.sdxl.sizes import Size
 from library.training.compile_options import CompileOptions
 from library.training.hub_options import HubOptions
 from library.training.precision import PrecisionOptions
+from library.training.process_options import ProcessOptions, launch_problems
 from library.training.progress import is_state
 from library.training.resume import ResumeOptions
 from library.training.saves import SaveOptions
@@ -87,12 +89,6 @@ class RunOptions:
     dry_run_report: Path | None = option(
         None, "Write the dry run to this file: .html shows the images on a page, .jsonl has a line for every image."
     )
-    ddp_timeout: float | None = option(
-        None,
-        f"Minutes that a process waits for the others in a step; then the main one saves. Default: {DDP_TIMEOUT:g}.",
-        least=0,
-        most=MOST_MINUTES,
-    )
     sdpa: bool = option(True, "Use torch's scaled_dot_product_attention, which is always on.", choices=(True,))
 
     def problems(self) -> Iterator[str]:
@@ -118,6 +114,7 @@ class TrainingOptions:
     captions: CaptionOptions
     loader: LoaderOptions
     run: RunOptions
+    processes: ProcessOptions
     precision: PrecisionOptions
     compilation: CompileOptions
     optimizer: OptimizerOptions
@@ -225,6 +222,7 @@ class TrainingOptions:
         )
         yield from self._bucket_conflicts()
         yield from self.hub.conflicts(self.resume.resume, has_states=self.save.has_states)
+        yield from launch_problems(os.environ, self.precision.mixed_precision)
         yield from self._fused_conflicts()
         yield from optimizer_conflicts(self.optimizer, self.schedule, self._known_num_steps)
         yield from average_conflicts(self.ema, self.optimizer, draws_average=self.sample.sample_ema)

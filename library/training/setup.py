@@ -25,7 +25,7 @@ from library.samples.picture_files import SAMPLE_FOLDER
 from library.sdxl.architecture import SdxlModel
 from library.sdxl.latents import vae_digest
 from library.sdxl.model_source import load_model
-from library.training.accelerator import make_accelerator_of
+from library.training.accelerator import described_processes, make_accelerator_of
 from library.training.averages import make_averages
 from library.training.backends import choose_backends
 from library.training.checkpoints import Checkpoints
@@ -156,6 +156,7 @@ def _set_up(
 ) -> Run:
     accelerator = make_accelerator_of(options)
     choose_backends(options.precision, accelerator.device, deterministic=options.compilation.deterministic)
+    log.info("training in %s", described_processes(accelerator))
     state, progress = starting_point(options, subsets, accelerator, damaged)
     uploads = make_uploads(options.hub, accelerator, stop)
     model, digest = _load_model(options)

@@ -13,9 +13,18 @@ from library.config.leftovers import remove_leftovers
 from library.data.subsets import Subset, described_subsets
 from library.samples.picture_files import SAMPLE_FOLDER
 from library.training.accelerator import draw_seed
-from library.training.distribution import any_process, main_process_first
+from library.training.distribution import any_process, main_process_first, require_alike
 from library.training.ema_snapshots import snapshot_folder
-from library.training.progress import LATEST, DamagedState, Progress, Setting, find_state, num_states, read_progress
+from library.training.progress import (
+    BY_IMAGE,
+    LATEST,
+    DamagedState,
+    Progress,
+    Setting,
+    find_state,
+    num_states,
+    read_progress,
+)
 from library.training.resume import check_options, flat_options, library_versions
 from library.training.run_options import TrainingOptions
 from library.training.run_record import RECORD_FOLDER
@@ -36,6 +45,8 @@ def starting_point(
     """
     flat = flat_options(options, described_subsets(subsets), num_processes=accelerator.num_processes)
     setting = Setting(flat, versions=library_versions())
+    require_alike(accelerator, "options", flat)
+    require_alike(accelerator, "versions", setting.versions)
     where = options.output_dir, options.save.output_name
     with main_process_first(accelerator):
         if accelerator.is_main_process:
@@ -44,6 +55,7 @@ def starting_point(
             remove_leftovers(options.output_dir, *folders, snapshot_folder(*where), *logs)
         wanted = options.resume.resume
         state = None if wanted is None else find_state(wanted, *where, damaged)
+    require_alike(accelerator, "states", {"state": str(state)})
     if state is None:
         seed = draw_seed(accelerator) if options.run.seed is None else options.run.seed
         started = datetime.now().isoformat(timespec="seconds")
@@ -52,7 +64,10 @@ def starting_point(
     then = _with_seed(progress.setting, progress.seed)
     progress.seed = progress.seed if options.run.seed is None else options.run.seed
     now = _with_seed(setting, progress.seed)
-    changes = check_options(then, now, anyway=options.resume.resume_anyway)
+    by_image = progress.noise_by == BY_IMAGE
+    changes = check_options(then, now, anyway=options.resume.resume_anyway, splits_alike=by_image)
+    if not by_image:
+        changes.append("its noise is a function of step and process, as in the version that began this run")
     log.info("\n  ".join([f"resuming after step {progress.step} from '{state}'", *changes]))
     progress.setting = replace(now, images=progress.setting.images, validation=progress.setting.validation)
     progress.num_states = max(progress.num_states, num_states(*where))

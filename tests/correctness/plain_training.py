@@ -12,6 +12,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from torch import nn
 from torch.nn.functional import mse_loss
 
+from library.data.caption_draws import CaptionDraw, noise_seed
 from library.data.epoch_order import BatchShape, EpochOrder
 from library.sdxl.weight_names import unet_table
 from tests.conftest import PreparedSet
@@ -30,13 +31,13 @@ class PlainNoise:
     max_timestep: int = 1000
 
     def drawn_for(self, latents: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Noise and timesteps."""
+        """Noise and timestep of one image."""
         noise = torch.randn(latents.shape, generator=generator)
         if self.offset:
             strength = self.offset + self.adaptive_scale * latents.mean(dim=(2, 3), keepdim=True).abs()
             noise = noise + strength * torch.randn(*latents.shape[:2], 1, 1, generator=generator)
-        timesteps = torch.randint(self.min_timestep, self.max_timestep, (len(latents),), generator=generator)
-        return noise, timesteps
+        timestep = torch.randint(self.min_timestep, self.max_timestep, (len(latents),), generator=generator)
+        return noise, timestep
 
 
 def batches_of_steps(prepared: PreparedSet, shape: BatchShape, seed: int) -> list[list[list[str]]]:
@@ -91,12 +92,12 @@ class PlainTraining:
         )
         self._tokenizer = SimpleTokenizer()
 
-    def backward(self, batches: Sequence[Sequence[str]], generator: torch.Generator) -> float:
-        """Add up the gradients of a step on these batches of pictures; gives its loss, the mean over all pictures."""
+    def backward(self, batches: Sequence[Sequence[str]], seed: int) -> float:
+        """Add up the gradients of a step in the first epoch of a run with this seed; its loss, the mean over images."""
         num_pictures = sum(len(keys) for keys in batches)
         step_loss = torch.zeros(())
         for keys in batches:
-            loss = self._losses(keys, generator).sum() / num_pictures
+            loss = self._losses(keys, seed).sum() / num_pictures
             loss.backward()
             step_loss += loss.detach()
         return step_loss.item()
@@ -109,10 +110,15 @@ class PlainTraining:
             for stored in unet_table(self._networks["unet"])
         }
 
-    def _losses(self, keys: Sequence[str], generator: torch.Generator) -> torch.Tensor:
+    def _losses(self, keys: Sequence[str], seed: int) -> torch.Tensor:
         """The loss of each picture of a batch of one bucket."""
         latents = torch.stack([self._latents(key) for key in keys]) * 0.13025
-        noise, timesteps = self._noise.drawn_for(latents, generator)
+        seeds = [noise_seed(CaptionDraw(seed, epoch=1, key=key)) for key in keys]
+        drawn = [
+            self._noise.drawn_for(image[None], torch.Generator().manual_seed(own))
+            for image, own in zip(latents, seeds, strict=True)
+        ]
+        noise, timesteps = (torch.cat(each) for each in zip(*drawn, strict=True))
         hidden, pooled = self._text(keys)
         with self._precision:
             predicted = self._networks["unet"](

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import PreparedSet, base_flags
-from tests.correctness import keyed_noise
-from tests.correctness.keyed_noise import gradient_of_one_step
+from tests.correctness import gradients
+from tests.correctness.gradients import gradient_of_one_step
 
 pytestmark = pytest.mark.trains
 
@@ -76,7 +76,7 @@ def of_two_processes(flags_of, tmp_path_factory) -> dict[Split, Gradient]:
     """The gradients of two processes, which meet by gloo as those of `accelerate launch --multi_gpu` meet by NCCL."""
     folder = tmp_path_factory.mktemp("gradients")
     runs = [json.dumps(flags_of(split)) for split in IN_TWO_PROCESSES]
-    command = [sys.executable, "-m", keyed_noise.__name__, str(folder), *runs]
+    command = [sys.executable, "-m", gradients.__name__, str(folder), *runs]
     # What the launcher would set; started here, it would be a third process that imports torch.
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     shared |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}

@@ -185,7 +185,7 @@ def test_noise_with_random_strength_and_perturbed_input_is_the_recorded_one(case
     monkeypatch.setattr(noise, "_uniform", uniform)
     monkeypatch.setattr("library.diffusion.objective.draw_timesteps", timesteps)
     objective = Objective(NoiseOptions(**case["settings"]), prediction(EPSILON, case["schedule"]))
-    drawn = objective.draw(LATENTS, torch.Generator())
+    drawn = objective.draw(LATENTS, [torch.Generator()])
     assert asked == case["order"]
     torch.testing.assert_close(drawn.noise, arrays["result_noise"], rtol=0, atol=1e-6)
     torch.testing.assert_close(drawn.latents, arrays["result_noisy"], rtol=0, atol=4e-6)

@@ -12,7 +12,7 @@ from library.config.options import problems_of
 from library.diffusion import noise
 from library.diffusion.noise import draw_noise
 from library.diffusion.objective import Objective
-from library.diffusion.options import NoiseOptions
+from library.diffusion.options import NoiseOptions, TimestepOptions
 from library.sdxl.noise_schedule import make_noise_schedule
 from library.sdxl.prediction import SDXL_PREDICTION
 
@@ -47,7 +47,7 @@ def test_a_training_draw_equals_the_reference_bit_for_bit(entry: dict, monkeypat
     # The reference takes the sizes of the lower resolutions from Python's generator instead of torch's.
     sizes = random.Random(42)
     monkeypatch.setattr(noise, "_uniform", lambda generator: sizes.random())
-    drawn = Objective(OPTIONS[name]).draw(latents, generator)
+    drawn = Objective(OPTIONS[name]).draw(latents, [generator])
     assert str(drawn.noise.dtype) == entry["dtype_noise"]
     assert str(drawn.latents.dtype) == entry["dtype_noisy"]
     assert torch.equal(drawn.noise.float(), NOISE[f"{entry['case']}_noise"])
@@ -62,18 +62,47 @@ def test_a_training_draw_equals_the_reference_bit_for_bit(entry: dict, monkeypat
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_a_run_resumed_from_the_state_of_its_generator_draws_the_same(options: NoiseOptions):
     generator = seeded(7)
-    draw_noise(LATENTS, options, generator)
+    draw_noise(LATENTS, options, [generator])
     state = generator.get_state()
-    expected = draw_noise(LATENTS, options, generator)
+    expected = draw_noise(LATENTS, options, [generator])
     resumed = torch.Generator()
     resumed.set_state(state)
-    assert torch.equal(draw_noise(LATENTS, options, resumed), expected)
+    assert torch.equal(draw_noise(LATENTS, options, [resumed]), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "timesteps"),
+    [
+        (NoiseOptions(), TimestepOptions()),
+        (
+            NoiseOptions(
+                noise_offset=0.1,
+                noise_offset_random_strength=True,
+                adaptive_noise_scale=0.01,
+                multires_noise_iterations=6,
+                ip_noise_gamma=0.1,
+                ip_noise_gamma_random_strength=True,
+            ),
+            TimestepOptions(timestep_sampling="logit_normal", stratified_timesteps=True),
+        ),
+    ],
+    ids=["usual", "all"],
+)
+def test_an_image_draws_the_same_in_a_batch_and_alone(options: NoiseOptions, timesteps: TimestepOptions):
+    objective = Objective(options, timesteps=timesteps)
+    latents = torch.randn(3, 4, 24, 16, generator=seeded(0))
+    together = objective.draw(latents, [seeded(place) for place in range(3)], (0, 3, 5))
+    for place in range(3):
+        alone = objective.draw(latents[place : place + 1], [seeded(place)], (place, 3, 5))
+        for one, other in zip(together, alone, strict=True):
+            assert torch.equal(one[place : place + 1], other)
+    assert not torch.equal(together.noise[0], together.noise[1])
 
 
 def test_coarser_noise_has_unit_variance_and_new_sizes_at_every_draw():
     options, generator = OPTIONS["multires"], seeded(7)
     latents = torch.zeros(2, 4, 64, 64)
-    first, second = (draw_noise(latents, options, generator) for _ in range(2))
+    first, second = (draw_noise(latents, options, [generator]) for _ in range(2))
     # Divided by its own standard deviation: 1 up to the rounding of 32768 float32 numbers.
     assert first.std().item() == pytest.approx(1, abs=1e-5)
     assert not torch.equal(first, second)
@@ -82,7 +111,7 @@ def test_coarser_noise_has_unit_variance_and_new_sizes_at_every_draw():
 def test_a_negative_adaptive_scale_never_turns_the_offset_negative():
     bright = torch.full((1, 4, 8, 8), 100.0)
     options = NoiseOptions(noise_offset=0.1, adaptive_noise_scale=-1.0)
-    assert torch.equal(draw_noise(bright, options, seeded(1)), draw_noise(bright, NoiseOptions(), seeded(1)))
+    assert torch.equal(draw_noise(bright, options, [seeded(1)]), draw_noise(bright, NoiseOptions(), [seeded(1)]))
 
 
 @pytest.mark.parametrize(

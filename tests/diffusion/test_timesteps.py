@@ -44,7 +44,7 @@ def by_formula(name: str) -> torch.Tensor:
 
 def test_timesteps_stay_in_their_range_and_reach_both_ends():
     options = TimestepOptions(min_timestep=10, max_timestep=14)
-    drawn = draw_timesteps(1000, options, seeded(), "cpu")
+    drawn = draw_timesteps(1000, options, [seeded()], "cpu")
     assert set(drawn.tolist()) == {10, 11, 12, 13}
 
 
@@ -53,7 +53,7 @@ def test_timesteps_stay_in_their_range_and_reach_both_ends():
 @pytest.mark.parametrize("name", SAMPLINGS)
 def test_each_sampling_is_distributed_as_its_formula(name: str, continuous: bool, stratified: bool):
     options = TimestepOptions(**SAMPLINGS[name], stratified_timesteps=stratified)
-    drawn = draw_timesteps(NUM, options, seeded(), "cpu", continuous=continuous)
+    drawn = draw_timesteps(NUM, options, [seeded()], "cpu", continuous=continuous)
     assert drawn.dtype == (torch.float32 if continuous else torch.int64)
     assert drawn.min() >= 0 and drawn.max() < 1000
     quantiles = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
@@ -67,7 +67,7 @@ def test_each_sampling_is_distributed_as_its_formula(name: str, continuous: bool
 @pytest.mark.parametrize("continuous", [False, True])
 @pytest.mark.parametrize("name", SAMPLINGS)
 def test_a_range_cuts_each_distribution_off_and_leaves_its_shape(name: str, continuous: bool):
-    drawn = draw_timesteps(NUM, TimestepOptions(**SAMPLINGS[name], **NARROW), seeded(), "cpu", continuous=continuous)
+    drawn = draw_timesteps(NUM, TimestepOptions(**SAMPLINGS[name], **NARROW), [seeded()], "cpu", continuous=continuous)
     assert drawn.min() >= 100 and drawn.max() < 400
     expected = by_formula(name) * 1000
     expected = expected[(expected >= 100) & (expected < 400)]
@@ -78,16 +78,16 @@ def test_a_range_cuts_each_distribution_off_and_leaves_its_shape(name: str, cont
 def test_stratified_draws_share_the_distribution_out(name: str):
     options = TimestepOptions(**SAMPLINGS[name], stratified_timesteps=True)
     plain = TimestepOptions(**SAMPLINGS[name])
-    drawn = draw_timesteps(10, options, seeded(), "cpu", continuous=True).double().sort().values
+    drawn = draw_timesteps(10, options, [seeded()], "cpu", continuous=True).double().sort().values
     # Each of ten lies between its neighbours' deciles.
-    many = draw_timesteps(NUM, plain, seeded(1), "cpu", continuous=True).double()
+    many = draw_timesteps(NUM, plain, [seeded(1)], "cpu", continuous=True).double()
     deciles = many.quantile(torch.linspace(0, 1, 11, dtype=torch.float64))
     assert all(low - 15 <= each <= high + 15 for each, (low, high) in zip(drawn, pairwise(deciles), strict=True))
     means = torch.stack(
-        [draw_timesteps(8, options, seeded(seed), "cpu", continuous=True).mean() for seed in range(300)]
+        [draw_timesteps(8, options, [seeded(seed)], "cpu", continuous=True).mean() for seed in range(300)]
     )
     plain_means = torch.stack(
-        [draw_timesteps(8, plain, seeded(seed), "cpu", continuous=True).mean() for seed in range(300)]
+        [draw_timesteps(8, plain, [seeded(seed)], "cpu", continuous=True).mean() for seed in range(300)]
     )
     assert means.std() < 0.5 * plain_means.std()
     assert abs(means.mean() - plain_means.mean()) < 4 * plain_means.std() / math.sqrt(300)
@@ -100,7 +100,7 @@ def test_the_images_of_a_step_share_the_strata_however_it_is_split():
     for process in range(2):
         for batch in EpochOrder([0] * 11, BatchShape(3, 2, 2, process), seed=7):
             drawn.append(
-                draw_timesteps(len(batch.indices), options, seeded(len(drawn)), "cpu", strata=tuple(batch.places))
+                draw_timesteps(len(batch.indices), options, [seeded(len(drawn))], "cpu", strata=tuple(batch.places))
             )
             totals.add(batch.places.total)
             seeds.add(batch.places.seed)
@@ -124,7 +124,7 @@ def test_the_seed_of_the_strata_is_another_in_each_step_and_the_same_in_a_resume
 
 def test_a_flow_trains_fractions_of_timesteps():
     latents = torch.zeros(64, 4, 8, 8)
-    noisy = Objective(prediction=Prediction(FLOW)).draw(latents, seeded())
+    noisy = Objective(prediction=Prediction(FLOW)).draw(latents, [seeded()])
     assert noisy.timesteps.dtype == torch.float32
     assert (noisy.timesteps != noisy.timesteps.round()).any()
     scale = noisy.timesteps[:, None, None, None] / 1000

@@ -5,9 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.training.accelerator import draw_seed, make_accelerator, step_seed
+from library.data.dataset import Batch
+from library.sdxl.text_encoding import EncodedText, TextWeights
+from library.sdxl.tokenizers import CaptionTokens
+from library.training.accelerator import draw_seed, make_accelerator, start_step, step_seed
 from library.training.distribution import any_process, exchange_gradients, mean_over_processes
 from library.training.precision import PrecisionOptions
+from library.training.progress import BY_IMAGE, BY_STEP
 
 
 @pytest.fixture
@@ -50,6 +54,21 @@ def test_a_drawn_seed_is_one_that_could_be_given(accelerator):
 @pytest.mark.parametrize("flag", [True, False])
 def test_of_one_process_its_own_flag_holds(flag: bool, accelerator):
     assert any_process(accelerator, flag) is flag
+
+
+def batch_of(*noise_seeds: int) -> Batch:
+    empty = torch.empty(0)
+    nothing = CaptionTokens(empty, empty), empty, empty, empty, EncodedText(None, None, None), TextWeights()
+    return Batch(None, None, *nothing, None, 1.0, True, ("a",) * len(noise_seeds), noise_seeds=noise_seeds)
+
+
+def test_noise_is_drawn_by_image_and_in_runs_begun_before_by_step_and_process():
+    by_image = [start_step(7, step, process, BY_IMAGE)(batch_of(5, 6)) for step, process in ((1, 0), (2, 1))]
+    assert [[each.initial_seed() for each in generators] for generators in by_image] == [[5, 6], [5, 6]]
+    by_step = start_step(7, 3, 1, BY_STEP)
+    [first], [second] = by_step(batch_of(5, 6)), by_step(batch_of(8))
+    assert first is second, "one batch goes on where the other has ended"
+    assert first.initial_seed() == step_seed(7, 3, 1) == 13539295938980708179
 
 
 def test_each_step_of_each_process_has_a_seed_of_its_own_that_comes_back():

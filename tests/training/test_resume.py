@@ -33,6 +33,20 @@ def test_what_makes_another_run_stops_with_its_name_unless_told_otherwise():
     assert check_options(THEN, changed(train_batch_size="2"), anyway=True) == ["--train_batch_size: 1 then, 2 now"]
 
 
+def test_the_same_step_may_be_shared_by_another_number_of_processes_unless_noise_depends_on_it():
+    then = changed(gradient_accumulation_steps="2", num_processes="1")
+    split, larger = (changed(gradient_accumulation_steps="1", num_processes=number) for number in ("2", "3"))
+    assert check_options(then, split, anyway=False) == [
+        "--gradient_accumulation_steps: 2 then, 1 now",
+        "--num_processes: 1 then, 2 now",
+    ]
+    for now, splits_alike in ((larger, True), (split, False)):
+        with pytest.raises(UserError, match=r"--num_processes: 1 then, \d now"):
+            check_options(then, now, anyway=False, splits_alike=splits_alike)
+    with pytest.raises(UserError, match="Set --gradient_accumulation_steps so that"):
+        check_options(then, larger, anyway=False)
+
+
 @pytest.mark.parametrize(
     ("now", "message"),
     [

@@ -17,11 +17,14 @@ from library.config.errors import UserError
 from library.optim.lr_schedules import make_lr_schedule
 from library.optim.schedule_options import ScheduleOptions
 from library.training.progress import (
+    BY_IMAGE,
+    BY_STEP,
     FORMAT_WITHOUT_DIGESTS,
     LATEST,
     PROGRESS_FILE,
     Progress,
     Setting,
+    StateRecord,
     find_state,
     num_states,
     read_progress,
@@ -61,6 +64,20 @@ def train(learnt: Resumable, steps: range) -> list[torch.Tensor]:
         learnt.lr_schedule.step()
         learnt.optimizer.zero_grad()
     return [parameter.detach().clone() for parameter in network.parameters()]
+
+
+def test_a_state_keeps_the_rule_of_its_noise_and_one_from_before_has_its_own(tmp_path: Path):
+    file = tmp_path / "progress.json"
+    for rule in (BY_STEP, BY_IMAGE):
+        file.write_text(StateRecord(replace(PROGRESS, noise_by=rule), {}, {}).as_text(), encoding="utf-8")
+        assert read_progress(tmp_path).noise_by == rule
+    content = json.loads(file.read_text(encoding="utf-8"))
+    del content["digest"], content["noise_by"]
+    file.write_text(json.dumps(content), encoding="utf-8")
+    assert read_progress(tmp_path).noise_by == BY_STEP
+    file.write_text(json.dumps(content | {"noise_by": "weather"}), encoding="utf-8")
+    with pytest.raises(UserError, match="noise is drawn by weather, which this version does not know"):
+        read_progress(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -1,15 +1,11 @@
-"""Runs of sdxl_train.py in which each picture's noise depends on the picture alone, and the gradient of the one step.
+"""Runs of sdxl_train.py, and the gradient of their one step.
 
-The trainer draws noise batch by batch and process by process, so that the same four pictures get other noise when they
-are split in another way. That is as it should be, and would hide whether the split itself changes anything.
-
-    python -m tests.correctness.keyed_noise OUTPUT [FLAGS [FLAGS ...]]
+    python -m tests.correctness.gradients OUTPUT [FLAGS [FLAGS ...]]
 
 is one process of several. The main one writes the gradients: `OUTPUT/0.safetensors` of the first run, and so on. The
 flags of a run are one argument, as JSON.
 """
 
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -20,23 +16,8 @@ from accelerate import Accelerator, PartialState
 from safetensors.torch import save_file
 
 import sdxl_train
-from library.diffusion.noise import NoisyLatents
-from library.diffusion.objective import Objective
 from library.training.learner import Learner, StepReport
-
-draw = Objective.draw
-
-
-def noise_of_each_image(
-    self: Objective, latents: torch.Tensor, generator: torch.Generator, strata: tuple[int, int, int] | None = None
-) -> NoisyLatents:
-    """As `Objective.draw`, but from a generator that each image's latents seed."""
-    drawn = []
-    for picture in latents.unbind():
-        digest = hashlib.blake2b(picture.numpy().tobytes(), digest_size=8).digest()
-        own = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-        drawn.append(draw(self, picture[None], own))
-    return NoisyLatents(*(torch.cat(parts) for parts in zip(*drawn, strict=True)))
+from tests.conftest import forget_accelerator
 
 
 def gradient_of_one_step(argv: list[str]) -> dict[str, torch.Tensor]:
@@ -50,7 +31,8 @@ def gradient_of_one_step(argv: list[str]) -> dict[str, torch.Tensor]:
         steps.append({name: parameter.grad.clone() for name, parameter in unet.named_parameters()})
         return step(self, number)
 
-    with patch.object(Learner, "step", recording), patch.object(Objective, "draw", noise_of_each_image):
+    forget_accelerator()
+    with patch.object(Learner, "step", recording):
         assert sdxl_train.main(argv) == 0
     [gradient] = steps
     return gradient
