@@ -43,7 +43,7 @@ _POLL_SECONDS = 0.01
 
 @dataclass(frozen=True)
 class Command:
-    """One process to be: a script ("train", "prepare", "merge_g", "merge_l"), its arguments, output and environment."""
+    """One process to be: a script of `serve`, its arguments, output and environment."""
 
     script: str
     argv: Sequence[str]
@@ -145,6 +145,13 @@ class RunServer:
 # -- in the server's process ------------------------------------------------------------------------------------------
 
 
+def _call(argv: Sequence[str]) -> int:
+    """Call a function of the tests, "module:function", with the other arguments."""
+    module, _, name = argv[0].partition(":")
+    getattr(importlib.import_module(module), name)(*argv[1:])
+    return 0
+
+
 def _status_file(output: Path) -> Path:
     return output.with_name(f"{output.name}.status")
 
@@ -165,6 +172,7 @@ def serve() -> None:
         "prepare": prepare_buckets_latents.main,
         "merge_g": sdxl_merge_captions_g_to_metadata.main,
         "merge_l": sdxl_merge_captions_l_to_metadata.main,
+        "call": _call,
     }
     gc.freeze()  # or the first collection in a child copies all memory
     print("ready", flush=True)

@@ -6,7 +6,7 @@ same, to the last bit, as if all of them were stepped after the backward pass.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from library.optim.stepping import Chunk, ChunkSteps, Stepper
+from library.optim.chunk_exchange import ChunkExchange, OnChunk
+from library.optim.stepping import Chunk, Stepper
 
 
 class FusedBackward:
@@ -24,22 +25,27 @@ class FusedBackward:
     With `max_grad_norm` above 0 the norm of the whole gradient is needed before the first weight is updated. A backward
     pass that only computes the norm comes first: exactly the usual clipping, at the cost of the time of a second
     backward pass; activations are kept until that one has finished.
+
+    `exchange` averages the gradients over several processes, each chunk before it is measured or stepped.
     """
 
-    def __init__(self, stepper: Stepper, max_grad_norm: float):
+    def __init__(self, stepper: Stepper, max_grad_norm: float, exchange: ChunkExchange | None = None):
         self._stepper = stepper
+        self._exchange = exchange
         self._max_grad_norm = max_grad_norm
         self._current: Callable[[Parameter], None] | None = None
         self._chunk_of = {parameter: chunk for chunk in stepper.chunks for parameter in chunk.parameters}
         for parameter in self._chunk_of:
             parameter.register_post_accumulate_grad_hook(self._on_gradient)
 
-    def backward(self, accelerator: Accelerator, loss: Tensor, step: int) -> float | None:
+    def backward(
+        self, accelerator: Accelerator, loss: Tensor, step: int, mean_loss: float | None = None
+    ) -> float | None:
         """Take optimizer step `step` for `loss`; return the gradient norm, None if it was not computed.
 
-        A loss or a norm that is NaN or Inf updates nothing.
+        A loss or a norm that is NaN or Inf updates nothing: the loss of any process, if `mean_loss` is their mean.
         """
-        if not math.isfinite(float(loss.detach())):
+        if not math.isfinite(float(loss.detach()) if mean_loss is None else mean_loss):
             return None
         if self._max_grad_norm == 0:
             self._step(accelerator, loss, step, norm=None)
@@ -52,16 +58,33 @@ class FusedBackward:
     def _measure(self, accelerator: Accelerator, loss: Tensor) -> Tensor:
         """Return the norm of the whole gradient, from those of its parts, in the order in which torch takes them."""
         norms: dict[Parameter, Tensor] = {}
-        with self._on_each_gradient(partial(_take_norm, norms)):
-            accelerator.backward(loss, retain_graph=True)
+        if self._exchange is None:
+            with self._on_each_gradient(partial(_take_norm, norms)):
+                accelerator.backward(loss, retain_graph=True)
+        else:
+            self._by_chunk(accelerator, loss, partial(_take_norms, norms), retain_graph=True)
         return get_total_norm([norms[parameter] for parameter in self._chunk_of if parameter in norms])
 
     def _step(self, accelerator: Accelerator, loss: Tensor, step: int, norm: Tensor | None) -> None:
         with self._stepper.stepping(step) as chunk_steps:
-            pass_ = _SteppingPass(self._stepper.chunks, self._chunk_of, chunk_steps, self._max_grad_norm, norm)
+
+            def step_chunk(chunk: Chunk) -> None:
+                if norm is not None:
+                    clip_grads_with_norm_(chunk.parameters, self._max_grad_norm, norm)
+                chunk_steps.step([chunk])
+                for parameter in chunk.parameters:
+                    parameter.grad = None
+
+            self._by_chunk(accelerator, loss, step_chunk)
+
+    def _by_chunk(self, accelerator: Accelerator, loss: Tensor, then: OnChunk, *, retain_graph: bool = False) -> None:
+        """Go backward; call `then` with each chunk as soon as its last gradient is complete, and averaged."""
+        averaging = nullcontext(then) if self._exchange is None else self._exchange.averaging(then)
+        with averaging as on_chunk:
+            pass_ = _ChunkPass(self._stepper.chunks, self._chunk_of, on_chunk)
             with self._on_each_gradient(pass_.on_gradient):
-                accelerator.backward(loss)
-            pass_.step_incomplete()
+                accelerator.backward(loss, retain_graph=retain_graph)
+            pass_.end()
 
     def _on_gradient(self, parameter: Parameter) -> None:
         if self._current is not None:
@@ -77,45 +100,35 @@ class FusedBackward:
             self._current = None
 
 
+def _take_norms(norms: dict[Parameter, Tensor], chunk: Chunk) -> None:
+    for parameter in chunk.parameters:
+        if parameter.grad is not None:
+            _take_norm(norms, parameter)
+
+
 def _take_norm(norms: dict[Parameter, Tensor], parameter: Parameter) -> None:
     assert parameter.grad is not None
     norms[parameter] = get_total_norm([parameter.grad])
     parameter.grad = None
 
 
-class _SteppingPass:
-    """A backward pass that steps each chunk as soon as its last gradient is complete, and frees its gradients."""
+class _ChunkPass:
+    """A backward pass that hands over each chunk as soon as its last gradient is complete."""
 
-    def __init__(
-        self,
-        chunks: Sequence[Chunk],
-        chunk_of: dict[Parameter, Chunk],
-        chunk_steps: ChunkSteps,
-        max_grad_norm: float,
-        norm: Tensor | None,
-    ):
+    def __init__(self, chunks: Sequence[Chunk], chunk_of: dict[Parameter, Chunk], on_chunk: OnChunk):
         self._chunk_of = chunk_of
-        self._chunk_steps = chunk_steps
-        self._max_grad_norm = max_grad_norm
-        self._norm = norm
+        self._on_chunk = on_chunk
         self._waiting = {chunk: set(chunk.parameters) for chunk in chunks}
 
     def on_gradient(self, parameter: Parameter) -> None:
-        """Step the parameter's chunk if this was its last gradient."""
+        """Hand the parameter's chunk over if this was its last gradient."""
         chunk = self._chunk_of[parameter]
         self._waiting[chunk].discard(parameter)
         if not self._waiting[chunk]:
-            self._step(chunk)
+            self._on_chunk(chunk)
 
-    def step_incomplete(self) -> None:
-        """Step the chunks that have parameters without a gradient."""
+    def end(self) -> None:
+        """Hand over the chunks that have parameters without a gradient."""
         for chunk, missing in self._waiting.items():
             if missing:
-                self._step(chunk)
-
-    def _step(self, chunk: Chunk) -> None:
-        if self._norm is not None:
-            clip_grads_with_norm_(chunk.parameters, self._max_grad_norm, self._norm)
-        self._chunk_steps.step([chunk])
-        for parameter in chunk.parameters:
-            parameter.grad = None
+                self._on_chunk(chunk)

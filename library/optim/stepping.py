@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
@@ -159,39 +158,41 @@ class Stepper:
     def _update(self, groups: list[dict[str, Any]]) -> None:
         self._optimizer.param_groups = groups
         rounds_here = self._rounder.kind != NEAREST and not self._rounds_itself
-        narrow = [
-            (parameter, parameter.data)
-            for group in groups
-            for parameter in group["params"]
-            if rounds_here and parameter.dtype == torch.bfloat16
-        ]
-        for parameter, _ in narrow:
-            self._widen(parameter)
+        stand_ins: dict[Parameter, Parameter] = {}
+        for group in groups if rounds_here else []:
+            narrow = [parameter for parameter in group["params"] if parameter.dtype == torch.bfloat16]
+            stand_ins |= {parameter: self._widened(parameter) for parameter in narrow}
+            group["params"] = [stand_ins.get(parameter, parameter) for parameter in group["params"]]
         self._optimizer.step()
-        for parameter, weights in narrow:
-            self._narrow(parameter, weights)
+        for parameter, stand_in in stand_ins.items():
+            self._narrow(parameter, stand_in)
 
-    def _widen(self, parameter: Parameter) -> None:
-        """Make weights, gradient and state float32."""
+    def _widened(self, parameter: Parameter) -> Parameter:
+        """Return a float32 stand-in for a bfloat16 parameter, which takes its state over; its gradient is freed.
+
+        To change the type of the parameter itself would make DDP lose it: it would no longer notice its gradient.
+        """
         assert parameter.grad is not None
-        gradient, parameter.grad = parameter.grad.float(), None
-        parameter.data = parameter.data.float()
-        parameter.grad = gradient
-        state = self._optimizer.state.get(parameter, {})
-        if RESIDUAL in state:
-            parameter.data += state.pop(RESIDUAL)
-        for key in self._narrow_keys & state.keys():
-            state[key] = state[key].float()
+        stand_in = Parameter(parameter.detach().float())
+        stand_in.__dict__.update(parameter.__dict__)
+        stand_in.grad, parameter.grad = parameter.grad.float(), None
+        if parameter in self._optimizer.state:
+            state = self._optimizer.state[stand_in] = self._optimizer.state.pop(parameter)
+            if RESIDUAL in state:
+                stand_in.data += state.pop(RESIDUAL)
+            for key in self._narrow_keys & state.keys():
+                state[key] = state[key].float()
+        return stand_in
 
-    def _narrow(self, parameter: Parameter, weights: Tensor) -> None:
-        """Round what is now float32 back to bfloat16, the weights into `weights`, where they were."""
-        state = self._optimizer.state[parameter]
-        values, parameter.grad = parameter.data, None
+    def _narrow(self, parameter: Parameter, stand_in: Parameter) -> None:
+        """Round what its stand-in has become back to bfloat16, weights and state."""
+        state = self._optimizer.state[parameter] = self._optimizer.state.pop(stand_in, {})
+        values = stand_in.data
         if self._rounder.kind == KAHAN:
             rounded, state[RESIDUAL] = with_residual(values)
         else:
             rounded = round_stochastically(values, self._rounder.seed(parameter))
-        parameter.data = weights.copy_(rounded)
+        parameter.data.copy_(rounded)
         for key in sorted(self._narrow_keys & state.keys()):
             state[key] = round_stochastically(state[key], self._rounder.seed(parameter, key))
 

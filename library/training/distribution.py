@@ -24,12 +24,15 @@ _LONGEST_WAIT = timedelta(days=1)
 
 
 def prepare(
-    accelerator: Accelerator, networks: Mapping[str, nn.Module], optimizer: Optimizer
+    accelerator: Accelerator, networks: Mapping[str, nn.Module], optimizer: Optimizer, *, exchanges: bool = True
 ) -> tuple[dict[str, nn.Module], Optimizer]:
-    """Return the trained networks and their optimizer as accelerate runs them, prepared in one call.
+    """Return the trained networks and their optimizer as accelerate runs them.
 
-    Sharding needs them together: it replaces the parameters that the optimizer holds.
+    Without `exchanges` gradients stay in their process: somebody else averages them (`optim/chunk_exchange`).
     """
+    if not exchanges:
+        alone = {name: accelerator.prepare_model(each, evaluation_mode=True) for name, each in networks.items()}
+        return alone, accelerator.prepare_optimizer(optimizer)
     *prepared, prepared_optimizer = accelerator.prepare(*networks.values(), optimizer)
     return dict(zip(networks, prepared, strict=True)), prepared_optimizer
 

@@ -105,7 +105,7 @@ class Learner:
             return
         self._rates = self._current_rates()
         self.is_between_steps = False
-        self._fused_norm = self.fused.backward(self.accelerator, loss, step)
+        self._fused_norm = self.fused.backward(self.accelerator, loss, step, self.step_loss.mean())
         self.is_between_steps = True
 
     def step(self, step: int) -> StepReport:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from library.config.errors import UserError
+from library.optim.chunk_exchange import ChunkExchange
 from library.optim.fused_backward import FusedBackward
 from library.optim.lr_curves import rates_over_run
 from library.optim.lr_schedules import make_lr_schedule
@@ -64,8 +65,9 @@ def make_learner(
     networks: dict[str, nn.Module] = {"unet": model.unet}
     networks |= {"text_encoder_l": model.text_encoder_l} if trains_l else {}
     networks |= {"text_encoder_g": model.text_encoder_g} if trains_g else {}
-    trained, optimizer = prepare(accelerator, networks, optimizer)
     fused = optimizer_options.fused_backward_pass
+    trained, optimizer = prepare(accelerator, networks, optimizer, exchanges=not fused)
+    exchange = ChunkExchange() if fused and accelerator.num_processes > 1 else None
     return Learner(
         accelerator=accelerator,
         unet=trained["unet"],
@@ -77,7 +79,7 @@ def make_learner(
         settings=settings,
         lr_schedule=lr_schedule,
         stepper=stepper,
-        fused=FusedBackward(stepper, optimizer_options.max_grad_norm) if fused else None,
+        fused=FusedBackward(stepper, optimizer_options.max_grad_norm, exchange) if fused else None,
         max_grad_norm=optimizer_options.max_grad_norm,
         watch=LossWatch(max_bad_steps),
         step_loss=StepLoss(accelerator),
@@ -126,12 +128,6 @@ def _make_stepper(
     make = partial(make_optimizer, options=options)
     with tried(options.optimizer_type):
         each_alone = require_each_alone(make, options, accelerator.device)
-    if options.fused_backward_pass and accelerator.num_processes > 1:
-        raise UserError(
-            "--fused_backward_pass cannot work with several processes: each gradient would be used before the others "
-            "have contributed theirs.",
-            "Train with one process, or leave out --fused_backward_pass.",
-        )
     if options.offload_optimizer:
         groups = optimizer.param_groups
         require_host_memory(make, [parameter for group in groups for parameter in group["params"]], rounder.kind)

@@ -37,9 +37,9 @@ def run_server(_server: RunServer, tmp_path: Path) -> Callable[..., ForkedRun]:
 def run_processes(run_server: Callable[..., ForkedRun], free_port: Callable[[], int]) -> Callable[..., list[ForkedRun]]:
     """`run_processes(2, argv)` starts sdxl_train.py in two processes of one run, the main one first."""
 
-    def start(number: int, argv: list[str], **environment: str) -> list[ForkedRun]:
+    def start(number: int, argv: list[str], script: str = "train", **environment: str) -> list[ForkedRun]:
         shared = {**environment, "WORLD_SIZE": str(number), "PORT": str(free_port())}
-        return [run_server("train", argv, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(number)]
+        return [run_server(script, argv, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(number)]
 
     return start
 

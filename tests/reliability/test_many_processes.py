@@ -1,13 +1,16 @@
 """Several processes train as one: to the same bits where sums of two are concerned."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.conftest import BUCKET_FLAGS, RATE, PreparedSet, base_flags
 from tests.forked_runs import ForkedRun
 from tests.outcome import differences, outcome_of
+from tests.reliability import in_ranks
 
 pytestmark = pytest.mark.trains
 
@@ -16,7 +19,7 @@ class Runs:
     """Runs of one set of flags in different numbers of processes; each accumulates what the others share."""
 
     def __init__(self, argv: list[str], folder: Path, start: Callable[..., list[ForkedRun]]):
-        self._argv = argv
+        self.argv = argv
         self._start = start
         self.folder = folder
 
@@ -24,12 +27,12 @@ class Runs:
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
         paths = f"--output_dir={folder / 'output'}", f"--logging_dir={folder / 'logs'}"
-        return self._start(num_processes, [*self._argv, *paths, *flags], **environment)
+        return self._start(num_processes, [*self.argv, *paths, *flags], END_AT_ONCE="1", **environment)
 
     def run(self, name: str, num_processes: int, *flags: str, **environment: str) -> None:
         """A run to its end, which is a good one."""
         for each in self.start(name, num_processes, *flags, **environment):
-            assert each.wait() == 0, each.said
+            assert each.wait(timeout=600) == 0, each.said
 
     def outcome(self, name: str) -> dict:
         return outcome_of(self.folder / name / "output", self.folder / name / "logs")
@@ -63,3 +66,109 @@ NOISE = (
 
 def test_two_processes_train_as_one_that_accumulates_bit_for_bit(runs: Runs):
     two_are_one(runs, *SGD, *NOISE)
+
+
+@pytest.fixture
+def together(run_processes) -> Callable[..., None]:
+    """`together(2, function)` calls a function of `in_ranks` in two processes, without an error."""
+
+    def call(number: int, function: Callable[..., None], *arguments: str) -> None:
+        argv = [f"{in_ranks.__name__}:{function.__name__}", *arguments]
+        for each in run_processes(number, argv, script="call"):
+            assert each.wait(timeout=600) == 0, each.said
+
+    return call
+
+
+def test_the_fused_backward_pass_of_two_processes_is_bit_for_bit_that_of_ddp(together):
+    together(2, in_ranks.fused_as_ddp)
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_in_one_process_moves_nothing_in_any(together):
+    together(2, in_ranks.not_a_number_in_one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (*SGD, "--ddp_gradient_as_bucket_view", "--ddp_static_graph"),
+        ("--optimizer_type=AdamW", "--max_grad_norm=0.05", "--ema", "--lr_scheduler=cosine", "--train_text_encoder"),
+        (
+            *("--mixed_precision=bf16", "--full_bf16", "--optimizer_type=Adafactor", "--optimizer_args"),
+            *("scale_parameter=False", "relative_step=False", "warmup_init=False", "--learning_rate=1e-3"),
+        ),
+    ],
+    ids=["flags of DDP", "clipping, EMA, text encoders", "bfloat16"],
+)
+def test_more_ways_to_train_in_two_processes_bit_for_bit(flags, runs: Runs):
+    two_are_one(runs, *flags)
+
+
+@pytest.mark.slow
+def test_the_fused_backward_pass_saves_the_same_model_in_two_processes(runs: Runs):
+    flags = ("--optimizer_type=AdamW", "--learning_rate=1e-3", "--max_grad_norm=0.05")
+    runs.run("usual", 2, *flags)
+    runs.run("fused", 2, *flags, "--fused_backward_pass")
+    assert differences(runs.outcome("usual"), runs.outcome("fused")) == []
+
+
+@pytest.mark.slow
+def test_three_processes_train_as_one_but_for_the_order_of_sums(runs: Runs):
+    runs.run("one", 1, *SGD, "--gradient_accumulation_steps=3")
+    runs.run("three", 3, *SGD)
+    one, three = (runs.outcome(name)["model m"] for name in ("one", "three"))
+    for name, weights in one.items():
+        torch.testing.assert_close(three[name], weights, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_processes_with_other_options_are_named_by_one_of_them_before_the_model_is_opened(
+    runs: Runs, run_server, free_port
+):
+    shared = {"WORLD_SIZE": "2", "PORT": str(free_port()), "END_AT_ONCE": "1"}
+    argv = [*runs.argv, f"--output_dir={runs.folder}"]
+    pair = [
+        run_server("train", [*argv, f"--noise_offset={offset}"], RANK=rank, LOCAL_RANK=rank, **shared)
+        for rank, offset in (("0", "0.1"), ("1", "0.2"))
+    ]
+    assert [each.wait(timeout=600) for each in pair] == [2, 2]
+    expected = "different options: process 0 and 1 differ in noise_offset (0.1 and 0.2)."
+    assert [expected in each.said for each in pair] == [True, False]
+    assert not any("Traceback" in each.said for each in pair)
+
+
+@pytest.mark.slow
+def test_more_processes_than_batches_are_refused_by_one_of_them(runs: Runs):
+    quartet = runs.start("four", 4)
+    assert [each.wait(timeout=600) for each in quartet] == [2] * 4
+    assert ["4 processes train, and an epoch has 3 batches" in each.said for each in quartet] == [True] + [False] * 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [((1, 2), (2, 1)), ((2, 1), (1, 2)), ((1, 3), (3, 1))], ids=str)
+def test_a_state_is_resumed_by_another_number_of_processes(before, after, runs: Runs):
+    """Processes and accumulated batches, which make six steps of the same images."""
+    flags = ("--optimizer_type=AdamW", "--learning_rate=1e-3", "--save_state", "--save_every_n_steps=1", "--ema")
+    flags_of = {each: (*flags, f"--gradient_accumulation_steps={each[1]}") for each in (before, after)}
+    runs.run("whole", before[0], *flags_of[before])
+    runs.run("parts", before[0], *flags_of[before], "--max_train_steps=1")
+    runs.run("parts", after[0], *flags_of[after], "--resume=latest")
+    whole, parts = (runs.outcome(name)["model m"] for name in ("whole", "parts"))
+    for name, weights in whole.items():
+        if max(before) == 2:
+            assert torch.equal(parts[name], weights), name
+        else:
+            torch.testing.assert_close(parts[name], weights, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_signal_to_all_processes_saves_a_state_of_the_step_that_all_have_done(runs: Runs):
+    pair = runs.start("stopped", 2, "--max_train_steps=50")
+    pair[0].wait_until_said("1/50", timeout=600)
+    for each in pair:
+        each.send(signal.SIGTERM)
+    assert [each.wait(timeout=600) for each in pair] == [143, 143]
+    [state] = runs.output("stopped").glob("m-step*-state")
+    assert f'--resume "{state}"' in pair[0].said

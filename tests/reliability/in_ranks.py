@@ -1,0 +1,78 @@
+"""What the processes of a test do together; each function is called in all of them, `call` of tests/forked_runs.py."""
+
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+
+from library.optim.chunk_exchange import ChunkExchange
+from library.optim.fused_backward import FusedBackward
+from library.optim.optimizer_probe import keys_in_bfloat16
+from library.optim.optimizers import make_optimizer
+from library.optim.options import ADAFACTOR_RECIPE, NEAREST, STOCHASTIC, OptimizerOptions
+from library.optim.rounding import Rounder
+from library.optim.stepping import Stepper
+from tests.optim.small_net import SmallNet
+
+RECIPE = ADAFACTOR_RECIPE.split()[1:]
+CHUNK = 150
+
+
+def _trained(options: OptimizerOptions, dtype: torch.dtype, rounding: str, *, fused: bool) -> list[torch.Tensor]:
+    """The weights after steps on the images of all processes: with DDP and a step, or in the fused backward pass."""
+    accelerator, net = Accelerator(cpu=True), SmallNet().to(dtype)
+    parameters = list(net.parameters())
+    optimizer = make_optimizer([{"name": "net", "params": parameters, "lr": options.learning_rate}], options)
+    narrow = keys_in_bfloat16(partial(make_optimizer, options=options), torch.device("cpu"))
+    stepper = Stepper(optimizer, Rounder(rounding, parameters, 0), narrow, elements_per_chunk=CHUNK)
+    fused_backward = FusedBackward(stepper, options.max_grad_norm, ChunkExchange()) if fused else None
+    network = net if fused else nn.parallel.DistributedDataParallel(net)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for step in range(1, 5):
+        images = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(step * world + rank)).to(dtype)
+        loss = network(images).float().square().mean()
+        if fused_backward is not None:
+            fused_backward.backward(accelerator, loss, step)
+            assert all(parameter.grad is None for parameter in parameters)
+            continue
+        loss.backward()
+        if options.max_grad_norm:
+            clip_grad_norm_(parameters, options.max_grad_norm)
+        stepper.step(step)
+        optimizer.zero_grad()
+    return [parameter.detach().clone() for parameter in parameters]
+
+
+def fused_as_ddp() -> None:
+    """Every optimizer moves the weights to the same bits, in the fused backward pass and after DDP's."""
+    Accelerator(cpu=True)
+    for optimizer_type in ("torch.optim.SGD", "AdamW", "Adafactor"):
+        for max_grad_norm in (0.0, 1e-3):
+            for dtype, rounding in ((torch.float32, NEAREST), (torch.bfloat16, STOCHASTIC)):
+                options = OptimizerOptions(
+                    optimizer_type=optimizer_type,
+                    optimizer_args=RECIPE if optimizer_type == "Adafactor" else [],
+                    learning_rate=1e-2,
+                    max_grad_norm=max_grad_norm,
+                )
+                usual, fused = (_trained(options, dtype, rounding, fused=fused) for fused in (False, True))
+                assert not torch.equal(usual[0], next(SmallNet().to(dtype).parameters())), "the weights have moved"
+                for one, other in zip(usual, fused, strict=True):
+                    assert torch.equal(one, other), (optimizer_type, max_grad_norm, dtype)
+    dist.destroy_process_group()
+
+
+def not_a_number_in_one() -> None:
+    """A loss that is NaN in one process moves nothing in any, and nobody waits for the others."""
+    accelerator, net = Accelerator(cpu=True), SmallNet()
+    before = [parameter.detach().clone() for parameter in net.parameters()]
+    optimizer = make_optimizer([{"name": "net", "params": list(net.parameters()), "lr": 1.0}], OptimizerOptions())
+    fused = FusedBackward(Stepper(optimizer, Rounder(NEAREST, net.parameters(), 0)), 1.0, ChunkExchange())
+    loss = net(torch.ones(1, 3, 6, 6)).mean() * (float("nan") if dist.get_rank() else 1.0)
+    mean = accelerator.reduce(loss.detach().clone(), reduction="mean")
+    assert fused.backward(accelerator, loss, 1, float(mean)) is None
+    assert all(map(torch.equal, before, net.parameters()))
+    dist.destroy_process_group()
