@@ -24,6 +24,7 @@ _LISTS = frozenset({"--network_args", "--base_weights", "--base_weights_multipli
 
 # Of options: written by others for what leaving the flag out means here.
 NEUTRAL: dict[str, tuple[str, ...]] = {
+    "--ddp_gradient_as_bucket_view": ("false", "no", "off", "0"),  # as --sdpa
     "--sdpa": ("false", "no", "off", "0"),  # the reference's default; here it is always on
     "--resolution": ("None", ""),
     "--max_token_length": ("75",),

@@ -39,8 +39,9 @@ class ProcessOptions:
     )
     ddp_gradient_as_bucket_view: bool = option(
         True,
-        "Let gradients lie in the buffers that DDP exchanges, and not beside them: 4.8 GiB less for the U-Net in "
-        "bfloat16.",
+        "Let gradients lie in the buffers that DDP exchanges, not beside them, which is always on: 4.8 GiB less for "
+        "the U-Net in bfloat16.",
+        choices=(True,),
     )
     ddp_static_graph: bool = option(
         False,

@@ -109,6 +109,7 @@ SCRIPT_NAMES = [name for name, *_ in SCRIPTS]
 # Defaults that differ from the reference's on purpose, with the reason.
 OTHER_DEFAULTS: dict[tuple[str, str], str] = {
     ("sdxl_train", "--resolution"): "SDXL's own size, where the reference has none and fails later",
+    ("sdxl_train", "--ddp_gradient_as_bucket_view"): "it saves the memory of all gradients and changes no result",
     ("sdxl_train", "--sdpa"): "no other attention is offered, so that it is always on",
     ("sdxl_train", "--caption_separator"): "unsaid, so that a farther level may say it; the comma of the rules",
     ("sdxl_train", "--caption_extension"): "unsaid: L and G have a file each",
