@@ -196,6 +196,15 @@ def train(tiny_sdxl: Path, prepared_set: PreparedSet, tmp_path_factory: pytest.T
     return run
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """One thread: several share a product as memory happens to lie, and the last bit of a float32 follows that."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
 RATE = 0.1
 
 

@@ -40,10 +40,10 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def velocity_run(train: Callable[..., Run], one_picture: str, prompts: Path) -> Run:
-    """The tiny SDXL converted to velocity by training, and drawn in between."""
+def velocity_run(train: Callable[..., Run], one_picture: str, prompts: Path, one_thread: None) -> Run:
+    """The tiny SDXL converted to velocity by training, and drawn before and after it."""
     flags = ("--v_parameterization", "--zero_terminal_snr", "--max_train_steps=2", "--stratified_timesteps")
-    sampling = (f"--sample_prompts={prompts}", "--sample_at_first", "--sample_sampler=euler")
+    sampling = (f"--sample_prompts={prompts}", "--sample_every_n_steps=2", "--sample_sampler=euler")
     return train(one_picture, *flags, *sampling, "--learning_rate=1e-3")
 
 
@@ -100,7 +100,7 @@ def test_a_velocity_model_is_trained_on_and_saved_as_such_without_a_flag(
     assert read_diffusers_folder(str(run.output / "m"), ModelDtypes()).prediction == VELOCITY_MODEL
 
 
-def test_a_velocity_model_is_drawn_with_rescaled_guidance_and_its_image_says_so(
+def test_a_velocity_model_is_drawn_bit_for_bit_as_in_its_run_with_rescaled_guidance(
     velocity_run: Run, velocity_model: Path, tmp_path: Path
 ):
     prompt = "a dog --e photo --w 64 --h 64 --s 2 --d 3 --gr 0.7 --ss euler"
@@ -108,12 +108,12 @@ def test_a_velocity_model_is_drawn_with_rescaled_guidance_and_its_image_says_so(
     forget_accelerator()
     assert sdxl_gen_img.main(argv) == 0
     [drawn] = tmp_path.glob("*.png")
-    [first] = (velocity_run.output / "sample").glob("*.png")
-    with Image.open(drawn) as after, Image.open(first) as before:
-        assert "Guidance rescale: 0.7" in before.text["parameters"]
-        kinds = {node["class_type"] for node in json.loads(before.text["prompt"]).values()}
+    first, last = sorted((velocity_run.output / "sample").glob("*.png"), key=lambda path: "_000002_" in path.name)
+    with Image.open(drawn) as after, Image.open(first) as before, Image.open(last) as sample:
+        assert "Guidance rescale: 0.7" in sample.text["parameters"]
+        kinds = {node["class_type"] for node in json.loads(sample.text["prompt"]).values()}
         assert {"ModelSamplingDiscrete", "RescaleCFG"} <= kinds
-        assert after.tobytes() != before.tobytes()  # two steps later
+        assert after.tobytes() == sample.tobytes() != before.tobytes()
     with_less = [each.replace("--gr 0.7", "--gr 0") for each in argv]
     forget_accelerator()
     assert sdxl_gen_img.main(with_less) == 0
@@ -122,10 +122,16 @@ def test_a_velocity_model_is_drawn_with_rescaled_guidance_and_its_image_says_so(
 
 
 @pytest.fixture(scope="module")
-def flow_run(train: Callable[..., Run], one_picture: str, prompts: Path) -> Run:
-    """The tiny SDXL converted to a rectified flow."""
-    flags = ("--flow_matching", "--max_train_steps=2", "--timestep_sampling=shift", "--loss_weighting=edm2")
-    sampling = (f"--sample_prompts={prompts}", "--sample_at_first", "--sample_sampler=heun")
+def flow_run(train: Callable[..., Run], one_picture: str, prompts: Path, one_thread: None) -> Run:
+    """The tiny SDXL converted to a rectified flow, whose images are drawn with a shift."""
+    flags = (
+        "--flow_matching",
+        "--flow_shift=2.5",
+        "--max_train_steps=2",
+        "--timestep_sampling=shift",
+        "--loss_weighting=edm2",
+    )
+    sampling = (f"--sample_prompts={prompts}", "--sample_every_n_steps=2", "--sample_sampler=heun")
     return train(one_picture, *flags, *sampling, "--learning_rate=1e-3", "--save_state_on_train_end")
 
 
@@ -133,17 +139,31 @@ def test_a_flow_is_trained_saved_loaded_and_drawn(flow_run: Run, tmp_path: Path)
     model = flow_run.output / "m.safetensors"
     assert header_of(model)[TYPE] == "flow"
     read = read_single_file(model, ModelDtypes())
-    assert read.prediction == Prediction(FLOW)
+    assert read.prediction == Prediction(FLOW, flow_shift=2.5)
     assert (flow_run.output / "m-state" / "loss_weights.pt").is_file()
     with Image.open(next((flow_run.output / "sample").glob("*.png"))) as image:
         assert image.size == (64, 64)
-        assert "ModelSamplingSD3" in image.text["prompt"]
+        workflow = json.loads(image.text["prompt"]).values()
+        assert [node["inputs"]["shift"] for node in workflow if node["class_type"] == "ModelSamplingSD3"] == [2.5]
     write_diffusers_configs(tmp_path / "folder", read)
     scheduler = DPMSolverMultistepScheduler.from_pretrained(tmp_path / "folder" / "scheduler")
     assert (scheduler.config.prediction_type, scheduler.config.use_flow_sigmas) == ("flow_prediction", True)
     found = read_prediction(ModelOptions(str(tmp_path / "folder")), AS_THE_MODEL_SAYS)
-    assert found == Prediction(FLOW)
+    assert found == Prediction(FLOW, flow_shift=2.5)
     assert DiffusionPipeline.load_config(tmp_path / "folder")["scheduler"][1] == "DPMSolverMultistepScheduler"
+
+
+def test_a_flow_is_drawn_with_the_shift_of_its_run_unless_another_is_asked_for(flow_run: Run, tmp_path: Path):
+    [sampled] = (flow_run.output / "sample").glob("*_000002_*.png")
+    prompt = "a dog --e photo --w 64 --h 64 --s 2 --d 3 --gr 0.7 --ss heun"
+    images = []
+    for flags in ([], ["--flow_shift=1"]):
+        forget_accelerator()
+        argv = [f"--ckpt={flow_run.output / 'm.safetensors'}", f"--prompt={prompt}", f"--outdir={tmp_path}", *flags]
+        assert sdxl_gen_img.main(argv) == 0
+        images.append(max(tmp_path.glob("*.png"), key=lambda path: path.stat().st_mtime_ns))
+    with Image.open(images[0]) as same, Image.open(images[1]) as other, Image.open(sampled) as sample:
+        assert same.tobytes() == sample.tobytes() != other.tobytes()
 
 
 # -- refused, before the model is loaded ------------------------------------------------------------------------------

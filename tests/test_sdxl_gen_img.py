@@ -2,7 +2,6 @@
 
 import io
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -61,15 +60,6 @@ PRECISIONS = [
         marks=pytest.mark.slow,
     ),
 ]
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """One thread: several share a product as memory happens to lie, and the last bit of a float32 follows that."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -59,6 +59,12 @@ class DrawnModelOptions:
     zero_terminal_snr: bool = option(
         False, "The model was trained with zero terminal SNR. Needed only for files that do not say so themselves."
     )
+    flow_shift: float | None = option(
+        None,
+        "Draw images of a flow with noise levels shifted towards noise by this factor. Default: that of the model.",
+        least=0.01,
+        most=100,
+    )
     legacy_text_projection: bool = option(False, "Compute G's pooled vector with the transposed matrix, as kohya's do.")
     transposed_text_projection: bool = option(False, "Read G's text projection transposed, as OneTrainer stores it.")
 
@@ -80,6 +86,7 @@ class DrawnModelOptions:
             v_parameterization=self.v_parameterization,
             flow_matching=self.flow_matching,
             zero_terminal_snr=self.zero_terminal_snr,
+            flow_shift=self.flow_shift,
         )
 
     @property

@@ -61,7 +61,8 @@ class Prediction:
         return said if self.flow_shift == 1 else {**said, FLOW_SHIFT_KEY: repr(self.flow_shift)}
 
     def __str__(self) -> str:
-        return _IN_WORDS[self.kind] + (" with zero terminal SNR" if self.has_zero_terminal_snr else "")
+        shift = f", drawn with a shift of {self.flow_shift:g}" if self.flow_shift != 1 else ""
+        return _IN_WORDS[self.kind] + (" with zero terminal SNR" if self.has_zero_terminal_snr else "") + shift
 
 
 SDXL_PREDICTION = Prediction()

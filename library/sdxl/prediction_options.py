@@ -35,6 +35,13 @@ class PredictionOptions:
         "Rescale the betas until nothing is left of the image at the last timestep (Lin et al. 2023). Made for "
         "--v_parameterization. Models that say so themselves keep it without the flag.",
     )
+    flow_shift: float | None = option(
+        None,
+        "Draw images of a flow with noise levels shifted towards noise by this factor (Esser et al. 2024), which suits "
+        "large images; it is saved with the model. Default: that of the model, or 1, which shifts nothing.",
+        least=0.01,
+        most=100,
+    )
     convert_prediction: bool = option(
         False, "Move a model to another prediction type than its file says: the one whose flag is set with this one."
     )
@@ -55,6 +62,8 @@ class PredictionOptions:
                 "--convert_prediction: nothing says to what; add --v_parameterization, --flow_matching or "
                 "--noise_prediction."
             )
+        if self.flow_shift is not None and self.kind not in (None, FLOW):
+            yield f"--flow_shift belongs to flows, and --{_flag_of(str(self.kind))} says that this is none; remove it."
         if self.zero_terminal_snr and self.flow_matching:
             yield "--zero_terminal_snr rescales betas, and a flow has none: it ends in pure noise anyway; remove it."
 
@@ -81,9 +90,15 @@ class PredictionOptions:
             raise UserError(
                 f"--zero_terminal_snr rescales betas, and '{source}' is a flow, which has none.", "Remove the flag."
             )
+        if kind != FLOW and self.flow_shift is not None:
+            raise UserError(f"--flow_shift belongs to flows, and '{source}' is none.", "Remove the flag.")
         if kind != said.kind:  # what the file says of its schedule belongs to what it predicts
-            return Prediction(kind, has_zero_terminal_snr=self.zero_terminal_snr or _keeps_schedule(kind, found))
-        return replace(said, has_zero_terminal_snr=said.has_zero_terminal_snr or self.zero_terminal_snr)
+            said = Prediction(kind, has_zero_terminal_snr=_keeps_schedule(kind, found))
+        return replace(
+            said,
+            has_zero_terminal_snr=said.has_zero_terminal_snr or self.zero_terminal_snr,
+            flow_shift=said.flow_shift if self.flow_shift is None else self.flow_shift,
+        )
 
 
 AS_THE_MODEL_SAYS = PredictionOptions()

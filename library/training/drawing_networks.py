@@ -43,7 +43,8 @@ def load_networks(
     log.info("loading '%s'", source.pretrained_model_name_or_path)
     model = load_model(source, ModelDtypes(unet=held, vae=vae, text_encoder_l=held, text_encoder_g=held), prediction)
     for network in model.networks:
-        network.requires_grad_(False)
+        # As in the run: torch sums some products in another order where weights need no gradient.
+        network.requires_grad_(network is model.unet)
     place_networks(model.networks, needed_each_step=[model.unet], device=accelerator.device)
     return SamplingNetworks(
         accelerator.prepare_model(model.unet, evaluation_mode=True),

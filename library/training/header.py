@@ -15,6 +15,7 @@ from library.data.subsets import Subset
 from library.data.training_set import TrainingImage
 from library.samples.picture_files import SAMPLE_FOLDER, newest_pictures
 from library.sdxl.model_spec import NO_THUMBNAIL, model_spec
+from library.sdxl.prediction import FLOW, VELOCITY, Prediction
 from library.sdxl.tensor_file import open_tensors
 from library.sdxl.thumbnail import thumbnail_of
 from library.training.plan import Plan
@@ -28,14 +29,19 @@ MOST_TAGS = 100
 _OPTIONS = {
     "batch_size_per_device": "train_batch_size",
     "optimizer": "optimizer_type",
+    "debiased_estimation": "debiased_estimation_loss",
     **{
         name: name
         for name in (
             *("seed", "gradient_accumulation_steps", "mixed_precision", "full_bf16", "gradient_checkpointing"),
             *("lr_scheduler", "lr_warmup_steps", "max_grad_norm", "noise_offset", "adaptive_noise_scale"),
             *("multires_noise_iterations", "multires_noise_discount", "min_timestep", "max_timestep"),
-            *("min_snr_gamma", "loss_type", "zero_terminal_snr", "ip_noise_gamma", "prior_loss_weight"),
-            *("flip_aug", "color_aug", "random_crop", "num_processes"),
+            *("noise_offset_random_strength", "ip_noise_gamma", "ip_noise_gamma_random_strength", "min_snr_gamma"),
+            *("loss_type", "huber_schedule", "huber_c", "huber_scale", "scale_v_pred_loss_like_noise_pred"),
+            *("v_pred_like_loss", "loss_weighting", "timestep_sampling"),
+            *("prior_loss_weight", "flip_aug", "color_aug", "random_crop", "num_processes", "resize_interpolation"),
+            *("validation_split", "validation_seed", "validate_every_n_steps", "validate_every_n_epochs"),
+            "max_validation_steps",
         )
     },
 }
@@ -50,12 +56,18 @@ def header_maker(
     images: Sequence[TrainingImage],
     plan: Plan,
     progress: Progress,
+    prediction: Prediction,
 ) -> Callable[[], dict[str, str]]:
-    """Return what makes the header of the model as it is at `progress`.
+    """Return what makes the header of the model, which predicts `prediction`, as it is at `progress`.
 
     The header of the source and the user's thumbnail are read now: the files may be gone when the model is saved.
     """
     source = _header_of_source(options.model.pretrained_model_name_or_path)
+    predicted = {
+        "ss_v_parameterization": str(prediction.kind == VELOCITY),
+        "ss_flow_matching": str(prediction.kind == FLOW),
+        "ss_zero_terminal_snr": str(prediction.has_zero_terminal_snr),
+    }
     notes = cache(lambda: dict(_notes(options, subsets, images, plan, progress)))  # a pass over the set
     wanted = options.model_spec.metadata_thumbnail
     own = None if wanted in (None, NO_THUMBNAIL) else thumbnail_of(wanted)
@@ -73,7 +85,7 @@ def header_maker(
             thumbnail=_newest_sample(options, progress) if wanted is None else own,
         )
         steps = {"ss_steps": str(progress.step), "ss_training_finished_at": str(now.timestamp())}
-        return spec | notes() | steps
+        return spec | notes() | predicted | steps
 
     return make
 
@@ -141,6 +153,8 @@ def _notes(
         value = progress.setting.options.get(name, "None")
         if value != "None":
             yield f"ss_{key}", value
+    yield "ss_masked_loss", str(any(subset.has_masks for subset in subsets))
+    yield "ss_alpha_mask", str(any(subset.alpha_mask for subset in subsets))
     yield from _notes_on_captions(subsets, images)
 
 

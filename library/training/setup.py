@@ -179,7 +179,7 @@ def _set_up(
         check_disk(options, model, learner, averages, plan, progress)
     tracker = make_tracker(options, plan, progress, accelerator)
     compile_regions(model.unet, options.compilation, accelerator.device)
-    header = header_maker(options, subsets, prepared.images, plan, progress)
+    header = header_maker(options, subsets, prepared.images, plan, progress, model.prediction)
     connect_snapshots(options, model, averages, progress, tracker, accelerator, header)
     checkpoints = make_checkpoints(
         options, model, learner, learnt, averages, progress, tracker, state, stop, header, uploads

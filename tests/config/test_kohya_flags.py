@@ -41,6 +41,7 @@ SCRIPTS = [
             "--discrete_flow_shift",
             "--edm2_channels",
             "--edm2_learning_rate",
+            "--flow_shift",
             "--logit_mean",
             "--logit_std",
             "--loss_weighting",

@@ -131,7 +131,7 @@ def test_stops_change_nothing(way: int, stops: tuple[int, ...], trainer, stop_af
 def test_a_run_that_goes_on_in_two_processes_changes_nothing(trainer, run_server, free_port):
     flags = (
         *("--max_train_steps=3", "--max_data_loader_n_workers=0", "--learning_rate=1e-3", "--sample_at_first"),
-        *("--loss_weighting=edm2", "--stratified_timesteps"),
+        *("--loss_weighting=edm2", "--stratified_timesteps", "--ema", "--ema_snapshot_every_n_steps=1"),
     )
 
     def run(made: Trainer, *more: str, stop: bool = False) -> int:
@@ -153,7 +153,9 @@ def test_a_run_that_goes_on_in_two_processes_changes_nothing(trainer, run_server
     [state] = stopped.output.glob("m-step*-state")
     step = json.loads((state / "progress.json").read_text(encoding="utf-8"))["step"]
     assert run(stopped, "--resume=latest") == 0
-    assert differences(at_once.outcome(), stopped.outcome(less=(step,))) == []
+    expected = at_once.outcome()
+    assert {"model m_ema", "snapshot m-step00000003-sigma0.100.safetensors"} <= expected.keys()
+    assert differences(expected, stopped.outcome(less=(step,))) == []
 
 
 def test_what_is_done_is_not_done_again(trainer, stop_after, capsys):

@@ -87,7 +87,7 @@ def test_a_flow_shift_that_no_flow_has_is_refused(shift):
 # -- flags and the file -----------------------------------------------------------------------------------------------
 
 V, FLOW, NOISE = ({flag: True} for flag in ("v_parameterization", "flow_matching", "noise_prediction"))
-CONVERT, RESCALED = {"convert_prediction": True}, {"zero_terminal_snr": True}
+CONVERT, RESCALED, SHIFT = {"convert_prediction": True}, {"zero_terminal_snr": True}, {"flow_shift": 3.0}
 
 
 @pytest.mark.parametrize(
@@ -105,6 +105,9 @@ CONVERT, RESCALED = {"convert_prediction": True}, {"zero_terminal_snr": True}
         (FLOW, {}, ("ztsnr",), Prediction("flow_prediction")),
         (NOISE | CONVERT, {}, ("v_pred", "ztsnr"), Prediction()),
         (NOISE, {TYPE: "epsilon"}, (), Prediction()),
+        (SHIFT, {TYPE: "flow", "flow_shift": "2.5"}, (), Prediction("flow_prediction", flow_shift=3.0)),
+        ({}, {TYPE: "flow", "flow_shift": "2.5"}, (), Prediction("flow_prediction", flow_shift=2.5)),
+        (FLOW | CONVERT | SHIFT, {}, ("v_pred",), Prediction("flow_prediction", flow_shift=3.0)),
     ],
 )
 def test_flags_and_file_lead_to_what_is_trained(flags, header, markers, expected):
@@ -132,6 +135,7 @@ def test_flags_and_file_lead_to_what_is_trained(flags, header, markers, expected
             "--zero_terminal_snr rescales betas, and 'a model' is a flow",
             "Remove the flag",
         ),
+        (SHIFT, {TYPE: "v"}, (), "--flow_shift belongs to flows, and 'a model' is none", "Remove the flag"),
         ({}, {TYPE: "flow"}, ("ztsnr",), "contradicts itself: it is a flow, and has rescaled betas", "Find out"),
         (V | CONVERT, {TYPE: "sample"}, (), "says that it predicts 'sample', which is not known here", "Only models"),
     ],

@@ -1,7 +1,10 @@
 """The averages of a run: when they are updated, what a state holds of them, snapshots on disk."""
 
 import json
+import os
 import random
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from library.training.averages import Averages
 from library.training.ema_snapshots import SnapshotRecord, find_snapshots, snapshot_path, write_snapshot
 from library.training.learner import StepReport
 from library.training.plan import Occasion
+from tests import forked_runs
 
 BOTH = EmaOptions(ema=True, ema_snapshot_every_n_steps=4)
 REPORT = StepReport(0.1, {}, None)
@@ -176,3 +180,32 @@ def test_where_there_are_none_that_is_said(tmp_path: Path):
         find_snapshots(tmp_path)
     with pytest.raises(UserError, match="there is no folder"):
         find_snapshots(tmp_path / "gone")
+
+
+def test_a_kill_at_any_moment_of_a_write_leaves_whole_snapshots_and_the_next_write_ends_it(tmp_path: Path):
+    path = snapshot_path(tmp_path, "m", 4, 0.1)
+    before = snapshot_path(tmp_path, "m", 2, 0.1)
+    record = SnapshotRecord("run", 4, 4, 0.1, "model", {}, {})
+    tensors = {"unet.weight": torch.arange(12.0).view(3, 4)}
+    write_snapshot(before, replace(record, step=2), tensors)
+    number, statuses = 0, []
+    while not statuses or statuses[-1] != 0:
+        number += 1
+        statuses.append(_killed_at(number, tmp_path, lambda: write_snapshot(path, record, tensors)))
+        found = find_snapshots(tmp_path)
+        for snapshot in found:
+            snapshot.require_whole()
+        assert [snapshot.record.step for snapshot in found] in ([2], [2, 4])
+        assert path.is_file() or not path.with_suffix(".json").is_file()
+    assert len(statuses) > 4  # a file and its record, each written beside and renamed
+    assert [snapshot.record.step for snapshot in find_snapshots(tmp_path)] == [2, 4]
+
+
+def _killed_at(number: int, folder: Path, write: Callable[[], None]) -> int:
+    """The exit status of a process that writes and is killed just before its n-th file operation in the folder."""
+    process = os.fork()
+    if process == 0:
+        forked_runs._kill_at(number, str(folder))
+        write()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])

@@ -57,7 +57,9 @@ def trained(train, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Ru
         *(f"--pretrained_model_name_or_path={source}", f"--sample_prompts={prompts}", "--sample_every_n_steps=1"),
         *("--max_train_steps=2", "--min_timestep=500", "--metadata_trigger_phrase=xyz", "--metadata_usage_hint=hint"),
         *("--train_text_encoder", "--learning_rate_te1=0.5", "--learning_rate_te2=0"),
-        *("--caption_dropout_rate_l=0.25", "--caption_prefix_g=my"),
+        *("--caption_dropout_rate_l=0.25", "--caption_prefix_g=my", "--min_snr_gamma=5", "--loss_type=smooth_l1"),
+        *("--huber_schedule=constant", "--huber_c=0.2", "--ip_noise_gamma=0.1", "--debiased_estimation_loss"),
+        *("--zero_terminal_snr", "--noise_offset=0.05", "--noise_offset_random_strength"),
     )
 
 
@@ -123,6 +125,20 @@ def test_how_it_was_trained_stands_in_keys_that_model_managers_show(header):
         "ss_caption_dropout_rate_l": "0.25",
         "ss_caption_dropout_rate_g": "0.0",
         "ss_caption_prefix_g": "my",
+        "ss_min_snr_gamma": "5.0",
+        "ss_loss_type": "smooth_l1",
+        "ss_huber_schedule": "constant",
+        "ss_huber_c": "0.2",
+        "ss_huber_scale": "1.0",
+        "ss_ip_noise_gamma": "0.1",
+        "ss_ip_noise_gamma_random_strength": "False",
+        "ss_noise_offset": "0.05",
+        "ss_noise_offset_random_strength": "True",
+        "ss_debiased_estimation": "True",
+        "ss_scale_v_pred_loss_like_noise_pred": "False",
+        "ss_zero_terminal_snr": "True",
+        "ss_v_parameterization": "False",
+        "ss_masked_loss": "False",
     }
     assert {key: said.get(key) for key in expected} == expected
     tags = json.loads(said["ss_tag_frequency"])
