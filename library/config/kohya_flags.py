@@ -28,21 +28,54 @@ _OTHER_MODEL: dict[str, str] = {
 }
 
 _DEEPSPEED: dict[str, str] = {
-    flag: f"belongs to DeepSpeed, which is not offered. {instead}"
-    for flag, instead in {
-        "--deepspeed": "FSDP2 shards the same: fsdp_version 2 in the file of accelerate (docs/many-gpus.md).",
-        "--zero_stage": "FSDP2 with fsdp_reshard_after_forward: true is stage 3, with false stage 2 "
-        "(docs/many-gpus.md).",
-        "--offload_optimizer_device": "--offload_optimizer keeps the optimizer's state in host memory.",
-        "--offload_optimizer_nvme_path": "--offload_optimizer keeps the optimizer's state in host memory; none goes to "
-        "a disk, here or with FSDP2.",
-        "--offload_param_device": "FSDP2 shards the weights over the GPUs instead (docs/many-gpus.md).",
-        "--offload_param_nvme_path": "FSDP2 shards the weights over the GPUs instead (docs/many-gpus.md).",
-        "--zero3_init_flag": "Here the checkpoint is mapped from the disk and FSDP2 shards it as it is read. Leave it "
-        "off.",
-        "--zero3_save_16bit_model": "With FSDP2 too a whole model is saved, in --save_precision. Leave it off.",
-        "--fp16_master_weights_and_gradients": "--full_bf16 holds weights and gradients in 16 bits, with FSDP2 too.",
-    }.items()
+    flag: f"belongs to DeepSpeed, which is not offered, and neither is FSDP2, {equivalent}. {instead}"
+    for flag, equivalent, instead in (
+        (
+            "--deepspeed",
+            "which shards the same with PyTorch alone",
+            "Each GPU holds the whole model; docs/many-gpus.md has the flags for 2 and 8 of them.",
+        ),
+        (
+            "--zero_stage",
+            "whose fsdp_reshard_after_forward is stage 3, and without it stage 2",
+            "--fused_backward_pass frees the gradients as stage 2 shards them.",
+        ),
+        (
+            "--offload_optimizer_device",
+            "whose fsdp_offload_params includes the optimizer",
+            "--offload_optimizer keeps the optimizer's state in host memory.",
+        ),
+        (
+            "--offload_optimizer_nvme_path",
+            "which has no such thing",
+            "--offload_optimizer keeps the optimizer's state in host memory.",
+        ),
+        (
+            "--offload_param_device",
+            "whose fsdp_offload_params is this",
+            "--full_bf16 and --gradient_checkpointing make the weights fit.",
+        ),
+        (
+            "--offload_param_nvme_path",
+            "which has no such thing",
+            "--full_bf16 and --gradient_checkpointing make the weights fit.",
+        ),
+        (
+            "--zero3_init_flag",
+            "whose fsdp_cpu_ram_efficient_loading is this",
+            "The checkpoint is always mapped from the disk. Leave it off.",
+        ),
+        (
+            "--zero3_save_16bit_model",
+            "whose fsdp_state_dict_type is this",
+            "--save_precision=fp16 saves in 16 bits.",
+        ),
+        (
+            "--fp16_master_weights_and_gradients",
+            "which has no such thing",
+            "--full_bf16 holds weights and gradients in 16 bits.",
+        ),
+    )
 }
 
 _PRECISION_AND_MEMORY: dict[str, str] = {

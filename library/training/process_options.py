@@ -11,16 +11,16 @@ _YES = frozenset({"1", "true", "yes", "on", "y", "t"})
 _ENGINES = {  # what accelerate sets, its name, and what to do instead
     "ACCELERATE_USE_DEEPSPEED": (
         "DeepSpeed",
-        "run `accelerate config` again and choose FSDP version 2, which shards the same",
+        "choose plain multi-GPU; --full_bf16, --fused_backward_pass and --offload_optimizer save memory",
     ),
-    "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", "choose FSDP version 2, or plain multi-GPU"),
+    "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", "choose plain multi-GPU"),
     "ACCELERATE_USE_PARALLELISM_CONFIG": (
         "a parallelism configuration (tensor or context parallel)",
         "leave it out; the processes train as DDP",
     ),
     "ACCELERATE_USE_FSDP": (
         "FSDP",
-        "choose plain multi-GPU; --full_bf16, --fused_backward_pass and Adafactor save memory",
+        "sharded weights could not be saved; choose plain multi-GPU, with --full_bf16 and --fused_backward_pass",
     ),
 }
 
