@@ -46,6 +46,8 @@ def make_app(opened: Opened) -> Starlette:
         Route("/api/count", answering(looking.count), methods=["POST"]),
         Route("/api/edits/preview", answering(changing.preview), methods=["POST"]),
         Route("/api/edits/apply", answering(changing.apply), methods=["POST"]),
+        Route("/api/machine", answering(changing.caption_by_machine), methods=["POST"]),
+        Route("/api/machine/cancel", answering(changing.cancel_machine), methods=["POST"]),
         Route("/api/undo", answering(changing.undo), methods=["POST"]),
         Route("/api/redo", answering(changing.redo), methods=["POST"]),
         Route("/api/events", opened.hub.stream, methods=["GET"]),

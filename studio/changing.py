@@ -12,7 +12,7 @@ from library.data.caption_search import found
 from library.data.caption_set import Member
 from library.data.caption_text import CaptionText, new_file
 from library.data.caption_writing import Outcome, redo, undo, write_step
-from library.data.set_edits import Plan, planned
+from library.data.set_edits import Plan, planned, planned_texts
 from library.data.undo_journal import Change
 from studio.answers import Body, Stale, encoder, number, text
 from studio.looking import caption_of
@@ -61,7 +61,7 @@ class Changing:
         first = number(body.get("offset", 0), "offset")
         return {
             "plan": plan.name,
-            "what": plan.edit.what,
+            "what": plan.what,
             "num": len(plan.changes),
             "num_images": len({each.member.number for each in plan.changes}),
             "changes": [
@@ -89,7 +89,7 @@ class Changing:
                 if done % 100 == 0:
                     self._opened.hub.publish("writing", done=done, total=len(changes))
 
-            outcome = write_step(self._opened.journal, plan.edit.what, changes, progress=tell)
+            outcome = write_step(self._opened.journal, plan.what, changes, progress=tell)
             return self._opened.take_in(outcome, _client(request))
 
     def undo(self, request: Request, body: Body) -> Any:
@@ -107,7 +107,19 @@ class Changing:
             raise UserError(if_none)
         return self._opened.take_in(outcome, _client(request))
 
+    def caption_by_machine(self, request: Request, body: Body) -> Any:
+        """Begin to caption images by machine; the texts are proposals, shown as the changes of an edit are."""
+        self._opened.machines.start(text(body, "machine"), self._selected(body))
+        return {}
+
+    def cancel_machine(self, request: Request, body: Body) -> Any:
+        """End that, with nothing written."""
+        self._opened.machines.cancel()
+        return {}
+
     def _plan(self, body: Body) -> Plan:
+        if "machine" in body:
+            return self._plan_of_machine()
         said = body.get("edit")
         if not isinstance(said, dict):
             raise UserError("expected an edit.")
@@ -122,6 +134,13 @@ class Changing:
             in_front=said.get("in_front") is True,
         )
         return planned(edit, self._selected(body), self._opened.captions)
+
+    def _plan_of_machine(self) -> Plan:
+        job = self._opened.machines.job
+        if job is None:
+            raise UserError("no captions were made by machine.")
+        what = f"{job.machine.kind} by machine for {job.machine.encoder.upper()}"
+        return planned_texts(what, job.machine.encoder, job.texts)
 
     def _selected(self, body: Body) -> list[Member]:
         ids = body.get("ids")

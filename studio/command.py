@@ -18,7 +18,7 @@ REQUIREMENTS = "requirements-studio.txt"
 @exits_on_user_error
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve the studio until it is stopped; return the exit status."""
-    options, server, captions, buckets = parse_options(OPTION_CLASSES, argv, description=DESCRIPTION)
+    options, server, machines, captions, buckets = parse_options(OPTION_CLASSES, argv, description=DESCRIPTION)
     subsets = subsets_of(options, captions, buckets)
     try:
         from studio.opened import Opened
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     listening = listening_socket(server)
     port = listening.getsockname()[1]
     token = server.token or secrets.token_urlsafe(24)
-    serving = make_server(Opened(subsets, options.seed), server, port, token)
+    serving = make_server(Opened(subsets, options.seed, machines), server, port, token)
     link = f"http://{_host_of_link(server)}:{port}/?token={token}"
     log.info("the studio is open: %s", link)
     log.info("Ctrl-C closes it.")

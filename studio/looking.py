@@ -45,6 +45,7 @@ class Looking:
             "progress": self._opened.progress,
             "orders": ORDERS,
             "help": HELP,
+            "machines": list(self._opened.machines.offered),
             **self._opened.history(),
         }
 

@@ -21,6 +21,8 @@ from library.data.drawn_captions import DrawnPair
 from library.data.subsets import Subset
 from library.data.undo_journal import UndoJournal
 from studio.events import Hub
+from studio.machines import Machines
+from studio.options import MachineOptions
 from studio.pictures import Pictures
 
 log = logging.getLogger(__name__)
@@ -33,11 +35,12 @@ _DRAWING_SECONDS = 60.0
 class Opened:
     """A set that is open in the studio."""
 
-    def __init__(self, subsets: Sequence[Subset], seed: int):
+    def __init__(self, subsets: Sequence[Subset], seed: int, machines: MachineOptions | None = None):
         self.captions = CaptionSet(subsets)
         self.journal = UndoJournal(_journal_path(self.captions))
         self.hub = Hub()
         self.pictures = Pictures(platformdirs.user_cache_path(APP_NAME) / "thumbnails")
+        self.machines = Machines(machines or MachineOptions(), partial(self.hub.publish, "machine"))
         self.seed = seed
         self.progress = (0, 0)
         self.edits = threading.Lock()
@@ -53,6 +56,7 @@ class Opened:
     def close(self) -> None:
         """End what works in the background."""
         self._is_closing = True
+        self.machines.cancel()
         self.pictures.close()
         if self._drawing is not None:
             self._drawing.shutdown(wait=False, cancel_futures=True)

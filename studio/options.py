@@ -96,7 +96,29 @@ class ServerOptions:
         return ["127.0.0.1", "localhost", "[::1]", *own, *(self.allowed_hosts or [])]
 
 
-OPTION_CLASSES: list[type] = [StudioOptions, ServerOptions, CaptionOptions, BucketOptions]
+@dataclass(frozen=True)
+class MachineOptions:
+    """Which models write captions when the page asks for it."""
+
+    _argument_group_name: ClassVar[str] = "Captions by machine"
+
+    tagger_model: Path | None = option(
+        None, "Offer tags for L by the tagger in this folder, as --model_dir of tag_images_by_wd14_tagger.py."
+    )
+    captioner_model: str | None = option(
+        None, "Offer sentences for G by this model, as --model_name_or_path of make_captions.py."
+    )
+    captioner_prompt: str | None = option(None, "What --captioner_model is asked, as --prompt of make_captions.py.")
+
+    def problems(self) -> Iterator[str]:
+        """Yield what is wrong with these values, one sentence each."""
+        if self.tagger_model is not None and not self.tagger_model.is_dir():
+            yield f"--tagger_model: there is no folder '{self.tagger_model}'."
+        if self.captioner_prompt is not None and self.captioner_model is None:
+            yield "--captioner_prompt has no effect without --captioner_model."
+
+
+OPTION_CLASSES: list[type] = [StudioOptions, ServerOptions, MachineOptions, CaptionOptions, BucketOptions]
 
 
 def subsets_of(options: StudioOptions, captions: CaptionOptions, buckets: BucketOptions) -> list[Subset]:

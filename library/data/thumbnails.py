@@ -8,7 +8,6 @@ from pathlib import Path
 
 from library.config.digests import digest
 from library.config.leftovers import PARTIAL_SUFFIX, temporary_path
-from library.data.images import load_rgb
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +29,8 @@ def thumbnail(image: Path, edge: int, folder: Path) -> bytes:
             return content
     except OSError:
         pass  # not made yet
+    from library.data.images import load_rgb  # and numpy, which the first page need not wait for
+
     made = io.BytesIO()
     reduced = load_rgb(image, edge)
     reduced.thumbnail((edge, edge), reducing_gap=2.0)

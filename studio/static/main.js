@@ -103,6 +103,7 @@ async function readSet() {
   const found = await telling(() => get("/api/set"));
   if (!found) return;
   questions = found.help;
+  panel.machine.offer(found.machines);
   const name = found.names[0].split(/[\\/]/).filter(Boolean).pop() ?? "Studio";
   byId("set-name").textContent = found.names.length > 1 ? `${name} and ${found.names.length - 1} more` : name;
   byId("set-name").title = found.names.join("\n");
@@ -183,6 +184,7 @@ listen({
   progress: (news) => (showProgress(news), lookSoon()),
   loaded: () => (readSet(), look()),
   writing: (news) => showProgress(news.done < news.total ? news : null),
+  machine: (news) => panel.machine.tell(news),
   changed: (news) => {
     showHistory(news);
     showProgress(null);

@@ -1,6 +1,7 @@
 // The set as a whole: tags with their counts, and edits of many captions with a preview.
 import { button, byId, element, later, plural } from "./dom.js";
 import { get, post } from "./server.js";
+import { MachineSection } from "./machine.js";
 import { telling, toast } from "./toasts.js";
 import { showPreview } from "./preview.js";
 
@@ -78,11 +79,17 @@ export class Panel {
     this.letters = ["l", "g"].map((encoder) =>
       button(encoder.toUpperCase(), () => ((this.encoder = encoder), this.look()), { "aria-label": `Tags of ${encoder.toUpperCase()}` }),
     );
+    this.machine = new MachineSection({
+      scope: () => this.scopeRequest(),
+      beforeEdit: () => this.beforeEdit(),
+      show: (request) => this.showPlan(request),
+    });
     this.tags = element("ul", { class: "tags", "aria-label": "Tags" });
     this.note = element("p", { class: "note" });
     this.root.replaceChildren(
       element("h2", {}, "Change many captions"),
       form,
+      this.machine.root,
       element("h2", {}, "Tags"),
       element("div", { class: "tag-tools" }, element("div", { class: "segments", role: "group", "aria-label": "Encoder" }, ...this.letters), this.filter),
       this.tags,
@@ -133,7 +140,6 @@ export class Panel {
 
   request() {
     const kind = this.kind.value;
-    const { query, selected } = this.scope();
     const chosen = [this.inL.checked && "l", this.inG.checked && "g"].filter(Boolean);
     const edit = {
       kind: kind.split("-")[0],
@@ -143,12 +149,19 @@ export class Panel {
       reading: kind === "replace" ? this.reading.value : "tag",
       in_front: this.inFront.checked,
     };
-    return this.some.checked ? { edit, ids: selected } : { edit, query };
+    return { edit, ...this.scopeRequest() };
+  }
+
+  scopeRequest() {
+    const { query, selected } = this.scope();
+    return this.some.checked ? { ids: selected } : { query };
   }
 
   async preview() {
-    if (!(await this.beforeEdit())) return;
-    const request = this.request();
+    if (await this.beforeEdit()) await this.showPlan(this.request());
+  }
+
+  async showPlan(request) {
     const plan = await telling(() => post("/api/edits/preview", request));
     if (!plan) return;
     if (!plan.num) {

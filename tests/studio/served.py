@@ -55,11 +55,11 @@ class Studio:
 
 
 @contextmanager
-def studio(*argv: str | Path) -> Iterator[Studio]:
-    """Serve what a command line opens, at a free port."""
+def studio(*argv: str | Path, wait: bool = True) -> Iterator[Studio]:
+    """Serve what a command line opens, at a free port; `wait` until it is read."""
     classes = parse_options(OPTION_CLASSES, [*map(str, argv), "--port=0"], description="")
-    options, server, captions, buckets = classes
-    opened = Opened(subsets_of(options, captions, buckets), options.seed)
+    options, server, machines, captions, buckets = classes
+    opened = Opened(subsets_of(options, captions, buckets), options.seed, machines)
     listening = listening_socket(server)
     port = listening.getsockname()[1]
     serving = make_server(opened, server, port, TOKEN)
@@ -68,8 +68,8 @@ def studio(*argv: str | Path) -> Iterator[Studio]:
     origin = f"http://127.0.0.1:{port}"
     headers = {"authorization": f"Bearer {TOKEN}", "origin": origin}
     try:
-        with httpx.Client(base_url=origin, headers=headers, timeout=PATIENCE) as client:
-            wait_for(lambda: serving.started and opened.captions.is_loaded)
+        with httpx.Client(base_url=origin, headers=headers, timeout=10 * PATIENCE) as client:
+            wait_for(lambda: serving.started and (opened.captions.is_loaded or not wait))
             yield Studio(opened, port, client)
     finally:
         serving.should_exit = True
