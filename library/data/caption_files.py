@@ -1,6 +1,7 @@
 """Caption files beside the images to a metadata file."""
 
 import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -159,9 +160,13 @@ def caption_file_of(image: Path, extension: str) -> Path:
 
     As in kohya's trainers, that of a face image `name_x_y_width_height.jpg` may have the name without the numbers.
     """
-    own = image.parent / f"{image.stem}{extension}"
-    other = image.parent / f"{_NUMBERS_OF_FACE.sub('', image.stem)}{extension}"
-    return other if other != own and not own.is_file() and other.is_file() else own
+    start = os.path.splitext(image)[0]  # noqa: PTH122  # pathlib would take a second for 10,000 images
+    own = Path(f"{start}{extension}")
+    without_numbers = _NUMBERS_OF_FACE.sub("", start)
+    if without_numbers == start or own.is_file():
+        return own
+    other = Path(f"{without_numbers}{extension}")
+    return other if other.is_file() else own
 
 
 def _caption_beside(image: Path, extension: str, if_missing: str | None) -> str | None:

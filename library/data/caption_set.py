@@ -264,6 +264,8 @@ def _members_of(subset: Subset, number: int) -> Iterator[Member]:
 
 
 def _name(image: Path, subset: Subset) -> str:
+    if image.parent == subset.image_dir:
+        return image.name
     return image.relative_to(subset.image_dir).as_posix() if image.is_relative_to(subset.image_dir) else image.name
 
 
