@@ -103,12 +103,14 @@ class MachineOptions:
     _argument_group_name: ClassVar[str] = "Captions by machine"
 
     tagger_model: Path | None = option(
-        None, "Offer tags for L by the tagger in this folder, as --model_dir of tag_images_by_wd14_tagger.py."
+        None, "Offer tags for L by the tagger in this folder, as --model_dir of finetune/tag_images_by_wd14_tagger.py."
     )
     captioner_model: str | None = option(
-        None, "Offer sentences for G by this model, as --model_name_or_path of make_captions.py."
+        None, "Offer sentences for G by this model, as --model_name_or_path of finetune/make_captions.py."
     )
-    captioner_prompt: str | None = option(None, "What --captioner_model is asked, as --prompt of make_captions.py.")
+    captioner_prompt: str | None = option(
+        None, "What --captioner_model is asked, as --prompt of finetune/make_captions.py."
+    )
 
     def problems(self) -> Iterator[str]:
         """Yield what is wrong with these values, one sentence each."""
