@@ -90,7 +90,7 @@ class Captioner:
         if self._max_image_side and largest > self._max_image_side:
             scale = self._max_image_side / largest
             size = Size(*(max(1, round(side * scale)) for side in image.size))
-            image = Image.fromarray(resize_and_crop(image, size, size))
+            image = Image.fromarray(resize_and_crop(image, size, size, interpolation="lanczos"))
         key = path.relative_to(self._folder).as_posix()
         return Seen(image, self._prompt_for(path, key), key)
 

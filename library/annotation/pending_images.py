@@ -51,24 +51,21 @@ def pending_images(
     """
     images = find_images(folder, recursive=recursive)
     _require_separate_files(images, extension)
-    dealt = [image for index, image in enumerate(images) if index // batch_size % share.count == share.index]
     folders = [Path(name) for name in dict.fromkeys(map(os.path.dirname, images))]
-    if not keep_existing:
-        return Pending(dealt, folders, len(images), 0)
-    existing = set(with_caption_file(images, extension))
-    to_do = [image for image in dealt if image not in existing]
-    return Pending(to_do, folders, len(images), len(existing))
+    exists = list(have_caption_file(images, extension)) if keep_existing else [False] * len(images)
+    own = [index // batch_size % share.count == share.index for index in range(len(images))]
+    to_do = [image for image, is_done, is_own in zip(images, exists, own, strict=True) if is_own and not is_done]
+    return Pending(to_do, folders, len(images), sum(exists))
 
 
-def with_caption_file(images: Iterable[Path], extension: str) -> Iterator[Path]:
-    """Yield the images beside which there is a caption file: each folder is listed once, no file is asked for."""
+def have_caption_file(images: Iterable[Path], extension: str) -> Iterator[bool]:
+    """Yield whether there is a caption file beside each image: folders are listed once, no file is asked for."""
     names_of: dict[str, set[str]] = {}
     for image in images:
         folder, name = os.path.split(image)
         if folder not in names_of:
             names_of[folder] = {os.path.normcase(each) for each in os.listdir(folder or ".")}  # noqa: PTH208 (faster)
-        if os.path.normcase(os.path.splitext(name)[0] + extension) in names_of[folder]:  # noqa: PTH122 (faster)
-            yield image
+        yield os.path.normcase(os.path.splitext(name)[0] + extension) in names_of[folder]  # noqa: PTH122 (faster)
 
 
 def caption_file(image: Path, extension: str) -> Path:

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
 from library.annotation.reading_ahead import Described
 from library.annotation.tag_choice import TagChoice
 from library.config.errors import UserError
 from library.data.images import load_rgb
-from library.data.resizing import resize_and_crop
-from library.sdxl.sizes import Size
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -50,8 +49,7 @@ class Tagger:
         image = load_rgb(path)
         scale = self._side / max(image.size)
         width, height = (max(1, round(side * scale)) for side in image.size)
-        size = Size(width, height)
-        pixels = resize_and_crop(image, size, size)
+        pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))  # as the models' makers do
         left, top = (self._side - width) // 2, (self._side - height) // 2
         square = np.full((self._side, self._side, 3), _WHITE, np.uint8)
         square[top : top + height, left : left + width] = pixels

@@ -36,8 +36,9 @@ def list_files(folder: Path, *, recursive: bool) -> Listing:
             "Give the folder of the images.",
         ) from error
     images = [path for path in found if is_readable(path)]
-    used = {path.with_suffix("") for path in images}
-    unreadable = [path for path in found if not is_readable(path) and path.with_suffix("") not in used]
+    unreadable = [path for path in found if not is_readable(path)] if len(images) < len(found) else []
+    used = {path.with_suffix("") for path in images} if unreadable else set()
+    unreadable = [path for path in unreadable if path.with_suffix("") not in used]
     return Listing(sorted(images, key=Path.as_posix), sorted(unreadable, key=Path.as_posix))
 
 
@@ -84,11 +85,10 @@ def _walk(top: Path, recursive: bool) -> Iterator[Path]:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                path = folder / entry.name
                 if not _is_folder(entry):
-                    if is_image_of_any_kind(path):
-                        yield path
-                elif recursive and path.resolve() not in here:
+                    if is_image_of_any_kind(entry.name):  # of its name: most files of a large set are no images
+                        yield folder / entry.name
+                elif recursive and (path := folder / entry.name).resolve() not in here:
                     waiting.append((path, here))
 
 

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import logging
+import os
 from functools import cache
 from pathlib import Path
 
@@ -67,9 +68,10 @@ def is_readable(path: Path) -> bool:
     return FORMAT_OF_SUFFIX.get(path.suffix.lower()) in readable_formats()
 
 
-def is_image_of_any_kind(path: Path) -> bool:
-    """Return whether the suffix is that of an image, be it one that cannot be read."""
-    return path.suffix.lower() in FORMAT_OF_SUFFIX or path.suffix.lower() in _NEVER_READ
+def is_image_of_any_kind(name: str) -> bool:
+    """Return whether the suffix of a file name is that of an image, be it one that cannot be read."""
+    suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122 (faster, for folders of a million names)
+    return suffix in FORMAT_OF_SUFFIX or suffix in _NEVER_READ
 
 
 def remedy_for(format_name: str | None) -> str:

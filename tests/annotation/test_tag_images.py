@@ -70,8 +70,8 @@ def test_images_are_upright_and_on_white_squares(tmp_path, tagger):
     assert square.shape == (16, 16, 3)
     assert (square[:, :4] == 255).all()  # what fills the square
     assert (square[:, 12:] == 255).all()
-    assert (square[:8, 4:12] == 255).all()  # the transparent half is on top now
-    assert np.array_equal(square[8:, 4:12], np.broadcast_to([255, 0, 0], (8, 8, 3)))  # blue first
+    assert (square[:6, 4:12] == 255).all()  # the transparent half is on top now
+    assert np.array_equal(square[10:, 4:12], np.broadcast_to([255, 0, 0], (6, 8, 3)))  # blue first
 
 
 def test_photographs_are_tagged_and_merged(photographs, tagger, capsys):

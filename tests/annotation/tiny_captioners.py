@@ -52,7 +52,7 @@ def write_blip(folder: Path) -> Path:
     vision = {**SMALL, "image_size": IMAGE_SIDE, "patch_size": PATCH, "initializer_range": 1.0}
     config = BlipConfig(text_config=text, vision_config=vision, projection_dim=32, image_text_hidden_size=32)
     images = BlipImageProcessor(size={"height": IMAGE_SIDE, "width": IMAGE_SIDE})
-    return _saved(folder, BlipForConditionalGeneration(config), BlipProcessor(images, tokenizer))
+    return saved(folder, BlipForConditionalGeneration(config), BlipProcessor(images, tokenizer))
 
 
 def write_git(folder: Path) -> Path:
@@ -71,7 +71,7 @@ def write_git(folder: Path) -> Path:
     )
     side = {"shortest_edge": IMAGE_SIDE}
     images = CLIPImageProcessor(size=side, crop_size={"height": IMAGE_SIDE, "width": IMAGE_SIDE})
-    return _saved(folder, GitForCausalLM(config), GitProcessor(images, tokenizer))
+    return saved(folder, GitForCausalLM(config), GitProcessor(images, tokenizer))
 
 
 def write_llava(folder: Path, always: str | None = None) -> Path:
@@ -79,17 +79,8 @@ def write_llava(folder: Path, always: str | None = None) -> Path:
     torch.manual_seed(0)
     special = ["<pad>", "<bos>", "<eos>", "<unk>", "<image>"]
     first = [] if always is None else ["<eos>" if always == "" else always]
-    names = list(dict.fromkeys([*first, *special, *WORDS, "ASSISTANT:", "Describe"]))
-    model = Tokenizer(WordLevel({name: index for index, name in enumerate(names)}, unk_token="<unk>"))
-    model.pre_tokenizer = WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=model,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        additional_special_tokens=["<image>"],
-    )
+    tokenizer = word_tokenizer([*first, *special], image_token="<image>")
+    names = tokenizer.get_vocab()
     vision = CLIPVisionConfig(**SMALL, image_size=IMAGE_SIDE, patch_size=PATCH, projection_dim=32)
     text = LlamaConfig(
         **SMALL,
@@ -113,7 +104,22 @@ def write_llava(folder: Path, always: str | None = None) -> Path:
         images, tokenizer, patch_size=PATCH, vision_feature_select_strategy="default", chat_template=CHAT
     )
     processor.num_additional_image_tokens = 1
-    return _saved(folder, llava, processor)
+    return saved(folder, llava, processor)
+
+
+def word_tokenizer(first: list[str], **special: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words; those of `first` have the first ids, and `special` are its other special tokens."""
+    names = list(dict.fromkeys([*first, *WORDS, "ASSISTANT:", "Describe"]))
+    model = Tokenizer(WordLevel({name: index for index, name in enumerate(names)}, unk_token="<unk>"))
+    model.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        extra_special_tokens=special,
+    )
 
 
 def _bert_tokenizer(folder: Path) -> BertTokenizer:
@@ -122,7 +128,8 @@ def _bert_tokenizer(folder: Path) -> BertTokenizer:
     return BertTokenizer(vocab={name: index for index, name in enumerate(names)})
 
 
-def _saved(folder: Path, model: torch.nn.Module, processor) -> Path:
+def saved(folder: Path, model: torch.nn.Module, processor) -> Path:
+    """Save a model as its maker's folder is."""
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
