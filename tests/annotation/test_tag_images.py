@@ -13,6 +13,7 @@ from finetune import tag_images_by_wd14_tagger as script
 from library.annotation.tag_choice import read_labels, tag_choice
 from library.annotation.tag_options import TagOptions
 from library.annotation.tagger import open_tagger
+from library.training.run_lock import run_lock
 from tests.annotation.conftest import PHOTOGRAPHS, captions_in, run
 from tests.annotation.killed_run import run_and_kill
 from tests.annotation.tiny_tagger import LABELS, probabilities_of, write_tagger
@@ -242,3 +243,10 @@ def test_what_runs_out_is_told_with_a_remedy(colours, tagger, capsys, monkeypatc
     monkeypatch.setattr(Tagger, "_run", out_of_memory)
     said = said_on_refusal(script, [str(colours), f"--model_dir={tagger}"], capsys)
     assert "out of memory with 4 images of 16 x 16 at once" in said and "Lower --batch_size" in said
+
+
+def test_a_second_run_on_the_same_folder_is_refused(colours, tagger, capsys):
+    with run_lock(colours, ".txt files", doing="writing"):
+        said = said_on_refusal(script, [str(colours), f"--model_dir={tagger}"], capsys)
+    assert re.search(r"process \d+ is writing .txt files in '.*'. Wait until it has ended", said)
+    assert tag(colours, tagger) == 0
