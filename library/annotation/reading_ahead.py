@@ -58,26 +58,23 @@ def num_reading_threads(wanted: int | None) -> int:
 
 def batches_ahead(images: Sequence[Path], machine: Machine, batch_size: int, num_threads: int) -> Iterator[Ready]:
     """Yield the batches of `images` in their order, some of them ready before they are asked for."""
-    with ThreadPoolExecutor(num_threads, thread_name_prefix="reading") as pool:
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="reading")
+    try:
         yield from prefetch(_ready(_loading(images, machine, batch_size, pool), machine), _BATCHES_READY)
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C nobody waits for what was only to be read
 
 
 def _loading(
     images: Sequence[Path], machine: Machine, batch_size: int, pool: ThreadPoolExecutor
 ) -> Iterator[list[tuple[Path, "Future[Any]"]]]:
     waiting: deque[list[tuple[Path, Future[Any]]]] = deque()
-    try:
-        for first in range(0, len(images), batch_size):
-            batch = images[first : first + batch_size]
-            waiting.append([(image, pool.submit(machine.load, image)) for image in batch])
-            if len(waiting) > _BATCHES_READ_AHEAD:
-                yield waiting.popleft()
-        while waiting:
+    for first in range(0, len(images), batch_size):
+        batch = images[first : first + batch_size]
+        waiting.append([(image, pool.submit(machine.load, image)) for image in batch])
+        if len(waiting) > _BATCHES_READ_AHEAD:
             yield waiting.popleft()
-    finally:
-        for batch_left in waiting:
-            for _, future in batch_left:
-                future.cancel()
+    yield from waiting
 
 
 def _ready(loading: Iterator[list[tuple[Path, "Future[Any]"]]], machine: Machine) -> Iterator[Ready]:

@@ -15,6 +15,7 @@ from library.annotation.tag_options import TagOptions
 from library.annotation.tagger import open_tagger
 from library.training.run_lock import run_lock
 from tests.annotation.conftest import PHOTOGRAPHS, captions_in, run
+from tests.annotation.file_server import serving
 from tests.annotation.killed_run import run_and_kill
 from tests.annotation.tiny_tagger import LABELS, probabilities_of, write_tagger
 from tests.annotation.two_processes import in_two_processes
@@ -213,6 +214,21 @@ def test_a_hub_model_without_a_network_is_one_clear_line(colours, monkeypatch, c
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between its attempts
     argv = [str(colours), "--repo_id=somebody/tagger", f"--model_dir={colours.parent / 'models'}"]
     assert "'somebody/tagger' is not on this machine and cannot be downloaded" in said_on_refusal(script, argv, capsys)
+
+
+def test_a_model_of_the_hub_is_downloaded_once(colours, tagger, tmp_path, monkeypatch, capsys):
+    models = tmp_path / "models"
+    with serving("somebody/tagger", tagger) as (address, downloaded):
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        for more in ([], ["--overwrite"], ["--overwrite", "--force_download"]):
+            assert tag(colours, models, "--repo_id=somebody/tagger", *more) == 0
+        assert sorted(downloaded) == ["model.onnx"] * 2 + ["selected_tags.csv"] * 2  # at first, and by force
+        assert (models / "somebody_tagger" / "model.onnx").read_bytes() == (tagger / "model.onnx").read_bytes()
+        (colours / "red.txt").unlink()
+        argv = [str(colours), "--repo_id=somebody/other", f"--model_dir={models}"]
+        assert "the hub has no file 'selected_tags.csv' of a model" in said_on_refusal(script, argv, capsys)
+    assert tag(colours, models, "--repo_id=somebody/tagger") == 0  # without the hub
+    assert captions_in(colours, ".txt")["red.txt"] == f"{expected_tags(COLOURS['red'])}\n"
 
 
 def test_folders_that_hold_nothing_to_tag_are_refused(tmp_path, tagger, capsys):
