@@ -98,7 +98,10 @@ def _written(changes: Sequence[Change], progress: Progress | None = None) -> Out
     outcome = Outcome()
     for path, own in in_metadata.items():
         outcome.add(_written_entries(path, own))
-    with ThreadPoolExecutor(min(_NUM_WRITERS, max(1, len(in_files)))) as pool:
+    if len(in_files) == 1:
+        outcome.add(_written_file(in_files[0]))
+        return outcome
+    with ThreadPoolExecutor(_NUM_WRITERS) as pool:
         for done, result in enumerate(pool.map(_written_file, in_files), start=1):
             outcome.add(result)
             if progress is not None:

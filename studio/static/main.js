@@ -14,7 +14,8 @@ const direction = byId("direction");
 const subset = byId("subset");
 let questions = "";
 let view = { ids: [], names: [], versions: [], l: [], g: [], over: [], total: 0 };
-let asked = 0;
+let isAsking = false;
+let asksAgain = false;
 
 const grid = new Grid(byId("grid"), { open: (index) => editor.open(index), selected: () => showCounts() });
 const editor = new Editor({
@@ -44,9 +45,11 @@ function ask(text) {
   if (!editor.isOpen) grid.root.scrollTop = 0;
 }
 
-/** Ask for the images that answer the question, and show them. */
+/** Ask for the images that answer the question, and show them: one question at a time, the latest last. */
 async function look() {
-  const number = (asked += 1);
+  asksAgain = isAsking;
+  if (isAsking) return;
+  isAsking = true;
   const problem = byId("query-problem");
   try {
     const found = await get("/api/view", {
@@ -54,17 +57,17 @@ async function look() {
       order: order.value,
       descending: direction.getAttribute("aria-pressed") === "true" ? 1 : 0,
     });
-    if (number !== asked) return;
     problem.hidden = true;
     if (editor.isOpen) keepOpenImage(found);
     view = found;
     grid.show(view);
     showCounts();
   } catch (error) {
-    if (number !== asked) return;
     problem.textContent = error.message;
     problem.hidden = false;
   }
+  isAsking = false;
+  if (asksAgain) look();
 }
 
 /** An image that is being written stays in the list though it no longer answers the question. */
@@ -192,7 +195,7 @@ listen({
     const isOpen = editor.isOpen && (news.num > news.ids.length || news.ids.includes(editor.id));
     if (isOpen && news.client !== CLIENT) editor.refresh();
   },
-  reconnected: () => {
+  connected: () => {
     readSet();
     look();
     if (editor.isOpen) editor.flush();
@@ -201,5 +204,4 @@ listen({
 
 addEventListener("pagehide", () => editor.isOpen && editor.flush({ keepalive: true }));
 addEventListener("beforeunload", (event) => editor.isOpen && editor.isDirty && event.preventDefault());
-readSet();
 look();

@@ -42,17 +42,12 @@ export const post = (path, body = {}, more = {}) => ask(path, withBody("POST", b
 export const putCaption = (id, encoder, tag, body, keepalive = false) =>
   ask(`/api/images/${id}/captions/${encoder}`, withBody("PUT", body, { keepalive, headers: { "if-match": `"${tag}"` } }));
 
-/** Call the listener of each kind of news; "reconnected" comes after the server was away. */
+/** Call the listener of each kind of news; "connected" comes first, and again after the server was away. */
 export function listen(listeners) {
   const source = new EventSource("/api/events");
-  let wasAway = false;
   source.addEventListener("message", (event) => {
     const news = JSON.parse(event.data);
     listeners[news.kind]?.(news);
   });
-  source.addEventListener("error", () => (wasAway = true));
-  source.addEventListener("open", () => {
-    if (wasAway) listeners.reconnected?.();
-    wasAway = false;
-  });
+  source.addEventListener("open", () => listeners.connected());
 }
