@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -21,8 +22,11 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_map
 
 from benchmarks.rehearsal.books import Books, aten, is_fake
+from library.optim import chunked_adafactor
 
 CUDA = torch.device("cuda", 0)
+CARD_BYTES = 80 * 2**30
+"""The memory of the card that is not there: enough for every case."""
 _TORCH = "2.15"
 _KEPT_ALIVE: list[Any] = []
 _attention_on_cpu = torch.nn.functional.scaled_dot_product_attention
@@ -198,6 +202,16 @@ def _kind(value: Any) -> Any:
     return type(value).__name__ if value is not None else None
 
 
+def _launch_with(books: Books) -> Callable[..., None]:
+    """Return a stand-in for the launch of a program of Triton."""
+
+    def launch(program: Any, num_programs: int, *_: Any, **__: Any) -> None:
+        if num_programs:
+            books.launch(f"triton {program.__name__}")
+
+    return launch
+
+
 def _pinned(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
     return tensor if is_fake(tensor) else tensor.clone()
 
@@ -232,6 +246,12 @@ def stand_in_gpu() -> Iterator[Books]:
         (torch.nn.Module, "_apply", _apply),
         (torch.nn.functional, "scaled_dot_product_attention", _attention),
         (torch, "compile", _compile_with(books)),
+        (chunked_adafactor, "launch", _launch_with(books)),
+        (chunked_adafactor, "address_of", lambda tensor: 0),
+        (torch.cuda, "mem_get_info", lambda *_: (CARD_BYTES - books.now, CARD_BYTES)),
+        (torch.cuda, "memory_reserved", lambda *_: books.now),
+        (torch.cuda, "memory_allocated", lambda *_: books.now),
+        (torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(name="none", total_memory=CARD_BYTES)),
     )
     with ExitStack() as stack:
         stack.enter_context(_no_context())

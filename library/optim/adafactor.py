@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from library.config.errors import UserError
+from library.optim.chunked_adafactor import ChunkedSteps, can_step_together, may_step_together
 from library.optim.kernels import compiled
 from library.optim.options import KAHAN, STOCHASTIC
 from library.optim.rounding import RESIDUAL, Rounder, stochastically_rounded, with_residual
@@ -31,7 +32,8 @@ class Adafactor(Optimizer):
     With `relative_step` the rate follows from the step and `lr` has no effect; the state then holds the root mean
     square of the weights before the last step, as that of transformers does, for `rate_of_last_step`.
 
-    `rounder`, if set, rounds updated bfloat16 weights; without one they are rounded to nearest.
+    `rounder`, if set, rounds updated bfloat16 weights; without one they are rounded to nearest. On a GPU the weights of
+    a step are updated together (`chunked_adafactor`), and not at all where `is_finite`, if set, is false.
     Raise `ValueError` for `warmup_init` without `relative_step`.
     """
 
@@ -68,6 +70,8 @@ class Adafactor(Optimizer):
         }
         super().__init__(params, settings)
         self.rounder: Rounder | None = None
+        self.is_finite: Tensor | None = None
+        self._chunked = ChunkedSteps()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -77,10 +81,24 @@ class Adafactor(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if parameters and can_step_together(parameters, group, self.state):
+                self._chunked.step(parameters, group, self.state, self.rounder, self.is_finite)
+                continue
+            for parameter in parameters:
+                assert parameter.grad is not None
+                self._update(parameter, parameter.grad, group)
         return loss
+
+    def decides_on_the_device(self) -> bool:
+        """Return whether the next step can be told by `is_finite`, a tensor, that it is to change nothing."""
+        return all(may_step_together(group) for group in self.param_groups)
+
+    def take_back_step(self) -> None:
+        """Count one step less: the last one has changed nothing but the count."""
+        for state in self.state.values():
+            if state.get("step"):
+                state["step"] -= 1
 
     def rate_of_last_step(self, group: dict[str, Any]) -> float | None:
         """Return the rate at which the first parameter of a group was updated, None before its first step.

@@ -34,6 +34,7 @@ class FusedBackward:
         self._exchange = exchange
         self._max_grad_norm = max_grad_norm
         self._current: Callable[[Parameter], None] | None = None
+        self._is_decided_on_device = False
         self._chunk_of = {parameter: chunk for chunk in stepper.chunks for parameter in chunk.parameters}
         for parameter in self._chunk_of:
             parameter.register_post_accumulate_grad_hook(self._on_gradient)
@@ -43,8 +44,15 @@ class FusedBackward:
     ) -> float | None:
         """Take optimizer step `step` for `loss`; return the gradient norm, None if it was not computed.
 
-        A loss or a norm that is NaN or Inf updates nothing: the loss of any process, if `mean_loss` is their mean.
+        A loss or a norm that is NaN or Inf updates nothing: the loss of any process, if `mean_loss` is their mean. Where
+        the optimizer can decide that on the device, nobody waits for the loss of a process that is alone: call
+        `take_back_step` if it turns out not to be finite.
         """
+        if mean_loss is None and self._max_grad_norm == 0 and self._stepper.decides_on_device:
+            with self._stepper.only_if(loss.detach().isfinite()):
+                self._step(accelerator, loss, step, norm=None)
+            self._is_decided_on_device = True
+            return None
         if not math.isfinite(float(loss.detach()) if mean_loss is None else mean_loss):
             return None
         if self._max_grad_norm == 0:
@@ -54,6 +62,11 @@ class FusedBackward:
         if torch.isfinite(norm):
             self._step(accelerator, loss, step, norm)
         return float(norm)
+
+    def take_back_step(self) -> None:
+        """Count one step less, if the last one was taken without a look at its loss, which was not finite."""
+        if self._is_decided_on_device:
+            self._stepper.take_back_step()
 
     def _measure(self, accelerator: Accelerator, loss: Tensor) -> Tensor:
         """Return the norm of the whole gradient, from those of its parts, in the order in which torch takes them."""

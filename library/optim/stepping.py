@@ -136,6 +136,24 @@ class Stepper:
             for place, settings in changed.items():
                 groups[place].update(settings)
 
+    @property
+    def decides_on_device(self) -> bool:
+        """Whether the optimizer can be told on the device that a step is to change nothing."""
+        return self._rounds_itself and self._optimizer.decides_on_the_device()  # type: ignore[attr-defined]
+
+    @contextmanager
+    def only_if(self, is_finite: Tensor) -> Iterator[None]:
+        """Within the block, steps change nothing where `is_finite` is false; the host does not look."""
+        self._optimizer.is_finite = is_finite  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            self._optimizer.is_finite = None  # type: ignore[attr-defined]
+
+    def take_back_step(self) -> None:
+        """Count one step less, after one that has changed nothing on the device."""
+        self._optimizer.take_back_step()  # type: ignore[attr-defined]
+
     def settle(self) -> None:
         """Wait until the optimizer's state can be read."""
         if self._offloaded is not None:

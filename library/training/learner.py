@@ -120,6 +120,8 @@ class Learner:
             with explained_out_of_memory(f"in step {step}"):
                 grad_norm = self._update(step)
             self.is_between_steps = True
+        elif self.fused is not None:
+            self.fused.take_back_step()
         self.step_loss.clear()
         self.lr_schedule.step()
         self.optimizer.zero_grad(set_to_none=True)

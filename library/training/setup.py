@@ -24,6 +24,7 @@ from library.optim.schedule_options import ScheduleOptions
 from library.samples.picture_files import SAMPLE_FOLDER
 from library.sdxl.architecture import SdxlModel
 from library.sdxl.latents import vae_digest
+from library.sdxl.lean_unet import make_lean
 from library.sdxl.model_source import load_model
 from library.training.accelerator import described_processes, make_accelerator_of
 from library.training.averages import make_averages
@@ -165,6 +166,8 @@ def _set_up(
     place_networks(model.networks, prepared.networks_of_steps(model), accelerator.device)
     plan = make_plan(prepared, options.loader, options.run, accelerator, progress.seed)
     options = replace(options, save=options.save.for_epochs(plan.num_epochs))
+    if accelerator.device.type == "cuda":
+        make_lean(model.unet, without_autocast=options.precision.full_bf16)
     learner = _make_learner(options, model, accelerator, plan, progress.seed)
     averages = make_averages(options, learner, progress)
     loss_weights = make_loss_weights(options, accelerator)

@@ -13,7 +13,7 @@ from benchmarks.rehearsal.stand_in import why_not
 ROOT = Path(__file__).parents[2]
 RECORDED = Path(__file__).with_name("rehearsed_steps.json")
 
-pytestmark = [pytest.mark.skipif(why_not() is not None, reason=str(why_not())), pytest.mark.slow]
+pytestmark = [pytest.mark.skipif(why_not() is not None, reason=str(why_not())), pytest.mark.heavy]
 
 
 def rehearsed(tmp_path: Path, model_size: str, *cases: str) -> dict[str, dict]:

@@ -1,0 +1,103 @@
+"""Run by test_chunked_adafactor.py with TRITON_INTERPRET=1: Adafactor's programs against the step weight by weight."""
+
+import copy
+import sys
+
+import torch
+import triton
+import triton.language as tl
+from torch.nn import Parameter
+
+from library.optim import chunk_programs as programs
+from library.optim.adafactor import Adafactor
+from library.optim.chunked_adafactor import ChunkedSteps
+from library.optim.options import KAHAN, NEAREST, STOCHASTIC
+from library.optim.rounding import RESIDUAL, Rounder, stochastically_rounded
+
+SHAPES = ((40, 300), (7,), (512,), (6, 5, 3, 3), (4, 6, 1, 1), (1, 9))
+CASES = {
+    "stochastic": (torch.bfloat16, STOCHASTIC, False),
+    "stochastic, flattened": (torch.bfloat16, STOCHASTIC, True),
+    "kahan": (torch.bfloat16, KAHAN, True),
+    "nearest": (torch.bfloat16, NEAREST, True),
+    "float32": (torch.float32, None, False),
+}
+
+
+def draw(shape, seed, dtype, *, exact):
+    """Numbers whose squares add up to the same sum in every order, if `exact`."""
+    generator = torch.Generator().manual_seed(seed)
+    if not exact:
+        return torch.randn(shape, generator=generator).to(dtype)
+    signs = torch.randint(0, 2, shape, generator=generator) * 2 - 1
+    return (signs * torch.exp2(torch.randint(-3, 1, shape, generator=generator).float())).to(dtype)
+
+
+def compare(name, *, exact):
+    dtype, rounding, flatten = CASES[name]
+    settings = {"lr": 1e-3, "relative_step": False, "scale_parameter": False, "weight_decay": 0.01}
+    settings |= {"flatten_convolutions": flatten, "clip_threshold": 1e3 if exact else 0.7}
+    usual = [Parameter(draw(shape, 0, dtype, exact=False)) for shape in SHAPES]
+    chunked = [copy.deepcopy(each) for each in usual]
+    optimizers = [Adafactor(parameters, **settings) for parameters in (usual, chunked)]
+    rounders = [None if rounding is None else Rounder(rounding, each, seed=3) for each in (usual, chunked)]
+    optimizers[0].rounder = rounders[0]
+    steps, state = ChunkedSteps(), optimizers[1].state
+    for step in range(1, 4):
+        for rounder in rounders:
+            if rounder is not None:
+                rounder.start(step)
+        for parameters in (usual, chunked):
+            for index, parameter in enumerate(parameters):
+                parameter.grad = draw(parameter.shape, 100 * step + index, dtype, exact=exact)
+        optimizers[0].step()
+        steps.step(chunked, optimizers[1].param_groups[0], state, rounders[1], None)
+    for one, other in zip(usual, chunked, strict=True):
+        # Means are updated with one rounding more than in torch's fused operation: one unit in the last place.
+        same = (one == other).float().mean()
+        if one.dtype == torch.bfloat16:
+            assert same > (0.999 if exact else 0.98), (name, tuple(one.shape), same)
+        torch.testing.assert_close(other, one, rtol=2**-7 if one.dtype == torch.bfloat16 else 2e-6, atol=2e-7)
+        for key, value in optimizers[0].state[one].items():
+            found = state[other][key]
+            if isinstance(value, torch.Tensor):
+                tolerance = 2**-7 if key == RESIDUAL else 1e-6
+                torch.testing.assert_close(found, value, rtol=tolerance, atol=tolerance * value.abs().max().item())
+            else:
+                assert found == value
+    before = [each.detach().clone() for each in chunked], copy.deepcopy([dict(state[each]) for each in chunked])
+    for parameter in chunked:
+        parameter.grad = torch.full_like(parameter, float("nan"))
+    steps.step(chunked, optimizers[1].param_groups[0], state, rounders[1], torch.tensor(False))
+    for parameter, weights, kept in zip(chunked, *before, strict=True):
+        assert torch.equal(parameter, weights), "a loss that is not finite changes no weight"
+        for key, value in kept.items():
+            assert not isinstance(value, torch.Tensor) or torch.equal(state[parameter][key], value)
+
+
+@triton.jit
+def round_all(values, out, seed, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + at, programs.rounded_at_random(tl.load(values + at, at < count), at, seed), at < count)
+
+
+def compare_rounding():
+    """Stochastic rounding: bit for bit, NaN and infinities included."""
+    torch.manual_seed(0)
+    values = torch.randn(5000) * torch.logspace(-30, 30, 5000)
+    values[:6] = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0, -0.0, 3.4e38])
+    for seed in (0, 1, -1, 123456789, -(2**31), 2**31 - 1):
+        ours = torch.empty(values.shape, dtype=torch.bfloat16)
+        round_all[(triton.cdiv(len(values), 1024),)](values, ours, seed, len(values), BLOCK=1024)
+        expected = stochastically_rounded(values, seed)
+        assert torch.equal(ours.view(torch.int16)[3:], expected.view(torch.int16)[3:])
+        assert ours[2].isnan()
+        assert torch.equal(ours[:2], expected[:2])
+    print("rounding: bit for bit the same", flush=True)
+
+
+compare_rounding()
+for exact in (True, False):
+    for name in sys.argv[1:] or CASES:
+        compare(name, exact=exact)
+        print(f"{name}, {'exact sums' if exact else 'any sums'}: the same", flush=True)
