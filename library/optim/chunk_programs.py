@@ -77,6 +77,30 @@ def _place_of(parameters, tiles, DOWN: tl.constexpr, ACROSS: tl.constexpr):
 
 
 @program
+def _means_of_kernels(about, gradient, place, inside, beta2, eps, keeps, DOWN: tl.constexpr, ACROSS: tl.constexpr):
+    """Running means of the squares of rows and columns of kernels: a row of the tile has `ACROSS` of them."""
+    rows = tl.load(about + ROWS).to(tl.pointer_type(tl.float32))
+    columns = tl.load(about + COLUMNS).to(tl.pointer_type(tl.float32))
+    high, wide = tl.load(about + TAPS_DOWN), tl.load(about + TAPS_ACROSS)
+    for y in range(high):
+        total = tl.zeros((DOWN, ACROSS), tl.float32)
+        for x in range(wide):
+            each = tl.load(gradient + (place * high + y) * wide + x, inside, 0.0).to(tl.float32)
+            total += each * each + eps
+        old = tl.load(rows + place * high + y, inside, 0.0)
+        new = old * beta2 + tl.div_rn(total, wide.to(tl.float32)) * (1.0 - beta2)
+        tl.store(rows + place * high + y, tl.where(keeps, new, old), inside)
+    for x in range(wide):
+        total = tl.zeros((DOWN, ACROSS), tl.float32)
+        for y in range(high):
+            each = tl.load(gradient + (place * high + y) * wide + x, inside, 0.0).to(tl.float32)
+            total += each * each + eps
+        old = tl.load(columns + place * wide + x, inside, 0.0)
+        new = old * beta2 + tl.div_rn(total, high.to(tl.float32)) * (1.0 - beta2)
+        tl.store(columns + place * wide + x, tl.where(keeps, new, old), inside)
+
+
+@program
 def sums(
     parameters, tiles, numbers, is_finite, scratch, NARROW: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr
 ):
@@ -107,25 +131,7 @@ def sums(
             now = before * beta2 + (numbers_of * numbers_of + eps) * (1.0 - beta2)
             tl.store(state + place, tl.where(keeps, now, before), inside)
         else:
-            # A row of the tile is `ACROSS` kernels of `taps` numbers each.
-            high, wide = tl.load(about + TAPS_DOWN), tl.load(about + TAPS_ACROSS)
-            columns = tl.load(about + COLUMNS).to(tl.pointer_type(tl.float32))
-            for y in range(high):
-                total = tl.zeros((DOWN, ACROSS), tl.float32)
-                for x in range(wide):
-                    each = tl.load(gradient + (place * high + y) * wide + x, inside, 0.0).to(tl.float32)
-                    total += each * each + eps
-                old = tl.load(state + place * high + y, inside, 0.0)
-                new = old * beta2 + tl.div_rn(total, wide.to(tl.float32)) * (1.0 - beta2)
-                tl.store(state + place * high + y, tl.where(keeps, new, old), inside)
-            for x in range(wide):
-                total = tl.zeros((DOWN, ACROSS), tl.float32)
-                for y in range(high):
-                    each = tl.load(gradient + (place * high + y) * wide + x, inside, 0.0).to(tl.float32)
-                    total += each * each + eps
-                old = tl.load(columns + place * wide + x, inside, 0.0)
-                new = old * beta2 + tl.div_rn(total, high.to(tl.float32)) * (1.0 - beta2)
-                tl.store(columns + place * wide + x, tl.where(keeps, new, old), inside)
+            _means_of_kernels(about, gradient, place, inside, beta2, eps, keeps, DOWN, ACROSS)
 
 
 @program

@@ -146,7 +146,7 @@ class ChunkedSteps:
         rounder: Rounder | None,
         is_finite: Tensor | None,
     ) -> None:
-        """Update `parameters`, of which `can_step_together` is true. Where `is_finite` is false nothing changes."""
+        """Update `parameters`, of which `can_step_together` is true. Where `is_finite` (int32) is 0 nothing changes."""
         device, flatten = parameters[0].device, group["flatten_convolutions"]
         key = id(parameters[0]), len(parameters), flatten
         if key not in self._layouts:
@@ -162,7 +162,7 @@ class ChunkedSteps:
         rows = to_device(torch.tensor(table, dtype=torch.int64), device)
         numbers = to_device(_numbers(group, state[parameters[0]]["step"]), device)
         if is_finite is None:
-            is_finite = torch.ones((), dtype=torch.bool, device=device)
+            is_finite = torch.ones((), dtype=torch.int32, device=device)
         _run(layout, rows, numbers, is_finite, narrow=parameters[0].dtype == torch.bfloat16, kind=kind)
 
 
@@ -191,11 +191,11 @@ def _numbers(group: dict[str, Any], step: int) -> Tensor:
 def _prepare_state(state: dict[str, Any], parameter: Parameter, *, flatten: bool) -> None:
     """Count the step, and make what the first one lacks: the same as weight by weight."""
     state["step"] = state.get("step", 0) + 1
-    shape = tuple(parameter.shape)
+    shape: tuple[int, ...] = tuple(parameter.shape)
     if len(shape) > 2 and flatten:
         shape = (shape[0], math.prod(shape[1:]))
     if len(shape) == 1:
-        wanted = {"exp_avg_sq": shape}
+        wanted: dict[str, tuple[int, ...]] = {"exp_avg_sq": shape}
     else:
         wanted = {"exp_avg_sq_row": shape[:-1], "exp_avg_sq_col": shape[:-2] + shape[-1:]}
     for name, size in wanted.items():

@@ -44,8 +44,8 @@ class FusedBackward:
     ) -> float | None:
         """Take optimizer step `step` for `loss`; return the gradient norm, None if it was not computed.
 
-        A loss or a norm that is NaN or Inf updates nothing: the loss of any process, if `mean_loss` is their mean. Where
-        the optimizer can decide that on the device, nobody waits for the loss of a process that is alone: call
+        A loss or a norm that is NaN or Inf updates nothing: the loss of any process, if `mean_loss` is their mean.
+        Where the optimizer can decide that on the device, nobody waits for the loss of a process that is alone: call
         `take_back_step` if it turns out not to be finite.
         """
         if mean_loss is None and self._max_grad_norm == 0 and self._stepper.decides_on_device:

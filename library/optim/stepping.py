@@ -142,9 +142,9 @@ class Stepper:
         return self._rounds_itself and self._optimizer.decides_on_the_device()  # type: ignore[attr-defined]
 
     @contextmanager
-    def only_if(self, is_finite: Tensor) -> Iterator[None]:
+    def only_if(self, is_finite: torch.Tensor) -> Iterator[None]:
         """Within the block, steps change nothing where `is_finite` is false; the host does not look."""
-        self._optimizer.is_finite = is_finite  # type: ignore[attr-defined]
+        self._optimizer.is_finite = is_finite.to(torch.int32)  # type: ignore[attr-defined]
         try:
             yield
         finally:

@@ -166,8 +166,6 @@ def _set_up(
     place_networks(model.networks, prepared.networks_of_steps(model), accelerator.device)
     plan = make_plan(prepared, options.loader, options.run, accelerator, progress.seed)
     options = replace(options, save=options.save.for_epochs(plan.num_epochs))
-    if accelerator.device.type == "cuda":
-        make_lean(model.unet, without_autocast=options.precision.full_bf16)
     learner = _make_learner(options, model, accelerator, plan, progress.seed)
     averages = make_averages(options, learner, progress)
     loss_weights = make_loss_weights(options, accelerator)
@@ -213,6 +211,8 @@ def _set_up(
 def _make_learner(
     options: TrainingOptions, model: SdxlModel, accelerator: Accelerator, plan: Plan, seed: int
 ) -> Learner:
+    if accelerator.device.type == "cuda":
+        make_lean(model.unet, without_autocast=options.precision.full_bf16)
     return make_learner(
         model,
         accelerator,

@@ -68,7 +68,7 @@ def compare(name, *, exact):
     before = [each.detach().clone() for each in chunked], copy.deepcopy([dict(state[each]) for each in chunked])
     for parameter in chunked:
         parameter.grad = torch.full_like(parameter, float("nan"))
-    steps.step(chunked, optimizers[1].param_groups[0], state, rounders[1], torch.tensor(False))
+    steps.step(chunked, optimizers[1].param_groups[0], state, rounders[1], torch.tensor(0, dtype=torch.int32))
     for parameter, weights, kept in zip(chunked, *before, strict=True):
         assert torch.equal(parameter, weights), "a loss that is not finite changes no weight"
         for key, value in kept.items():
