@@ -64,6 +64,7 @@ def test_what_is_drawn_for_an_image_depends_on_seed_and_image_alone(photographs,
     assert captions_in(photographs, ".caption") != drawn
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_does(photographs, llava):
     flags = [f"--model_name_or_path={llava}", "--max_new_tokens=6", "--batch_size=2", "--do_sample"]
     assert run(script, photographs, *flags) == 0

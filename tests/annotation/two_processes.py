@@ -1,12 +1,12 @@
-"""A script in two processes, as `accelerate launch` starts them, forked from this one: torch is imported already."""
+"""A script in two processes, with the environment in which `accelerate launch` starts them."""
 
-import multiprocessing
 import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
-from tests.conftest import forget_accelerator
+from tests.annotation.killed_run import REPOSITORY
 
 
 def in_two_processes(script, folder: Path, *flags: object) -> tuple[list[int], str, str]:
@@ -14,28 +14,19 @@ def in_two_processes(script, folder: Path, *flags: object) -> tuple[list[int], s
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    logs = folder.parent / "logs"
-    logs.mkdir()
-    argv = [str(folder), *map(str, flags)]
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_run, args=(script, argv, rank, port, logs)) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    out, err = ("".join((logs / f"{rank}.{name}").read_text("utf-8") for rank in (0, 1)) for name in ("out", "err"))
-    return [process.exitcode for process in processes], out, err
-
-
-def _run(script, argv: list[str], rank: int, port: int, logs: Path) -> None:
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(logs / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT), number)
-    sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))  # noqa: SIM115
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in names.items()})
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"})
-    forget_accelerator()
-    status = script.main(argv)
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(status)
+    command = [
+        sys.executable,
+        str(REPOSITORY / f"{script.__name__.replace('.', '/')}.py"),
+        str(folder),
+        *map(str, flags),
+    ]
+    shared = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": 1}
+    processes = []
+    for rank in (0, 1):
+        names = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        processes.append(subprocess.Popen(command, env={**os.environ, **names}, encoding="utf-8", **pipes))
+    printed = [process.communicate(timeout=300) for process in processes]
+    out, err = ("".join(streams) for streams in zip(*printed, strict=True))
+    return [process.returncode for process in processes], out, err
