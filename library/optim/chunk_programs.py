@@ -252,6 +252,8 @@ def apply(
                 missing = tl.where(is_finite_there, values - near, 0.0)
                 tl.store(residual + at, tl.where(keeps, missing.to(tl.bfloat16), left), inside)
                 now = near.to(tl.bfloat16)
+            elif NARROW:
+                now = _nearest(values).to(tl.bfloat16)
             else:
-                now = values.to(dtype)
+                now = values
             tl.store(weight + at, tl.where(keeps, now, before), inside)

@@ -60,8 +60,10 @@ def compare(name, *, exact):
         torch.testing.assert_close(other, one, rtol=2**-7 if one.dtype == torch.bfloat16 else 2e-6, atol=2e-7)
         for key, value in optimizers[0].state[one].items():
             found = state[other][key]
-            if isinstance(value, torch.Tensor):
-                tolerance = 2**-7 if key == RESIDUAL else 1e-6
+            if key == RESIDUAL:  # a weight between two neighbours may have taken the other one: what counts is the sum
+                torch.testing.assert_close(other.float() + found, one.float() + value, rtol=2**-14, atol=1e-6)
+            elif isinstance(value, torch.Tensor):
+                tolerance = 1e-6
                 torch.testing.assert_close(found, value, rtol=tolerance, atol=tolerance * value.abs().max().item())
             else:
                 assert found == value
