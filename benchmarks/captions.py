@@ -31,7 +31,7 @@ from library.data.buckets import BucketRule
 from library.data.caption_draws import Encoder
 from library.data.caption_options import CaptionOptions
 from library.data.caption_report import report_captions
-from library.data.caption_tokens import cut_captions, tokenize_captions_of
+from library.data.caption_tokens import cut_captions, tokenizer_for
 from library.data.captioning import Captioning
 from library.data.captions import CaptionPair
 from library.data.crops import Crop
@@ -101,7 +101,7 @@ def images_of(subset: Subset, count: int) -> list[TrainingImage]:
 
 def captioning_of(images: Sequence[TrainingImage], cached: str) -> Captioning:
     """Return what makes the texts of a batch; outputs of the encoders `cached` are there, in bfloat16."""
-    tokens = tokenize_captions_of(images)
+    tokens = tokenizer_for(image.subset for image in images)
     outputs: dict[str, OutputsInMemory] = {}
     for encoder, widths in _WIDTHS.items():
         if encoder in cached:
@@ -176,7 +176,7 @@ def seconds_of_a_start(folder: Path, flags: dict[str, Any]) -> dict[str, list[fl
     found = timed("find images and captions", lambda: find_training_images([subset]))
     timed("report captions", lambda: report_captions(options, [subset], found, trains_unet=True, trained=()))
     images = timed("read latents", lambda: read_training_set(found, "vae"))
-    tokens = timed("tokenize", lambda: tokenize_captions_of(images))
+    tokens = timed("tokenize", lambda: tokenizer_for(image.subset for image in images))
     timed("fingerprints and cut captions", lambda: (fingerprints(images), cut_captions(images, tokens)))
     order = timed("order", lambda: make_order(images, RunOptions(), 1, num_processes=1, process_index=0))
     order.start_at(0)

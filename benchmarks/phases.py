@@ -80,8 +80,12 @@ def main() -> int:
         from library.training.checkpoints import Checkpoints
         from library.training.learner import Learner
         from library.training.sampling import Sampling
+    setup.find_training_images = recorder.wrapped(setup.find_training_images, "find images")
+    setup.report_captions = recorder.wrapped(setup.report_captions, "report captions")
     setup.load_model = recorder.wrapped(setup.load_model, "load")
     setup.prepare_set = recorder.wrapped(setup.prepare_set, "read training set")
+    setup.make_plan = recorder.wrapped(setup.make_plan, "plan steps")
+    setup.header_maker = recorder.wrapped(setup.header_maker, "make header")
     setup.place_networks = recorder.wrapped(setup.place_networks, "place networks")
     setup.make_learner = recorder.wrapped(setup.make_learner, "build optimizer")
     text_encoding.encode_captions = recorder.wrapped(text_encoding.encode_captions, "step begins: encode captions")

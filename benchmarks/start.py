@@ -1,15 +1,20 @@
 """Measure sdxl_train.py from the start of its process to the end of its first step, phase by phase.
 
     python benchmarks/start.py [--model sd_xl_base_1.0.safetensors] [--side 128] [--num_variants 2]
+    python benchmarks/start.py --num_images 1000 16000 100000 1000000
 
 Without --model it trains the tiny SDXL. Images are drawn and prepared in a temporary folder; each variant of the flags
 runs in a separate process (benchmarks/phases.py). The result goes to benchmarks/results/start_<model>.{json,txt}. Needs
 Linux to measure memory.
+
+With --num_images it starts on prepared sets of so many images, which are links to a few files, each twice: the second
+start finds what the first one has written. The result goes to benchmarks/results/start_large_<model>.{json,txt}.
 """
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,12 +29,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywher
 import torch
 
 from benchmarks import ceilings
+from benchmarks.linked_set import BUCKETS, write_linked_set
 from benchmarks.phases import STARTED_VARIABLE
 from benchmarks.result_files import RESULTS, machine_line, write_result
 from demo import pictures
 from demo.random_sdxl import TINY, write_random_sdxl
 from finetune import prepare_buckets_latents, sdxl_merge_captions_g_to_metadata, sdxl_merge_captions_l_to_metadata
 from library.optim.options import ADAFACTOR_RECIPE
+from library.sdxl.latents import vae_digest
+from library.sdxl.model_source import load_vae
 
 ROOT = Path(__file__).resolve().parents[1]
 _BLOCK = 2**24
@@ -69,7 +77,9 @@ def bytes_read_per_second(path: Path) -> float:
     return path.stat().st_size / (time.perf_counter() - started)
 
 
-def started_run(folder: Path, model: Path, side: int, flags: Sequence[str]) -> list[dict[str, Any]]:
+def started_run(
+    folder: Path, model: Path, side: int, flags: Sequence[str], *, without: Sequence[str] = ("whole run", "save")
+) -> list[dict[str, Any]]:
     """Return the phases of one process, in the order in which they began."""
     figures = folder / "phases.json"
     command = [
@@ -84,7 +94,7 @@ def started_run(folder: Path, model: Path, side: int, flags: Sequence[str]) -> l
     started = {STARTED_VARIABLE: str(time.time()), "THP_MEM_ALLOC_ENABLE": "1"}
     subprocess.run(command, env={**os.environ, **started}, check=True, stdout=subprocess.DEVNULL)
     rows: list[dict[str, Any]] = json.loads(figures.read_text(encoding="utf-8"))
-    return [row for row in rows if row["phase"] not in ("whole run", "save")]
+    return [row for row in rows if row["phase"] not in without]
 
 
 def run(model: Path | None, side: int, num_pictures: int, num_variants: int) -> dict[str, Any]:
@@ -104,6 +114,41 @@ def run(model: Path | None, side: int, num_pictures: int, num_variants: int) -> 
     about = {"device": device.type, "side": side, "num_pictures": num_pictures, "model_bytes": size}
     ceiling = asdict(found) | {"bytes_read_per_second": read_rate}
     return {"machine": ceilings.machine(), **about, **ceiling, "variants": variants}
+
+
+def run_large(model: Path | None, counts: Sequence[int]) -> dict[str, Any]:
+    """Return the phases of two starts on each of several sets, which differ in their number of images."""
+    sets: dict[str, list[list[dict[str, Any]]]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        if model is None:
+            model = Path(name) / "tiny.safetensors"
+            write_random_sdxl(model, TINY, torch.float16, seed=0)
+        digest = vae_digest(load_vae(str(model), None))
+        for count in counts:
+            folder = Path(name) / str(count)
+            write_linked_set(folder, count, digest)
+            sets[str(count)] = [started_run(folder, model, BUCKETS[0].width, [], without=["save"]) for _ in range(2)]
+            shutil.rmtree(folder)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {"machine": ceilings.machine(), "device": device, "sets": sets}
+
+
+def table_large(result: dict[str, Any]) -> str:
+    """Return the starts on large sets as text: seconds of each phase, and the peak of the whole run."""
+    lines = [machine_line(result["machine"]), "prepared latents of 96x96, batch 1; seconds", ""]
+    lines.append(f"{'images':>9}  start   first step after  peak anonymous  find  captions  read  plan  header")
+    for count, starts in result["sets"].items():
+        for label, rows in zip(("first", "again"), starts, strict=True):
+            seconds = {row["phase"]: row["seconds"] for row in rows}
+            first = next(row for row in rows if row["phase"] == "optimizer step")
+            peak = next(row["peak_gib"] for row in rows if row["phase"] == "whole run")
+            parts = ("find images", "report captions", "read training set", "plan steps", "make header")
+            find, captions, read, plan, header = (seconds[part] for part in parts)
+            lines.append(
+                f"{int(count):9}  {label}  {first['from_start_s'] + first['seconds']:15.1f} s  {peak:11.2f} GiB"
+                f"  {find:5.2f}  {captions:7.2f} {read:6.2f} {plan:5.2f} {header:6.2f}"
+            )
+    return "\n".join(lines) + "\n"
 
 
 def table(result: dict[str, Any]) -> str:
@@ -135,8 +180,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--side", type=int, default=128, help="pixels along the side of a square bucket")
     parser.add_argument("--num_pictures", type=int, default=12)
     parser.add_argument("--num_variants", type=int, default=len(VARIANTS))
+    parser.add_argument("--num_images", type=int, nargs="+", help="start on prepared sets of these sizes")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args(argv)
+    if arguments.num_images:
+        result = run_large(arguments.model, arguments.num_images)
+        name = f"start_large_{'tiny' if arguments.model is None else 'full'}_{result['device']}"
+        write_result(arguments.results / name, result, table_large(result))
+        print(table_large(result))
+        return 0
     result = run(arguments.model, arguments.side, arguments.num_pictures, arguments.num_variants)
     name = f"start_{'tiny' if arguments.model is None else 'full'}_{result['device']}"
     write_result(arguments.results / name, result, table(result))

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from library.data.buckets import BucketRule
-from library.data.caption_tokens import tokenize_captions_of
+from library.data.caption_tokens import tokenizer_for
 from library.data.captioning import Captioning
 from library.data.captions import CaptionPair
 from library.data.crops import Crop
@@ -64,7 +64,9 @@ class SyntheticSet:
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """Yield batches without end, bucket after bucket, each read when it is needed."""
         images = list(self._training_images())
-        dataset = CaptionedImages(images, Captioning(tokenize_captions_of(images), seed=0, num_steps=1))
+        dataset = CaptionedImages(
+            images, Captioning(tokenizer_for(image.subset for image in images), seed=0, num_steps=1)
+        )
         for first in cycle(range(0, len(self.buckets) * IMAGES_PER_BUCKET, IMAGES_PER_BUCKET)):
             indices = tuple(first + index % IMAGES_PER_BUCKET for index in range(batch_size))
             yield dataset[

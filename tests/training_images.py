@@ -8,7 +8,7 @@ from typing import Any
 from library.data.buckets import BucketRule
 from library.data.caption_options import CaptionOptions
 from library.data.caption_rules import CaptionRules, PairRules
-from library.data.caption_tokens import tokenize_captions_of
+from library.data.caption_tokens import tokenizer_for
 from library.data.captioning import Captioning
 from library.data.captions import CaptionPair, variants_of
 from library.data.crops import Crop
@@ -50,7 +50,7 @@ def captioned(
     images: Sequence[TrainingImage], *, seed: int = 0, num_steps: int = 100, texts: CachedTexts = NO_TEXTS
 ) -> CaptionedImages:
     """The data set of images."""
-    return CaptionedImages(images, Captioning(tokenize_captions_of(images), seed, num_steps, texts))
+    return CaptionedImages(images, Captioning(tokenizer_for(image.subset for image in images), seed, num_steps, texts))
 
 
 def with_rules(images: Sequence[TrainingImage], rules: PairRules) -> list[TrainingImage]:

@@ -198,8 +198,8 @@ def _read_captions(
     sources: dict[str, CaptionSource] = {}
     without_caption = []
     for key, image in tqdm(image_of.items(), desc="captions", unit="image", disable=options.debug):
-        caption_file = image.parent / f"{image.stem}{options.caption_extension}"
-        if not caption_file.exists():
+        caption_file = os.path.splitext(image)[0] + options.caption_extension  # noqa: PTH122  # pathlib: twice as long
+        if not os.path.exists(caption_file):  # noqa: PTH110
             without_caption.append(image)
             continue
         captions[key], sources[key] = read_caption(caption_file, options.caption_extension)

@@ -117,8 +117,10 @@ def _line_notices(captions: Sequence[Sequence[str]], rules: CaptionRules, encode
 
 
 def _sentence_notices(captions: Sequence[Sequence[str]], rules: CaptionRules, encoder: Encoder) -> Iterator[str]:
+    if not rules.shuffle_caption:
+        return
     num_sentences = sum(looks_like_sentences(variants[0], rules) for variants in captions)
-    if rules.shuffle_caption and num_sentences > len(captions) / 2:
+    if num_sentences > len(captions) / 2:
         other: Encoder = "g" if encoder == "l" else "l"
         yield (
             f"{encoder.upper()} captions look like sentences, whose parts are put into a random order: "

@@ -21,11 +21,11 @@ from library.data.metadata import (
     Entry,
     Metadata,
     read_metadata,
-    read_utf8,
     variants_for,
     write_metadata,
 )
 from library.data.metadata_lines import is_lines
+from library.data.strict_json import decoded_utf8
 
 log = logging.getLogger(__name__)
 
@@ -73,13 +73,17 @@ class Suspect(NamedTuple):
         return variants_for(entry, self.column) != variants_for({self.column.metadata_key: caption}, self.column)
 
 
-def read_caption(path: Path, suffix: str) -> tuple[str, CaptionSource]:
+def read_caption(path: Path | str, suffix: str) -> tuple[str, CaptionSource]:
     """Return the caption in a file, and what metadata records of it. Raise `UserError` if it cannot be read."""
     try:
-        state = path.stat()  # before reading: a change in between is noticed later
-    except OSError as error:
-        raise UserError(f"cannot read '{path}': {error.strerror or error}.", "Check the path.") from error
-    caption = read_utf8(path).strip()
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123
+            state = os.fstat(file.fileno())  # before reading: a change in between is noticed later
+            content = file.readall() or b""
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot read '{path}': {getattr(error, 'strerror', None) or error}.", "Check the path."
+        ) from error
+    caption = decoded_utf8(content, path).strip()
     return caption, CaptionSource(suffix, state.st_size, state.st_mtime_ns, _caption_digest(caption))
 
 

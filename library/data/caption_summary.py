@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from library.data.caption_draws import ENCODERS, Encoder
 from library.data.caption_listing import texts_to_encode, unlistable_settings
 from library.data.caption_notices import words_of
-from library.data.caption_tokens import TokenTable
+from library.data.caption_tokens import CaptionTokenizer
 from library.data.captions import first_text
 from library.data.training_set import TrainingImage
 
@@ -48,7 +48,7 @@ class CaptionSummary:
 
 
 def summarize(
-    images: Sequence[TrainingImage], tokens: TokenTable, cached: Sequence[Encoder], seed: int
+    images: Sequence[TrainingImage], tokens: CaptionTokenizer, cached: Sequence[Encoder], seed: int
 ) -> CaptionSummary:
     """Return the summary, in one pass over the images for each encoder; `seed` is that of the run."""
     words: Counter[str] = Counter()
@@ -64,7 +64,7 @@ def summarize(
 
 
 def _of_encoder(
-    images: Sequence[TrainingImage], tokens: TokenTable, encoder: Encoder, is_cached: bool, seed: int
+    images: Sequence[TrainingImage], tokens: CaptionTokenizer, encoder: Encoder, is_cached: bool, seed: int
 ) -> EncoderSummary:
     can_be_listed = not any(unlistable_settings(image.subset.captions.of(encoder)) for image in images)
     texts: set[str] = set()

@@ -1,19 +1,15 @@
-"""Token ids of final texts, computed once for each text that is known before, and the captions that are cut."""
+"""Token ids of final texts, computed when a text is met, and the captions that are cut."""
 
-from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-import numpy as np
-import torch
-from tqdm import tqdm
-
 from library.config.errors import listed
 from library.data.caption_draws import ENCODERS, Encoder
 from library.data.caption_rules import CaptionRules
 from library.data.captions import first_text
+from library.data.subsets import Subset
 from library.data.training_set import TrainingImage
 from library.sdxl.prompt_weights import position_weights, weighted_token_ids
 from library.sdxl.tokenizers import CHUNK_TOKENS, PAD_G, PAD_L, in_chunks, token_ids
@@ -37,17 +33,14 @@ class ReadText(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TokenTable:
-    """Token ids of texts in captions of `num_chunks` chunks; a text outside the table is tokenized when asked for.
+class CaptionTokenizer:
+    """Final texts to token ids in captions of `num_chunks` chunks; texts met last are remembered.
 
-    The ids (without start, end and padding) of all texts are packed into one tensor, which worker processes share:
-    those of row r are `ids[starts[r] : starts[r + 1]]`. A million captions of 40 tokens take 160 MB.
+    Nothing is tokenized before it is needed: at the start of a run that would take as long as all its captions are,
+    in a visit it is a small part of reading the image.
     """
 
     num_chunks: int
-    row_of: Mapping[str, int]
-    starts: torch.Tensor  # int64 [R + 1]
-    ids: torch.Tensor  # int32
 
     def read(self, text: str, rules: CaptionRules, encoder: Encoder) -> ReadText:
         """Return a final text of one encoder, cut at the limit of its rules and filled with empty chunks.
@@ -57,7 +50,7 @@ class TokenTable:
         ids, weights = self._ids_and_weights(text, rules)
         limit = rules.max_token_length
         chunks = in_chunks(ids[:limit], _PADDING[encoder], self.num_chunks).ids
-        if all(weight == 1 for weight in weights[:limit]):
+        if not weights or all(weight == 1 for weight in weights[:limit]):
             return ReadText(chunks, None, len(ids))
         return ReadText(chunks, position_weights(weights[:limit], self.num_chunks), len(ids))
 
@@ -68,11 +61,7 @@ class TokenTable:
     def _ids_and_weights(self, text: str, rules: CaptionRules) -> tuple[Sequence[int], Sequence[float]]:
         if rules.weighted_captions:
             return _remembered_weighted(text)
-        row = self.row_of.get(text)
-        if row is None:
-            return _remembered(text), ()
-        starts, ids = self.starts.numpy(), self.ids.numpy()  # the same memory; torch takes seven times as long to slice
-        return ids[starts[row] : starts[row + 1]].tolist(), ()
+        return _remembered(text), ()
 
 
 @lru_cache(_REMEMBERED_TEXTS)
@@ -86,36 +75,18 @@ def _remembered_weighted(text: str) -> tuple[tuple[int, ...], tuple[float, ...]]
     return tuple(ids), tuple(weights)
 
 
-def tokenize_texts(texts: Iterable[str], num_chunks: int) -> TokenTable:
-    """Return a table of the distinct texts; both encoders have the same ids, and differ in the padding alone."""
-    row_of: dict[str, int] = {}
-    for text in texts:
-        row_of.setdefault(text, len(row_of))
-    starts, ids = array("q", [0]), array("i")
-    for text in tqdm(row_of, "tokenizing captions", unit="caption", disable=None, delay=1):
-        ids.extend(token_ids(text))
-        starts.append(len(ids))
-    return TokenTable(num_chunks, row_of, _as_tensor(starts, np.int64), _as_tensor(ids, np.int32))
+def tokenizer_for(subsets: Iterable[Subset]) -> CaptionTokenizer:
+    """Return what tokenizes the captions of subsets, in the chunks of the longest --max_token_length among them."""
+    limits = [subset.captions.of(encoder).max_token_length for subset in subsets for encoder in ENCODERS]
+    return CaptionTokenizer(max(limits) // CHUNK_TOKENS)
 
 
-def tokenize_captions_of(images: Sequence[TrainingImage]) -> TokenTable:
-    """Return a table of the captions of the training set as they are without chance, but for weighted ones.
-
-    Its texts have the chunks of the longest --max_token_length that any encoder is given.
-    """
-    limits = {image.subset.captions.of(encoder).max_token_length for image in images for encoder in ENCODERS}
-    return tokenize_texts(_unweighted_texts(images), num_chunks=max(limits) // CHUNK_TOKENS)
+def cannot_be_cut(text: str, limit: int) -> bool:
+    """Return whether a text has at most `limit` tokens for sure: each is a character of ASCII at least, but "&lt;"."""
+    return len(text) <= limit and text.isascii() and "&" not in text
 
 
-def _unweighted_texts(images: Iterable[TrainingImage]) -> Iterable[str]:
-    for image in images:
-        rules = image.subset.captions
-        for encoder in ENCODERS:
-            if not rules.of(encoder).weighted_captions:
-                yield first_text(image.captions, rules, encoder)
-
-
-def cut_captions(images: Sequence[TrainingImage], tokens: TokenTable) -> list[str]:
+def cut_captions(images: Sequence[TrainingImage], tokens: CaptionTokenizer) -> list[str]:
     """Return a sentence for each encoder whose captions do not all fit: how many, the longest ones, the remedy."""
     sentences = []
     for encoder in ENCODERS:
@@ -123,7 +94,10 @@ def cut_captions(images: Sequence[TrainingImage], tokens: TokenTable) -> list[st
         for image in images:
             rules = image.subset.captions
             own = rules.of(encoder)
-            num_tokens = tokens.num_tokens(first_text(image.captions, rules, encoder), own)
+            text = first_text(image.captions, rules, encoder)
+            if cannot_be_cut(text, own.max_token_length):
+                continue
+            num_tokens = tokens.num_tokens(text, own)
             if num_tokens > own.max_token_length:
                 cut[image.key] = num_tokens, own.max_token_length
         if cut:
@@ -148,7 +122,3 @@ def _remedy(num_tokens: int, limit: int) -> str:
         return "Shorten them."
     num_needed = min(-(-num_tokens // CHUNK_TOKENS), MAX_CHUNKS)
     return f"Shorten them, or set --max_token_length={num_needed * CHUNK_TOKENS}."
-
-
-def _as_tensor(numbers: array, dtype: type[np.generic]) -> torch.Tensor:
-    return torch.from_numpy(np.array(numbers, dtype=dtype))

@@ -9,7 +9,7 @@ import torch
 
 from library.data.caption_draws import CaptionDraw, Encoder
 from library.data.caption_rules import ZEROS
-from library.data.caption_tokens import ReadText, TokenTable
+from library.data.caption_tokens import CaptionTokenizer, ReadText
 from library.data.captions import FinalTexts, final_texts
 from library.data.epoch_order import MicroBatch
 from library.data.text_cache import NO_TEXTS, CachedTexts
@@ -30,7 +30,7 @@ class TextBatch(NamedTuple):
 class Captioning:
     """The captions of a run of `num_steps` optimizer steps: `seed` decides what is drawn."""
 
-    tokens: TokenTable
+    tokens: CaptionTokenizer
     seed: int
     num_steps: int
     texts: CachedTexts = NO_TEXTS

@@ -55,23 +55,39 @@ _OF_PLACES = 1  # what is drawn from the seed of a step
 _Visit = tuple[int, int, bool]  # index, occurrence, flip
 
 
+class _Epoch(NamedTuple):
+    """The visits of an epoch in columns, and where each of its batches, in their order, starts and ends among them."""
+
+    indices: np.ndarray
+    occurrences: np.ndarray
+    flips: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+
+    def visits(self, batch: int) -> list[_Visit]:
+        """Return the visits of a batch."""
+        place = slice(self.starts[batch], self.ends[batch])
+        columns = (self.indices[place].tolist(), self.occurrences[place].tolist(), self.flips[place].tolist())
+        return list(zip(*columns, strict=True))
+
+
 class EpochOrder(Sampler[MicroBatch]):
     """The micro-batches of one process for one epoch at a time; a function of seed and epoch alone.
 
-    `kinds` has the kind of each image (its bucket): only images of one kind share a batch. `num_repeats` and `flip`
-    hold for all images, or for each by its position; `batch_sizes` names the kinds whose batches are not those of
-    `shape`. Every epoch is shuffled again; the last, smaller batch of a kind is kept. Every process computes the same
-    order and takes its part.
+    `kinds` has the kind of each image (its bucket, or a number): only images of one kind share a batch. `num_repeats`
+    and `flip` hold for all images, or for each by its position; `batch_sizes` names the kinds whose batches are not
+    those of `shape`. Every epoch is shuffled again; the last, smaller batch of a kind is kept. Every process computes
+    the same order and takes its part.
     """
 
     def __init__(
         self,
-        kinds: Sequence[Hashable],
+        kinds: Sequence[Hashable] | np.ndarray,
         shape: BatchShape,
         *,
         seed: int,
-        num_repeats: int | Sequence[int] = 1,
-        flip: bool | Sequence[bool] = False,
+        num_repeats: int | Sequence[int] | np.ndarray = 1,
+        flip: bool | Sequence[bool] | np.ndarray = False,
         batch_sizes: Mapping[Hashable, int] | None = None,
     ):
         self._shape = shape
@@ -79,10 +95,7 @@ class EpochOrder(Sampler[MicroBatch]):
         self._batch_sizes = batch_sizes or {}
         self._repeats = np.broadcast_to(np.asarray(num_repeats, np.int64), len(kinds))
         self._may_flip = np.broadcast_to(np.asarray(flip, np.bool_), len(kinds))
-        members: dict[Hashable, list[int]] = {}
-        for index, kind in enumerate(kinds):
-            members.setdefault(kind, []).append(index)
-        self._members = {kind: np.array(indices) for kind, indices in members.items()}
+        self._members = _members_of(kinds)
         self._epoch = 0
         self._first_step = 0
         self._steps_done = 0
@@ -99,9 +112,13 @@ class EpochOrder(Sampler[MicroBatch]):
         """Optimizer steps in an epoch; the last one may hold fewer batches."""
         return -(-self.num_batches // self._batches_per_step)
 
+    @cached_property
+    def _num_visits(self) -> int:
+        return int(self._repeats.sum())
+
     def images_in(self, num_steps: int) -> int:
         """Return how many images the first steps of a run show: exactly after whole epochs, else about."""
-        return round(num_steps / self.steps_per_epoch * int(self._repeats.sum()))
+        return round(num_steps / self.steps_per_epoch * self._num_visits)
 
     @property
     def _batches_per_step(self) -> int:
@@ -120,19 +137,22 @@ class EpochOrder(Sampler[MicroBatch]):
         self._steps_done = steps_done
 
     def __len__(self) -> int:
-        return sum(1 for _ in self)
+        num_batches = max(0, self.num_batches - self._first_step * self._batches_per_step)
+        whole, rest = divmod(num_batches, self._batches_per_step)
+        return whole * self._shape.accumulation_steps + -(-rest // self._shape.num_processes)
 
     def __iter__(self) -> Iterator[MicroBatch]:
         random = np.random.default_rng([self._seed, self._epoch])
-        batches = self._shuffled_batches(random)
+        epoch = self._shuffled(random)
         for step in range(self._first_step, self.steps_per_epoch):
             first = step * self._batches_per_step
             steps_done = self._steps_done + step - self._first_step
-            yield from self._part_of_step(batches[first : first + self._batches_per_step], steps_done)
+            last = min(first + self._batches_per_step, len(epoch.starts))
+            yield from self._part_of_step([epoch.visits(number) for number in range(first, last)], steps_done)
 
-    def _shuffled_batches(self, random: np.random.Generator) -> list[tuple[_Visit, ...]]:
-        """Return batches of visits, in the order of the epoch."""
-        batches = []
+    def _shuffled(self, random: np.random.Generator) -> "_Epoch":
+        """Return the visits of an epoch, and its batches in their order."""
+        parts, starts, ends, num_visits = [], [], [], 0
         for kind, members in self._members.items():
             repeats = self._repeats[members]
             order = random.permutation(int(repeats.sum()))
@@ -141,12 +161,17 @@ class EpochOrder(Sampler[MicroBatch]):
             flips = self._may_flip[indices]
             if self._may_flip[members].any():
                 flips = flips & (random.random(len(order)) < 0.5)
-            visits = list(zip(indices.tolist(), occurrences.tolist(), flips.tolist(), strict=True))
             size = self._batch_size(kind)
-            batches += [tuple(visits[first : first + size]) for first in range(0, len(visits), size)]
-        return [batches[position] for position in random.permutation(len(batches))]
+            firsts = np.arange(0, len(order), size)
+            starts.append(num_visits + firsts)
+            ends.append(num_visits + np.minimum(firsts + size, len(order)))
+            num_visits += len(order)
+            parts.append((indices, occurrences, flips))
+        shuffled = random.permutation(sum(map(len, starts)))
+        indices, occurrences, flips = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return _Epoch(indices, occurrences, flips, np.concatenate(starts)[shuffled], np.concatenate(ends)[shuffled])
 
-    def _part_of_step(self, batches: list[tuple[_Visit, ...]], steps_done: int) -> Iterator[MicroBatch]:
+    def _part_of_step(self, batches: list[list[_Visit]], steps_done: int) -> Iterator[MicroBatch]:
         """Yield this process's micro-batches of the step that consists of `batches`.
 
         Where the batches do not go round, the processes left over repeat one at scale zero: they must take part in
@@ -171,6 +196,19 @@ class EpochOrder(Sampler[MicroBatch]):
                 completes_step=turn == num_rounds - 1,
                 places=StepPlaces(end - len(batch), ends[-1], seed),
             )
+
+
+def _members_of(kinds: Sequence[Hashable] | np.ndarray) -> dict[Hashable, np.ndarray]:
+    """Return the positions of the images of each kind, the kinds in the order of their first images."""
+    numbers: dict[Hashable, int] = {}
+    if isinstance(kinds, np.ndarray):
+        names, firsts, codes = np.unique(kinds, return_index=True, return_inverse=True)
+        in_order = [(names[number].item(), number) for number in np.argsort(firsts)]
+    else:
+        codes = np.fromiter((numbers.setdefault(kind, len(numbers)) for kind in kinds), np.int64, len(kinds))
+        in_order = list(numbers.items())
+    positions = np.split(np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes))[:-1])
+    return {name: positions[number] for name, number in in_order}
 
 
 def _counted_up(repeats: np.ndarray) -> np.ndarray:

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from library.config.errors import UserError, listed
-from library.data.image_kinds import FORMAT_OF_SUFFIX, is_image_of_any_kind, is_readable, remedy_for
+from library.data.image_kinds import (
+    FORMAT_OF_SUFFIX,
+    is_readable,
+    readable_suffixes,
+    remedy_for,
+    suffix_of,
+    suffixes_of_images,
+)
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +42,13 @@ def list_files(folder: Path, *, recursive: bool) -> Listing:
             f"cannot read the image folder '{error.filename or folder}': {error.strerror or error}.",
             "Give the folder of the images.",
         ) from error
-    images = [path for path in found if is_readable(path)]
-    unreadable = [path for path in found if not is_readable(path)] if len(images) < len(found) else []
-    used = {path.with_suffix("") for path in images} if unreadable else set()
-    unreadable = [path for path in unreadable if path.with_suffix("") not in used]
-    return Listing(sorted(images, key=Path.as_posix), sorted(unreadable, key=Path.as_posix))
+    readable = readable_suffixes()
+    images = [path for path in found if suffix_of(path) in readable]
+    others = [path for path in found if suffix_of(path) not in readable]
+    if others:
+        used = {os.path.splitext(path)[0] for path in images}  # noqa: PTH122  # pathlib takes seconds for a million
+        others = [path for path in others if os.path.splitext(path)[0] not in used]  # noqa: PTH122
+    return Listing(*([Path(path) for path in sorted(paths, key=_as_posix)] for paths in (images, others)))
 
 
 def find_images(folder: Path, *, recursive: bool, may_recurse: bool = True) -> list[Path]:
@@ -75,20 +84,27 @@ def describe_unreadable(paths: Iterable[Path]) -> str:
     return " ".join(f"{listed(names)} cannot be read here. {remedy}" for remedy, names in by_remedy.items())
 
 
-def _walk(top: Path, recursive: bool) -> Iterator[Path]:
+def _as_posix(path: str) -> str:
+    return path.replace(os.sep, "/")
+
+
+def _walk(top: Path, recursive: bool) -> Iterator[str]:
     # A list of what is to come, not recursion: folders may lie deeper in one another than Python may call.
     waiting: list[tuple[Path, frozenset[Path]]] = [(top, frozenset())]
+    suffixes = suffixes_of_images()
     while waiting:
         folder, above = waiting.pop()
         here = above | {folder.resolve()}
+        start = str(folder / "_")[:-1]
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.name.startswith("."):
+                name = entry.name
+                if name.startswith("."):
                     continue
                 if not _is_folder(entry):
-                    if is_image_of_any_kind(entry.name):  # of its name: most files of a large set are no images
-                        yield folder / entry.name
-                elif recursive and (path := folder / entry.name).resolve() not in here:
+                    if suffix_of(name) in suffixes:
+                        yield start + name
+                elif recursive and (path := folder / name).resolve() not in here:
                     waiting.append((path, here))
 
 

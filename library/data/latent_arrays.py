@@ -1,21 +1,16 @@
-"""The arrays of a cache file of latents: read within limits, and each checked."""
+"""The arrays of a cache file of latents: their limits, and the checks of each."""
 
-import logging
 import zipfile
 import zlib
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from library.data.masks import mask_of_cells
 from library.sdxl.sizes import LATENT_CHANNELS, MAX_SIDE, PIXELS_PER_LATENT, Size
 
-log = logging.getLogger(__name__)
-
 _SMALL = 10_000
 _LARGEST_LATENTS = LATENT_CHANNELS * (MAX_SIDE // PIXELS_PER_LATENT) ** 2 * 8 + _SMALL
-_LARGEST_MEMBERS = {
+LARGEST_MEMBERS = {
     "latents": _LARGEST_LATENTS,
     "latents_flipped": _LARGEST_LATENTS,
     "alpha_mask": MAX_SIDE**2 * 8 + _SMALL,
@@ -23,7 +18,6 @@ _LARGEST_MEMBERS = {
     **dict.fromkeys(("image_blake2b", "vae_blake2b", "mask_blake2b", "resize_interpolation"), _SMALL),
 }
 """The arrays of a cache file, and the bytes that each may have."""
-_LARGE_STRANGER = 100_000_000
 
 READING_ERRORS = (
     OSError,
@@ -39,25 +33,6 @@ READING_ERRORS = (
     zlib.error,
 )
 """What NumPy and zipfile raise for damaged files, depending on the byte that is damaged."""
-
-
-def known_arrays(file: Any) -> dict[str, np.ndarray]:
-    """Return the arrays of a cache file that are read, each of a size that it can have."""
-    arrays = {}
-    for name in _LARGEST_MEMBERS.keys() & set(file.files):
-        num_bytes = file.zip.getinfo(f"{name}.npy").file_size  # what it says before it is unpacked
-        if num_bytes > _LARGEST_MEMBERS[name]:
-            raise ValueError(f"{name} would take {num_bytes} bytes")
-        arrays[name] = file[name]
-    return arrays
-
-
-def warn_of_strangers(path: Path, file: Any) -> None:
-    """Warn of large arrays in a cache file that are not read."""
-    sizes = {info.filename.removesuffix(".npy"): info.file_size for info in file.zip.infolist()}
-    for name in sizes.keys() - _LARGEST_MEMBERS.keys():
-        if sizes[name] > _LARGE_STRANGER:
-            log.warning("'%s' holds '%s' of %d MB, which is not read.", path, name, sizes[name] // 10**6)
 
 
 def checked_latents(latents: np.ndarray) -> np.ndarray:

@@ -12,13 +12,13 @@ from library.config.errors import UserError
 from library.data.buckets import ALPHA, MaskSource, covering_size
 from library.data.crops import Crop, crop_to_train
 from library.data.latent_arrays import (
+    LARGEST_MEMBERS,
     READING_ERRORS,
     checked_latents,
     checked_mask,
     checked_size,
-    known_arrays,
-    warn_of_strangers,
 )
+from library.data.stored_arrays import read_arrays
 from library.sdxl.sizes import LATENT_CHANNELS, PIXELS_PER_LATENT, Size
 
 log = logging.getLogger(__name__)
@@ -177,10 +177,7 @@ def read_cache(path: Path, *, warns: bool = False) -> CachedLatents:
     Raise `UserError` naming the file for damage, missing keys, wrong shapes, and latents that are NaN or Inf.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if warns:
-                warn_of_strangers(path, file)
-            return _from_arrays(known_arrays(file))
+        return _from_arrays(read_arrays(path, LARGEST_MEMBERS, warns=warns))
     except READING_ERRORS as error:
         raise UserError(
             f"'{path}' is not a usable latent cache ({error}).", "Delete it and run prepare_buckets_latents.py again."

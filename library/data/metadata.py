@@ -1,19 +1,17 @@
 """The metadata file, JSON or JSONL: the key of each image with its captions and its training size."""
 
-import json
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.config.atomic_files import write_text
+from library.config.atomic_files import replacing
 from library.config.errors import UserError, error_of_errors, listed
 from library.config.magnitudes import HEAVIEST
 from library.data.captions import CaptionPair, variants_of
 from library.data.metadata_lines import is_lines, read_lines, write_lines
-from library.data.strict_json import parse_json, shown
+from library.data.strict_json import decoded_utf8, parse_json, pieces_of_json, shown
 from library.sdxl.sizes import MAX_ASPECT, MAX_SIDE, MIN_SIDE, PIXELS_PER_LATENT, Size
 
 Entry = dict[str, Any]
@@ -80,14 +78,14 @@ def write_metadata(path: Path, metadata: Mapping[str, Entry]) -> None:
     """
     if is_lines(path):
         write_lines(path, metadata)
-    else:
-        write_text(path, text_of_metadata(metadata))
+        return
+    with replacing(path) as file:
+        file.writelines(pieces_of_json(metadata))
 
 
 def text_of_metadata(metadata: Mapping[str, Entry]) -> str:
     """Return what `write_metadata` writes as JSON."""
-    text = json.dumps(metadata, indent=2, ensure_ascii=False)
-    return re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text) + "\n"
+    return b"".join(pieces_of_json(metadata)).decode()
 
 
 def captions_of(entry: Entry, *, one_caption: bool = False, separators: tuple[str, str] = (",", ",")) -> CaptionPair:
@@ -198,11 +196,7 @@ def with_train_resolution(entry: Entry, size: Size) -> Entry:
 def read_utf8(path: Path, if_missing: str = "Check the path.") -> str:
     """Return the text without a byte-order mark, line ends as "\\n"."""
     try:
-        return path.read_text(encoding="utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"'{path}' is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}.", "Save it as UTF-8."
-        ) from error
+        return decoded_utf8(path.read_bytes(), path)
     except OSError as error:
         remedy = if_missing if isinstance(error, FileNotFoundError) else "Check the path."
         raise UserError(f"cannot read '{path}': {error.strerror or error}.", remedy) from error

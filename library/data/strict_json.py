@@ -1,6 +1,9 @@
-"""JSON that is read strictly: no key twice, and errors that name the place."""
+"""JSON that is read strictly: UTF-8, no key twice, and errors that name the place; and written a piece at a time."""
 
 import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from library.config.errors import UserError
@@ -25,6 +28,51 @@ def parse_json(text: str, file: str, remedy: str, *, line: int | None = None) ->
         raise UserError(
             f"{where}: the key {error} occurs twice in one object.", "Remove or rename one of the two."
         ) from error
+
+
+def decoded_utf8(content: bytes, path: Path | str) -> str:
+    """Return the text of the file `path`."""
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"'{path}' is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}.", "Save it as UTF-8."
+        ) from error
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def pieces_of_json(content: Mapping[str, Mapping[str, Any]]) -> Iterator[bytes]:
+    """Yield objects by name as `json.dumps` with indent 2 writes them, which takes four times as long.
+
+    Non-ASCII characters are unescaped, except lone surrogates, which UTF-8 cannot encode.
+    """
+    start = "{\n"
+    for name, values in content.items():
+        yield _encoded(f"{start}  {_quoted(name)}: {_object(values)}")
+        start = ",\n"
+    yield b"\n}\n" if content else b"{}\n"
+
+
+_quoted = json.encoder.encode_basestring
+
+
+def _object(values: Mapping[str, Any]) -> str:
+    lines = [f"    {_quoted(name)}: {_value(value)}" for name, value in values.items()]
+    return "{\n" + ",\n".join(lines) + "\n  }" if lines else "{}"
+
+
+def _value(value: Any) -> str:
+    if type(value) is str:
+        return _quoted(value)
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    return text.replace("\n", "\n    ")  # no text of JSON has line ends but those of its layout
+
+
+def _encoded(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text).encode()
 
 
 def shown(value: Any) -> str:

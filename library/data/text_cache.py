@@ -17,7 +17,7 @@ from library.config.errors import UserError
 from library.data.caption_draws import Encoder
 from library.data.caption_listing import texts_to_encode
 from library.data.caption_rules import CaptionRules
-from library.data.caption_tokens import TokenTable
+from library.data.caption_tokens import CaptionTokenizer
 from library.data.training_set import TrainingImage
 from library.sdxl.tensor_file import TensorToWrite, open_tensors, raw_bytes, write_safetensors
 from library.sdxl.text_encoding import EncodedText, encode_g, encode_l, text_encoder_digest
@@ -157,7 +157,7 @@ def _remembered_digest(shape: tuple[int, ...], ids: bytes) -> str:
 
 def encode_texts(
     images: Sequence[TrainingImage],
-    tokens: TokenTable,
+    tokens: CaptionTokenizer,
     text_encoder_l: PreTrainedModel | None,
     text_encoder_g: PreTrainedModel | None,
     *,
@@ -217,7 +217,9 @@ class _Encoder:
         return num_numbers * self.network.dtype.itemsize + _BYTES_AROUND
 
 
-def texts_of(images: Sequence[TrainingImage], tokens: TokenTable, encoder: Encoder, seed: int) -> dict[str, _Text]:
+def texts_of(
+    images: Sequence[TrainingImage], tokens: CaptionTokenizer, encoder: Encoder, seed: int
+) -> dict[str, _Text]:
     """Return each text that `encoder` can meet once, by the digest of its ids."""
     limits: dict[tuple[str, int, bool], CaptionRules] = {}
     for image in images:

@@ -15,7 +15,7 @@ from library.data.caption_limits import fitting_beginning
 from library.data.caption_report import report_captions
 from library.data.caption_rules import PairRules
 from library.data.caption_summary import summarize
-from library.data.caption_tokens import TokenTable, cut_captions, tokenize_captions_of
+from library.data.caption_tokens import CaptionTokenizer, cut_captions, tokenizer_for
 from library.data.captioning import Captioning
 from library.data.captions import FinalTexts, final_texts
 from library.data.epoch_order import MicroBatch
@@ -49,7 +49,7 @@ def dry_run(options: TrainingOptions) -> int:
     assert source is not None  # checked by problems()
     digest = vae_digest(load_vae(source, None))
     images = read_images(options.training_set, found, digest)
-    tokens = tokenize_captions_of(images)
+    tokens = tokenizer_for(image.subset for image in images)
     seed = _SEED_IF_NONE if options.run.seed is None else options.run.seed
     preview = _Preview(options, found, images, tokens, seed, digest, cached)
     facts = preview.of_set()
@@ -83,7 +83,7 @@ class _Preview:
         options: TrainingOptions,
         found: Sequence[FoundImage],
         images: Sequence[TrainingImage],
-        tokens: TokenTable,
+        tokens: CaptionTokenizer,
         seed: int,
         vae_digest: str,
         cached: Sequence[Encoder],

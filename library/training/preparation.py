@@ -15,7 +15,7 @@ from library.config.errors import UserError
 from library.config.leftovers import remove_leftovers
 from library.data.caption_draws import Encoder
 from library.data.caption_sources import update_captions
-from library.data.caption_tokens import TokenTable, cut_captions, tokenize_captions_of
+from library.data.caption_tokens import CaptionTokenizer, cut_captions, tokenizer_for
 from library.data.captioning import Captioning
 from library.data.dataset import Batch, CaptionedImages, make_loader
 from library.data.epoch_order import BatchShape, EpochOrder
@@ -45,7 +45,7 @@ class PreparedSet(NamedTuple):
     """What is trained on: the images, with latents where they are cached, and what is cached of their captions."""
 
     images: list[TrainingImage]
-    tokens: TokenTable
+    tokens: CaptionTokenizer
     texts: CachedTexts
 
     def networks_of_steps(self, model: SdxlModel) -> list[nn.Module]:
@@ -101,7 +101,7 @@ def prepare_set(
         if accelerator.is_main_process:
             remove_leftovers(*_folders_written(options.training_set, found))
         images = images_with_latents(options, found, model.vae, digest, accelerator.device)
-        tokens = tokenize_captions_of(images)
+        tokens = tokenizer_for(image.subset for image in images)
         texts, notes = _texts(options, model, images, tokens, accelerator.device, progress.seed, cached_encoders)
     now = fingerprints(images)
     require_alike(accelerator, "images", now)
@@ -145,7 +145,7 @@ def _texts(
     options: TrainingOptions,
     model: SdxlModel,
     images: list[TrainingImage],
-    tokens: TokenTable,
+    tokens: CaptionTokenizer,
     device: torch.device,
     seed: int,
     cached_encoders: Sequence[Encoder],

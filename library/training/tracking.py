@@ -53,6 +53,36 @@ class RunFigures:
         self.loss, self.average = loss, average
 
 
+class WindowMean:
+    """The mean of the last `length` numbers, whose sum is kept exactly: a resumed run has the same to the last bit."""
+
+    def __init__(self, length: int, numbers: Sequence[float] = ()):
+        self.numbers: deque[float] = deque(maxlen=length)
+        self._sum = 0
+        for number in numbers:
+            self.add(number)
+
+    def add(self, number: float) -> None:
+        """Add a finite number; the oldest one leaves where there are more than `length`."""
+        if len(self.numbers) == self.numbers.maxlen:
+            self._sum -= _in_smallest_units(self.numbers[0])
+        self.numbers.append(number)
+        self._sum += _in_smallest_units(number)
+
+    def mean(self) -> float:
+        """Return the mean, 0 of none."""
+        return self._sum / (max(1, len(self.numbers)) << _SMALLEST_UNIT)
+
+
+_SMALLEST_UNIT = 1074
+"""The smallest positive float is 2 to the power of minus this: every float is a whole number of it."""
+
+
+def _in_smallest_units(number: float) -> int:
+    numerator, denominator = number.as_integer_ratio()
+    return numerator << _SMALLEST_UNIT - denominator.bit_length() + 1
+
+
 class Tracker:
     """Shows and logs the progress of a run; silent in all processes but the main one.
 
@@ -84,7 +114,7 @@ class Tracker:
         self._resumed_at = steps_done or None
         self._names_at_resume: frozenset[str] | None = None  # read when it is first asked for
         self._log_failed_at: float | None = None
-        self._losses = deque(losses, maxlen=steps_per_epoch)
+        self._losses = WindowMean(steps_per_epoch, losses)
         self._bar = tqdm(
             total=num_steps,
             initial=steps_done,
@@ -104,15 +134,15 @@ class Tracker:
     @property
     def losses(self) -> list[float]:
         """The losses of the moving average."""
-        return list(self._losses)
+        return list(self._losses.numbers)
 
     def after_step(self, occasion: "Occasion", report: "StepReport | None") -> None:
         """Log an optimizer step; the average is over as many steps as an epoch has, finite losses only."""
         if report is None:  # the run begins
             return
         if math.isfinite(report.loss):
-            self._losses.append(report.loss)
-        average = sum(self._losses) / max(1, len(self._losses))
+            self._losses.add(report.loss)
+        average = self._losses.mean()
         now = time.perf_counter()
         seconds = now - self._last_time
         self.num_images += report.num_images

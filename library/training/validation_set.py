@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from accelerate import Accelerator
 
 from library.config.errors import listed
-from library.data.caption_tokens import tokenize_captions_of
+from library.data.caption_tokens import tokenizer_for
 from library.data.captioning import Captioning
 from library.data.dataset import Batch, CaptionedImages
 from library.data.epoch_order import MicroBatch
@@ -61,7 +61,7 @@ def prepare_validation(
     progress.setting = replace(progress.setting, validation=now)
     if not images:
         return None
-    tokens = tokenize_captions_of(images)
+    tokens = tokenizer_for(image.subset for image in images)
     readings = readings_of(images, tokens, ablation=options.validation.validation_ablation)
     source = CaptionedImages(images, Captioning(tokens, seed=0, num_steps=0))
     timesteps = options.validation.timesteps(options.timesteps.timestep_range)

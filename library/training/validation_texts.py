@@ -8,7 +8,7 @@ from torch import nn
 
 from library.data.caption_draws import Encoder
 from library.data.caption_rules import ZEROS, PairRules
-from library.data.caption_tokens import TokenTable
+from library.data.caption_tokens import CaptionTokenizer
 from library.data.training_set import TrainingImage
 from library.sdxl.prompt_weights import weighted_features
 from library.sdxl.text_encoding import TextConditioning, encode_g, encode_l
@@ -35,7 +35,7 @@ Readings = dict[str, list[Reading | None]]
 """For each condition what is read of each image; None where an image cannot have the condition."""
 
 
-def readings_of(images: Sequence[TrainingImage], tokens: TokenTable, *, ablation: bool) -> Readings:
+def readings_of(images: Sequence[TrainingImage], tokens: CaptionTokenizer, *, ablation: bool) -> Readings:
     """Return what is read of each image with both captions, and if `ablation` in the other conditions.
 
     Without a caption an encoder reads what training puts in the place of a dropped one. The other image is the next
@@ -66,23 +66,23 @@ def readings_of(images: Sequence[TrainingImage], tokens: TokenTable, *, ablation
     return {condition: each for condition, each in readings.items() if any(each)}
 
 
-def _own(image: TrainingImage, tokens: TokenTable, encoder: Encoder) -> Text:
+def _own(image: TrainingImage, tokens: CaptionTokenizer, encoder: Encoder) -> Text:
     return _read(image.captions.of(encoder)[0], image.subset.captions, tokens, encoder, encoder)
 
 
-def _of_the_other_encoder(image: TrainingImage, tokens: TokenTable, encoder: Encoder) -> Text:
+def _of_the_other_encoder(image: TrainingImage, tokens: CaptionTokenizer, encoder: Encoder) -> Text:
     """Return the caption of the other encoder as `encoder` reads it."""
     other: Encoder = "g" if encoder == "l" else "l"
     return _read(image.captions.of(other)[0], image.subset.captions, tokens, other, encoder)
 
 
-def _dropped(image: TrainingImage, tokens: TokenTable, encoder: Encoder) -> Text:
+def _dropped(image: TrainingImage, tokens: CaptionTokenizer, encoder: Encoder) -> Text:
     rules = image.subset.captions
     empty = _read("", rules, tokens, encoder, encoder)
     return empty._replace(is_zero=rules.of(encoder).dropped_caption == ZEROS)
 
 
-def _read(text: str, rules: PairRules, tokens: TokenTable, of: Encoder, by: Encoder) -> Text:
+def _read(text: str, rules: PairRules, tokens: CaptionTokenizer, of: Encoder, by: Encoder) -> Text:
     """Return a caption of one encoder, with the rules of that, as it is read by one of them."""
     read = tokens.read(text, rules.of(of), by)
     weights = None if read.weights is None else tuple(read.weights)

@@ -1,16 +1,16 @@
-"""Tokens of captions: computed once for each text, shared with workers; captions that are cut are counted and named."""
-
-import pickle
+"""Tokens of captions: computed once for each text, when it is met; captions that are cut are counted and named."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from library.data import caption_tokens
 from library.data.caption_rules import CaptionRules
-from library.data.caption_tokens import ReadText, cut_captions, tokenize_captions_of, tokenize_texts
+from library.data.caption_tokens import CaptionTokenizer, ReadText, cannot_be_cut, cut_captions, tokenizer_for
 from library.data.crops import Crop
 from library.data.training_set import TrainingImage
 from library.sdxl.sizes import Size
-from library.sdxl.tokenizers import PAD_G, PAD_L, tokenize, tokenize_captions
+from library.sdxl.tokenizers import PAD_L, tokenize, tokenize_captions
 from tests.training_images import image_of, rules_of_length, with_rules
 
 SIZES = (Size(64, 64), Size(64, 64), Crop(0, 0, 0))
@@ -22,7 +22,7 @@ def image(key: str, num_words_l: int, num_words_g: int) -> TrainingImage:
 
 def cut_sentences(images: list[TrainingImage], num_chunks: int) -> list[str]:
     images = with_rules(images, rules_of_length(num_chunks))
-    return cut_captions(images, tokenize_captions_of(images))
+    return cut_captions(images, tokenizer_for(image.subset for image in images))
 
 
 @pytest.fixture
@@ -39,41 +39,35 @@ def tokenized(monkeypatch) -> list[str]:
     return texts
 
 
-# The table
+# Tokens
 
 
 @pytest.mark.parametrize("num_chunks", [1, 3])
-def test_the_table_has_the_tokens_of_the_tokenizer(num_chunks: int):
+def test_texts_have_the_tokens_of_the_tokenizer(num_chunks: int):
     texts = ["", "a tabby cat", "an espresso cup, 颐和园 🏯", "cat " * 100, "half \ud83c of a pair"]
-    table = tokenize_texts(texts, num_chunks)
+    reader = CaptionTokenizer(num_chunks)
     expected = tokenize_captions(texts, texts, num_chunks)
     rules = rules_of_length(num_chunks).rules_l
-    assert [table.read(text, rules, "l").ids for text in texts] == expected.tokens_l.tolist()
-    assert [table.read(text, rules, "g").ids for text in texts] == expected.tokens_g.tolist()
-    assert table.num_tokens("cat " * 100, rules) == 100
+    assert [reader.read(text, rules, "l").ids for text in texts] == expected.tokens_l.tolist()
+    assert [reader.read(text, rules, "g").ids for text in texts] == expected.tokens_g.tolist()
+    assert reader.num_tokens("cat " * 100, rules) == 100
 
 
-def test_each_text_is_tokenized_once_for_both_encoders(tokenized):
-    images = [image_of(key, "same", "both", *SIZES) for key in "ab"] + [image_of("c", "both", "c", *SIZES)]
-    table = tokenize_captions_of(images)
-    for text in ("same", "both", "both", "c"):
-        table.read(text, CaptionRules(), "l")
-    cut_captions(images, table)
-    assert tokenized == ["same", "both", "c"]
+def test_a_text_is_tokenized_when_it_is_first_met_and_once_for_both_encoders(tokenized):
+    images = [image_of(key, "met first", "both", *SIZES) for key in "ab"] + [image_of("c", "both", "met last", *SIZES)]
+    reader = tokenizer_for(each.subset for each in images)
+    cut_captions(images, reader)
+    assert tokenized == []  # short texts of ASCII fit, whatever their tokens are
+    for text in ("met first", "both", "both", "met last"):
+        read = reader.read(text, CaptionRules(), "l")
+        reader.read(text, CaptionRules(), "g")
+    assert read == ReadText(tokenize("met last", PAD_L, 1).ids, None, num_tokens=2)
+    assert tokenized == ["met first", "both", "met last"]
 
 
-def test_a_text_outside_the_table_is_tokenized_when_asked_for(tokenized):
-    table = tokenize_texts(["known"], num_chunks=1)
-    for _ in range(2):
-        read = table.read("drawn for this test", CaptionRules(), "l")
-    assert read == ReadText(tokenize("drawn for this test", PAD_L, 1).ids, None, num_tokens=4)
-    assert tokenized == ["known", "drawn for this test"]
-
-
-def test_another_process_has_the_table_without_tokenizing(tokenized):
-    table = pickle.loads(pickle.dumps(tokenize_texts(["a cat", "a dog"], num_chunks=1)))
-    assert table.read("a dog", CaptionRules(), "g").ids == tokenize("a dog", PAD_G, 1).ids
-    assert tokenized == ["a cat", "a dog"]
+@given(st.text(st.characters(max_codepoint=127), max_size=120))
+def test_what_cannot_be_cut_has_no_more_tokens_than_the_limit(text):
+    assert not cannot_be_cut(text, 60) or len(caption_tokens.token_ids(text)) <= 60
 
 
 # What is cut

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from library.data.caption_rules import EMPTY, ZEROS, CaptionDropout, CaptionRules, PairRules
-from library.data.caption_tokens import tokenize_captions_of
+from library.data.caption_tokens import tokenizer_for
 from library.data.captioning import Captioning
 from library.data.crops import Crop
 from library.data.dataset import CaptionedImages, make_loader
@@ -55,7 +55,7 @@ def images_of(rules: PairRules) -> list[TrainingImage]:
 
 def dataset_of(rules: PairRules) -> CaptionedImages:
     images = images_of(rules)
-    return CaptionedImages(images, Captioning(tokenize_captions_of(images), seed=5, num_steps=40))
+    return CaptionedImages(images, Captioning(tokenizer_for(image.subset for image in images), seed=5, num_steps=40))
 
 
 # -- the same texts whatever surrounds them ---------------------------------------------------------------------------
@@ -199,7 +199,7 @@ ROWS = {
 def test_cached_outputs_are_those_of_the_encoders_bit_for_bit(row: str, on_disk: bool, model: SdxlModel, tmp_path):
     dropout = CaptionDropout(0.2, 0.2, 0.2)
     images = images_of(PairRules(*ROWS[row], dropout))
-    tokens = tokenize_captions_of(images)
+    tokens = tokenizer_for(image.subset for image in images)
     encoders = None if row == "shuffled L" else model.text_encoder_l, model.text_encoder_g
     texts, _ = encode_texts(images, tokens, *encoders, seed=5, folder=tmp_path if on_disk else None)
     plain = CaptionedImages(images, Captioning(tokens, seed=5, num_steps=40))
@@ -230,7 +230,7 @@ def test_each_encoder_is_cut_at_its_own_length_and_filled_with_empty_chunks(mode
     subset = subset_of(rules)
     long = "cat " * 100
     image = image_of("a", long, long, SIZE, SIZE, Crop(0, 0, 0), subset=subset)
-    tokens = tokenize_captions_of([image])
+    tokens = tokenizer_for([image.subset])
     read_l = tokens.read(long, rules.rules_l, "l").ids
     read_g = tokens.read(long, rules.rules_g, "g").ids
     assert len(read_l) == len(read_g) == 2

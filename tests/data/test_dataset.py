@@ -17,7 +17,7 @@ from library.data.augmentation import Augmentation
 from library.data.augmented_images import load_augmented
 from library.data.buckets import BucketAssignment, BucketedImage
 from library.data.caption_draws import CaptionDraw
-from library.data.caption_tokens import tokenize_captions_of
+from library.data.caption_tokens import tokenizer_for
 from library.data.captioning import Captioning
 from library.data.crops import Crop
 from library.data.dataset import Batch, CaptionedImages, make_loader
@@ -166,7 +166,7 @@ def mixed_set(folder, *, swapped=False):
     makers = [cached, uncached, cached, cached, uncached, cached, uncached]
     images = [make(folder, str(index), CAPTIONS[index % 3]) for index, make in enumerate(makers)]
     images = with_rules(images, rules_of_length(2))
-    tokens = tokenize_captions_of(images)
+    tokens = tokenizer_for(image.subset for image in images)
     if swapped:
         tokens = replace(tokens, row_of=dict(zip(tokens.row_of, reversed(tokens.row_of.values()), strict=True)))
     return CaptionedImages(images, Captioning(tokens, seed=0, num_steps=100))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from library.data.caption_tokens import cut_captions, tokenize_captions_of
+from library.data.caption_tokens import cut_captions, tokenizer_for
 from library.data.latent_preparation import encode_missing
 from library.data.training_set import fingerprints
 from library.sdxl.checkpoint_file import read_vae
@@ -52,7 +52,7 @@ def test_a_training_set_with_latents_is_read_once(folder, kind):
     with counting_reads() as reads:
         found = read_set(options, folder.rule, "vae")
         fingerprints(found)
-        cut_captions(found, tokenize_captions_of(found))
+        cut_captions(found, tokenizer_for(image.subset for image in found))
     assert [reads[str(path)] for path in (options.in_json, folder.images, folder.images / "deep")] == [1, 1, 1]
     assert [reads[str(cache)] for cache in caches] == [1, 1, 1]
     assert [reads[str(image)] for image in images] == [1 if kind == "ours" else 0] * 3  # to compare its digest

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from library.config.errors import UserError
-from library.data.caption_tokens import TokenTable, tokenize_captions_of
+from library.data.caption_tokens import CaptionTokenizer, tokenizer_for
 from library.data.crops import Crop
 from library.data.latent_cache import CachedLatents
 from library.data.text_cache import CachedTexts, OutputsOnDisk, encode_texts, tokens_digest
@@ -61,8 +61,8 @@ def images_of(captions=CAPTIONS) -> list[TrainingImage]:
     ]
 
 
-def tokens_of(captions=CAPTIONS) -> TokenTable:
-    return tokenize_captions_of(images_of(captions))
+def tokens_of(captions=CAPTIONS) -> CaptionTokenizer:
+    return tokenizer_for(image.subset for image in images_of(captions))
 
 
 def encoders_of(model: SdxlModel):
@@ -71,7 +71,9 @@ def encoders_of(model: SdxlModel):
 
 def encode(model: SdxlModel, folder: Path | None = None, captions=CAPTIONS, num_chunks=1) -> CachedTexts:
     images = with_rules(images_of(captions), rules_of_length(num_chunks))
-    texts, _ = encode_texts(images, tokenize_captions_of(images), *encoders_of(model), seed=0, folder=folder)
+    texts, _ = encode_texts(
+        images, tokenizer_for(image.subset for image in images), *encoders_of(model), seed=0, folder=folder
+    )
     return texts
 
 
