@@ -14,6 +14,7 @@ from demo.random_sdxl import TINY, write_random_sdxl
 from library.samples.prompts import read_prompt_file
 from library.samples.sampler import SamplingNetworks, draw_picture
 from library.sdxl.checkpoint_file import ModelDtypes, read_single_file
+from library.training.run_record import RECORD_FOLDER
 from tests.conftest import PreparedSet
 
 VAE = "first_stage_model."
@@ -26,7 +27,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 def models(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.name != RECORD_FOLDER)
 
 
 # -- models -----------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from library.sdxl.tokenizers import tokenize_captions
 from library.training import validation
 from library.training.ablation import ABLATIONS, BOTH
 from library.training.resume import check_validation
+from library.training.run_record import RECORD_FOLDER
 from library.training.stopping import STOP_FILE
 from library.training.tracking import Tracker
 from library.training.validation_set import batches_of, first_batches
@@ -73,7 +74,7 @@ def test_a_finished_model_is_measured_and_nothing_saved(train, blind_model: Path
         *("--validate_at_first", "--validation_timesteps", "300", "800", "--lr_warmup_steps=100"),
         "--lr_scheduler=cosine",
     )
-    assert not run.output.exists() or not [*run.output.iterdir()]
+    assert [path.name for path in run.output.iterdir()] == [RECORD_FOLDER]
     for name in ("l", "l/low", "l/high", "interaction", "l/standard_error"):
         assert run.logged(f"worth/{name}") == [0.0]
     assert run.logged("worth/g")[0] != 0
