@@ -1,5 +1,6 @@
 """Items fetched a few ahead of their use by a thread, in their order."""
 
+import atexit
 import logging
 import threading
 from collections import deque
@@ -19,6 +20,9 @@ REPORT_SECONDS = 60.0
 """How long an item may take before the wait for it is reported, the first time and each time after."""
 MOST_REPORTS = 30
 """How often that time may pass before the wait is given up."""
+
+EXIT_SECONDS = 5.0
+"""How long the end of the process waits for the item being fetched."""
 
 
 class NeverCame(UserError):
@@ -54,8 +58,10 @@ class _Fetcher:
         self._begin = begin
         self._asked: SimpleQueue[Future[Any] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
-        self._thread.start()
+        self._is_over = False
         self.has_to_end = True
+        self._thread.start()
+        atexit.register(self._end_with_the_process)
 
     def submit(self) -> "Future[Any]":
         future: Future[Any] = Future()
@@ -68,10 +74,17 @@ class _Fetcher:
         self._asked.put(None)
         if self.has_to_end:
             self._thread.join()
+        atexit.unregister(self._end_with_the_process)
+
+    def _end_with_the_process(self) -> None:
+        """Let the thread end where an error has left it: Python would unwind it within torch, which then aborts."""
+        self._is_over = True
+        self._asked.put(None)
+        self._thread.join(EXIT_SECONDS)
 
     def _run(self) -> None:
         begin, self._begin = self._begin, None
-        while (future := self._asked.get()) is not None:
+        while (future := self._asked.get()) is not None and not self._is_over:
             if not future.set_running_or_notify_cancel():
                 continue
             try:

@@ -32,6 +32,7 @@ def test_every_recipe_of_the_page_is_a_case():
     assert {"8 GB", "12 GB", "16 GB", "24 GB", "24 GB with AdamW", "80 GB"} <= documented_recipes().keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", json.loads(RECORDED.read_text(encoding="utf-8")))
 def test_a_step_launches_waits_and_copies_as_recorded(case: str, tmp_path: Path):
     recorded = json.loads(RECORDED.read_text(encoding="utf-8"))[case]
