@@ -10,6 +10,8 @@ from pathlib import Path
 from library.config.errors import UserError
 from library.config.leftovers import PARTIAL_SUFFIX, REPLACED_SUFFIX, temporary_path
 
+TIME_FORMAT = "%Y%m%d%H%M%S"
+"""How the time of a run's start stands in the names of its files."""
 _DEVICES = frozenset({"con", "prn", "aux", "nul", "conin$", "conout$"}) | {
     f"{port}{number}" for port in ("com", "lpt") for number in "0123456789¹²³"
 }

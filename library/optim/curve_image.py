@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -22,8 +23,8 @@ def draw_curves(title: str, steps: Sequence[int], curves: Mapping[str, Sequence[
     pen.text((_LEFT, _TOP - 36), title, fill=_INK, font=font)
     rate_ticks = ticks(max((max(values) for values in curves.values()), default=0.0))
     step_ticks = [round(tick) for tick in ticks(float(steps[-1])) if tick <= steps[-1] and tick == round(tick)]
-    across = _Scale(0, max(1, steps[-1]), _LEFT, _WIDTH - _RIGHT)
-    up = _Scale(0, rate_ticks[-1], _HEIGHT - _BOTTOM, _TOP)
+    across = Scale(0, max(1, steps[-1]), _LEFT, _WIDTH - _RIGHT)
+    up = Scale(0, rate_ticks[-1], _HEIGHT - _BOTTOM, _TOP)
     for rate in rate_ticks:
         pen.line([(across.low, up(rate)), (across.high, up(rate))], fill=_GRID)
         pen.text((across.low - 10, up(rate)), f"{rate:.3g}", fill=_INK, font=font, anchor="rm")
@@ -42,15 +43,16 @@ def draw_curves(title: str, steps: Sequence[int], curves: Mapping[str, Sequence[
     return image
 
 
-class _Scale:
-    """From numbers to pixels: `start` lies at `low`, `end` at `high`."""
+class Scale:
+    """From numbers to the drawing: `start` lies at `low`, `end` at `high`."""
 
     def __init__(self, start: float, end: float, low: float, high: float):
-        self._start, self._end = start, end
+        self.start, self.end = start, end
         self.low, self.high = low, high
 
-    def __call__(self, value: float) -> float:
-        return self.low + (value - self._start) / (self._end - self._start) * (self.high - self.low)
+    def __call__(self, value: Any) -> Any:
+        """Return where a number, or each of an array, lies."""
+        return self.low + (value - self.start) / (self.end - self.start) * (self.high - self.low)
 
 
 def ticks(highest: float) -> list[float]:

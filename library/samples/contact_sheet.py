@@ -14,7 +14,8 @@ from urllib.parse import quote
 from PIL import Image
 
 from library.config.errors import UserError
-from library.samples.picture_files import TIME_FORMAT, PictureName
+from library.config.file_names import TIME_FORMAT
+from library.samples.picture_files import PictureName
 from library.samples.picture_table import draw_table
 
 log = logging.getLogger(__name__)

@@ -13,6 +13,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from library.config.atomic_files import replacing
+from library.config.file_names import TIME_FORMAT
 from library.samples.comfyui_workflow import comfyui_texts
 from library.samples.prompts import SamplePrompt
 from library.samples.sampler_names import names_of
@@ -20,7 +21,6 @@ from library.sdxl.prediction import SDXL_PREDICTION, Prediction
 
 SAMPLE_FOLDER = "sample"
 """The folder of sample images in the output folder of a run."""
-TIME_FORMAT = "%Y%m%d%H%M%S"
 _TIME_DIGITS = 14
 _PARAMETERS = "parameters"  # the name under which WebUIs look for how an image was made
 _NAME = re.compile(

@@ -50,9 +50,13 @@ def data_url(image: Image.Image) -> str:
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    small = ImageOps.fit(image.convert("RGB"), (SIDE, SIDE))
+    return jpeg_url(ImageOps.fit(image.convert("RGB"), (SIDE, SIDE)), _QUALITY)
+
+
+def jpeg_url(image: Image.Image, quality: int) -> str:
+    """Return an image as the data URL of a JPEG."""
     file = io.BytesIO()
-    small.save(file, format="JPEG", quality=_QUALITY)
+    image.save(file, format="JPEG", quality=quality)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
 
 

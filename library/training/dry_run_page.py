@@ -1,7 +1,5 @@
 """A dry run as one page that needs nothing beside it: each image with its crop drawn, both captions, and the totals."""
 
-import base64
-import io
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
@@ -9,10 +7,12 @@ from pathlib import Path
 from library.config.errors import UserError
 from library.data.caption_summary import BIN, EncoderSummary
 from library.data.images import load_rgb
+from library.sdxl.thumbnail import jpeg_url
 from library.training.dry_run_facts import ImageFacts, ReadCaption, SetFacts, Visit
 from library.training.dry_run_text import disk_line, encoder_sentence
 
 _LONGEST_SIDE = 320  # of an image on the page, in pixels
+_QUALITY = 82  # of its JPEG
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, "DejaVu Sans", sans-serif; margin: 2rem auto; max-width: 1180px; color: #1d2430;
@@ -103,15 +103,12 @@ def _picture(image: ImageFacts) -> str:
     except UserError as error:
         return f'<p class="note">{escape(str(error))}</p>'
     picture.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
-    encoded = io.BytesIO()
-    picture.save(encoded, "JPEG", quality=82)
-    data = base64.b64encode(encoded.getvalue()).decode()
     scale = max(image.bucket[0] / image.size[0], image.bucket[1] / image.size[1])
     resized = image.resized or (image.size[0] * scale, image.size[1] * scale)
     left, top = (100 * offset / side for offset, side in zip(image.crop, resized, strict=True))
     width, height = (100 * cut / side for cut, side in zip(image.bucket, resized, strict=True))
     return (
-        f'<div class="clip"><div class="frame"><img alt="" src="data:image/jpeg;base64,{data}">'
+        f'<div class="clip"><div class="frame"><img alt="" src="{jpeg_url(picture, _QUALITY)}">'
         f'<div class="crop" style="left:{left:.2f}%;top:{top:.2f}%;width:{width:.2f}%;height:{height:.2f}%"></div>'
         "</div></div>"
     )

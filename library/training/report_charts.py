@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from html import escape
-from typing import Any
 
 import numpy as np
 
+from library.optim.curve_image import Scale
 from library.training.curves import Curve, thinned
 
 _WIDTH, _HEIGHT = 640, 260
@@ -22,7 +22,7 @@ def chart(
 
     `marks` are steps by what happened there; each is a line with a tooltip.
     """
-    across, up = _Scale.over_steps(curves), _Scale.over_values(curves, errors)
+    across, up = _over_steps(curves), _over_values(curves, errors)
     parts = [*_axes(across, up), *_mark_lines(marks, across)]
     for place, (name, curve) in enumerate(curves.items()):
         colour = _COLOURS[place % len(_COLOURS)]
@@ -41,47 +41,37 @@ def chart(
     )
 
 
-class _Scale:
-    """From numbers to the drawing: `start` lies at `low`, `end` at `high`."""
-
-    def __init__(self, start: float, end: float, low: float, high: float):
-        self.start, self.end = start, end if end > start else start + 1
-        self.low, self.high = low, high
-
-    def __call__(self, value: Any) -> Any:
-        """Return where a number, or each of an array, lies."""
-        return self.low + (value - self.start) / (self.end - self.start) * (self.high - self.low)
-
-    @classmethod
-    def over_steps(cls, curves: Mapping[str, Curve]) -> "_Scale":
-        ends = [(curve.steps[0], curve.steps[-1]) for curve in curves.values()]
-        return cls(float(min(first for first, _ in ends)), float(max(last for _, last in ends)), _LEFT, _WIDTH - _RIGHT)
-
-    @classmethod
-    def over_values(cls, curves: Mapping[str, Curve], errors: Mapping[str, Curve]) -> "_Scale":
-        values = np.concatenate(
-            [curve.values for curve in curves.values()]
-            + [_edge(curves[name], errors[name], sign) for name in errors for sign in (-1, 1)]
-        )
-        finite = values[np.isfinite(values)]
-        low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
-        return cls(min(low, 0.0) if low < high / 2 else low, high, _HEIGHT - _BOTTOM, _TOP)
-
-    def ticks(self) -> Iterator[float]:
-        for number in range(_NUM_TICKS + 1):
-            yield self.start + (self.end - self.start) * number / _NUM_TICKS
+def _over_steps(curves: Mapping[str, Curve]) -> Scale:
+    ends = [(curve.steps[0], curve.steps[-1]) for curve in curves.values()]
+    return _scale(min(first for first, _ in ends), max(last for _, last in ends), _LEFT, _WIDTH - _RIGHT)
 
 
-def _axes(across: _Scale, up: _Scale) -> Iterator[str]:
-    for value in up.ticks():
+def _over_values(curves: Mapping[str, Curve], errors: Mapping[str, Curve]) -> Scale:
+    edges = [_edge(curves[name], errors[name], sign) for name in errors for sign in (-1, 1)]
+    values = np.concatenate([curve.values for curve in curves.values()] + edges)
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
+    return _scale(min(low, 0.0) if low < high / 2 else low, high, _HEIGHT - _BOTTOM, _TOP)
+
+
+def _scale(start: float, end: float, low: float, high: float) -> Scale:
+    return Scale(float(start), float(end if end > start else start + 1), low, high)
+
+
+def _ticks(scale: Scale) -> list[float]:
+    return [scale.start + (scale.end - scale.start) * number / _NUM_TICKS for number in range(_NUM_TICKS + 1)]
+
+
+def _axes(across: Scale, up: Scale) -> Iterator[str]:
+    for value in _ticks(up):
         y = up(value)
         yield f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
         yield f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>'
-    for step in dict.fromkeys(map(round, across.ticks())):
+    for step in dict.fromkeys(map(round, _ticks(across))):
         yield f'<text x="{across(step):.1f}" y="{_HEIGHT - 8}" text-anchor="middle">{step}</text>'
 
 
-def _mark_lines(marks: Mapping[str, Iterable[int]], across: _Scale) -> Iterator[str]:
+def _mark_lines(marks: Mapping[str, Iterable[int]], across: Scale) -> Iterator[str]:
     for what, steps in marks.items():
         for step in steps:
             if across.start <= step <= across.end:
@@ -90,13 +80,13 @@ def _mark_lines(marks: Mapping[str, Iterable[int]], across: _Scale) -> Iterator[
                 yield f"<title>step {step}: {escape(what)}</title></line>"
 
 
-def _line(name: str, curve: Curve, across: _Scale, up: _Scale, colour: str) -> str:
+def _line(name: str, curve: Curve, across: Scale, up: Scale, colour: str) -> str:
     known = np.isfinite(curve.values)
     points = _points(across(curve.steps[known].astype(float)), up(curve.values[known]))
     return f'<polyline points="{points}" stroke="{colour}"><title>{escape(name)}</title></polyline>'
 
 
-def _band(curve: Curve, error: Curve, across: _Scale, up: _Scale, colour: str) -> str:
+def _band(curve: Curve, error: Curve, across: Scale, up: Scale, colour: str) -> str:
     x = across(curve.steps.astype(float))
     above, below = up(_edge(curve, error, 1)), up(_edge(curve, error, -1))
     points = f"{_points(x, above)} {_points(x[::-1], below[::-1])}"

@@ -10,11 +10,9 @@ from library.config.errors import UserError
 from library.samples.contact_sheet import Samples, find_samples, last_steps
 from library.samples.picture_files import SAMPLE_FOLDER, find_grids
 from library.training.run_record import RunRecord
+from library.training.saves import may_be_of
 
 log = logging.getLogger(__name__)
-
-_NAMES_WITHOUT_ONE = ("last", "at", "epoch", "recent")
-"""What the models of a run without a name are called."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +63,9 @@ def _samples_of(folder: Path, record: RunRecord, span: tuple[datetime, datetime]
 
 
 def _saved(output_dir: Path, record: RunRecord, span: tuple[datetime, datetime]) -> Iterator[Path]:
-    names = _NAMES_WITHOUT_ONE if record.output_name is None else (record.output_name,)
     for path in output_dir.iterdir():
-        is_own = any(path.name == name or path.name.startswith((f"{name}-", f"{name}.", f"{name}_")) for name in names)
-        if is_own and span[0] <= datetime.fromtimestamp(path.stat().st_mtime) < span[1]:
+        if (
+            may_be_of(record.output_name, path.name)
+            and span[0] <= datetime.fromtimestamp(path.stat().st_mtime) < span[1]
+        ):
             yield path

@@ -15,6 +15,7 @@ import psutil
 from library.config.atomic_files import write_text
 from library.config.config_file import toml_value
 from library.config.errors import UserError
+from library.config.file_names import TIME_FORMAT
 from library.config.options import options_of
 from library.training.progress import Progress
 
@@ -29,7 +30,6 @@ FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
 RUNS, VANISHED, ELSEWHERE = "runs", "vanished", "on another machine"
 
 _FORMAT = 1
-_TIME = "%Y%m%d%H%M%S"
 _CLOCKS_DIFFER = 2.0  # seconds by which two readings of the moment a process was created may differ
 
 
@@ -94,7 +94,7 @@ class RunRecord:
     def name(self) -> str:
         """The time of the run's start, as in the names of its samples, and its output name."""
         name = "" if self.output_name is None else f"_{self.output_name}"
-        return f"{datetime.fromisoformat(self.started):{_TIME}}{name}"
+        return f"{datetime.fromisoformat(self.started):{TIME_FORMAT}}{name}"
 
     @property
     def state(self) -> str:

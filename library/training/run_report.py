@@ -1,7 +1,5 @@
 """A run as one page that needs nothing beside it: options, set, curves, samples, what each encoder is worth, files."""
 
-import base64
-import io
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,15 +10,17 @@ from typing import Any
 from PIL import Image
 
 from library.samples.contact_sheet import row_labels, steps_of
+from library.sdxl.thumbnail import jpeg_url
 from library.training.curves import Curve, read_curves
 from library.training.report_charts import chart
 from library.training.run_files import RunFiles
 from library.training.run_record import RunRecord
+from library.training.saves import step_of
 from library.training.validation_log import read_validations
 
-_STEP_IN_NAME = re.compile(r"-step(\d+)")
 _ERROR = "/standard_error"
 _NO_PLACES = frozenset({"config_file", "output_config"})
+_QUALITY = 88  # of the JPEGs
 _LARGEST_GRID = 1400  # of the longer side, in pixels
 _GIB, _MIB = 2**30, 2**20
 
@@ -103,8 +103,8 @@ def _curves(run: RunFiles) -> Iterator[str]:
         yield f"<h2>Curves</h2><p class=\"note\">'{escape(str(run.log_folder))}' holds none.</p>"
         return
     marks = {
-        "samples": sorted({step for paths in run.samples.values() for step in paths}),
-        "saved": sorted({int(found[1]) for path in run.files if (found := _STEP_IN_NAME.search(path.name))}),
+        "samples": steps_of(run.samples),
+        "saved": sorted({step for path in run.files if (step := step_of(path.name)) is not None}),
     }
     yield '<h2>Curves</h2><div class="charts">'
     for title, chosen in _charts(curves):
@@ -171,15 +171,13 @@ def _grids(run: RunFiles) -> Iterator[str]:
 
 def _embedded(path: Path, side: int) -> str | None:
     """Return an image as the address of itself, None for a file that cannot be read."""
-    encoded = io.BytesIO()
     try:
         with Image.open(path) as image:
             reduced = image.convert("RGB")
     except (OSError, SyntaxError, ValueError):  # how Pillow answers damage; `find_samples` has named the file
         return None
     reduced.thumbnail((side, side))
-    reduced.save(encoded, "JPEG", quality=88)
-    return f"data:image/jpeg;base64,{base64.b64encode(encoded.getvalue()).decode()}"
+    return jpeg_url(reduced, _QUALITY)
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------

@@ -176,6 +176,12 @@ def step_name(output_name: str | None, step: int) -> str:
     return f"{output_name or _WITHOUT_NAME['step']}-step{step:08d}"
 
 
+def step_of(file_name: str) -> int | None:
+    """Return the step in the name of a model or state that `step_name` made, None for any other."""
+    match = re.search(r"-step([0-9]{8,})(?![0-9])", file_name)
+    return None if match is None else int(match[1])
+
+
 def epoch_name(output_name: str | None, epoch: int) -> str:
     """Return the name of the model saved after epoch `epoch` (from 1), without suffix."""
     return f"{output_name or _WITHOUT_NAME['epoch']}-{epoch:06d}"
@@ -201,6 +207,12 @@ def is_counted(options: SaveOptions, file_name: str) -> bool:
         if match is not None and every is not None and int(match[1]) % every == 0:
             return True
     return False
+
+
+def may_be_of(output_name: str | None, file_name: str) -> bool:
+    """Return whether a file or folder has a name that models and states of `output_name` have."""
+    stems = ("recent", *_WITHOUT_NAME.values()) if output_name is None else (output_name,)
+    return any(file_name == stem or file_name.startswith((f"{stem}-", f"{stem}.", f"{stem}_")) for stem in stems)
 
 
 def average_name(name: str) -> str:

@@ -11,10 +11,9 @@ from typing import Any, ClassVar
 
 from library.config.config_file import parse_toml
 from library.config.errors import UserError, listed, nearest
-from library.config.file_names import name_problem, require_writable_name, text_problem
+from library.config.file_names import TIME_FORMAT, name_problem, require_writable_name, text_problem
 from library.config.options import option
 
-_TIME_FORMAT = "%Y%m%d%H%M%S"
 _TRACKER_NAME = "finetuning"
 
 
@@ -59,7 +58,7 @@ class TrackingOptions:
 
     def run_folder(self, now: datetime) -> Path | None:
         """Return the log folder of a run that starts `now`."""
-        return None if self.logging_dir is None else self.logging_dir / f"{self.log_prefix or ''}{now:{_TIME_FORMAT}}"
+        return None if self.logging_dir is None else self.logging_dir / f"{self.log_prefix or ''}{now:{TIME_FORMAT}}"
 
     @property
     def tracker_name(self) -> str:
@@ -98,7 +97,7 @@ class TrackingOptions:
             yield str(error)
 
     def _name_problems(self) -> Iterator[str]:
-        parts = f"{self.log_prefix or ''}{datetime.now():{_TIME_FORMAT}}".split("/")
+        parts = f"{self.log_prefix or ''}{datetime.now():{TIME_FORMAT}}".split("/")
         if problem := next(filter(None, map(name_problem, parts)), None):
             yield f"--log_prefix is '{self.log_prefix}': {problem}. Logs are written below --logging_dir."
         if problem := name_problem(self.tracker_name):
