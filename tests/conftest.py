@@ -3,6 +3,7 @@
 import functools
 import json
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,21 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "tiny_sdxl.safetensors"
     write_random_sdxl(path, TINY, torch.float16, seed=0)
     return path
+
+
+@pytest.fixture(scope="session")
+def browsed() -> Callable[[Path], str]:
+    """`browsed(page)` returns the page as a browser has it after its scripts have run."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("there is no Chromium")
+    flags = ("--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000", "--dump-dom")
+
+    def dom(page: Path) -> str:
+        command = [browser, *flags, page.as_uri()]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+    return dom
 
 
 # -- training runs ----------------------------------------------------------------------------------------------------

@@ -141,17 +141,11 @@ def test_the_page_needs_nothing_else_and_escapes_what_files_say(page: str):
 
 
 @pytest.mark.heavy
-def test_one_slider_moves_all_samples(run, page: str, tmp_path: Path):
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser is None:
-        pytest.skip("there is no Chromium")
+def test_one_slider_moves_all_samples(run, page: str, tmp_path: Path, browsed):
     moved = tmp_path / "moved.html"
     move = "<script>slider.value = 0; slider.dispatchEvent(new Event('input'));</script></body>"
     moved.write_text(page.replace("</body>", move), encoding="utf-8")
-    flags = ("--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000", "--dump-dom")
-    shown = subprocess.run(
-        [browser, *flags, moved.as_uri()], capture_output=True, text=True, timeout=120, check=True
-    ).stdout
+    shown = browsed(moved)
     addresses = dict(re.findall(r'id="(s\d+-\d+)" src="([^"]+)"', shown))
     figures = dict(re.findall(r'data-row="(s\d+)" alt="" src="([^"]+)"', shown))
     assert figures == {"s0": addresses["s0-0"], "s1": addresses["s1-0"]}
