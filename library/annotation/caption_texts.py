@@ -24,6 +24,7 @@ from library.data.metadata import (
     write_metadata,
 )
 from library.data.metadata_lines import is_lines, text_of_lines
+from library.data.strict_json import exact_utf8
 from library.data.undo_journal import Change
 
 log = logging.getLogger(__name__)
@@ -103,10 +104,7 @@ class CaptionFiles:
 
     def _text(self, file: Path) -> str | None:
         content = self._contents[file] = read_place(Place(file))
-        try:
-            return None if content is None else content.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"'{file}' is not UTF-8 (byte {error.start}).", "Save it as UTF-8.") from error
+        return None if content is None else exact_utf8(content, f"'{file}'")
 
 
 class CaptionEntries:

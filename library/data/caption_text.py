@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from typing import NamedTuple
 
-from library.config.errors import UserError
+from library.data.strict_json import BYTE_ORDER_MARK, exact_utf8
 
-_BYTE_ORDER_MARK = "\ufeff"
 _LINE = re.compile(r"([^\r\n]*)(\r\n|\n|\r|\Z)")
 _LINE_ENDS = re.compile(r"\r\n|\n|\r")
 
@@ -30,20 +29,14 @@ class CaptionText:
     @classmethod
     def parse(cls, content: bytes | None, where: str = "the caption") -> "CaptionText":
         """Return the lines of a file, None being one that does not exist. Raise `UserError` unless it is UTF-8."""
-        try:
-            text = (content or b"").decode("utf-8")
-        except UnicodeDecodeError as error:
-            wrong = error.object[error.start]
-            raise UserError(
-                f"{where} is not UTF-8: byte {error.start} is 0x{wrong:02x}.", "Save it as UTF-8."
-            ) from error
-        body = text.removeprefix(_BYTE_ORDER_MARK)
+        text = exact_utf8(content or b"", where)
+        body = text.removeprefix(BYTE_ORDER_MARK)
         lines = [Line(match[1], match[2]) for match in _LINE.finditer(body) if match[0]]
         return cls(tuple(lines) or (Line("", ""),), has_byte_order_mark=body != text)
 
     def content(self) -> bytes:
         """Return the bytes of the file."""
-        mark = _BYTE_ORDER_MARK if self.has_byte_order_mark else ""
+        mark = BYTE_ORDER_MARK if self.has_byte_order_mark else ""
         return (mark + "".join(line.text + line.end for line in self.lines)).encode("utf-8")
 
     @property

@@ -7,7 +7,7 @@ from typing import Any
 
 from library.config.atomic_files import replacing
 from library.config.errors import UserError
-from library.data.strict_json import parse_json, shown
+from library.data.strict_json import BYTE_ORDER_MARK, exact_utf8, parse_json, shown
 
 IMAGE_PATH = "image_path"
 _REMEDY = "or, if the file is one JSON object, let its name end in .json"
@@ -27,7 +27,9 @@ def read_lines(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                text = _decoded(line, path, number).rstrip()
+                text = exact_utf8(line, f"'{path}'", line=number).rstrip()
+                if number == 1:
+                    text = text.removeprefix(BYTE_ORDER_MARK)
                 if text:
                     content = parse_json(text, f"'{path}'", _REMEDY, line=number)
                     yield number, *path_and_entry(content, f"'{path}', line {number}")
@@ -44,16 +46,6 @@ def write_lines(path: Path, metadata: Mapping[str, Mapping[str, Any]]) -> None:
 def text_of_lines(metadata: Mapping[str, Mapping[str, Any]]) -> str:
     """Return what `write_lines` writes."""
     return b"".join(_encoded_lines(metadata.items())).decode()
-
-
-def _decoded(line: bytes, path: Path, number: int) -> str:
-    try:
-        return line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"'{path}' is not UTF-8: byte {error.start} of line {number} is 0x{line[error.start]:02x}.",
-            "Save it as UTF-8.",
-        ) from error
 
 
 def path_and_entry(content: Any, where: str) -> tuple[str, dict[str, Any]]:

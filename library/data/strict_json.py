@@ -8,6 +8,8 @@ from typing import Any
 
 from library.config.errors import UserError
 
+BYTE_ORDER_MARK = "\ufeff"
+
 
 def parse_json(text: str, file: str, remedy: str, *, line: int | None = None) -> Any:
     """Return the value of a JSON text: that of a whole file, or of its line `line` (from 1) alone.
@@ -31,14 +33,23 @@ def parse_json(text: str, file: str, remedy: str, *, line: int | None = None) ->
 
 
 def decoded_utf8(content: bytes, path: Path | str) -> str:
-    """Return the text of the file `path`."""
+    """Return the text of the file `path` without a byte-order mark, line ends as "\\n"."""
+    text = exact_utf8(content, f"'{path}'").removeprefix(BYTE_ORDER_MARK)
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def exact_utf8(content: bytes, where: str, *, line: int | None = None) -> str:
+    """Return the text of a file, or of its line `line` (from 1), with byte-order mark and line ends.
+
+    Raise `UserError`, naming the file `where` and the byte, for what is not UTF-8.
+    """
     try:
-        text = content.decode("utf-8")
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
+        place = f"byte {error.start}" if line is None else f"byte {error.start} of line {line}"
         raise UserError(
-            f"'{path}' is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}.", "Save it as UTF-8."
+            f"{where} is not UTF-8: {place} is 0x{content[error.start]:02x}.", "Save it as UTF-8."
         ) from error
-    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def pieces_of_json(content: Mapping[str, Mapping[str, Any]]) -> Iterator[bytes]:

@@ -63,6 +63,11 @@ def test_a_broken_line_is_named(lines, second, message):
         read_metadata(path)
 
 
+def test_a_byte_behind_a_byte_order_mark_is_named(lines):
+    with pytest.raises(UserError, match="byte 22 of line 1 is 0xe9"):
+        read_metadata(lines(b'\xef\xbb\xbf{"image_path": "caf\xe9"}\n'))
+
+
 def test_a_file_of_the_other_form_is_answered_with_the_suffix(lines, tmp_path):
     with pytest.raises(UserError, match=r"line 1, column 2.*let its name end in \.json"):
         read_metadata(lines('{\n  "01": {}\n}'))
