@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from library.config.errors import UserError, listed
 from library.data.image_files import find_images
+from library.data.image_kinds import without_suffix
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def have_caption_file(images: Iterable[Path], extension: str) -> Iterator[bool]:
         folder, name = os.path.split(image)
         if folder not in names_of:
             names_of[folder] = {os.path.normcase(each) for each in os.listdir(folder or ".")}  # noqa: PTH208 (faster)
-        yield os.path.normcase(name.rpartition(".")[0] + extension) in names_of[folder]
+        yield os.path.normcase(without_suffix(name) + extension) in names_of[folder]
 
 
 def caption_file(image: Path, extension: str) -> Path:
@@ -77,7 +78,7 @@ def _require_separate_files(images: Sequence[Path], extension: str) -> None:
     first_of: dict[str, Path] = {}
     shared = []
     for image in images:
-        start = str(image).rpartition(".")[0]  # pathlib would take seconds for many
+        start = without_suffix(image)
         first = first_of.setdefault(start, image)
         if first is not image:
             shared.append(f"'{first}' and '{image.name}'")

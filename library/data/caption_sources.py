@@ -14,6 +14,7 @@ from library.config.digests import digest
 from library.config.errors import UserError, listed
 from library.data.image_files import list_files
 from library.data.image_keys import images_of_keys, is_file, same_path
+from library.data.image_kinds import without_suffix
 from library.data.metadata import (
     COLUMN_G,
     COLUMN_L,
@@ -154,7 +155,7 @@ def _suspects(
         if image is None:
             continue
         entry = metadata[key]
-        start = os.path.splitext(image)[0]  # noqa: PTH122  # pathlib would take seconds for a million images
+        start = without_suffix(image)
         for column, extension in columns:
             recorded = CaptionSource.parse(entry.get(column.source_key))
             suffix = extension if recorded is None else recorded.suffix

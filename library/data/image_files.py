@@ -14,6 +14,7 @@ from library.data.image_kinds import (
     remedy_for,
     suffix_of,
     suffixes_of_images,
+    without_suffix,
 )
 
 log = logging.getLogger(__name__)
@@ -46,8 +47,8 @@ def list_files(folder: Path, *, recursive: bool) -> Listing:
     images = [path for path in found if suffix_of(path) in readable]
     others = [path for path in found if suffix_of(path) not in readable]
     if others:
-        used = {os.path.splitext(path)[0] for path in images}  # noqa: PTH122  # pathlib takes seconds for a million
-        others = [path for path in others if os.path.splitext(path)[0] not in used]  # noqa: PTH122
+        used = {without_suffix(path) for path in images}
+        others = [path for path in others if without_suffix(path) not in used]
     return Listing(*([Path(path) for path in sorted(paths, key=_as_posix)] for paths in (images, others)))
 
 

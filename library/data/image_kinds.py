@@ -85,6 +85,11 @@ def suffix_of(path: str) -> str:
     return os.path.splitext(path)[1].lower()  # noqa: PTH122
 
 
+def without_suffix(path: str | Path) -> str:
+    """Return a path without its suffix, in a tenth of the time of `Path.with_suffix`."""
+    return os.path.splitext(path)[0]  # noqa: PTH122
+
+
 def is_image_of_any_kind(name: str) -> bool:
     """Return whether the suffix of a file name is that of an image, be it one that cannot be read."""
     return suffix_of(name) in suffixes_of_images()
