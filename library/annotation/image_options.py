@@ -38,6 +38,7 @@ class ImageOptions:
         None, "Threads that read images ahead. Not given: up to four.", least=0, most=MOST_WORKERS
     )
     debug: bool = option(False, "Print each image with its caption instead of a progress bar.")
+    caption_extension: str = caption_extension("")  # that of the encoder, in the classes of each captioner
 
     @property
     def keeps_existing(self) -> bool:
@@ -48,3 +49,5 @@ class ImageOptions:
         """Yield a sentence for each value that cannot work."""
         if not self.train_data_dir.is_dir():
             yield f"there is no folder '{self.train_data_dir}'; pass the folder of the images."
+        if problem := extension_problem(self.caption_extension):
+            yield problem

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from library.annotation.image_options import ImageOptions, caption_extension, extension_problem
+from library.annotation.image_options import ImageOptions, caption_extension
 from library.config.magnitudes import MOST_SEED
 from library.config.options import option
 from library.config.spellings import Spellings
@@ -25,12 +25,6 @@ class SentenceImageOptions(ImageOptions):
         least=0,
         most=_LARGEST_SIDE,
     )
-
-    def problems(self) -> Iterator[str]:
-        """Yield a sentence for each value that cannot work."""
-        yield from ImageOptions.problems(self)
-        if problem := extension_problem(self.caption_extension):
-            yield problem
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from library.annotation.image_options import ImageOptions, caption_extension, extension_problem
+from library.annotation.image_options import ImageOptions, caption_extension
 from library.annotation.tag_texts import SEPARATOR, split_tags
 from library.config.magnitudes import MOST_IMAGES_AT_ONCE
 from library.config.options import option
@@ -20,12 +20,6 @@ class TagImageOptions(ImageOptions):
 
     caption_extension: str = caption_extension(".txt")
     batch_size: int = option(8, "Images that the model sees at once.", least=1, most=MOST_IMAGES_AT_ONCE)
-
-    def problems(self) -> Iterator[str]:
-        """Yield a sentence for each value that cannot work."""
-        yield from ImageOptions.problems(self)
-        if problem := extension_problem(self.caption_extension):
-            yield problem
 
 
 @dataclass(frozen=True)
