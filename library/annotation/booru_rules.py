@@ -20,9 +20,9 @@ OF_ONE_PERSON = {
     ),
     "hair": re.compile(r"(?!(?:long|short|medium) hair)[\w\-]+ hair"),
 }
-"""What persons differ in: two tags of one of these kinds say of several persons nothing about any of them."""
+"""What persons differ in: with several persons, two tags of one kind do not tell whose they are."""
 CONTAINED = re.compile(r"[\w\-]+|hair ornament")
-"""What is said already where it is the end of a longer tag: "shirt" beside "white shirt"."""
+"""Tags that are left out where a longer tag ends with them: "shirt" beside "white shirt"."""
 
 
 def cleaned_booru_tags(tags: Sequence[str]) -> list[str]:

@@ -9,13 +9,14 @@ from typing import NamedTuple
 from library.annotation.booru_rules import cleaned_booru_tags
 from library.annotation.tag_texts import SEPARATOR, joined_tags, split_tags, without_underscores
 from library.config.errors import UserError
+from library.data.caption_edits import pattern_problem
 
 _SPACE = f"\ufeff{string.whitespace}"
 """What stands around a line and is kept: a byte-order mark, too."""
 
 
 class Rule(NamedTuple):
-    """One step; `kind` is a key of `RULES`, or "move". Which of the values it reads is said there."""
+    """One step; `kind` is a key of `RULES`, or "move". Which of the values it reads stands there."""
 
     kind: str
     find: str = ""
@@ -64,14 +65,11 @@ def check_rule(rule: Rule, where: str) -> None:
         raise UserError(f"{where}: the text to find is empty.", "Write what is to be replaced.")
     if "\n" in rule.replace:
         raise UserError(f"{where}: a replacement has no line end: lines are variants.", "Write it on one line.")
-    if rule.kind == "regex":
-        try:
-            re.compile(rule.find).sub(rule.replace, "")
-        except (re.error, IndexError) as error:
-            raise UserError(
-                f"{where}: '{rule.find}' with '{rule.replace}' is no regular expression: {error}.",
-                "Write it as Python's module re has it; in a text without \\ leave --regex off.",
-            ) from error
+    if rule.kind == "regex" and (reason := pattern_problem(rule.find, rule.replace)):
+        raise UserError(
+            f"{where}: '{rule.find}' with '{rule.replace}' is no regular expression: {reason}.",
+            "Write it as Python's module re has it; in a text without \\ leave --regex off.",
+        )
 
 
 def _applied(line: str, rule: Rule, separator: str) -> str:

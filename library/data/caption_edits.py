@@ -39,11 +39,8 @@ class Edit:
             return "nothing to look for. Write a tag or a text."
         if not self.encoders or (self.kind == MOVE and len(set(self.encoders)) != 2):
             return "no caption is chosen. Choose L, G or both; to move tags, from one to the other."
-        if self.reading == PATTERN:
-            try:
-                re.compile(self.find).sub(self.by, "")
-            except (re.error, IndexError) as error:
-                return f"'{self.find}' is no regular expression, or '{self.by}' no replacement: {error}."
+        if self.reading == PATTERN and (reason := pattern_problem(self.find, self.by)):
+            return f"'{self.find}' is no regular expression, or '{self.by}' no replacement: {reason}."
         return None
 
     @property
@@ -86,6 +83,15 @@ def edited(edit: Edit, pair: EditedPair) -> dict[Encoder, CaptionText | None]:
         elif caption is not None:
             captions[encoder] = _of_each_variant(caption, _changing(edit, separator))
     return captions
+
+
+def pattern_problem(pattern: str, by: str) -> str | None:
+    """Return why a regular expression cannot be replaced by `by`, as Python's module re says it; None if it can."""
+    try:
+        re.compile(pattern).sub(by, "")
+    except (re.error, IndexError) as error:
+        return str(error)
+    return None
 
 
 def tags_of(text: str, separator: str) -> list[str]:

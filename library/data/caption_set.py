@@ -9,6 +9,7 @@ from pathlib import Path
 
 from library.config.errors import UserError
 from library.data.caption_draws import ENCODERS, Encoder
+from library.data.caption_edits import tags_of
 from library.data.caption_files import caption_file_of
 from library.data.caption_limits import count_tokens
 from library.data.caption_places import ABSENT, Place, read_places, tag_of
@@ -111,8 +112,7 @@ class CaptionSet:
             state = member.captions.get(encoder)
             if state is not None and state.variants:
                 separator = self.rules(member).of(encoder).caption_separator
-                pieces = {piece.strip() for variant in state.variants for piece in variant.split(separator)}
-                counts.update(piece for piece in pieces if piece)
+                counts.update({tag for variant in state.variants for tag in tags_of(variant, separator)})
         return counts
 
     # -- reading ------------------------------------------------------------------------------------------------------
