@@ -14,6 +14,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from library.annotation.caption_texts import column_of
 from library.annotation.captioner_model import CaptionerModel, Manner
 from library.annotation.pending_images import caption_file
 from library.annotation.reading_ahead import Described
@@ -22,7 +23,7 @@ from library.annotation.sentence_options import CaptionerOptions, WordOptions
 from library.annotation.word_draws import WordDraws
 from library.config.errors import UserError
 from library.data.images import load_rgb
-from library.data.metadata import COLUMN_G, COLUMN_L, CaptionColumn, read_utf8
+from library.data.metadata import CaptionColumn, read_utf8
 from library.data.resizing import resize_and_crop
 from library.sdxl.sizes import Size
 
@@ -72,7 +73,7 @@ class Captioner:
         self._words = words
         self._folder = folder
         self._max_image_side = max_image_side
-        self._reads: CaptionColumn | None = {"l": COLUMN_L, "g": COLUMN_G}.get(asked.also_read or "")
+        self._reads: CaptionColumn | None = None if asked.also_read is None else column_of(asked.also_read)
         self._prompt = asked.prompt or _DEFAULT_PROMPTS.get(model.manner)
         self.without_text: list[str] = []
         if asked.prompt and model.manner is Manner.IMAGE_ALONE:

@@ -12,7 +12,7 @@ import torch
 import transformers
 from PIL import Image
 
-from library.config.errors import UserError
+from library.config.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -210,7 +210,6 @@ def _explained(name: str) -> Iterator[None]:
             raise UserError(
                 f"the GPU has not enough memory for '{name}'.", "Set --mixed_precision=bf16, or use a smaller model."
             ) from error
-        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
         is_absent = not Path(name).exists()
         what = "is not on this machine and cannot be fetched" if is_absent else "cannot be opened"
         remedy = (
@@ -218,4 +217,4 @@ def _explained(name: str) -> Iterator[None]:
             if is_absent or isinstance(error, HFValidationError)
             else "Download or copy it again; it has to be a folder that transformers has saved."
         )
-        raise UserError(f"the model '{name}' {what} ({reason}).", remedy) from error
+        raise UserError(f"the model '{name}' {what} ({first_line(error)}).", remedy) from error

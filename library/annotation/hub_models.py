@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from library.config.errors import UserError
+from library.config.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def download(repo_id: str, names: Sequence[str], folder: Path, *, force: bool) -
             hf_hub_download(repo_id, name, local_dir=folder, force_download=force, endpoint=endpoint)
         except (HFValidationError, HfHubHTTPError) as error:
             raise UserError(
-                f"the hub has no file '{name}' of a model '{repo_id}' ({str(error).strip().partition(chr(10))[0]}).",
+                f"the hub has no file '{name}' of a model '{repo_id}' ({first_line(error)}).",
                 "Check --repo_id; a tagger has model.onnx and selected_tags.csv.",
             ) from error
         except (LocalEntryNotFoundError, OSError) as error:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from library.annotation.reading_ahead import Described
 from library.annotation.tag_choice import TagChoice
-from library.config.errors import UserError
+from library.config.errors import UserError, first_line
 from library.data.images import load_rgb
 
 if TYPE_CHECKING:
@@ -76,10 +76,10 @@ class Tagger:
             if any(word in str(error).lower() for word in _MEMORY):
                 raise UserError(
                     f"out of memory with {len(batch)} images of {self._side} x {self._side} at once "
-                    f"({_first_line(error)}).",
+                    f"({first_line(error)}).",
                     "Lower --batch_size, and start again: what is written stays and is skipped.",
                 ) from error
-            raise UserError(f"'{self._model}' cannot be run: {_first_line(error)}.", "Use another model.") from error
+            raise UserError(f"'{self._model}' cannot be run: {first_line(error)}.", "Use another model.") from error
         if not (np.isfinite(result).all() and result.min() >= 0 and result.max() <= 1):
             raise UserError(
                 f"'{self._model}' says numbers from {result.min():g} to {result.max():g}, which are no probabilities.",
@@ -129,7 +129,7 @@ def _session(model: Path) -> "InferenceSession":
         session = onnxruntime.InferenceSession(str(model), _session_options(onnxruntime), providers=providers)
     except _errors() as error:
         raise UserError(
-            f"'{model}' cannot be read as an ONNX model: {_first_line(error)}.", "Download or copy it again."
+            f"'{model}' cannot be read as an ONNX model: {first_line(error)}.", "Download or copy it again."
         ) from error
     used = session.get_providers()
     if used[0] != wanted[0]:
@@ -175,10 +175,6 @@ def _errors() -> tuple[type[BaseException], ...]:
     names = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoModel", "NoSuchFile", "NotImplemented")
     found = [getattr(state, name, None) for name in (*names, "RuntimeException", "EPFail", "ModelLoadCanceled")]
     return (MemoryError, ValueError, *(each for each in found if each is not None))
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
 
 
 def _list(tags: Sequence[str]) -> str:

@@ -102,6 +102,11 @@ def listed(names: Sequence[str], limit: int = 10) -> str:
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, without its full stop; the name of its class if it says nothing."""
+    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+
+
 def _print_any_character() -> None:
     """Print characters that the console cannot show (a Windows pipe) as escapes instead of failing."""
     for stream in (sys.stdout, sys.stderr):
