@@ -1,5 +1,6 @@
 """Photographs without captions, and small models that write some."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import skimage
 from PIL import Image
 
+from library.data.metadata import CaptionColumn
 from tests.annotation.tiny_captioners import write_blip, write_llava
 from tests.annotation.tiny_tagger import write_tagger
 
@@ -45,6 +47,14 @@ def captions_in(folder: Path, extension: str) -> dict[str, str]:
     """The caption files of a folder and its subfolders, by name."""
     files = sorted(folder.rglob(f"*{extension}"))
     return {file.relative_to(folder).as_posix(): file.read_text(encoding="utf-8") for file in files}
+
+
+def merged_captions(merge_script, folder: Path, column: CaptionColumn) -> dict[str, str]:
+    """What a merge script makes of a folder, as `captions_in` has the files that it read."""
+    out = folder.parent / "meta.json"
+    assert merge_script.main([str(folder), str(out)]) == 0
+    entries = json.loads(out.read_text(encoding="utf-8")).items()
+    return {f"{key}{column.caption_extension}": f"{entry[column.metadata_key]}\n" for key, entry in entries}
 
 
 def run(script, folder: Path, *flags: object) -> int:

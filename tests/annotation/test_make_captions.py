@@ -1,6 +1,5 @@
 """The captioner on photographs, from the command line to the files: with tiny models of random weights."""
 
-import json
 import re
 
 import pytest
@@ -10,7 +9,7 @@ from finetune import make_captions as script
 from finetune import sdxl_merge_captions_g_to_metadata
 from library.annotation.sentence_options import EXTENSIONS
 from library.data.metadata import COLUMN_G, COLUMN_L
-from tests.annotation.conftest import PHOTOGRAPHS, captions_in, run
+from tests.annotation.conftest import PHOTOGRAPHS, captions_in, merged_captions, run
 from tests.annotation.tiny_captioners import write_git, write_llava
 from tests.annotation.two_processes import in_two_processes
 from tests.reliability.refusal import said_on_refusal
@@ -30,10 +29,7 @@ def test_an_image_to_text_model_captions_photographs_for_the_merge_script(photog
     assert len(set(written.values())) > 1  # what is seen matters
     printed = capsys.readouterr().out
     assert "wrote 5 .caption files" in printed and "captions  tokens\n         5  1-25" in printed
-    out = photographs.parent / "meta.json"
-    assert sdxl_merge_captions_g_to_metadata.main([str(photographs), str(out)]) == 0
-    metadata = json.loads(out.read_text(encoding="utf-8"))
-    assert {f"{key}.caption": f"{entry['captionG']}\n" for key, entry in metadata.items()} == written
+    assert merged_captions(sdxl_merge_captions_g_to_metadata, photographs, COLUMN_G) == written
 
 
 def test_a_chat_model_is_handed_the_tags_of_l(photographs, llava, capsys):

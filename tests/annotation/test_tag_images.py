@@ -1,6 +1,5 @@
 """The tagger on photographs, from the command line to the files: with a model whose outputs are known."""
 
-import json
 import re
 from pathlib import Path
 
@@ -13,8 +12,9 @@ from finetune import tag_images_by_wd14_tagger as script
 from library.annotation.tag_choice import read_labels, tag_choice
 from library.annotation.tag_options import TagOptions
 from library.annotation.tagger import open_tagger
+from library.data.metadata import COLUMN_L
 from library.training.run_lock import run_lock
-from tests.annotation.conftest import PHOTOGRAPHS, captions_in, run
+from tests.annotation.conftest import PHOTOGRAPHS, captions_in, merged_captions, run
 from tests.annotation.file_server import serving
 from tests.annotation.killed_run import run_and_kill
 from tests.annotation.tiny_tagger import LABELS, probabilities_of, write_tagger
@@ -85,10 +85,7 @@ def test_photographs_are_tagged_and_merged(photographs, tagger, capsys):
     every = [each for text in written.values() for each in text.strip().split(", ")]
     assert {int(count) for count in counts} == {every.count(each) for each in every}
     assert "wrote 5 .txt files" in printed and "images a second" in printed
-    out = photographs.parent / "meta.json"
-    assert sdxl_merge_captions_l_to_metadata.main([str(photographs), str(out)]) == 0
-    metadata = json.loads(out.read_text(encoding="utf-8"))
-    assert {f"{key}.txt": f"{entry['captionL']}\n" for key, entry in metadata.items()} == written
+    assert merged_captions(sdxl_merge_captions_l_to_metadata, photographs, COLUMN_L) == written
 
 
 def test_existing_files_are_skipped_replaced_or_added_to(colours, tagger, capsys):
