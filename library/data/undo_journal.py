@@ -184,15 +184,15 @@ class UndoJournal:
                 step.is_undone = is_undone
 
     def _shorten(self) -> None:
-        """Forget the oldest steps of a journal that has become very large."""
+        """Forget the oldest steps of a journal that has become very large, and those that are undone."""
         if not self.path.is_file() or self.path.stat().st_size <= _LARGEST_JOURNAL:
             return
         with locked(self.path):
             self._read_on()
             steps, num_bytes = [], 0
-            for step in reversed(self._steps):
+            for step in reversed([step for step in self._steps if not step.is_undone]):
                 num_bytes += step._line[1]
-                if num_bytes > _KEPT_OF_IT or step.is_undone:
+                if num_bytes > _KEPT_OF_IT:
                     break
                 steps.append(step)
             with replacing(self.path) as shorter, self.path.open("rb") as file:

@@ -178,6 +178,20 @@ def test_a_very_long_journal_keeps_its_last_steps(tmp_path, journal, monkeypatch
     assert path.read_bytes() == b"18"
 
 
+def test_a_very_long_journal_whose_last_step_is_undone_keeps_those_before_it(tmp_path, journal, monkeypatch):
+    path = tmp_path / "a.txt"
+    for number in range(20):
+        write_step(journal, f"step {number}", [changed(path, b"%d" % number)])
+    undo(journal)
+    line = journal.path.stat().st_size // 20
+    monkeypatch.setattr(undo_journal, "_LARGEST_JOURNAL", 10 * line)
+    monkeypatch.setattr(undo_journal, "_KEPT_OF_IT", 4 * line)
+    journal = UndoJournal(journal.path)
+    assert journal.steps()[-1].what == "step 18"
+    undo(journal)
+    assert path.read_bytes() == b"17"
+
+
 def test_what_is_no_caption_is_refused(tmp_path):
     large = tmp_path / "a.txt"
     large.write_bytes(b"x" * (caption_places.LARGEST_CAPTION + 1))
