@@ -1,6 +1,8 @@
 """The `.npz` of latents beside each image: the format of the 2023 trainer, and what it was made from."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -176,36 +178,37 @@ def read_cache(path: Path, *, warns: bool = False) -> CachedLatents:
 
     Raise `UserError` naming the file for damage, missing keys, wrong shapes, and latents that are NaN or Inf.
     """
-    try:
+    with _explained_damage(path):
         return _from_arrays(read_arrays(path, LARGEST_MEMBERS, warns=warns))
-    except READING_ERRORS as error:
-        raise UserError(
-            f"'{path}' is not a usable latent cache ({error}).", "Delete it and run prepare_buckets_latents.py again."
-        ) from error
 
 
 def cache_holds_mask(path: Path) -> bool:
     """Return whether a cache file has a mask; reads its table alone. Raise `UserError` as `read_cache`."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return "alpha_mask" in file.files
-    except READING_ERRORS as error:
-        raise UserError(
-            f"'{path}' is not a usable latent cache ({error}).", "Delete it and run prepare_buckets_latents.py again."
-        ) from error
+    with _explained_damage(path), np.load(path, allow_pickle=False) as file:
+        return "alpha_mask" in file.files
 
 
 def bucket_of_cache(path: Path) -> Size:
     """Return the size that a cache file was made for; reads no latents. Raise `UserError` as `read_cache`."""
+    with (
+        _explained_damage(path),
+        np.load(path, allow_pickle=False) as file,
+        file.zip.open("latents.npy") as member,
+    ):
+        read_header = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[np.lib.format.read_magic(member)]
+        shape, _, _ = read_header(member)
+        _, height, width = shape
+        return Size(width * PIXELS_PER_LATENT, height * PIXELS_PER_LATENT)
+
+
+@contextmanager
+def _explained_damage(path: Path) -> Iterator[None]:
+    """Within the block, which reads a cache file, raise a `UserError` that names it for what damage makes of it."""
     try:
-        with np.load(path, allow_pickle=False) as file, file.zip.open("latents.npy") as member:
-            read_header = {
-                (1, 0): np.lib.format.read_array_header_1_0,
-                (2, 0): np.lib.format.read_array_header_2_0,
-            }[np.lib.format.read_magic(member)]
-            shape, _, _ = read_header(member)
-            _, height, width = shape
-            return Size(width * PIXELS_PER_LATENT, height * PIXELS_PER_LATENT)
+        yield
     except READING_ERRORS as error:
         raise UserError(
             f"'{path}' is not a usable latent cache ({error}).", "Delete it and run prepare_buckets_latents.py again."

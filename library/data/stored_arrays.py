@@ -1,6 +1,7 @@
 """The arrays of an `.npz` file, read by their places in it where they are stored as NumPy stores them."""
 
 import logging
+import math
 import os
 import re
 import struct
@@ -118,10 +119,7 @@ def _known(
 
 def num_bytes_at(place: Place) -> int:
     """Return the bytes of the numbers of an array."""
-    count = 1
-    for side in place.shape:
-        count *= side
-    return count * np.dtype(place.dtype).itemsize
+    return math.prod(place.shape) * np.dtype(place.dtype).itemsize
 
 
 def _members(data: memoryview) -> dict[str, tuple[int, int, int]]:
