@@ -77,6 +77,15 @@ def _place_of(parameters, tiles, DOWN: tl.constexpr, ACROSS: tl.constexpr):
 
 
 @program
+def _running(state, mean, inside, beta2, keeps):
+    """Update the running means at these addresses, if it `keeps` what it computes; return them."""
+    before = tl.load(state, inside, 0.0)
+    now = tl.where(keeps, before * beta2 + mean * (1.0 - beta2), before)
+    tl.store(state, now, inside)
+    return now
+
+
+@program
 def _means_of_kernels(about, gradient, place, inside, beta2, eps, keeps, DOWN: tl.constexpr, ACROSS: tl.constexpr):
     """Running means of the squares of rows and columns of kernels: a row of the tile has `ACROSS` of them."""
     rows = tl.load(about + ROWS).to(tl.pointer_type(tl.float32))
@@ -87,17 +96,13 @@ def _means_of_kernels(about, gradient, place, inside, beta2, eps, keeps, DOWN: t
         for x in range(wide):
             each = tl.load(gradient + (place * high + y) * wide + x, inside, 0.0).to(tl.float32)
             total += each * each + eps
-        old = tl.load(rows + place * high + y, inside, 0.0)
-        new = old * beta2 + tl.div_rn(total, wide.to(tl.float32)) * (1.0 - beta2)
-        tl.store(rows + place * high + y, tl.where(keeps, new, old), inside)
+        _running(rows + place * high + y, tl.div_rn(total, wide.to(tl.float32)), inside, beta2, keeps)
     for x in range(wide):
         total = tl.zeros((DOWN, ACROSS), tl.float32)
         for y in range(high):
             each = tl.load(gradient + (place * high + y) * wide + x, inside, 0.0).to(tl.float32)
             total += each * each + eps
-        old = tl.load(columns + place * wide + x, inside, 0.0)
-        new = old * beta2 + tl.div_rn(total, high.to(tl.float32)) * (1.0 - beta2)
-        tl.store(columns + place * wide + x, tl.where(keeps, new, old), inside)
+        _running(columns + place * wide + x, tl.div_rn(total, high.to(tl.float32)), inside, beta2, keeps)
 
 
 @program
@@ -124,12 +129,10 @@ def sums(
     else:
         beta2 = tl.load(numbers + BETA2)
         keeps = tl.load(is_finite) != 0
-        state = tl.load(about + ROWS).to(tl.pointer_type(tl.float32))
         if kind == VECTOR:
+            state = tl.load(about + ROWS).to(tl.pointer_type(tl.float32))
             numbers_of = tl.load(gradient + place, inside, 0.0).to(tl.float32)
-            before = tl.load(state + place, inside, 0.0)
-            now = before * beta2 + (numbers_of * numbers_of + eps) * (1.0 - beta2)
-            tl.store(state + place, tl.where(keeps, now, before), inside)
+            _running(state + place, numbers_of * numbers_of + eps, inside, beta2, keeps)
         else:
             _means_of_kernels(about, gradient, place, inside, beta2, eps, keeps, DOWN, ACROSS)
 
@@ -153,10 +156,8 @@ def means(parameters, blocks, numbers, is_finite, scratch, BLOCK: tl.constexpr):
     for part in range(num_parts):
         total += tl.load(parts + part * length + each, inside, 0.0)
     beta2 = tl.load(numbers + BETA2)
-    before = tl.load(state + each, inside, 0.0)
-    now = before * beta2 + tl.div_rn(total, other.to(tl.float32)) * (1.0 - beta2)
-    now = tl.where(tl.load(is_finite) != 0, now, before)
-    tl.store(state + each, now, inside)
+    keeps = tl.load(is_finite) != 0
+    now = _running(state + each, tl.div_rn(total, other.to(tl.float32)), inside, beta2, keeps)
     if is_rows:
         of_rows = scratch + tl.load(about + SUMS_OF_ROWS) + start // BLOCK
         tl.store(of_rows, tl.sum(tl.where(inside, now, 0.0), 0))

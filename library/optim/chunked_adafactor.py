@@ -74,6 +74,7 @@ class Layout:
     rows: list[list[int]]  # of `parameters`, with zeros for what changes
     tiles: Tensor
     blocks: Tensor
+    num_blocks: int
     num_scratch: int
 
 
@@ -98,7 +99,7 @@ def make_layout(shapes: Sequence[torch.Size], *, flatten: bool, device: torch.de
             places = used, used + across * height, used + across * height + down * width
             used = places[-1] + -(-num_blocks // _ALIGNMENT) * _ALIGNMENT
         rows.append([*(0,) * 6, height, width, kind, down, across, first, *places, num_blocks, taps_down, taps_across])
-    return Layout(rows, _table(tiles, device), _table(blocks, device), used)
+    return Layout(rows, _table(tiles, device), _table(blocks, device), len(blocks), used)
 
 
 def _form(shape: torch.Size, *, flatten: bool) -> tuple[int, int, int, int, int]:
@@ -173,10 +174,8 @@ def _run(layout: Layout, rows: Tensor, numbers: Tensor, is_finite: Tensor, *, na
     tile = {"NARROW": narrow, "DOWN": programs.TILE_DOWN, "ACROSS": programs.TILE_ACROSS}
     rounding = {STOCHASTIC: programs.AT_RANDOM, KAHAN: programs.WITH_RESIDUAL}.get(kind or "", programs.TO_NEAREST)
     num_tiles = len(layout.tiles)
-    num_blocks = len(layout.blocks) if any(row[15] for row in layout.rows) else 0
-    is_finite = is_finite.to(torch.int32)
     launch(programs.sums, num_tiles, rows, layout.tiles, numbers, is_finite, scratch, **tile)
-    launch(programs.means, num_blocks, rows, layout.blocks, numbers, is_finite, scratch, BLOCK=programs.BLOCK)
+    launch(programs.means, layout.num_blocks, rows, layout.blocks, numbers, is_finite, scratch, BLOCK=programs.BLOCK)
     launch(programs.norms, num_tiles, rows, layout.tiles, scratch, **tile)
     constants = {**tile, "ROUNDING": rounding.value, "BLOCK": programs.BLOCK}
     launch(programs.apply, num_tiles, rows, layout.tiles, numbers, is_finite, scratch, **constants)
