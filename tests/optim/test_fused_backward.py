@@ -1,20 +1,16 @@
 """Stepping in the backward pass leads to the same weights as stepping after it, to the last bit."""
 
-from functools import partial
-
 import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.nn.utils import clip_grad_norm_
 
 from library.optim.fused_backward import FusedBackward
-from library.optim.optimizer_probe import keys_in_bfloat16
 from library.optim.optimizers import make_optimizer
 from library.optim.options import ADAFACTOR_RECIPE, NEAREST, STOCHASTIC, OptimizerOptions
 from library.optim.rounding import Rounder
 from library.optim.stepping import Stepper
-from tests.optim.small_net import SmallNet
+from tests.optim.small_net import SmallNet, images_of, take_steps
 
 RECIPE = ADAFACTOR_RECIPE.split()[1:]
 
@@ -52,24 +48,8 @@ class Net(SmallNet):
 
 
 def trained(options: OptimizerOptions, *, fused: bool, dtype: torch.dtype, rounding: str, chunk: int) -> Net:
-    net, accelerator = Net(dtype), Accelerator(cpu=True)
-    parameters = list(net.parameters())
-    optimizer = make_optimizer([{"name": "net", "params": parameters, "lr": options.learning_rate}], options)
-    narrow = keys_in_bfloat16(partial(make_optimizer, options=options), torch.device("cpu"))
-    stepper = Stepper(optimizer, Rounder(rounding, parameters, 0), narrow, elements_per_chunk=chunk)
-    fused_backward = FusedBackward(stepper, options.max_grad_norm) if fused else None
-    for step in range(1, 5):
-        pictures = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(step)).to(dtype)
-        loss = net(pictures).float().square().mean()
-        if fused_backward is not None:
-            fused_backward.backward(accelerator, loss, step)
-            assert all(parameter.grad is None for parameter in parameters), "each gradient has been freed"
-            continue
-        loss.backward()
-        if options.max_grad_norm:
-            clip_grad_norm_(parameters, options.max_grad_norm)
-        stepper.step(step)
-        optimizer.zero_grad()
+    net = Net(dtype)
+    take_steps(net, images_of(range(1, 5), dtype), options, rounding, fused=fused, chunk=chunk)
     return net
 
 

@@ -1,21 +1,17 @@
 """What the processes of a test do together; each function is called in all of them, `call` of tests/forked_runs.py."""
 
-from functools import partial
-
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
-from torch.nn.utils import clip_grad_norm_
 
 from library.optim.chunk_exchange import ChunkExchange
 from library.optim.fused_backward import FusedBackward
-from library.optim.optimizer_probe import keys_in_bfloat16
 from library.optim.optimizers import make_optimizer
 from library.optim.options import ADAFACTOR_RECIPE, NEAREST, STOCHASTIC, OptimizerOptions
 from library.optim.rounding import Rounder
 from library.optim.stepping import Stepper
-from tests.optim.small_net import SmallNet
+from tests.optim.small_net import SmallNet, images_of, take_steps
 
 RECIPE = ADAFACTOR_RECIPE.split()[1:]
 CHUNK = 150
@@ -23,27 +19,14 @@ CHUNK = 150
 
 def _trained(options: OptimizerOptions, dtype: torch.dtype, rounding: str, *, fused: bool) -> list[torch.Tensor]:
     """The weights after steps on the images of all processes: with DDP and a step, or in the fused backward pass."""
-    accelerator, net = Accelerator(cpu=True), SmallNet().to(dtype)
-    parameters = list(net.parameters())
-    optimizer = make_optimizer([{"name": "net", "params": parameters, "lr": options.learning_rate}], options)
-    narrow = keys_in_bfloat16(partial(make_optimizer, options=options), torch.device("cpu"))
-    stepper = Stepper(optimizer, Rounder(rounding, parameters, 0), narrow, elements_per_chunk=CHUNK)
-    fused_backward = FusedBackward(stepper, options.max_grad_norm, ChunkExchange()) if fused else None
-    network = net if fused else nn.parallel.DistributedDataParallel(net)
+    net = SmallNet().to(dtype)
     rank, world = dist.get_rank(), dist.get_world_size()
-    for step in range(1, 5):
-        images = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(step * world + rank)).to(dtype)
-        loss = network(images).float().square().mean()
-        if fused_backward is not None:
-            fused_backward.backward(accelerator, loss, step)
-            assert all(parameter.grad is None for parameter in parameters)
-            continue
-        loss.backward()
-        if options.max_grad_norm:
-            clip_grad_norm_(parameters, options.max_grad_norm)
-        stepper.step(step)
-        optimizer.zero_grad()
-    return [parameter.detach().clone() for parameter in parameters]
+    batches = images_of((step * world + rank for step in range(1, 5)), dtype)
+    if fused:
+        take_steps(net, batches, options, rounding, fused=True, chunk=CHUNK, exchange=ChunkExchange())
+    else:
+        take_steps(nn.parallel.DistributedDataParallel(net), batches, options, rounding, fused=False, chunk=CHUNK)
+    return [parameter.detach().clone() for parameter in net.parameters()]
 
 
 def fused_as_ddp() -> None:
