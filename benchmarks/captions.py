@@ -36,12 +36,15 @@ from library.data.captioning import Captioning
 from library.data.captions import CaptionPair
 from library.data.crops import Crop
 from library.data.epoch_order import MicroBatch
+from library.data.fingerprints import Fingerprints
 from library.data.flag_subsets import subset_of_flags
 from library.data.latent_cache import CachedLatents, write_cache
+from library.data.latents_of_set import read_training_set
 from library.data.loader_options import LoaderOptions
 from library.data.subsets import Subset
 from library.data.text_cache import CachedTexts, OutputsInMemory, texts_of
-from library.data.training_set import TrainingImage, find_training_images, fingerprints, read_training_set
+from library.data.training_images import TrainingImage
+from library.data.training_set import find_training_images
 from library.data.training_set_options import TrainingSetOptions
 from library.sdxl.sizes import LATENT_CHANNELS, PIXELS_PER_LATENT, Size
 from library.training.preparation import make_order
@@ -177,7 +180,7 @@ def seconds_of_a_start(folder: Path, flags: dict[str, Any]) -> dict[str, list[fl
     timed("report captions", lambda: report_captions(options, [subset], found, trains_unet=True, trained=()))
     images = timed("read latents", lambda: read_training_set(found, "vae"))
     tokens = timed("tokenize", lambda: tokenizer_for(image.subset for image in images))
-    timed("fingerprints and cut captions", lambda: (fingerprints(images), cut_captions(images, tokens)))
+    timed("fingerprints and cut captions", lambda: (Fingerprints(images), cut_captions(images, tokens)))
     order = timed("order", lambda: make_order(images, RunOptions(), 1, num_processes=1, process_index=0))
     order.start_at(0)
     captioning = Captioning(tokens, 1, 1000)

@@ -31,7 +31,7 @@ from benchmarks import ceilings
 from benchmarks.result_files import RESULTS, machine_line, write_result
 from demo.random_sdxl import TINY
 from finetune import prepare_buckets_latents
-from library.data import latent_files, latent_preparation
+from library.data import latent_files, latent_preparation, latent_writing
 from library.sdxl.architecture import ARCHITECTURE_KEY, SDXL_BASE, Architecture, empty_vae
 from library.sdxl.latents import encode_pixels
 from library.sdxl.tensor_file import TensorToWrite, write_safetensors
@@ -127,10 +127,10 @@ def measured(folder: Path, vae: Path, side: int, variant: dict[str, object], dev
     for old in folder.glob("*.npz"):
         old.unlink()
     watch = Stopwatch(device)
-    unwrapped = latent_preparation.encode_pixels_finite, latent_files.write_cache
+    unwrapped = latent_preparation.encode_pixels_finite, latent_writing.write_cache
     read_and_write = latent_files._written
     latent_preparation.encode_pixels_finite = watch.wrapped(unwrapped[0], "vae")
-    latent_files.write_cache = watch.wrapped(unwrapped[1], "writing")
+    latent_writing.write_cache = watch.wrapped(unwrapped[1], "writing")
     latent_files._written = watch.wrapped_iterator(read_and_write, "all")
     flags = [f"--{name}={value}" for name, value in variant.items()]
     limits = [f"--max_resolution={side},{side}", f"--min_bucket_reso={side // 2}", f"--max_bucket_reso={side * 2}"]
@@ -139,7 +139,7 @@ def measured(folder: Path, vae: Path, side: int, variant: dict[str, object], dev
         with contextlib.redirect_stdout(io.StringIO()):
             assert prepare_buckets_latents.main([str(argument) for argument in argv]) == 0
     finally:
-        latent_preparation.encode_pixels_finite, latent_files.write_cache = unwrapped
+        latent_preparation.encode_pixels_finite, latent_writing.write_cache = unwrapped
         latent_files._written = read_and_write
     num_pictures = len(list(folder.glob("*.npz")))
     return Figures(" ".join(flags), num_pictures, watch.seconds["all"], watch.seconds["vae"], watch.seconds["writing"])

@@ -17,7 +17,7 @@ from library.data.dataset import Batch, CaptionedImages
 from library.data.epoch_order import MicroBatch
 from library.data.latent_cache import CachedLatents, cache_path, write_cache
 from library.data.subsets import Subset
-from library.data.training_set import TrainingImage
+from library.data.training_images import TrainingImage
 from library.sdxl.sizes import LATENT_CHANNELS, PIXELS_PER_LATENT, Size
 
 IMAGES_PER_BUCKET = 8

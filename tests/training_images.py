@@ -15,10 +15,13 @@ from library.data.crops import Crop
 from library.data.dataset import CaptionedImages
 from library.data.epoch_order import MicroBatch
 from library.data.flag_subsets import subset_of_flags
+from library.data.latents_of_set import Trust, read_training_set
 from library.data.loader_options import LoaderOptions
 from library.data.subsets import Subset
 from library.data.text_cache import NO_TEXTS, CachedTexts
-from library.data.training_set import TrainingImage, find_training_images, read_training_set
+from library.data.training_columns import TrainingSet
+from library.data.training_images import TrainingImage
+from library.data.training_set import find_training_images
 from library.data.training_set_options import TrainingSetOptions
 from library.sdxl.sizes import Size
 
@@ -81,12 +84,12 @@ def micro_batch(
     )
 
 
-def read_set(options: TrainingSetOptions, rule: BucketRule, vae_digest: str) -> list[TrainingImage]:
+def read_set(options: TrainingSetOptions, rule: BucketRule, vae_digest: str) -> TrainingSet:
     """The training set of options, as the trainer reads it."""
     subset = subset_of_flags(options, LoaderOptions(), CaptionOptions(), rule)
     return read_training_set(
         find_training_images([subset]),
         vae_digest,
-        check_images=not options.skip_cache_check,
+        trust=Trust(index=not options.check_latents, images=options.skip_cache_check, keeps_index=True),
         legacy_crop=options.legacy_crop_coords,
     )

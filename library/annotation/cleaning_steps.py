@@ -13,7 +13,7 @@ from tqdm import tqdm
 from library.config.atomic_files import write_text
 from library.config.errors import UserError, listed
 from library.data.caption_writing import Outcome, redo, undo, write_step
-from library.data.metadata import read_utf8
+from library.data.strict_json import read_utf8
 from library.data.undo_journal import Change, UndoJournal
 
 log = logging.getLogger(__name__)

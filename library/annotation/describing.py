@@ -17,7 +17,7 @@ from library.annotation.tag_texts import split_tags
 from library.annotation.tally import Tally
 from library.config.atomic_files import write_text
 from library.config.errors import UserError
-from library.data.metadata import read_utf8
+from library.data.strict_json import read_utf8
 from library.sdxl.tokenizers import token_ids
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from library.annotation.tag_options import TagOptions
 from library.annotation.tag_texts import without_underscores
 from library.config.errors import UserError, listed
-from library.data.metadata import read_utf8
+from library.data.strict_json import read_utf8
 
 log = logging.getLogger(__name__)
 

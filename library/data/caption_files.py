@@ -24,10 +24,10 @@ from library.data.metadata import (
     Metadata,
     keys_without_caption,
     read_metadata,
-    read_utf8,
     write_metadata,
 )
 from library.data.metadata_lines import is_lines
+from library.data.strict_json import read_utf8
 
 log = logging.getLogger(__name__)
 

@@ -7,6 +7,7 @@ from library.config.errors import UserError, listed
 from library.data.caption_draws import ENCODERS, Encoder
 from library.data.caption_rules import CaptionDropout, CaptionRules, PairRules
 from library.data.captions import CaptionPair
+from library.data.columns import Captions, Variants
 
 _LONGEST_TAG = 8
 """Words; a longer piece between separators is taken for part of a sentence."""
@@ -15,10 +16,10 @@ _WORD = re.compile(r"\w{3,}")
 
 def caption_notices(captions: Mapping[str, CaptionPair], rules: PairRules) -> list[str]:
     """Return what should worry the user about the captions of some images, by key, under the rules they share."""
+    columns = Captions.of(captions)
     notices = list(_dropout_notices(rules.dropout))
     for encoder in ENCODERS:
-        own = rules.of(encoder)
-        variants = [pair.of(encoder) for pair in captions.values()]
+        own, variants = rules.of(encoder), columns.variants(encoder)
         notices += _settings_notices(own, encoder)
         notices += _line_notices(variants, own, encoder)
         notices += _sentence_notices(variants, own, encoder)
@@ -96,10 +97,10 @@ def _settings_notices(rules: CaptionRules, encoder: Encoder) -> Iterator[str]:
             yield f"{name}: --{flag} has no effect without {needed}."
 
 
-def _line_notices(captions: Sequence[Sequence[str]], rules: CaptionRules, encoder: Encoder) -> Iterator[str]:
+def _line_notices(captions: Variants, rules: CaptionRules, encoder: Encoder) -> Iterator[str]:
     """Yield what becomes of lines and empty tags that kohya's trainer would treat otherwise, or not at all."""
     name = encoder.upper()
-    num_several = sum(len(variants) > 1 for variants in captions)
+    num_several = captions.num_several
     if num_several and not rules.enable_wildcard:
         yield (
             f"{num_several} {name} captions have several lines; only the first is used. --enable_wildcard_{encoder} "

@@ -1,16 +1,17 @@
 """What the start of a run says about its captions, which encoders it can cache, and the captions it refuses."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from library.config.errors import UserError, listed
 from library.data.caption_draws import ENCODERS, Encoder
 from library.data.caption_listing import require_listable, unlistable_settings
 from library.data.caption_notices import caption_notices, dropout_sentence, require_paired_lines
 from library.data.caption_rules import CaptionRules
-from library.data.captions import CaptionPair
+from library.data.columns import Captions
+from library.data.found_images import FoundImage
+from library.data.image_columns import FoundImages
 from library.data.subsets import Subset
-from library.data.training_set import FoundImage
 from library.data.training_set_options import TrainingSetOptions
 
 log = logging.getLogger(__name__)
@@ -19,7 +20,7 @@ log = logging.getLogger(__name__)
 def report_captions(
     options: TrainingSetOptions,
     subsets: Sequence[Subset],
-    found: Sequence[FoundImage],
+    found: Iterable[FoundImage],
     *,
     trains_unet: bool,
     trained: Sequence[Encoder],
@@ -29,7 +30,7 @@ def report_captions(
     `trained` are the encoders that are. Raise `UserError` as `encoders_to_cache` and `check_captions` do.
     """
     cached, sentences = encoders_to_cache(options, subsets, trained)
-    groups = _by_subset(found)
+    groups = FoundImages.of(found).captions_by_subset()
     notices = check_captions(groups, cached)
     for sentence in (*captions_sentences(groups), *sentences):
         log.info(sentence)
@@ -69,7 +70,7 @@ def encoders_to_cache(
     return cached, sentences
 
 
-_Captions = Sequence[tuple[Subset, Mapping[str, CaptionPair]]]
+_Captions = Sequence[tuple[Subset, Captions]]
 """The captions of each subset, by image key."""
 
 
@@ -92,7 +93,7 @@ def check_captions(groups: _Captions, cached: Iterable[Encoder]) -> list[str]:
 def captions_sentences(groups: _Captions) -> Iterator[str]:
     """Yield for each subset where its captions come from and what changes them, and how often they are dropped."""
     for subset, captions in groups:
-        parts = [_encoder_part(subset, captions.values(), encoder) for encoder in ENCODERS]
+        parts = [_encoder_part(subset, captions, encoder) for encoder in ENCODERS]
         where = "" if len(groups) == 1 else f" of '{subset.image_dir}'{' (regularization)' if subset.is_reg else ''}"
         yield f"captions{where}: {', '.join(parts)}"
         dropped = dropout_sentence(subset.captions.dropout)
@@ -117,21 +118,12 @@ def _obstacles(encoder: Encoder, subsets: Iterable[Subset], *, is_trained: bool)
     return [f"--{name}" for name in dict.fromkeys(names)]
 
 
-def _by_subset(found: Sequence[FoundImage]) -> list[tuple[Subset, dict[str, CaptionPair]]]:
-    groups: dict[int, tuple[Subset, dict[str, CaptionPair]]] = {}  # by identity: equal subsets stay apart
-    for image in found:
-        _, captions = groups.setdefault(id(image.subset), (image.subset, {}))
-        captions[image.key] = image.captions
-    return list(groups.values())
-
-
-def _encoder_part(subset: Subset, captions: Iterable[CaptionPair], encoder: Encoder) -> str:
+def _encoder_part(subset: Subset, captions: Captions, encoder: Encoder) -> str:
     rules = subset.captions.of(encoder)
     source = str(subset.source)
     if subset.reads_folder:
         source = f"*{subset.extension_l if encoder == 'l' else subset.extension_g}"
-    num_different = len({pair.of(encoder) for pair in captions})
-    said = [f"{num_different} different", *_changes(rules)]
+    said = [f"{captions.variants(encoder).num_different} different", *_changes(rules)]
     return f"{encoder.upper()} from {source} ({', '.join(said)})"
 
 

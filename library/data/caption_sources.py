@@ -4,7 +4,7 @@ import logging
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,11 +96,17 @@ def warn_of_changed_captions(
     `extensions` of L and G are those of files that the metadata does not record. A file whose size and time are the
     recorded ones is not read.
     """
+    suspects = _suspects(path, metadata, image_of, extensions)
+    warn_of_suspects(path, ((suspect, metadata[suspect.key]) for suspect in suspects))
+
+
+def warn_of_suspects(path: Path, suspects: Iterable[tuple[Suspect, Entry]]) -> None:
+    """Name the caption files, of suspects with their entries in the metadata `path`, that differ from these."""
     changed = []
-    for suspect in _suspects(path, metadata, image_of, extensions):
+    for suspect, entry in suspects:
         try:
             caption, _ = read_caption(suspect.path, suspect.suffix)
-            is_changed = suspect.differs(caption, metadata[suspect.key])
+            is_changed = suspect.differs(caption, entry)
         except UserError:  # of the file; --update_captions tells the reason
             is_changed = True
         if is_changed:
@@ -149,27 +155,43 @@ def _suspects(
 ) -> Iterator[Suspect]:
     """Yield the caption files whose size or time is not the recorded one, or, without record, later than `path`'s."""
     since = path.stat().st_mtime_ns
-    columns = list(zip((COLUMN_L, COLUMN_G), extensions, strict=True))
     images = tqdm(image_of.items(), "comparing caption files", unit="image", disable=None, delay=1)
     for key, image in images:
         if image is None:
             continue
-        entry = metadata[key]
         start = without_suffix(image)
-        for column, extension in columns:
-            recorded = CaptionSource.parse(entry.get(column.source_key))
-            suffix = extension if recorded is None else recorded.suffix
-            try:
-                state = os.stat(start + suffix)  # noqa: PTH116
-            except (OSError, ValueError):  # no caption file, or no name for one
-                continue
-            is_as_recorded = (
-                state.st_mtime_ns <= since
-                if recorded is None
-                else (state.st_size, state.st_mtime_ns) == (recorded.size, recorded.modified)
-            )
-            if not is_as_recorded and stat.S_ISREG(state.st_mode):
-                yield Suspect(key, column, Path(start + suffix), suffix, recorded)
+        yield from suspects_beside(start, key, metadata[key], since, extensions)
+
+
+def suspects_beside(
+    start: str,
+    key: str,
+    entry: Entry,
+    since: int,
+    extensions: tuple[str, str] = _EXTENSIONS,
+    present: Container[str] | None = None,
+) -> Iterator[Suspect]:
+    """Yield the caption files of one image whose size or time is not the recorded one.
+
+    Their paths are `start` and a suffix; without record the time counts that is later than `since`. With `present`
+    only the suffixes in it are looked for, but for those of two dots.
+    """
+    for column, extension in zip((COLUMN_L, COLUMN_G), extensions, strict=True):
+        recorded = CaptionSource.parse(entry.get(column.source_key))
+        suffix = extension if recorded is None else recorded.suffix
+        if present is not None and suffix not in present and suffix.rfind(".") == 0:
+            continue
+        try:
+            state = os.stat(start + suffix)  # noqa: PTH116
+        except (OSError, ValueError):  # no caption file, or no name for one
+            continue
+        is_as_recorded = (
+            state.st_mtime_ns <= since
+            if recorded is None
+            else (state.st_size, state.st_mtime_ns) == (recorded.size, recorded.modified)
+        )
+        if not is_as_recorded and stat.S_ISREG(state.st_mode):
+            yield Suspect(key, column, Path(start + suffix), suffix, recorded)
 
 
 def _entries_of_new_images(

@@ -9,7 +9,7 @@ from library.data.caption_listing import texts_to_encode, unlistable_settings
 from library.data.caption_notices import words_of
 from library.data.caption_tokens import CaptionTokenizer
 from library.data.captions import first_text
-from library.data.training_set import TrainingImage
+from library.data.training_images import TrainingImage
 
 BIN = 25
 """Tokens in one bar of the histogram."""

@@ -8,9 +8,9 @@ from typing import NamedTuple
 from library.config.errors import listed
 from library.data.caption_draws import ENCODERS, Encoder
 from library.data.caption_rules import CaptionRules
-from library.data.captions import first_text
 from library.data.subsets import Subset
-from library.data.training_set import TrainingImage
+from library.data.training_columns import TrainingSet
+from library.data.training_images import TrainingImage
 from library.sdxl.prompt_weights import position_weights, weighted_token_ids
 from library.sdxl.tokenizers import CHUNK_TOKENS, PAD_G, PAD_L, in_chunks, token_ids
 
@@ -86,22 +86,23 @@ def cannot_be_cut(text: str, limit: int) -> bool:
     return len(text) <= limit and text.isascii() and "&" not in text
 
 
-def cut_captions(images: Sequence[TrainingImage], tokens: CaptionTokenizer) -> list[str]:
+def cut_captions(images: Iterable[TrainingImage], tokens: CaptionTokenizer) -> list[str]:
     """Return a sentence for each encoder whose captions do not all fit: how many, the longest ones, the remedy."""
+    training_set = TrainingSet.of(images)
     sentences = []
     for encoder in ENCODERS:
         cut: dict[str, tuple[int, int]] = {}
-        for image in images:
-            rules = image.subset.captions
-            own = rules.of(encoder)
-            text = first_text(image.captions, rules, encoder)
-            if cannot_be_cut(text, own.max_token_length):
+        rules = [subset.captions.of(encoder) for subset in training_set.subsets]
+        shortest = min((own.max_token_length for own in rules), default=0)
+        for row, text in enumerate(training_set.first_texts(encoder)):
+            if cannot_be_cut(text, shortest):
                 continue
+            own = rules[training_set.columns["subset_of"][row]]
             num_tokens = tokens.num_tokens(text, own)
             if num_tokens > own.max_token_length:
-                cut[image.key] = num_tokens, own.max_token_length
+                cut[training_set.texts["keys"][row]] = num_tokens, own.max_token_length
         if cut:
-            sentences.append(_sentence(encoder, cut, len(images)))
+            sentences.append(_sentence(encoder, cut, len(training_set)))
     return sentences
 
 

@@ -13,7 +13,7 @@ from library.data.caption_tokens import CaptionTokenizer, ReadText
 from library.data.captions import FinalTexts, final_texts
 from library.data.epoch_order import MicroBatch
 from library.data.text_cache import NO_TEXTS, CachedTexts
-from library.data.training_set import TrainingImage
+from library.data.training_images import TrainingImage
 from library.sdxl.text_encoding import EncodedText, TextWeights
 from library.sdxl.tokenizers import CHUNK_TOKENS, CaptionTokens
 

@@ -19,7 +19,9 @@ from library.data.image_keys import images_by_stem, resolve_image
 from library.data.image_sizes import ImageSizes
 from library.data.latent_cache import cache_path
 from library.data.latent_files import problem_of, report_buckets, report_names, vae_to_encode, write_latents
+from library.data.latent_index import index_path
 from library.data.latent_preparation import Encoding, joined_masks
+from library.data.latent_writing import Place
 from library.data.mask_files import with_masks
 from library.data.metadata import train_resolution
 from library.data.metadata_images import metadata_of
@@ -36,6 +38,7 @@ class _Wanted(NamedTuple):
     image: BucketedImage
     flip: bool
     present: Path
+    subset: Subset
 
     def joined(self, other: "_Wanted", file: Path) -> "_Wanted":
         """Return what serves both of two subsets: flipped and masked if one of them is. Raise `UserError` for none."""
@@ -44,7 +47,7 @@ class _Wanted(NamedTuple):
                 f"two subsets would write different latents to '{file}'.",
                 "Let them agree in resolution, buckets and resize_interpolation, or copy the folder.",
             )
-        return _Wanted(joined_masks(self.image, other.image), self.flip or other.flip, self.present)
+        return _Wanted(joined_masks(self.image, other.image), self.flip or other.flip, self.present, self.subset)
 
 
 def prepare_data_set(
@@ -64,11 +67,12 @@ def prepare_data_set(
     wanted: dict[Path, _Wanted] = {}
     for image, placed in _placed(found, problems):
         name = cache_path(image.path, image.assignment.bucket if placed.subset.names_bucket else None)
-        own = _Wanted(image, placed.subset.augmentation.flip_aug, placed.cache)
+        own = _Wanted(image, placed.subset.augmentation.flip_aug, placed.cache, placed.subset)
         wanted[name] = own.joined(wanted.get(name, own), name)
-    groups: dict[Encoding, dict[BucketedImage, Path]] = {}
+    groups: dict[Encoding, dict[BucketedImage, Place]] = {}
     for name, each in wanted.items():
-        groups.setdefault(replace(encoding, flip=each.flip), {})[each.image] = name
+        place = Place(name, index_path(each.subset), each.subset.image_dir)
+        groups.setdefault(replace(encoding, flip=each.flip), {})[each.image] = place
     present = {each.image: each.present for each in wanted.values()}
     vae, digest = vae_to_encode(model, vae_dtype)
     kept, written = write_latents(vae, digest, groups, present if skip_existing else {}, problems)

@@ -17,12 +17,14 @@ from library.config.errors import UserError
 from library.data.augmented_images import load_augmented
 from library.data.caption_draws import CaptionDraw, noise_seed
 from library.data.captioning import Captioning
+from library.data.columns import in_shared_memory
 from library.data.crops import Crop
 from library.data.epoch_order import EpochOrder, MicroBatch, StepPlaces
 from library.data.latent_preparation import pixels_to_tensor
 from library.data.loader_options import LoaderOptions
 from library.data.prefetch import prefetch
-from library.data.training_set import TrainingImage
+from library.data.training_columns import TrainingSet
+from library.data.training_images import TrainingImage
 from library.sdxl.device_copies import to_device
 from library.sdxl.sizes import Size
 from library.sdxl.text_encoding import EncodedText, TextWeights
@@ -70,7 +72,7 @@ class Batch(NamedTuple):
 
         torch's queue would share it in a thread that drops what it cannot share: training would wait for ever.
         """
-        return self._each(_shared)
+        return self._each(in_shared_memory)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         def changed(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -94,7 +96,7 @@ class CaptionedImages(Dataset[Batch]):
     """The training set by micro-batch: `dataset[micro_batch]` is its `Batch`. Works in spawned workers."""
 
     def __init__(self, images: Sequence[TrainingImage], captioning: Captioning):
-        self.images = images
+        self.images = TrainingSet.of(images)
         self._captioning = captioning
 
     def __len__(self) -> int:
@@ -197,16 +199,6 @@ def _prefetched(loader: DataLoader[Any], device: torch.device) -> Iterator[Batch
         yield batch
 
 
-def _shared(tensor: torch.Tensor) -> torch.Tensor:
-    try:
-        return tensor.share_memory_()
-    except RuntimeError as error:
-        raise UserError(
-            f"the shared memory (/dev/shm), through which worker processes hand over batches, is full ({error}).",
-            "Start the container with --shm-size=8g or --ipc=host, or pass --max_data_loader_n_workers=0.",
-        ) from error
-
-
 def _leave_signals_to_training(worker: int) -> None:
     """Ignore Ctrl-C and SIGTERM, which reach every process of a job: training stops first, then its workers."""
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -254,10 +246,9 @@ class _Visit(NamedTuple):
 
 def _visit(image: TrainingImage, draw: CaptionDraw, flip: bool) -> _Visit:
     if image.has_latents:
-        cached = image.read_latents()
-        latents = torch.from_numpy(np.ascontiguousarray(cached.in_direction(flipped=flip)))
-        mask = None if image.mask is None else cached.alpha_mask
-        return _Visit(latents, _top_left(image.crop, flip), _in_direction(mask, flip))
+        latents, mask = image.sample(flipped=flip)
+        sample = torch.from_numpy(np.ascontiguousarray(latents))
+        return _Visit(sample, _top_left(image.crop, flip), _in_direction(mask, flip))
     assert image.source is not None
     augmentation = image.subset.augmentation
     array, crop, mask = load_augmented(image.source, augmentation, draw)

@@ -13,7 +13,7 @@ from library.config.errors import UserError, error_of_problems, nearest
 from library.config.magnitudes import HEAVIEST
 from library.data.augmentation import RESIZE_INTERPOLATIONS
 from library.data.caption_options import CaptionOptions, level_problems
-from library.data.metadata import read_utf8
+from library.data.strict_json import read_utf8
 
 Check = Callable[[Any], bool]
 

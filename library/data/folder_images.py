@@ -6,7 +6,8 @@ from pathlib import Path
 from library.config.errors import UserError
 from library.data.cache_files import cache_finder
 from library.data.caption_files import entries_of_folder
-from library.data.found_images import FoundImage, require_usable
+from library.data.found_images import FoundImage, require_own_files, require_usable
+from library.data.image_columns import FoundBuilder, FoundImages
 from library.data.image_keys import is_file
 from library.data.images import read_size
 from library.data.latent_cache import bucket_of_cache, cache_path
@@ -32,22 +33,27 @@ def find_images_of_folder(subset: Subset) -> list[FoundImage]:
         )
         for file, entry in entries.items()
     ]
+    require_own_files(found, subset.image_dir)
     return require_usable(found, subset)
 
 
-def with_distinct_keys(found: Iterable[FoundImage]) -> list[FoundImage]:
+def with_distinct_keys(found: Iterable[FoundImage]) -> FoundImages:
     """Return the images, the prefix of their subset before each key.
 
     So a key, and all that is drawn for it, stays the same whatever subsets are added. Only what several data sets take
     from one folder for one resolution is numbered.
     """
+    images = FoundImages.of(found)
+    sources = {(subset.source, subset.image_dir) for subset in images.used_subsets}
+    if len(sources) == 1 and not any(subset.key_prefix for subset in images.used_subsets):
+        return images  # the keys of one file are different
     counts: dict[str, int] = {}
-    images = []
-    for image in found:
+    builder = FoundBuilder()
+    for image in images:
         key = f"{image.subset.key_prefix}{image.key}"
         counts[key] = number = counts.get(key, 0) + 1
-        images.append(image._replace(key=key if number == 1 else f"{key} ({number})", own_key=image.key))
-    return images
+        builder.add(image._replace(key=key if number == 1 else f"{key} ({number})", own_key=image.key))
+    return builder.built()
 
 
 def in_bucket(found: FoundImage) -> FoundImage:

@@ -14,7 +14,9 @@ from library.data.image_keys import images_of_keys, keys_of_images, same_path
 from library.data.images import read_size
 from library.data.latent_cache import cache_path
 from library.data.latent_files import problem_of, report_buckets, report_names, vae_to_encode, write_latents
+from library.data.latent_index import index_beside
 from library.data.latent_preparation import Encoding
+from library.data.latent_writing import Place
 from library.data.mask_files import masks_of
 from library.data.metadata import Metadata, is_reg, read_metadata, with_train_resolution, write_metadata
 from library.data.metadata_lines import is_lines
@@ -56,7 +58,8 @@ def prepare_folder(
     problems: list[str] = []
     images = dict(_assign(path_of, masks, rule, resize_interpolation, problems))
     cache_of = {image: cache_path(image.path) for image in images.values()}
-    kept, written = write_latents(vae, digest, {encoding: cache_of}, cache_of if skip_existing else {}, problems)
+    places = {image: Place(file, index_beside(out_json), folder) for image, file in cache_of.items()}
+    kept, written = write_latents(vae, digest, {encoding: places}, cache_of if skip_existing else {}, problems)
 
     prepared = {key: image for key, image in images.items() if image in kept | written}
     for key, image in prepared.items():

@@ -1,6 +1,6 @@
 """The images that the metadata asks for, as they were found: all that is wrong with them at once, and what is odd."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,7 +45,6 @@ def require_usable(found: Sequence[FoundImage], subset: Subset) -> list[FoundIma
     Raise one `UserError` that names every image that cannot be trained, as far as its first bytes tell.
     """
     in_json, folder = subset.source, subset.image_dir
-    _require_own_files(found, folder)
     problems: list[UserError] = []
     needs_pixels = subset.augmentation.changes_pixels
     missing = [image.key for image in found if image.file is None and (needs_pixels or not is_file(image.cache))]
@@ -86,36 +85,7 @@ def error_of_images(errors: Sequence[UserError]) -> UserError:
     )
 
 
-def notices(
-    found: Sequence[FoundImage], subset: Subset, by_stem: Mapping[str, Sequence[Path]], *, is_alone: bool
-) -> Iterator[str]:
-    """Yield what the user should know of images that can be trained; `is_alone` says that there are no others."""
-    folder, resolution = subset.image_dir, subset.rule.max_resolution
-    moved = [f"'{each.key}'" for each in found if is_found_by_name(each.key, each.file or each.cache, folder)]
-    if moved:
-        yield f"{len(moved)} keys are paths of another place; found by name in '{folder}': {listed(moved)}"
-    used = {image.file for image in found}
-    unused = [f"'{path.name}'" for paths in by_stem.values() for path in paths if path not in used]
-    if unused and is_alone:
-        yield f"{len(unused)} images of '{folder}' are not in the metadata and are not trained: {listed(unused)}"
-    prepared = [image.bucket for image in found if image.bucket is not None]
-    if not prepared:
-        return
-    new = [f"'{image.key}'" for image in found if image.bucket is None and not is_file(image.cache)]
-    if new:
-        yield (
-            f"{len(new)} images have no bucket, unlike the others, and are trained at the resolution "
-            f"{resolution}: {listed(new)}. Run prepare_buckets_latents.py again to prepare them."
-        )
-    largest = max(prepared, key=lambda bucket: bucket.area)
-    if not resolution.area / 2 < largest.area <= resolution.area:
-        yield (
-            f"the metadata was prepared for other sizes than the resolution {resolution}: its largest bucket is "
-            f"{largest}. Images are trained at the size that was prepared."
-        )
-
-
-def _require_own_files(found: Iterable[FoundImage], folder: Path) -> None:
+def require_own_files(found: Iterable[FoundImage], folder: Path) -> None:
     """Raise `UserError` if two images share a cache, or two keys an image that one of them does not name."""
     first_of: dict[Path, FoundImage] = {}
     for image in found:

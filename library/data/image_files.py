@@ -2,7 +2,10 @@
 
 import logging
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,13 +39,8 @@ def list_files(folder: Path, *, recursive: bool) -> Listing:
     Hidden files and folders (name starts with a dot) are left out. Links to folders are followed, but never round in
     circles. Raises `UserError` if the folder does not exist or cannot be read.
     """
-    try:
+    with _explained(folder):
         found = list(_walk(folder, recursive))
-    except OSError as error:
-        raise UserError(
-            f"cannot read the image folder '{error.filename or folder}': {error.strerror or error}.",
-            "Give the folder of the images.",
-        ) from error
     readable = readable_suffixes()
     images = [path for path in found if suffix_of(path) in readable]
     others = [path for path in found if suffix_of(path) not in readable]
@@ -50,6 +48,72 @@ def list_files(folder: Path, *, recursive: bool) -> Listing:
         used = {without_suffix(path) for path in images}
         others = [path for path in others if without_suffix(path) not in used]
     return Listing(*([Path(path) for path in sorted(paths, key=_as_posix)] for paths in (images, others)))
+
+
+class Suffixes(NamedTuple):
+    """The files of one name but for their suffixes: all of these, and those of images that can be read here or not."""
+
+    all: frozenset[str]
+    images: tuple[str, ...]
+    unreadable: tuple[str, ...]
+
+
+class FolderNames:
+    """The names in a folder and its subfolders, listed once: `folders` has the suffixes of each stem, by folder.
+
+    A folder is named with a separator at its end; the suffixes stand in one text, the same for all stems that have the
+    same. A million images take 200 MB less than as paths. Raise `UserError` as `list_files`.
+    """
+
+    def __init__(self, top: Path):
+        self.start = str(top / "_")[:-1]
+        self.folders: dict[str, dict[str, str]] = {self.start: {}}
+        readable, images = readable_suffixes(), suffixes_of_images()
+        with _explained(top):
+            for start, name in _files(top, recursive=True):
+                stem, dot, suffix = name.rpartition(".")
+                names = self.folders.setdefault(start, {})
+                if not dot:
+                    stem, suffix = name, ""
+                names[stem] = sys.intern(names.get(stem, "") + dot + suffix)
+
+        @cache
+        def described(suffixes: str) -> Suffixes:
+            found = tuple(f".{suffix}" for suffix in suffixes.split(".")[1:])
+            of_images = tuple(suffix for suffix in found if suffix.lower() in readable)
+            others = tuple(suffix for suffix in found if suffix.lower() in images and suffix not in of_images)
+            return Suffixes(frozenset(found), of_images, others)
+
+        self.described = described
+
+    def images(self) -> Iterator[str]:
+        """Yield the images that can be read, in no order."""
+        for start, names in self.folders.items():
+            for stem, suffixes in names.items():
+                for suffix in self.described(suffixes).images:
+                    yield f"{start}{stem}{suffix}"
+
+    def unreadable(self) -> list[Path]:
+        """Return the images that cannot be read and have no other of the same name, sorted."""
+        found = [
+            Path(f"{start}{stem}{suffix}")
+            for start, names in self.folders.items()
+            if any(self.described(suffixes).unreadable for suffixes in set(names.values()))
+            for stem, suffixes in names.items()
+            if not self.described(suffixes).images
+            for suffix in self.described(suffixes).unreadable
+        ]
+        return sorted(found, key=Path.as_posix)
+
+    def by_stem(self) -> dict[str, list[Path]]:
+        """Return what `images_by_stem` does."""
+        at_top: dict[str, list[Path]] = {}
+        below: dict[str, list[Path]] = {}
+        for path in sorted(self.images(), key=_as_posix):
+            start, name = os.path.split(path)
+            index = at_top if os.path.join(start, "") == self.start else below  # noqa: PTH118
+            index.setdefault(os.path.splitext(name)[0], []).append(Path(path))  # noqa: PTH122
+        return below | at_top
 
 
 def find_images(folder: Path, *, recursive: bool, may_recurse: bool = True) -> list[Path]:
@@ -85,14 +149,32 @@ def describe_unreadable(paths: Iterable[Path]) -> str:
     return " ".join(f"{listed(names)} cannot be read here. {remedy}" for remedy, names in by_remedy.items())
 
 
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot read the image folder '{error.filename or folder}': {error.strerror or error}.",
+            "Give the folder of the images.",
+        ) from error
+
+
 def _as_posix(path: str) -> str:
     return path.replace(os.sep, "/")
 
 
 def _walk(top: Path, recursive: bool) -> Iterator[str]:
+    suffixes = suffixes_of_images()
+    for start, name in _files(top, recursive):
+        if suffix_of(name) in suffixes:
+            yield start + name
+
+
+def _files(top: Path, recursive: bool) -> Iterator[tuple[str, str]]:
+    """Yield folder (with a separator at its end) and name of each file that is not hidden."""
     # A list of what is to come, not recursion: folders may lie deeper in one another than Python may call.
     waiting: list[tuple[Path, frozenset[Path]]] = [(top, frozenset())]
-    suffixes = suffixes_of_images()
     while waiting:
         folder, above = waiting.pop()
         here = above | {folder.resolve()}
@@ -103,8 +185,7 @@ def _walk(top: Path, recursive: bool) -> Iterator[str]:
                 if name.startswith("."):
                     continue
                 if not _is_folder(entry):
-                    if suffix_of(name) in suffixes:
-                        yield start + name
+                    yield start, name
                 elif recursive and (path := folder / name).resolve() not in here:
                     waiting.append((path, here))
 

@@ -1,7 +1,8 @@
 """The `.npz` of latents beside each image: the format of the 2023 trainer, and what it was made from."""
 
-import logging
-from collections.abc import Iterator
+import io
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,9 @@ from library.data.latent_arrays import (
     checked_mask,
     checked_size,
 )
-from library.data.stored_arrays import read_arrays
+from library.data.latent_index import PLACE
+from library.data.stored_arrays import StoredArrays, block_checksum, read_arrays, state_from
 from library.sdxl.sizes import LATENT_CHANNELS, PIXELS_PER_LATENT, Size
-
-log = logging.getLogger(__name__)
 
 _BYTES_AROUND = 3000  # names, sizes, digests
 
@@ -147,8 +147,11 @@ def cache_path(image: Path, bucket: Size | None = None) -> Path:
     return image.with_suffix(".npz") if bucket is None else image.with_name(f"{image.stem}_{bucket}.npz")
 
 
-def write_cache(path: Path, cached: CachedLatents) -> None:
-    """Write a cache file, whole or not at all; raise `UserError` where `path` cannot be written."""
+def write_cache(path: Path, cached: CachedLatents) -> np.ndarray:
+    """Write a cache file, whole or not at all, and return where in it the numbers lie, as `read_with_place` does.
+
+    Raise `UserError` where `path` cannot be written.
+    """
     arrays: dict[str, np.ndarray] = {
         "latents": cached.latents.astype(np.float32),
         "original_size": np.array(cached.original_size, dtype=np.int64),
@@ -168,18 +171,32 @@ def write_cache(path: Path, cached: CachedLatents) -> None:
         arrays["vae_blake2b"] = np.array(cached.vae_digest)
     if cached.resize_interpolation is not None:
         arrays["resize_interpolation"] = np.array(cached.resize_interpolation)
+    content = io.BytesIO()
+    # The stubs have no room for the arrays of savez between its keyword arguments.
+    np.savez(content, **arrays)  # type: ignore[arg-type]
     with replacing(path) as file:
-        # The stubs have no room for the arrays of savez between its keyword arguments.
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+        file.write(content.getbuffer())
+        file.flush()
+        state = state_from(os.fstat(file.fileno()))  # renaming does not change it
+    return _place_of(StoredArrays(content.getbuffer(), state), arrays)
 
 
-def read_cache(path: Path, *, warns: bool = False) -> CachedLatents:
-    """Return the content of a cache file, ours or that of another program.
+def read_cache(path: Path) -> CachedLatents:
+    """Return the content of a cache file, as `read_with_place` does."""
+    return read_with_place(path)[0]
+
+
+def read_with_place(path: Path, *, warns: bool = False) -> tuple[CachedLatents, np.ndarray | None]:
+    """Return the content of a cache file, ours or that of another program, and where in it the numbers lie.
+
+    The place is None if the file must be read whole.
 
     Raise `UserError` naming the file for damage, missing keys, wrong shapes, and latents that are NaN or Inf.
     """
     with _explained_damage(path):
-        return _from_arrays(read_arrays(path, LARGEST_MEMBERS, warns=warns))
+        arrays, stored = read_arrays(path, LARGEST_MEMBERS, warns=warns)
+        cached = _from_arrays(arrays)
+        return cached, None if stored is None else _place_of(stored, arrays)
 
 
 def cache_holds_mask(path: Path) -> bool:
@@ -215,12 +232,35 @@ def _explained_damage(path: Path) -> Iterator[None]:
         ) from error
 
 
+def _place_of(stored: StoredArrays, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return state, offsets and checksums of a file: of latents, flipped latents and mask; 0 for what is read whole."""
+    place = np.zeros((), PLACE)
+    place["state"] = stored.state
+    shape = arrays["latents"].shape
+    for number, (name, expected) in enumerate(
+        {"latents": shape, "latents_flipped": shape, "alpha_mask": shape[1:]}.items()
+    ):
+        if name in stored.names:
+            found = stored.place_of(name)
+            if (found.dtype, found.shape) == ("<f4", expected):
+                place["offsets"][number] = found.offset
+                place["checksums"][number] = block_checksum(arrays[name])
+    return place
+
+
 def read_fitting_cache(path: Path, image: Path | None, bucket: Size | None, demands: CacheDemands) -> CachedLatents:
-    """Return the content of the cache file of `image` if it fits; an `image` or `bucket` of None is not compared.
+    """Return the content of a cache file, as `read_fitting` does."""
+    return read_fitting(path, image, bucket, demands)[0]
+
+
+def read_fitting(
+    path: Path, image: Path | None, bucket: Size | None, demands: CacheDemands
+) -> tuple[CachedLatents, np.ndarray | None]:
+    """Return what `read_with_place` does if it fits; an `image` or `bucket` of None is not compared.
 
     Raise `UserError` naming the file for damage, as `read_cache`, and with every reason why it does not fit.
     """
-    cached = read_cache(path, warns=True)
+    cached, place = read_with_place(path, warns=True)
     image_digest = None
     if image is not None and demands.check_image and cached.is_ours:
         image_digest = file_digest(image)
@@ -230,7 +270,7 @@ def read_fitting_cache(path: Path, image: Path | None, bucket: Size | None, dema
             f"'{path}' does not fit: {' and '.join(reasons)}.",
             "Run prepare_buckets_latents.py again where the images are.",
         )
-    return cached
+    return cached, place
 
 
 def _from_arrays(arrays: dict[str, np.ndarray]) -> CachedLatents:

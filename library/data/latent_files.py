@@ -14,8 +14,9 @@ from tqdm import tqdm
 from library.config.errors import UserError
 from library.data.buckets import BucketedImage
 from library.data.images import UnusableImage
-from library.data.latent_cache import CacheDemands, read_fitting_cache, write_cache
+from library.data.latent_cache import CacheDemands, read_fitting
 from library.data.latent_preparation import Encoding, Outcome, encode_images, require_disk_for_latents
+from library.data.latent_writing import IndexedFiles, Place
 from library.sdxl.latents import vae_digest
 from library.sdxl.model_source import load_vae
 
@@ -38,25 +39,41 @@ def vae_to_encode(model: str, dtype: str) -> tuple[AutoencoderKL, str]:
 def write_latents(
     vae: AutoencoderKL,
     digest: str,
-    groups: Mapping[Encoding, Mapping[BucketedImage, Path]],
+    groups: Mapping[Encoding, Mapping[BucketedImage, Place]],
     present: Mapping[BucketedImage, Path],
     problems: list[str],
 ) -> tuple[set[BucketedImage], set[BucketedImage]]:
     """Write the latents of every image to its file; return the images whose latents are kept, and those written.
 
-    `groups` holds the images that are encoded alike, each with the file to write. The files of `present` are kept
-    where they were made from this image, VAE and bucket. What cannot be encoded is added to `problems`.
+    `groups` holds the images that are encoded alike, each with the file to write and the index that has its entry. The
+    files of `present` are kept where they were made from this image, VAE and bucket. What cannot be encoded is added to
+    `problems`.
     """
+    files = IndexedFiles({image: place for places in groups.values() for image, place in places.items()})
+    try:
+        return _kept_and_written(vae, digest, groups, present, problems, files)
+    finally:
+        files.save_index()
+
+
+def _kept_and_written(
+    vae: AutoencoderKL,
+    digest: str,
+    groups: Mapping[Encoding, Mapping[BucketedImage, Place]],
+    present: Mapping[BucketedImage, Path],
+    problems: list[str],
+    files: IndexedFiles,
+) -> tuple[set[BucketedImage], set[BucketedImage]]:
     to_check = [(image, encoding) for encoding, cache_of in groups.items() for image in cache_of if image in present]
-    kept = set(_still_fitting(to_check, present, digest))
+    own = {image: place.file for places in groups.values() for image, place in places.items()}
+    kept = set(_still_fitting(to_check, present, digest, own, files))
     to_encode = {encoding: [image for image in cache_of if image not in kept] for encoding, cache_of in groups.items()}
     _require_disk(to_encode)
     outcomes = chain.from_iterable(
         encode_images(images, vae, encoding, vae_digest=digest) for encoding, images in to_encode.items() if images
     )
-    file_of = {image: file for cache_of in groups.values() for image, file in cache_of.items()}
     total = sum(map(len, to_encode.values()))
-    return kept, set(_written(tqdm(outcomes, "encoding", total, unit="image"), file_of, problems))
+    return kept, set(_written(tqdm(outcomes, "encoding", total, unit="image"), files, problems))
 
 
 def problem_of(path: Path, error: UserError) -> str:
@@ -76,7 +93,11 @@ def _require_disk(to_encode: Mapping[Encoding, Iterable[BucketedImage]]) -> None
 
 
 def _still_fitting(
-    to_check: Sequence[tuple[BucketedImage, Encoding]], file_of: Mapping[BucketedImage, Path], digest: str
+    to_check: Sequence[tuple[BucketedImage, Encoding]],
+    file_of: Mapping[BucketedImage, Path],
+    digest: str,
+    own: Mapping[BucketedImage, Path],
+    files: IndexedFiles,
 ) -> Iterator[BucketedImage]:
     for image, encoding in tqdm(to_check, "checking latents", unit="image", disable=not to_check):
         path = file_of[image]
@@ -91,20 +112,20 @@ def _still_fitting(
         if not path.is_file():
             continue
         try:
-            read_fitting_cache(path, image.path, image.assignment.bucket, demands)
+            cached, place = read_fitting(path, image.path, image.assignment.bucket, demands)
+            if path == own[image]:
+                files.keep(image, cached, place)
             yield image
         except UserError as error:
             log.warning("%s It is encoded again.", error.problem)
 
 
-def _written(
-    outcomes: Iterable[Outcome], cache_of: Mapping[BucketedImage, Path], problems: list[str]
-) -> Iterator[BucketedImage]:
+def _written(outcomes: Iterable[Outcome], files: IndexedFiles, problems: list[str]) -> Iterator[BucketedImage]:
     for outcome in outcomes:
         if outcome.cached is None:
             problems.append(str(outcome.error))
             continue
-        write_cache(cache_of[outcome.image], outcome.cached)
+        files.write(outcome.image, outcome.cached)
         yield outcome.image
         if outcome.redone_in_float32:
             log.warning("'%s' gave NaN or Inf in the VAE's precision and was encoded in float32.", outcome.image.path)

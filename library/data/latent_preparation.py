@@ -3,10 +3,10 @@
 import logging
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,10 +21,14 @@ from library.config.errors import UserError
 from library.data.buckets import BucketedImage
 from library.data.crops import crop_to_record
 from library.data.found_images import error_of_images
-from library.data.latent_cache import CachedLatents, cache_bytes, cache_path, write_cache
+from library.data.latent_cache import CachedLatents, cache_bytes, cache_path
+from library.data.latent_index import index_path
+from library.data.latent_writing import IndexedFiles, Place
 from library.data.masks import black_mask, load_masked, mask_digest
 from library.data.prefetch import prefetch
-from library.data.training_set import TrainingImage
+from library.data.subsets import Subset
+from library.data.training_columns import NONE, TrainingSet
+from library.data.training_images import KeptLatents, TrainingImage
 from library.data.training_set_options import TrainingSetOptions
 from library.sdxl.latents import encode_pixels_finite, vae_digest
 from library.sdxl.sizes import Size
@@ -56,12 +60,6 @@ class Outcome(NamedTuple):
     redone_in_float32: bool = False
 
 
-class _Encoded(NamedTuple):
-    latents: Path | CachedLatents
-    content_digest: str
-    mask_digest: str | None
-
-
 class _Loaded(NamedTuple):
     pixels: np.ndarray  # uint8 (H, W, 3)
     mask: np.ndarray | None  # float32 (h, w)
@@ -83,42 +81,52 @@ def require_disk_for_latents(folder: Path, images: Iterable[BucketedImage], enco
 
 
 def encode_missing(
-    images: Sequence[TrainingImage], vae: AutoencoderKL, options: TrainingSetOptions, *, digest: str | None = None
-) -> list[TrainingImage]:
+    images: Iterable[TrainingImage], vae: AutoencoderKL, options: TrainingSetOptions, *, digest: str | None = None
+) -> TrainingSet:
     """Return the images with latents, in memory or on disk as the options ask, unless their pixels change.
 
     `digest` is the VAE's, to record in the caches (None: computed from the weights as they are held). Raises
     `UserError` naming the images that cannot be encoded.
     """
-    lacking = [image for image in images if not image.has_latents and not image.subset.augmentation.changes_pixels]
-    source_of = _sources_of(lacking, on_disk=options.cache_latents_to_disk)
-    sources = list(dict.fromkeys(source_of.values()))
-    subset_of = {source_of[image.source]: image.subset for image in lacking if image.source is not None}
-    flip = any(image.subset.augmentation.flip_aug for image in lacking)
+    training_set = TrainingSet.of(images)
+    rows = np.flatnonzero(training_set.columns["where"] == NONE).tolist()
+    lacking = {row: image for row in rows if not (image := training_set[row]).subset.augmentation.changes_pixels}
+    if not lacking:
+        return training_set
+    source_of = _sources_of(lacking.values(), on_disk=options.cache_latents_to_disk)
+    subset_of = {source_of[image.source]: image.subset for image in lacking.values() if image.source is not None}
+    flip = any(image.subset.augmentation.flip_aug for image in lacking.values())
     encoding = Encoding(options.vae_batch_size, flip=flip, legacy_crop=options.legacy_crop_coords)
+    keep: Callable[[BucketedImage, CachedLatents], KeptLatents] = _in_memory
+    files: IndexedFiles | None = None
     if options.cache_latents_to_disk:
         for folder in {subset.image_dir for subset in subset_of.values()}:
-            of_folder = [source for source in sources if subset_of[source].image_dir == folder]
+            of_folder = [source for source, subset in subset_of.items() if subset.image_dir == folder]
             require_disk_for_latents(folder, of_folder, encoding)
-    outcomes = encode_images(sources, vae, encoding, vae_digest=digest or vae_digest(vae))
-    encoded: dict[BucketedImage, _Encoded] = {}
+        files = IndexedFiles({source: _place_of(source, subset) for source, subset in subset_of.items()})
+        keep = files.write
+    encoded: dict[BucketedImage, KeptLatents] = {}
     errors: list[UserError] = []
-    for outcome in tqdm(outcomes, "encoding latents", len(sources), unit="image", disable=None if sources else True):
-        if outcome.error is not None:
-            errors.append(outcome.error)
-            continue
-        if outcome.redone_in_float32:
-            log.warning("'%s': NaN in the VAE's precision, encoded in float32.", outcome.image.path)
-        assert outcome.cached is not None
-        latents: Path | CachedLatents = outcome.cached
-        if options.cache_latents_to_disk:
-            names_bucket = subset_of[outcome.image].names_bucket
-            latents = cache_path(outcome.image.path, outcome.image.assignment.bucket if names_bucket else None)
-            write_cache(latents, outcome.cached)
-        encoded[outcome.image] = _Encoded(latents, outcome.cached.content_digest, outcome.cached.mask_digest)
+    try:
+        outcomes = encode_images(list(subset_of), vae, encoding, vae_digest=digest or vae_digest(vae))
+        for outcome in tqdm(
+            outcomes, "encoding latents", len(subset_of), unit="image", disable=None if subset_of else True
+        ):
+            if outcome.cached is None:
+                assert outcome.error is not None
+                errors.append(outcome.error)
+                continue
+            if outcome.redone_in_float32:
+                log.warning("'%s': NaN in the VAE's precision, encoded in float32.", outcome.image.path)
+            encoded[outcome.image] = keep(outcome.image, outcome.cached)
+    finally:
+        if files is not None:
+            files.save_index()
     if errors:
         raise error_of_images(errors)
-    return [_with_latents(image, source_of, encoded) for image in images]
+    return training_set.with_latents(
+        {row: encoded[source_of[image.source]] for row, image in lacking.items() if image.source is not None}
+    )
 
 
 def _sources_of(images: Iterable[TrainingImage], *, on_disk: bool) -> dict[BucketedImage, BucketedImage]:
@@ -144,15 +152,13 @@ def joined_masks(first: BucketedImage, second: BucketedImage) -> BucketedImage:
     return first if second.mask is None else second
 
 
-def _with_latents(
-    image: TrainingImage,
-    source_of: Mapping[BucketedImage, BucketedImage],
-    encoded: Mapping[BucketedImage, _Encoded],
-) -> TrainingImage:
-    if image.source is None or image.has_latents or image.subset.augmentation.changes_pixels:
-        return image
-    latents, content_digest, mask_digest = encoded[source_of[image.source]]
-    return replace(image, latents=latents, content_digest=content_digest, mask_digest=mask_digest)
+def _place_of(source: BucketedImage, subset: Subset) -> Place:
+    file = cache_path(source.path, source.assignment.bucket if subset.names_bucket else None)
+    return Place(file, index_path(subset), subset.image_dir)
+
+
+def _in_memory(image: BucketedImage, cached: CachedLatents) -> KeptLatents:
+    return KeptLatents(cached, cached.content_digest, cached.mask_digest)
 
 
 def encode_images(

@@ -1,7 +1,7 @@
 """The metadata file, JSON or JSONL: the key of each image with its captions and its training size."""
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from library.config.errors import UserError, error_of_errors, listed
 from library.config.magnitudes import HEAVIEST
 from library.data.captions import CaptionPair, variants_of
 from library.data.metadata_lines import is_lines, read_lines, write_lines
-from library.data.strict_json import decoded_utf8, parse_json, pieces_of_json, shown
+from library.data.strict_json import pieces_of_json, shown, stream_json
 from library.sdxl.sizes import MAX_ASPECT, MAX_SIDE, MIN_SIDE, PIXELS_PER_LATENT, Size
 
 Entry = dict[str, Any]
@@ -56,18 +56,37 @@ def read_metadata(path: Path) -> Metadata:
     image key (or line) and what was expected: for a file that cannot be read or is not UTF-8 (a byte-order mark is
     fine), broken JSON, a key that occurs twice in one object, and values of the wrong kind.
     """
+    metadata: Metadata = {}
+    for number, key, entry in entries_in(path):
+        if key in metadata:
+            where, what = f"'{path}'", f"the key '{key}' occurs twice in one object"
+            if number is not None:
+                where, what = f"'{path}', line {number}", f"an earlier line has the same image path '{key}'"
+            raise UserError(f"{where}: {what}.", "Remove or rename one of the two.")
+        metadata[key] = entry
+    return metadata
+
+
+def entries_in(path: Path) -> Iterator[tuple[int | None, str, Entry]]:
+    """Yield line (in a file of lines), key and entry of each image, without holding the file in memory.
+
+    A key that comes twice is yielded twice; else raise as `read_metadata`.
+    """
     if is_lines(path):
-        return _from_lines(path)
-    content = parse_json(
-        read_utf8(path, if_missing="Check the path, or make it with the merge scripts of finetune/."),
-        f"'{path}'",
-        "or run the merge scripts again; a file with one object a line ends in .jsonl",
-    )
-    if not isinstance(content, dict):
-        raise UserError(f"'{path}': expected an object of image keys, got {shown(content)}.", "Pass a metadata file.")
-    for key, entry in content.items():
-        check_entry(entry, where=f"'{path}', image '{key}'")
-    return content
+        for number, key, entry in read_lines(path):
+            check_entry(entry, f"'{path}', line {number}")
+            yield number, key, entry
+        return
+    remedy = "or run the merge scripts again; a file with one object a line ends in .jsonl"
+    missing = "Check the path, or make it with the merge scripts of finetune/."
+    pairs = stream_json(path, remedy, if_missing=missing)
+    for key, entry in pairs:
+        try:
+            check_entry(entry, path, key)
+        except UserError:
+            deque(pairs, maxlen=0)  # broken JSON further on explains it better
+            raise
+        yield None, key, entry
 
 
 def write_metadata(path: Path, metadata: Mapping[str, Entry]) -> None:
@@ -150,22 +169,13 @@ def _error_without_caption(
     )
 
 
-def sentence_of_sources(metadata: Mapping[str, Entry], *, one_caption: bool = False) -> str | None:
-    """Return where captions are from: "812 images: L from 'tags', G from 'caption'".
+Sources = tuple[str | None, str | None]
+"""The keys from which the captions of L and G are read, None for one that is missing."""
 
-    Return None where all are from the keys of L and G.
-    """
-    sources = Counter(
-        (_source(entry, COLUMN_L, one_caption=one_caption), _source(entry, COLUMN_G, one_caption=one_caption))
-        for entry in metadata.values()
-    )
-    if sources.keys() <= {(COLUMN_L.metadata_key, COLUMN_G.metadata_key)}:
-        return None
-    parts = []
-    for (source_l, source_g), count in sources.most_common():
-        origin = f"L and G from {source_l}" if one_caption else f"L from '{source_l}', G from '{source_g}'"
-        parts.append(f"{count} images: {origin}")
-    return "; ".join(parts)
+
+def sources_of(entry: Entry, *, one_caption: bool = False) -> Sources:
+    """Return from which keys the captions of an entry are."""
+    return _source(entry, COLUMN_L, one_caption=one_caption), _source(entry, COLUMN_G, one_caption=one_caption)
 
 
 def loss_weight(entry: Entry) -> float:
@@ -191,26 +201,6 @@ def train_resolution(entry: Entry) -> Size | None:
 def with_train_resolution(entry: Entry, size: Size) -> Entry:
     """Return a copy of `entry` with its bucket."""
     return {**entry, TRAIN_RESOLUTION: list(size)}
-
-
-def read_utf8(path: Path, if_missing: str = "Check the path.") -> str:
-    """Return the text without a byte-order mark, line ends as "\\n"."""
-    try:
-        return decoded_utf8(path.read_bytes(), path)
-    except OSError as error:
-        remedy = if_missing if isinstance(error, FileNotFoundError) else "Check the path."
-        raise UserError(f"cannot read '{path}': {error.strerror or error}.", remedy) from error
-
-
-def _from_lines(path: Path) -> Metadata:
-    metadata: Metadata = {}
-    for number, key, entry in read_lines(path):
-        where = f"'{path}', line {number}"
-        if key in metadata:
-            raise UserError(f"{where}: an earlier line has the same image path '{key}'.", "Remove one of the two.")
-        check_entry(entry, where)
-        metadata[key] = entry
-    return metadata
 
 
 def _source(entry: Entry, column: CaptionColumn, *, one_caption: bool) -> str | None:
@@ -256,8 +246,13 @@ def _is_caption(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(isinstance(text, str) for text in value))
 
 
-def check_entry(entry: Any, where: str) -> None:
-    """Raise `UserError`, naming the place `where`, for an entry with captions or values of the wrong kind."""
+def check_entry(entry: Any, where: str | Path, key: str | None = None) -> None:
+    """Raise `UserError` for an entry with captions or values of the wrong kind, naming the place `where`.
+
+    That is a text, or the file that has the entry under `key`.
+    """
+    if key is not None:
+        where = f"'{where}', image '{key}'"
     if not isinstance(entry, dict):
         raise UserError(f"{where}: expected an object of captions, got {shown(entry)}.", "Correct the entry.")
     for key in (COLUMN_L.metadata_key, COLUMN_G.metadata_key):

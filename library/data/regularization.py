@@ -32,11 +32,16 @@ def balanced_repeats(repeats: Sequence[int], num_visits: int) -> list[int]:
 
 def repeats_of(images: Sequence[OfSubset]) -> list[int]:
     """Return the repeats of each image in an epoch: those of its subset, regularization images balanced."""
-    repeats = [image.subset.num_repeats for image in images]
-    for dataset in {image.subset.dataset for image in images if image.subset.is_reg}:
-        members = [i for i, image in enumerate(images) if image.subset.dataset == dataset]
-        regular = [i for i in members if images[i].subset.is_reg]
-        num_visits = sum(repeats[i] for i in members if not images[i].subset.is_reg)
+    return repeats_in([image.subset for image in images])
+
+
+def repeats_in(subsets: Sequence[Subset]) -> list[int]:
+    """Return what `repeats_of` does, of the subset of each image."""
+    repeats = [subset.num_repeats for subset in subsets]
+    for dataset in {subset.dataset for subset in subsets if subset.is_reg}:
+        members = [i for i, subset in enumerate(subsets) if subset.dataset == dataset]
+        regular = [i for i in members if subsets[i].is_reg]
+        num_visits = sum(repeats[i] for i in members if not subsets[i].is_reg)
         for i, number in zip(regular, balanced_repeats([repeats[i] for i in regular], num_visits), strict=True):
             repeats[i] = number
     return repeats

@@ -35,21 +35,33 @@ class Place(NamedTuple):
     shape: tuple[int, ...]
 
 
+def state_from(stat: os.stat_result) -> tuple[int, int, int]:
+    """Return size, time in nanoseconds and inode of a file, by which it is known again.
+
+    The inode is 0 but where the time is a whole second: archives set such times, and many files have the same one.
+    """
+    is_coarse = stat.st_mtime_ns % 1_000_000_000 == 0
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino if is_coarse else 0
+
+
 class StoredArrays:
-    """The arrays of an `.npz` file that was read whole; `names` are those of its members.
+    """The arrays of the bytes of an `.npz` file, which had a state when they were read.
 
     Raise `NotStored` for a file that is compressed, damaged or laid out in another way than NumPy's `savez` does:
     `numpy.load` reads it, or says what is wrong with it.
     """
 
-    def __init__(self, path: Path):
-        with path.open("rb", buffering=0) as file:
-            self._data = memoryview(file.readall() or b"")
-            state = os.fstat(file.fileno())
-        self.num_bytes, self.modified = state.st_size, state.st_mtime_ns
+    def __init__(self, data: bytes | memoryview, state: tuple[int, int, int]):
+        self._data = memoryview(data)
+        self.state = state
         self._members = _members(self._data)
-        if len(self._data) != self.num_bytes:
-            raise NotStored("it changes while it is read")
+
+    @classmethod
+    def read(cls, path: Path) -> "StoredArrays":
+        """Return the arrays of a file. Raise `OSError` if it cannot be read."""
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123
+            state = state_from(os.fstat(file.fileno()))
+            return cls(file.readall() or b"", state)
 
     @property
     def names(self) -> set[str]:
@@ -89,19 +101,61 @@ class NotStored(ValueError):
     """The file is not laid out as `StoredArrays` reads it."""
 
 
-def read_arrays(path: Path, largest: Mapping[str, int], *, warns: bool = False) -> dict[str, np.ndarray]:
-    """Return the arrays of a file that `largest` names, each of at most so many bytes.
+_BLOCK = 512
+_WORDS = _BLOCK // 8
+
+
+def block_checksum(numbers: np.ndarray) -> int:
+    """Return the CRC-32 of the sums of each 512 bytes, as numbers of 64 bits, and of what is left.
+
+    No change within 8 bytes keeps it, nor blocks that change places. It takes a fifth of the time of a CRC-32 of all.
+    """
+    content = np.ascontiguousarray(numbers).reshape(-1).view(np.uint8)
+    whole = len(content) - len(content) % _BLOCK
+    sums = content[:whole].view(np.uint64).reshape(-1, _WORDS).sum(axis=1)
+    return zlib.crc32(content[whole:].data, zlib.crc32(sums.data))
+
+
+def read_at(path: Path, place: np.ndarray, wanted: Mapping[int, tuple[int, ...]]) -> list[np.ndarray] | None:
+    """Return numbers of float32 from the offsets of a place that `wanted` names, each of a shape.
+
+    None if an offset is 0, if the file's size or time is not that of `place`, if a checksum is not, or if it is gone.
+    That costs a tenth of reading the file with its table, and no more than the bytes of these arrays.
+    """
+    offsets, checksums = place["offsets"].tolist(), place["checksums"].tolist()
+    arrays = []
+    try:
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123  # of a visit: a third of the time of Path.open
+            if state_from(os.fstat(file.fileno())) != place["state"].item():
+                return None
+            for number, shape in wanted.items():
+                numbers, offset = np.empty(shape, np.float32), offsets[number]
+                if not offset or file.seek(offset) != offset or file.readinto(numbers.data.cast("B")) != numbers.nbytes:
+                    return None
+                if block_checksum(numbers) != checksums[number]:
+                    return None
+                arrays.append(numbers)
+    except OSError:  # whoever reads the whole file says why
+        return None
+    return arrays
+
+
+def read_arrays(
+    path: Path, largest: Mapping[str, int], *, warns: bool = False
+) -> tuple[dict[str, np.ndarray], StoredArrays | None]:
+    """Return the arrays of a file that `largest` names, each of at most so many bytes, and the file if they are stored.
 
     With `warns` large ones that it does not name are reported. Raise `ValueError` for one that is larger, and as
     `numpy.load` for what is damaged.
     """
     try:
-        stored = StoredArrays(path)
-        return _known(path, stored, {name: stored.num_bytes_of(name) for name in stored.names}, largest, warns=warns)
+        stored = StoredArrays.read(path)
+        sizes = {name: stored.num_bytes_of(name) for name in stored.names}
+        return _known(path, stored, sizes, largest, warns=warns), stored
     except NotStored:  # of another program, or damaged: NumPy reads it, or says what is wrong with it
         with np.load(path, allow_pickle=False) as file:
             sizes = {info.filename.removesuffix(".npy"): info.file_size for info in file.zip.infolist()}
-            return _known(path, file, sizes, largest, warns=warns)
+            return _known(path, file, sizes, largest, warns=warns), None
 
 
 def _known(

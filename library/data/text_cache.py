@@ -18,7 +18,7 @@ from library.data.caption_draws import Encoder
 from library.data.caption_listing import texts_to_encode
 from library.data.caption_rules import CaptionRules
 from library.data.caption_tokens import CaptionTokenizer
-from library.data.training_set import TrainingImage
+from library.data.training_images import TrainingImage
 from library.sdxl.tensor_file import TensorToWrite, open_tensors, raw_bytes, write_safetensors
 from library.sdxl.text_encoding import EncodedText, encode_g, encode_l, text_encoder_digest
 from library.sdxl.tokenizers import CHUNK_TOKENS, CaptionTokens

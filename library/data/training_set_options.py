@@ -126,6 +126,11 @@ class TrainingSetOptions:
         "As --cache_text_encoder_outputs, but write the outputs to the folder text_encoder_outputs in "
         "--train_data_dir, or beside --dataset_config. With a form for one encoder, write the outputs of that one.",
     )
+    check_latents: bool = option(
+        False,
+        "Read all latents, and the images beside them, to see whether they still fit. Otherwise only those whose files "
+        "have another size or time than when they were read last.",
+    )
     skip_cache_check: bool = option(False, "Trust each .npz without reading its image to see whether it still fits.")
     legacy_crop_coords: bool = option(
         False, "Use the crop coordinates of kohya's trainers (wrong axis), to continue a model trained with them."
@@ -179,6 +184,8 @@ class TrainingSetOptions:
             parse_resolution(self.resolution)
         except UserError as error:
             yield f"--resolution: {error}"
+        if self.check_latents and self.skip_cache_check:
+            yield "--check_latents and --skip_cache_check exclude each other: leave one of them out."
         yield from self._augmentation_problems()
 
     def _dataset_config_problems(self) -> Iterator[str]:

@@ -5,12 +5,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
+
 from library.config.digests import digest
 from library.config.errors import UserError, listed
 from library.data.augmentation import Augmentation
 from library.data.caption_rules import CaptionRules, PairRules
 from library.data.captions import CaptionPair, first_text
 from library.data.found_images import FoundImage
+from library.data.image_columns import FoundImages
 from library.data.subsets import Subset
 
 log = logging.getLogger(__name__)
@@ -21,8 +24,8 @@ _HASH_BYTES = 8
 class Split(NamedTuple):
     """The images that are trained, in their order, and those that are not, in the order of their hashes."""
 
-    training: list[FoundImage]
-    held_out: list[FoundImage]
+    training: FoundImages
+    held_out: FoundImages
 
 
 def place(seed: int, key: str) -> float:
@@ -38,13 +41,13 @@ def split_off(found: Sequence[FoundImage], *, trains: bool = True) -> Split:
     images are trained. Raise `UserError` if a subset has a split and nothing is on one of the sides; without `trains`
     only if nothing is held out.
     """
-    if not any(image.subset.validation_split for image in found):
-        return Split(list(found), [])
-    training: list[FoundImage] = []
-    held_out: list[FoundImage] = []
-    for image in found:
-        (held_out if _is_held_out(image) else training).append(image)
-    nothing_to_train = trains and all(image.subset.is_reg for image in training)
+    images = FoundImages.of(found)
+    if not any(subset.validation_split for subset in images.used_subsets):
+        return Split(images, FoundImages.of([]))
+    is_held_out = np.fromiter(map(_is_held_out, images), bool, len(images))
+    training = images.take(np.flatnonzero(~is_held_out))
+    held_out = [images[row] for row in np.flatnonzero(is_held_out).tolist()]
+    nothing_to_train = trains and all(subset.is_reg for subset in training.used_subsets)
     if nothing_to_train or not held_out:
         splits = listed(sorted({f"{image.subset.validation_split:g}" for image in found if not image.subset.is_reg}))
         raise UserError(
@@ -54,7 +57,7 @@ def split_off(found: Sequence[FoundImage], *, trains: bool = True) -> Split:
         )
     _warn_of_images_on_both_sides(training, held_out)
     held_out.sort(key=lambda image: (_place_of(image), image.key))
-    return Split(training, [without_chance(image) for image in held_out])
+    return Split(training, FoundImages.of(map(without_chance, held_out)))
 
 
 def without_chance(image: FoundImage) -> FoundImage:

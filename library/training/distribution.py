@@ -124,7 +124,7 @@ def require_alike(accelerator: Accelerator, what: str, mine: Mapping[str, str]) 
     """Raise `SharedError` naming what differs unless `mine` is the same in all processes, each of which calls it."""
     if accelerator.num_processes == 1:
         return
-    fingerprints = gathered([digest([json.dumps(mine).encode()], 8).hex()])
+    fingerprints = gathered([digest([json.dumps(dict(mine)).encode()], 8).hex()])
     if len(set(fingerprints)) == 1:
         return
     others = gathered([dict(mine)])  # only now: of a million images it is long

@@ -20,9 +20,14 @@ from library.data.captioning import Captioning
 from library.data.captions import FinalTexts, final_texts
 from library.data.epoch_order import MicroBatch
 from library.data.folder_images import in_bucket
+from library.data.found_images import FoundImage
+from library.data.image_columns import FoundImages
 from library.data.latent_cache import cache_bytes, read_fitting_cache
+from library.data.latents_of_set import cache_demands
 from library.data.text_cache import FOLDER_NAME, tokens_digest
-from library.data.training_set import FoundImage, TrainingImage, cache_demands, find_training_images
+from library.data.training_columns import TrainingSet
+from library.data.training_images import TrainingImage
+from library.data.training_set import find_training_images
 from library.sdxl.latents import vae_digest
 from library.sdxl.model_source import load_vae
 from library.training.dry_run_facts import ImageFacts, ReadCaption, SetFacts, Visit
@@ -49,7 +54,7 @@ def dry_run(options: TrainingOptions) -> int:
     assert source is not None  # checked by problems()
     digest = vae_digest(load_vae(source, None))
     images = read_images(options.training_set, found, digest)
-    tokens = tokenizer_for(image.subset for image in images)
+    tokens = tokenizer_for(images.used_subsets)
     seed = _SEED_IF_NONE if options.run.seed is None else options.run.seed
     preview = _Preview(options, found, images, tokens, seed, digest, cached)
     facts = preview.of_set()
@@ -81,8 +86,8 @@ class _Preview:
     def __init__(
         self,
         options: TrainingOptions,
-        found: Sequence[FoundImage],
-        images: Sequence[TrainingImage],
+        found: FoundImages,
+        images: TrainingSet,
         tokens: CaptionTokenizer,
         seed: int,
         vae_digest: str,

@@ -10,9 +10,8 @@ from pathlib import Path
 from library.config.errors import UserError
 from library.data.caption_draws import ENCODERS, Encoder
 from library.data.caption_rules import PairRules, described_rules
-from library.data.captions import first_text
 from library.data.subsets import Subset
-from library.data.training_set import TrainingImage
+from library.data.training_columns import TrainingSet
 from library.samples.picture_files import SAMPLE_FOLDER, newest_pictures
 from library.sdxl.model_spec import NO_THUMBNAIL, model_spec
 from library.sdxl.prediction import FLOW, VELOCITY, Prediction
@@ -53,7 +52,7 @@ _SHOWN_RULES = frozenset(f"caption_dropout_rate{suffix}" for suffix in ("", "_l"
 def header_maker(
     options: TrainingOptions,
     subsets: Sequence[Subset],
-    images: Sequence[TrainingImage],
+    images: TrainingSet,
     plan: Plan,
     progress: Progress,
     prediction: Prediction,
@@ -127,7 +126,7 @@ def _newest_sample(options: TrainingOptions, progress: Progress) -> str | None:
 def _notes(
     options: TrainingOptions,
     subsets: Sequence[Subset],
-    images: Sequence[TrainingImage],
+    images: TrainingSet,
     plan: Plan,
     progress: Progress,
 ) -> Iterator[tuple[str, str]]:
@@ -162,7 +161,7 @@ def _rate(own: float | None, otherwise: float, *, is_trained: bool) -> float:
     return (otherwise if own is None else own) if is_trained else 0.0
 
 
-def _notes_on_captions(subsets: Sequence[Subset], images: Sequence[TrainingImage]) -> Iterator[tuple[str, str]]:
+def _notes_on_captions(subsets: Sequence[Subset], images: TrainingSet) -> Iterator[tuple[str, str]]:
     """Yield which captions each encoder reads, what changes them, and their most frequent tags."""
     yield "ss_one_caption", str(_one_caption(subsets))
     for encoder, source in caption_sources(subsets).items():
@@ -189,10 +188,9 @@ def _source_of(subset: Subset, encoder: Encoder) -> str:
     return f"*{subset.extension_l if encoder == 'l' else subset.extension_g}"
 
 
-def _frequent_tags(images: Sequence[TrainingImage], encoder: Encoder) -> dict[str, int]:
+def _frequent_tags(images: TrainingSet, encoder: Encoder) -> dict[str, int]:
     count: Counter[str] = Counter()
-    for image in images:
-        text = first_text(image.captions, image.subset.captions, encoder)
+    for text in images.first_texts(encoder):
         count.update(tag.strip() for tag in text.split(",") if tag.strip())
     return dict(count.most_common(MOST_TAGS))
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
@@ -19,12 +20,15 @@ from library.data.caption_tokens import CaptionTokenizer, cut_captions, tokenize
 from library.data.captioning import Captioning
 from library.data.dataset import Batch, CaptionedImages, make_loader
 from library.data.epoch_order import BatchShape, EpochOrder
+from library.data.fingerprints import Fingerprints
+from library.data.image_columns import FoundImages
 from library.data.latent_preparation import encode_missing
+from library.data.latents_of_set import Trust, read_training_set
 from library.data.loader_options import LoaderOptions
-from library.data.regularization import repeats_of
+from library.data.regularization import repeats_in
 from library.data.subsets import Subset
 from library.data.text_cache import FOLDER_NAME, NO_TEXTS, CachedTexts, encode_texts
-from library.data.training_set import FoundImage, TrainingImage, fingerprints, read_training_set
+from library.data.training_columns import TrainingSet
 from library.data.training_set_options import TrainingSetOptions
 from library.data.validation_split import Split, split_off
 from library.sdxl.architecture import SdxlModel
@@ -44,7 +48,7 @@ log = logging.getLogger(__name__)
 class PreparedSet(NamedTuple):
     """What is trained on: the images, with latents where they are cached, and what is cached of their captions."""
 
-    images: list[TrainingImage]
+    images: TrainingSet
     tokens: CaptionTokenizer
     texts: CachedTexts
 
@@ -52,7 +56,7 @@ class PreparedSet(NamedTuple):
         """Return the networks that every step needs; what the others could say is cached."""
         is_needed = {
             model.unet: True,
-            model.vae: not all(image.has_latents for image in self.images),
+            model.vae: not self.images.all_have_latents,
             model.text_encoder_l: self.texts.outputs_l is None,
             model.text_encoder_g: self.texts.outputs_g is None,
         }
@@ -68,7 +72,7 @@ def take_captions_over(options: TrainingOptions, subsets: Sequence[Subset]) -> N
                 update_captions(subset.metadata_file, subset.image_dir, (subset.extension_l, subset.extension_g))
 
 
-def split_set(options: TrainingOptions, found: Sequence[FoundImage]) -> Split:
+def split_set(options: TrainingOptions, found: FoundImages) -> Split:
     """Return which images are trained and which are held out; where nothing is trained these may be all.
 
     Raise `UserError` where one side is empty, or validation is asked for and nothing is held out.
@@ -80,12 +84,12 @@ def split_set(options: TrainingOptions, found: Sequence[FoundImage]) -> Split:
             f"{' and '.join(flags)}: no images are held out.",
             "Set --validation_split, or validation_split in the data set file, such as 0.1.",
         )
-    return Split(split.training or list(found), split.held_out)
+    return Split(split.training or found, split.held_out)
 
 
 def prepare_set(
     options: TrainingOptions,
-    found: list[FoundImage],
+    found: FoundImages,
     model: SdxlModel,
     digest: str,
     accelerator: Accelerator,
@@ -100,10 +104,10 @@ def prepare_set(
     with main_process_first(accelerator):
         if accelerator.is_main_process:
             remove_leftovers(*_folders_written(options.training_set, found))
-        images = images_with_latents(options, found, model.vae, digest, accelerator.device)
-        tokens = tokenizer_for(image.subset for image in images)
+        images = images_with_latents(options, found, model.vae, digest, accelerator)
+        tokens = tokenizer_for(images.used_subsets)
         texts, notes = _texts(options, model, images, tokens, accelerator.device, progress.seed, cached_encoders)
-    now = fingerprints(images)
+    now = Fingerprints(images)
     require_alike(accelerator, "images", now)
     notes += cut_captions(images, tokens)
     if options.resume.resume is not None:
@@ -115,36 +119,40 @@ def prepare_set(
     return PreparedSet(images, tokens, texts)
 
 
-def _folders_written(options: TrainingSetOptions, found: list[FoundImage]) -> set[Path]:
+def _folders_written(options: TrainingSetOptions, found: FoundImages) -> set[Path]:
     """The folders among the images that this run writes into."""
-    folders = {image.cache.parent for image in found if options.cache_latents_to_disk or image.subset.cache_info}
+    writes_sizes = any(subset.cache_info for subset in found.used_subsets)
+    folders: set[Path] = set()
+    if options.cache_latents_to_disk or writes_sizes:
+        folders = {image.cache.parent for image in found if options.cache_latents_to_disk or image.subset.cache_info}
     if options.cache_text_encoder_outputs_to_disk:
         folders.update((options.folder / FOLDER_NAME).glob("*/"))  # one of each encoder
     return folders
 
 
 def images_with_latents(
-    options: TrainingOptions, found: Sequence[FoundImage], vae: AutoencoderKL, digest: str, device: torch.device
-) -> list[TrainingImage]:
+    options: TrainingOptions, found: FoundImages, vae: AutoencoderKL, digest: str, accelerator: Accelerator
+) -> TrainingSet:
     """Return the images as they are found; where the options cache latents, those that lack them are encoded."""
-    images = read_images(options.training_set, found, digest)
-    if not options.training_set.caches_latents or all(image.has_latents for image in images):
+    images = read_images(options.training_set, found, digest, keeps_index=accelerator.is_main_process)
+    if not options.training_set.caches_latents or images.all_have_latents:
         return images
-    with explained_out_of_memory("while pictures are encoded"), on_device(device, vae):
+    with explained_out_of_memory("while pictures are encoded"), on_device(accelerator.device, vae):
         return encode_missing(images, vae, options.training_set, digest=digest)
 
 
-def read_images(options: TrainingSetOptions, found: Sequence[FoundImage], digest: str) -> list[TrainingImage]:
+def read_images(
+    options: TrainingSetOptions, found: FoundImages, digest: str, *, keeps_index: bool = False
+) -> TrainingSet:
     """Return the images as they are found, before anything is encoded; `digest` is the VAE's."""
-    return read_training_set(
-        found, digest, check_images=not options.skip_cache_check, legacy_crop=options.legacy_crop_coords
-    )
+    trust = Trust(index=not options.check_latents, images=options.skip_cache_check, keeps_index=keeps_index)
+    return read_training_set(found, digest, trust=trust, legacy_crop=options.legacy_crop_coords)
 
 
 def _texts(
     options: TrainingOptions,
     model: SdxlModel,
-    images: list[TrainingImage],
+    images: TrainingSet,
     tokens: CaptionTokenizer,
     device: torch.device,
     seed: int,
@@ -192,10 +200,12 @@ def make_plan(
 
 
 def make_order(
-    images: Sequence[TrainingImage], options: RunOptions, seed: int, *, num_processes: int, process_index: int
+    images: TrainingSet, options: RunOptions, seed: int, *, num_processes: int, process_index: int
 ) -> EpochOrder:
     """Return the order in which one of `num_processes` sees the images."""
-    kinds = [image.kind for image in images]
+    kinds = images.kinds
+    names, firsts = np.unique(kinds, return_index=True)
+    subset_of = images.columns["subset_of"]
     return EpochOrder(
         kinds,
         BatchShape(
@@ -204,10 +214,19 @@ def make_order(
             process_index=process_index,
         ),
         seed=seed,
-        num_repeats=repeats_of(images),
-        flip=[image.subset.augmentation.flip_aug for image in images],
-        batch_sizes={kind: image.subset.batch_size for kind, image in zip(kinds, images, strict=True)},
+        num_repeats=_repeats_of(images),
+        flip=images.of_subset(lambda subset: subset.augmentation.flip_aug),
+        batch_sizes={
+            kind: images.subsets[subset_of[first]].batch_size
+            for kind, first in zip(names.tolist(), firsts.tolist(), strict=True)
+        },
     )
+
+
+def _repeats_of(images: TrainingSet) -> Sequence[int] | np.ndarray:
+    if not any(subset.is_reg for subset in images.used_subsets):
+        return images.of_subset(lambda subset: subset.num_repeats)
+    return repeats_in([images.subsets[number] for number in images.columns["subset_of"].tolist()])
 
 
 def num_steps_of(options: RunOptions, order: EpochOrder) -> int:

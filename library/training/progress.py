@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from library.config.digests import digest
@@ -43,7 +43,7 @@ class Setting:
     """
 
     options: dict[str, str] = field(default_factory=dict)
-    images: dict[str, str] = field(default_factory=dict)
+    images: Mapping[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     validation: dict[str, str] = field(default_factory=dict)
 
@@ -96,7 +96,8 @@ class StateRecord:
     def as_text(self) -> str:
         """Return the text of the file, which holds a digest of itself."""
         about = {"format": STATE_FORMAT, "digest": _NO_DIGEST, "bytes": self.sizes, "digests": self.digests}
-        text = json.dumps(about | asdict(self.progress), indent=1)
+        setting = vars(self.progress.setting) | {"images": dict(self.progress.setting.images)}
+        text = json.dumps(about | vars(self.progress) | {"setting": setting}, indent=1)
         return text.replace(_NO_DIGEST, digest([text.encode()]).hex(), 1)
 
 

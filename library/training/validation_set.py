@@ -1,9 +1,10 @@
 """The images that are measured and not trained: their latents, their batches, and what is read of them."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 from accelerate import Accelerator
 
 from library.config.errors import listed
@@ -11,8 +12,10 @@ from library.data.caption_tokens import tokenizer_for
 from library.data.captioning import Captioning
 from library.data.dataset import Batch, CaptionedImages
 from library.data.epoch_order import MicroBatch
-from library.data.found_images import FoundImage
-from library.data.training_set import TrainingImage, fingerprints
+from library.data.fingerprints import Fingerprints
+from library.data.image_columns import FoundImages
+from library.data.training_columns import TrainingSet
+from library.data.training_images import TrainingImage
 from library.sdxl.architecture import SdxlModel
 from library.training.distribution import main_process_first
 from library.training.preparation import images_with_latents
@@ -28,7 +31,7 @@ log = logging.getLogger(__name__)
 class ValidationSet:
     """The images of validation, in batches of one kind, and what is read of each in every condition."""
 
-    images: Sequence[TrainingImage]
+    images: TrainingSet
     batches: Sequence[MicroBatch]
     timesteps: tuple[int, ...]
     readings: Readings
@@ -41,7 +44,7 @@ class ValidationSet:
 
 def prepare_validation(
     options: TrainingOptions,
-    held_out: Sequence[FoundImage],
+    held_out: FoundImages,
     model: SdxlModel,
     digest: str,
     accelerator: Accelerator,
@@ -52,16 +55,18 @@ def prepare_validation(
     `digest` is the VAE's. Raise `UserError` where the state that is resumed measured other images.
     """
     with main_process_first(accelerator):
-        images = images_with_latents(options, held_out, model.vae, digest, accelerator.device) if held_out else []
+        images = (
+            images_with_latents(options, held_out, model.vae, digest, accelerator) if held_out else TrainingSet.of([])
+        )
     images = first_batches(images, options.validation.max_validation_steps)
-    now = dict(sorted(fingerprints(images).items()))
+    now = dict(sorted(Fingerprints(images).items()))
     if options.resume.resume is not None:
         for change in check_validation(progress.setting.validation, now, anyway=options.resume.resume_anyway):
             log.info(change)
     progress.setting = replace(progress.setting, validation=now)
     if not images:
         return None
-    tokens = tokenizer_for(image.subset for image in images)
+    tokens = tokenizer_for(images.used_subsets)
     readings = readings_of(images, tokens, ablation=options.validation.validation_ablation)
     source = CaptionedImages(images, Captioning(tokens, seed=0, num_steps=0))
     timesteps = options.validation.timesteps(options.timesteps.timestep_range)
@@ -88,10 +93,11 @@ def batches_of(images: Sequence[TrainingImage]) -> list[MicroBatch]:
     return [_unchanging(indices) for indices in sorted(chunks)]
 
 
-def first_batches(images: Sequence[TrainingImage], num_batches: int | None) -> list[TrainingImage]:
+def first_batches(images: Iterable[TrainingImage], num_batches: int | None) -> TrainingSet:
     """Return the images of the first batches, in their order."""
-    batches = batches_of(images)[:num_batches]
-    return [images[index] for index in sorted(index for batch in batches for index in batch.indices)]
+    training_set = TrainingSet.of(images)
+    batches = batches_of(training_set)[:num_batches]
+    return training_set.take(np.array(sorted(index for batch in batches for index in batch.indices), np.int64))
 
 
 def _unchanging(indices: tuple[int, ...]) -> MicroBatch:

@@ -9,7 +9,7 @@ from torch import nn
 from library.data.caption_draws import Encoder
 from library.data.caption_rules import ZEROS, PairRules
 from library.data.caption_tokens import CaptionTokenizer
-from library.data.training_set import TrainingImage
+from library.data.training_images import TrainingImage
 from library.sdxl.prompt_weights import weighted_features
 from library.sdxl.text_encoding import TextConditioning, encode_g, encode_l
 from library.training.ablation import ABLATIONS, BOTH

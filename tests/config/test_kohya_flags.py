@@ -36,6 +36,7 @@ SCRIPTS = [
             "--cache_text_encoder_outputs_g",
             "--cache_text_encoder_outputs_l",
             "--caption_draws",
+            "--check_latents",
             "--caption_variants",
             "--convert_prediction",
             "--discrete_flow_shift",

@@ -17,7 +17,7 @@ from library.data.epoch_order import BatchShape, EpochOrder
 from library.data.latent_cache import CachedLatents
 from library.data.loader_options import LoaderOptions
 from library.data.text_cache import encode_texts
-from library.data.training_set import TrainingImage
+from library.data.training_images import TrainingImage
 from library.sdxl.architecture import SdxlModel
 from library.sdxl.checkpoint_file import ModelDtypes, read_single_file
 from library.sdxl.sizes import Size

@@ -158,7 +158,8 @@ def test_a_mask_moves_with_a_random_crop(tmp_path):
         np.testing.assert_allclose(cells[0], cells_of(Image.open(mask), left), atol=1e-6)
 
 
-def test_on_disk_two_subsets_share_a_file_which_has_the_mask(tmp_path, vae):
+def test_on_disk_two_subsets_share_a_file_which_has_the_mask(tmp_path, vae, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the metadata beside which the index is written
     in_step, _, plain = training_images(tmp_path, vae, subset_of())
     options = TrainingSetOptions(cache_latents_to_disk=True)
     images = encode_missing([plain, in_step], vae, options, digest="vae")

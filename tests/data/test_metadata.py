@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -18,11 +19,12 @@ from library.data.metadata import (
     loss_weight,
     read_metadata,
     require_captions,
-    sentence_of_sources,
+    sources_of,
     train_resolution,
     with_train_resolution,
     write_metadata,
 )
+from library.data.metadata_images import sentence_of_sources
 from library.sdxl.sizes import Size
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -186,16 +188,20 @@ def test_a_missing_caption_is_named_with_what_could_take_its_place(tmp_path):
     assert "--one_caption" not in str(caught.value)
 
 
+def said_of(metadata, **how):
+    return sentence_of_sources(Counter(sources_of(entry, **how) for entry in metadata.values()), **how)
+
+
 def test_the_sources_of_captions_are_counted():
     own, kohya = {"captionL": "", "captionG": ""}, {"caption": "a", "tags": "b"}
-    assert sentence_of_sources({"1": own}) is None
-    assert sentence_of_sources({"1": kohya, "2": kohya}) == "2 images: L from 'tags', G from 'caption'"
+    assert said_of({"1": own}) is None
+    assert said_of({"1": kohya, "2": kohya}) == "2 images: L from 'tags', G from 'caption'"
     mixed = {"1": own, "2": kohya, "3": kohya, "4": {"captionG": "a", "tags": "b"}}
-    assert sentence_of_sources(mixed) == (
+    assert said_of(mixed) == (
         "2 images: L from 'tags', G from 'caption'; 1 images: L from 'captionL', G from 'captionG'; "
         "1 images: L from 'tags', G from 'captionG'"
     )
-    assert sentence_of_sources({"1": kohya, "2": {"tags": "b"}}, one_caption=True) == (
+    assert said_of({"1": kohya, "2": {"tags": "b"}}, one_caption=True) == (
         "1 images: L and G from 'caption' and 'tags'; 1 images: L and G from 'tags'"
     )
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from library.data.caption_tokens import cut_captions, tokenizer_for
+from library.data.fingerprints import Fingerprints
 from library.data.latent_preparation import encode_missing
-from library.data.training_set import fingerprints
 from library.sdxl.checkpoint_file import read_vae
 from library.sdxl.latents import vae_digest
 from tests.training_images import read_set
@@ -51,7 +51,7 @@ def test_a_training_set_with_latents_is_read_once(folder, kind):
     options = folder.options(["a", "b", "c"])
     with counting_reads() as reads:
         found = read_set(options, folder.rule, "vae")
-        fingerprints(found)
+        Fingerprints(found)
         cut_captions(found, tokenizer_for(image.subset for image in found))
     assert [reads[str(path)] for path in (options.in_json, folder.images, folder.images / "deep")] == [1, 1, 1]
     assert [reads[str(cache)] for cache in caches] == [1, 1, 1]
@@ -65,9 +65,9 @@ def test_latents_that_are_made_before_training_are_not_read_back(folder, vae, on
     found = folder.read_with(options, vae_digest(vae))
     with counting_reads() as reads:
         encoded = encode_missing(found, vae, options)
-        prints = fingerprints(encoded)
+        prints = Fingerprints(encoded)
     assert not [path for path in reads if path.endswith(".npz")]
     assert [reads[str(image)] for image in images] == [2, 2]  # its pixels, and the digest of its bytes
     again = encode_missing(folder.read_with(options, vae_digest(vae)), vae, options)
-    assert fingerprints(again) == prints
+    assert Fingerprints(again) == prints
     np.testing.assert_array_equal(again[0].read_latents().latents, encoded[0].read_latents().latents)

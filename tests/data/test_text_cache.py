@@ -12,7 +12,7 @@ from library.data.caption_tokens import CaptionTokenizer, tokenizer_for
 from library.data.crops import Crop
 from library.data.latent_cache import CachedLatents
 from library.data.text_cache import CachedTexts, OutputsOnDisk, encode_texts, tokens_digest
-from library.data.training_set import TrainingImage
+from library.data.training_images import TrainingImage
 from library.sdxl.architecture import SdxlModel
 from library.sdxl.checkpoint_file import ModelDtypes, read_single_file
 from library.sdxl.sizes import Size

@@ -10,9 +10,9 @@ from library.config.errors import UserError
 from library.config.options import problems_of
 from library.data.buckets import BucketAssignment, BucketedImage
 from library.data.crops import Crop, crop_to_train
+from library.data.fingerprints import Fingerprints
 from library.data.latent_cache import CachedLatents
 from library.data.regularization import repeats_of
-from library.data.training_set import fingerprints
 from library.data.training_set_options import TrainingSetOptions
 from library.sdxl.sizes import Size
 from tests.training_images import image_of
@@ -258,7 +258,7 @@ def fingerprint_of(folder):
         if not cached:
             cache.unlink()
         images = folder.read({"a": folder.entry(resolution=folder.bucket, **entry)}, skip_cache_check=True)
-        return fingerprints(images)["a"]
+        return Fingerprints(images)["a"]
 
     return read
 

@@ -10,6 +10,7 @@ from library.data.augmentation import Augmentation
 from library.data.caption_draws import CaptionDraw
 from library.data.caption_rules import CaptionDropout, CaptionRules, PairRules
 from library.data.captions import CaptionPair, final_texts
+from library.data.columns import Texts
 from library.data.folder_images import with_distinct_keys
 from library.data.found_images import FoundImage
 from library.data.validation_split import place, split_off
@@ -61,7 +62,7 @@ def test_only_subsets_with_a_split_give_images_up_and_regularization_images_neve
     split = split_off([*found(["a", "b"], SUBSET), *regular, *whole])
     assert keys(split.training) == {"a", "b", "r1", "r2", "r3", "r4"}
     assert keys(split.held_out) == {"v1", "v2"}
-    assert split_off(found("abc", SUBSET)).held_out == []
+    assert split_off(found("abc", SUBSET)).held_out.keys == Texts.of([])
 
 
 def test_what_is_held_out_looks_alike_at_every_visit():

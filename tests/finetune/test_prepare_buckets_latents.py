@@ -1,6 +1,8 @@
 """The preparation script on real photographs and odd files: what is written, and where."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,9 @@ from PIL import ExifTags, Image
 from finetune import prepare_buckets_latents as script
 from library.config.options import parse_options
 from library.data.buckets import parse_resolution
-from library.data.latent_cache import cache_path
+from library.data.latent_cache import cache_path, read_cache
+from library.data.latent_entries import state_of
+from library.data.latent_index import index_beside, read_index, settled
 from library.sdxl.sizes import Size
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -301,3 +305,22 @@ def test_jsonl_is_written_where_the_name_says_so(folder):
     folder.add("01.png")
     written = folder.prepare_lines([{"image_path": "01.png", "tags": "b"}], out="meta lat.jsonl")
     assert written == '{"image_path": "01.png", "tags": "b", "train_resolution": [64, 64]}\n'
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_the_index_knows_all_that_was_written_or_kept(folder, again):
+    for name in "abc":
+        path = folder.add(f"{name}.png")
+        os.utime(path, (1_700_000_000.5, 1_700_000_000.5))
+    folder.prepare_all()
+    if again:
+        shutil.rmtree(index_beside(folder.out_json))
+        os.utime(folder.images / "a.npz", (1_700_000_000.5, 1_700_000_000.5))
+        assert folder.prepare("--skip_existing") == 0
+    index = read_index(index_beside(folder.out_json))
+    assert list(index.names) == ["a.npz", "b.npz", "c.npz"]
+    # Those that were only read may have been written again in the same moment.
+    assert settled(index.entries).tolist() == [True, not again, not again]
+    for name, entry in zip(index.names, index.entries, strict=True):
+        assert state_of(folder.images / name) == entry["place"]["state"].item()
+        assert read_cache(folder.images / name).image_digest == entry["content"].decode()

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import sdxl_train
 from library.config.errors import UserError
+from library.data.crops import Crop
 from library.sdxl.checkpoint_file import ModelDtypes, read_single_file
 from library.sdxl.sizes import Size
 from library.sdxl.text_encoding import encode_captions
@@ -175,7 +176,7 @@ def test_only_a_validation_set_that_has_changed_is_refused():
 # -- what is measured, without a run ----------------------------------------------------------------------------------
 
 IMAGES = [
-    image_of(key, caption_l, caption_g, Size(64, 64), Size(64, height), None, subset=subset_of(batch_size=2))
+    image_of(key, caption_l, caption_g, Size(64, 64), Size(64, height), Crop(0, 0, 0), subset=subset_of(batch_size=2))
     for key, caption_l, caption_g, height in (
         ("a", "ink", "a fox", 64),
         ("b", "ink", "a hen", 128),
@@ -190,7 +191,7 @@ def test_batches_are_of_one_kind_and_the_first_ones_of_the_same_images():
     assert [batch.indices for batch in batches_of(IMAGES)] == [(0, 2), (1,), (3, 4)]
     assert [image.key for image in first_batches(IMAGES, 2)] == ["a", "b", "c"]
     assert [batch.indices for batch in batches_of(first_batches(IMAGES, 2))] == [(0, 2), (1,)]
-    assert first_batches(IMAGES, None) == IMAGES
+    assert list(first_batches(IMAGES, None)) == IMAGES
 
 
 def test_the_other_caption_is_the_next_one_that_differs():
