@@ -217,10 +217,12 @@ class Stepper:
 
 def _chunks_of(parameters: Sequence[Parameter], elements: float) -> Iterator[list[Parameter]]:
     chunk: list[Parameter] = []
+    held = 0
     for parameter in parameters:
         chunk.append(parameter)
-        if sum(member.numel() for member in chunk) >= elements:
+        held += parameter.numel()
+        if held >= elements:
             yield chunk
-            chunk = []
+            chunk, held = [], 0
     if chunk:
         yield chunk

@@ -3,7 +3,8 @@
 import json
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -13,6 +14,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers.initialization import no_init_weights
 
 from library.sdxl.prediction import SDXL_PREDICTION, Prediction
 from library.sdxl.sizes import LATENT_CHANNELS
@@ -200,27 +202,34 @@ class SdxlModel:
         return self.unet, self.vae, self.text_encoder_l, self.text_encoder_g
 
 
+@contextmanager
+def _without_weights() -> Iterator[None]:
+    """Build networks on the meta device, without drawing the initial weights that nothing would hold."""
+    with init_empty_weights(), no_init_weights():
+        yield
+
+
 def empty_unet(architecture: Architecture) -> UNet2DConditionModel:
     """Return a U-Net without weights (meta tensors), ready for `load_state_dict(assign=True)`."""
-    with init_empty_weights():
+    with _without_weights():
         return UNet2DConditionModel.from_config(architecture.unet)
 
 
 def empty_vae(architecture: Architecture) -> AutoencoderKL:
     """Return a VAE without weights (meta tensors)."""
-    with init_empty_weights():
+    with _without_weights():
         return AutoencoderKL.from_config(architecture.vae)
 
 
 def empty_text_encoder_l(architecture: Architecture) -> CLIPTextModel:
     """Return the L encoder without weights (meta tensors)."""
-    with init_empty_weights():
+    with _without_weights():
         return CLIPTextModel(CLIPTextConfig(**architecture.text_encoder_l))
 
 
 def empty_text_encoder_g(architecture: Architecture) -> CLIPTextModelWithProjection:
     """Return the G encoder without weights (meta tensors)."""
-    with init_empty_weights():
+    with _without_weights():
         return CLIPTextModelWithProjection(CLIPTextConfig(**architecture.text_encoder_g))
 
 

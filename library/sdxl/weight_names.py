@@ -1,5 +1,6 @@
 """One table, read in both directions: the tensors of an SDXL single file and the parameters that they fill."""
 
+import functools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -83,6 +84,7 @@ _UNET_RESNET = {
 _UNET_LAYERS = 2  # resnets in a level going down; one more going up
 
 
+@functools.cache
 def _unet_modules() -> dict[str, str]:
     """Return the names in diffusers and in the single file of the modules of SDXL's U-Net."""
     modules = dict(_UNET_PLAIN)
@@ -100,6 +102,7 @@ def _unet_modules() -> dict[str, str]:
     return modules
 
 
+@functools.cache
 def unet_name(parameter: str) -> str:
     """Return the single file's name (without its prefix) of a parameter of diffusers' U-Net.
 
@@ -133,6 +136,7 @@ _VAE_RULES = (
 _VAE_LAST_LEVEL = 3
 
 
+@functools.cache
 def vae_name(parameter: str) -> str:
     """Return the single file's name (without its prefix) of a parameter of diffusers' VAE.
 
@@ -164,6 +168,7 @@ def _without_wrapper(parameter: str) -> str:
     return parameter.removeprefix("text_model.")
 
 
+@functools.cache
 def _stored_g(parameter: str) -> StoredTensor | None:
     if ".k_proj." in parameter or ".v_proj." in parameter:
         return None  # part of the stacked tensor that q_proj names

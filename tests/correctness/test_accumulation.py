@@ -124,6 +124,7 @@ def test_batches_of_any_size_give_the_mean_over_their_pictures(split: Split, fla
     assert_same_gradient(gradient_of_one_step(flags_of(split)), one_by_one[split.pictures])
 
 
+@pytest.mark.slow  # two processes import torch, and test_many_processes.py compares theirs with one
 @pytest.mark.parametrize("split", IN_TWO_PROCESSES, ids=str)
 def test_two_processes_give_the_mean_over_the_pictures_of_both(split: Split, of_two_processes, one_by_one):
     assert_same_gradient(of_two_processes[split], one_by_one[split.pictures])

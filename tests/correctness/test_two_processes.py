@@ -17,7 +17,7 @@ from library.data.epoch_order import BatchShape
 from tests.conftest import RATE, PreparedSet, base_flags
 from tests.correctness.plain_training import PlainNoise, PlainTraining, batches_of_steps
 
-pytestmark = pytest.mark.trains
+pytestmark = [pytest.mark.trains, pytest.mark.slow]  # three processes import torch, and a fourth trains beside them
 
 ROOT = Path(__file__).parents[2]
 

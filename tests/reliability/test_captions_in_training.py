@@ -86,6 +86,7 @@ def data_set_file(varied_set: list[str], tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow  # three runs in processes; test_a_resumed_run_makes_the_texts_of_the_run_that_went_on resumes in one
 def test_a_killed_run_ends_as_one_that_was_left_alone(run_server, data_set_file: Path, tiny_sdxl: Path, tmp_path: Path):
     def argv(folder: Path) -> list[str]:
         files = (f"--pretrained_model_name_or_path={tiny_sdxl}", f"--dataset_config={data_set_file}")
