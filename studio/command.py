@@ -2,7 +2,6 @@
 
 import logging
 import secrets
-import webbrowser
 from collections.abc import Sequence
 
 from library.config.errors import UserError, exits_on_user_error
@@ -33,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.info("the studio is open: %s", link)
     log.info("Ctrl-C closes it.")
     if server.open_browser:
+        import webbrowser
+
         webbrowser.open(link)
     serving.run(sockets=[listening])
     return 0

@@ -81,19 +81,23 @@ class Opened:
     def take_in(self, outcome: Outcome, client: str) -> dict[str, Any]:
         """Read what was written, tell every page, and return what happened as JSON."""
         members = self.captions.reread(change.place for change in outcome.written)
-        self.tell_of_changes(members, client)
+        history = self.history()
+        self._tell(members, client, history)
         return {
             "what": outcome.what,
             "num_written": len(outcome.written),
             "conflicts": [str(place.path.name if place.key is None else place.key) for place in outcome.conflicts],
             "failed": [problem for _, problem in outcome.failed],
-            **self.history(),
+            **history,
         }
 
     def tell_of_changes(self, members: Sequence[Member], client: str = "") -> None:
         """Tell every page that the captions of some images, or the images, have changed."""
+        self._tell(members, client, self.history())
+
+    def _tell(self, members: Sequence[Member], client: str, history: dict[str, Any]) -> None:
         numbers = [member.number for member in members]
-        self.hub.publish("changed", ids=numbers[:1000], num=len(numbers), client=client, **self.history())
+        self.hub.publish("changed", ids=numbers[:1000], num=len(numbers), client=client, **history)
 
     def history(self) -> dict[str, Any]:
         """Return what can be undone and redone, as JSON."""

@@ -45,9 +45,13 @@ def listening_socket(options: ServerOptions) -> socket.socket:
     address = options.listen or "127.0.0.1"
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
-        return socket.create_server((address, options.port), family=family)
+        listening = socket.create_server((address, options.port), family=family)
     except OSError as error:
         raise UserError(
             f"cannot listen at {address}, port {options.port}: {error.strerror or error}.",
             "Close the other studio, or choose another --port (0: any that is free).",
         ) from error
+    # Connections inherit it. asyncio sets it only where a socket names its protocol, and this one names none: the body
+    # of each answer would wait 40 ms for the browser to acknowledge its headers.
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listening

@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-import psutil
-
 from library.config.errors import listed
 
 log = logging.getLogger(__name__)
@@ -113,6 +111,8 @@ def _proven(name: str) -> re.Match[str] | None:
 
 def _is_in_use(path: Path, match: re.Match[str]) -> bool:
     """Whether the process that wrote `path` may still run; its number may belong to another one by now."""
+    import psutil  # which a script without leftovers need not wait for
+
     try:
         written = path.stat().st_mtime
         if match["host"] != _host():

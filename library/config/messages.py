@@ -10,8 +10,6 @@ import unicodedata
 from contextlib import suppress
 from pathlib import Path
 
-from tqdm import tqdm
-
 PROJECT_LOGGERS = ("library", "finetune", "demo", "studio", "sdxl_train", "sdxl_gen_img", "__main__")
 _LOGGERS_OF_NO_INTEREST = ("bitsandbytes", "torch.utils.cpp_extension")
 """Of libraries that warn, when they are imported, of what this project does not use: 4-bit kernels on the CPU, and
@@ -53,7 +51,12 @@ class _Console(logging.Handler):
             return
         stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
         with suppress(OSError):  # a closed terminal, a pipe that nobody reads: no reason to end a run
-            tqdm.write(self.format(record), file=stream)
+            if "tqdm" in sys.modules:  # else there is no bar, and no need to wait for its import
+                from tqdm import tqdm
+
+                tqdm.write(self.format(record), file=stream)
+            else:
+                stream.write(f"{self.format(record)}\n")
             stream.flush()
 
 

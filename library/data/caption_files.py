@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tqdm import tqdm
-
 from library.config.errors import UserError, listed
 from library.config.leftovers import remove_leftovers
 from library.config.options import option, positional
@@ -198,6 +196,8 @@ def _read_captions(
     captions: dict[str, str] = {}
     sources: dict[str, CaptionSource] = {}
     without_caption = []
+    from tqdm import tqdm  # which other readers of captions need not wait for
+
     for key, image in tqdm(image_of.items(), desc="captions", unit="image", disable=options.debug):
         caption_file = without_suffix(image) + options.caption_extension
         if not os.path.exists(caption_file):  # noqa: PTH110

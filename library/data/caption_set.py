@@ -5,6 +5,7 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from library.config.errors import UserError
@@ -55,12 +56,20 @@ class Member:
     key: str
     image: Path
     subset: int
-    places: dict[Encoder, Place]
+    find_places: Callable[[], dict[Encoder, Place]]
     modified: float = 0.0
     size: Size | None = None
     bucket: Size | None = None
     problem: str | None = None
     captions: dict[Encoder, CaptionState] = field(default_factory=dict)
+    _places: dict[Encoder, Place] | None = None
+
+    @property
+    def places(self) -> dict[Encoder, Place]:
+        """Where the captions lie; found when they are first asked for, so that names need not wait for it."""
+        if self._places is None:
+            self._places = self.find_places()
+        return self._places
 
 
 class CaptionSet:
@@ -72,8 +81,8 @@ class CaptionSet:
         self.is_loaded = False
         self._lock = threading.RLock()
         self._members: dict[int, Member] = {}
-        self._by_image: dict[tuple[int, Path, str], Member] = {}
-        self._by_path: dict[Path, list[Member]] = defaultdict(list)
+        self._by_image: dict[tuple[int, str, str], Member] = {}
+        self._by_path: dict[Path, list[Member]] | None = None
         self._next = 1
 
     # -- what there is ------------------------------------------------------------------------------------------------
@@ -142,11 +151,17 @@ class CaptionSet:
                 members[known.number] = known
             self._members = members
             self._by_image |= {_identity(member): member for member in members.values()}  # a disk may come back
-            self._by_path = defaultdict(list)
-            for member in members.values():
-                for path in {member.image, *(place.path for place in member.places.values())}:
-                    self._by_path[path].append(member)
+            self._by_path = None
             self.revision += 1
+
+    def _of_path(self, path: Path) -> list[Member]:
+        """Return the images that a file is, or holds a caption of. The lock is to be held."""
+        if self._by_path is None:
+            self._by_path = defaultdict(list)
+            for member in self._members.values():
+                for each in {member.image, *(place.path for place in member.places.values())}:
+                    self._by_path[each].append(member)
+        return self._by_path.get(path, [])
 
     def load(self, progress: Callable[[int, int], bool] = lambda done, total: True) -> None:
         """Read all captions, then all image sizes. `progress` is told how far it is and whether to go on."""
@@ -168,7 +183,7 @@ class CaptionSet:
         known, needs_listing = [], False
         with self._lock:
             for path in paths:
-                members = self._by_path.get(path, [])
+                members = self._of_path(path)
                 known += members
                 is_new = not members and is_image_of_any_kind(path.name)
                 is_gone = any(member.image == path for member in members) and not path.exists()
@@ -194,9 +209,7 @@ class CaptionSet:
         with self._lock:
             wanted = set(places)
             paths = {place.path for place in wanted}
-            members = [
-                each for path in paths for each in self._by_path.get(path, ()) if wanted & set(each.places.values())
-            ]
+            members = [each for path in paths for each in self._of_path(path) if wanted & set(each.places.values())]
         self._read_captions(members)
         self.revision += 1
         return members
@@ -249,28 +262,30 @@ def _members_of(subset: Subset, number: int) -> Iterator[Member]:
     if subset.metadata_file is not None:
         metadata = read_metadata(subset.metadata_file)
         for key, image in images_of_keys(metadata, subset.image_dir).items():
-            places: dict[Encoder, Place] = {
+            entries: dict[Encoder, Place] = {
                 encoder: Place(subset.metadata_file, key, key_of_caption(metadata[key], column) or column.metadata_key)
                 for encoder, column in zip(ENCODERS, (COLUMN_L, COLUMN_G), strict=True)
             }
-            yield Member(0, _name(image, subset), f"{subset.key_prefix}{key}", image, number, places)
+            yield Member(0, _name(image, subset), f"{subset.key_prefix}{key}", image, number, partial(dict, entries))
         return
     for image in list_files(subset.image_dir, recursive=False).images:
-        places = {
-            encoder: Place(caption_file_of(image, extension))
-            for encoder, extension in zip(ENCODERS, (subset.extension_l, subset.extension_g), strict=True)
-        }
-        yield Member(0, _name(image, subset), f"{subset.key_prefix}{image.stem}", image, number, places)
+        files = partial(_files_beside, image, subset)
+        yield Member(0, image.name, f"{subset.key_prefix}{image.stem}", image, number, files)
+
+
+def _files_beside(image: Path, subset: Subset) -> dict[Encoder, Place]:
+    return {
+        encoder: Place(caption_file_of(image, extension))
+        for encoder, extension in zip(ENCODERS, (subset.extension_l, subset.extension_g), strict=True)
+    }
 
 
 def _name(image: Path, subset: Subset) -> str:
-    if image.parent == subset.image_dir:
-        return image.name
     return image.relative_to(subset.image_dir).as_posix() if image.is_relative_to(subset.image_dir) else image.name
 
 
-def _identity(member: Member) -> tuple[int, Path, str]:
-    return member.subset, member.image, member.key
+def _identity(member: Member) -> tuple[int, str, str]:
+    return member.subset, str(member.image), member.key
 
 
 def _modified(path: Path) -> float:

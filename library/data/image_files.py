@@ -42,9 +42,9 @@ def list_files(folder: Path, *, recursive: bool) -> Listing:
     with _explained(folder):
         found = list(_walk(folder, recursive))
     readable = readable_suffixes()
-    images = [path for path in found if suffix_of(path) in readable]
-    others = [path for path in found if suffix_of(path) not in readable]
+    images, others = found, [path for path in found if suffix_of(path) not in readable]
     if others:
+        images = [path for path in found if suffix_of(path) in readable]
         used = {without_suffix(path) for path in images}
         others = [path for path in others if without_suffix(path) not in used]
     return Listing(*([Path(path) for path in sorted(paths, key=_as_posix)] for paths in (images, others)))

@@ -7,8 +7,6 @@ import os
 from functools import cache
 from pathlib import Path
 
-from PIL import Image
-
 log = logging.getLogger(__name__)
 
 FORMATS_FILE = "requirements-formats.txt"
@@ -50,6 +48,8 @@ _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b
 @cache
 def readable_formats() -> tuple[str, ...]:
     """Return the formats that can be read with what is installed, by Pillow's names."""
+    from PIL import Image  # which a first answer need not wait for
+
     Image.init()
     for module, package in _PACKAGES.values():
         if importlib.util.find_spec(module) is None:

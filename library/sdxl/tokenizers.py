@@ -8,7 +8,6 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import ftfy
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
@@ -125,12 +124,16 @@ def token_ids(text: str) -> list[int]:
     # No token of CLIP spans a space: the ids of a text are those of its words, which captions repeat.
     if _is_clean(text):
         return [token for word in text.split() for token in _ids_of_word(word)]
-    return _encoded(ftfy.fix_text(text))
+    return _encoded(cleaned(text))
 
 
 def cleaned(text: str) -> str:
     """Return what is tokenized of a text: mojibake, entities and odd quotes are put right, as for CLIP's training."""
-    return text if _is_clean(text) else ftfy.fix_text(text)
+    if _is_clean(text):
+        return text
+    import ftfy  # a tenth of a second, for captions that need it
+
+    return ftfy.fix_text(text)
 
 
 def _is_clean(text: str) -> bool:

@@ -4,6 +4,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import expect
 
+from tests.annotation.tiny_captioners import write_blip
 from tests.studio.served import studio, wait_for, write_set
 
 tiny_tagger = pytest.importorskip("tests.annotation.tiny_tagger", reason="onnx is not installed", exc_type=ImportError)
@@ -34,6 +35,23 @@ def test_tags_are_proposed_taken_and_undone(page, folder, tmp_path):
         assert running.post("/api/undo").json()["num_written"] == 2
         assert (folder / "blue.txt").read_bytes() == b"old, tags\nsecond\n"
         assert sorted(path.name for path in folder.iterdir()) == ["blue.png", "blue.txt", "red.png"]
+
+
+@pytest.mark.slow  # a process that imports transformers
+def test_sentences_are_proposed_for_g(page, folder, tmp_path):
+    model = write_blip(tmp_path / "captioner")
+    with studio(folder, f"--captioner_model={model}") as running:
+        page.goto(running.link)
+        page.click("#toggle-panel")
+        page.get_by_role("button", name="Sentences for G", exact=True).click()
+        expect(page.locator("#preview")).to_be_visible(timeout=120_000)
+        expect(page.locator("#preview li")).to_have_count(2)
+        page.get_by_role("button", name="Change 2 captions").click()
+        expect(page.locator(".toast")).to_contain_text("sentences by machine for G")
+        assert (folder / "red.caption").read_bytes()
+        assert (folder / "blue.txt").read_bytes() == b"old, tags\nsecond\n"
+        assert running.post("/api/undo").json()["num_written"] == 2
+        assert not (folder / "red.caption").exists()
 
 
 def test_a_machine_that_fails_is_told_and_one_can_be_stopped(folder, tmp_path):

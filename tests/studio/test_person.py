@@ -248,7 +248,17 @@ def test_axe_finds_nothing(page, folder):
         page.click("#toggle-panel")
         expect(page.locator(".tags li").first).to_be_visible()
         assert violations() == []
+        page.click("#show-help")
+        expect(page.locator("#help")).to_be_visible()
+        assert violations() == []
+        page.keyboard.press("Escape")
         page.click("#theme")
+        page.get_by_role("button", name="1girl", exact=True).click()
+        page.get_by_label("by", exact=True).fill("woman")
+        page.get_by_role("button", name="Show the changes").click()
+        expect(page.locator("#preview ins")).to_be_visible()
+        assert violations() == []
+        page.keyboard.press("Escape")
         open_image(page, "04")
         page.keyboard.press("Alt+w")
         expect(page.locator(".draws tbody tr")).to_have_count(10)

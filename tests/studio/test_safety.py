@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,9 @@ from playwright.sync_api import expect
 
 from library.config.atomic_files import CannotWrite
 from library.data import caption_places
+from studio.options import ServerOptions
 from studio.safety import LARGEST_BODY, POLICY
+from studio.serving import listening_socket
 from tests.studio.served import TOKEN, studio, wait_for, write_set
 
 REPOSITORY = Path(__file__).parents[2]
@@ -234,6 +237,13 @@ import studio.serving
 heavy = {"torch", "transformers", "diffusers", "accelerate", "tensorboard", "scipy", "open_clip"} & sys.modules.keys()
 print(json.dumps([sorted(heavy), len(sys.modules)]))
 """
+
+
+def test_the_body_of_an_answer_does_not_wait_until_its_headers_are_acknowledged():
+    with listening_socket(ServerOptions(port=0)) as listening, socket.create_connection(listening.getsockname()):
+        connection, _ = listening.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_the_way_to_the_first_page_is_light():
