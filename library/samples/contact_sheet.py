@@ -4,7 +4,7 @@ import html
 import logging
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -57,19 +57,29 @@ Samples = dict[Prompt, dict[int, Path]]
 """The image files by prompt and training step."""
 
 
-def find_samples(folder: Path, model: str | None = None, span: tuple[datetime, datetime] = EVER) -> Samples:
+def texts_of(path: Path) -> Mapping[str, str] | None:
+    """Return the texts in an image file, without decoding its pixels; None, after a warning, if it cannot be read."""
+    return _read(path, lambda image: {name: str(text) for name, text in image.info.items()})
+
+
+def find_samples(
+    folder: Path,
+    model: str | None = None,
+    span: tuple[datetime, datetime] = EVER,
+    texts_of: Callable[[Path], Mapping[str, str] | None] = texts_of,
+) -> Samples:
     """Return the sample images of a folder by prompt and training step, without grids.
 
     `model` (an output name) and `span` (from, before) choose those of one run. If a run was repeated under the same
     name, its images replace the earlier ones: going back from the newest image of a prompt, images are taken as long as
-    their steps fall. Raise `UserError` if there are no samples.
+    their steps fall. `texts_of` reads the texts of a file. Raise `UserError` if there are no samples.
     """
     drawn: dict[Prompt, list[tuple[str, int, Path]]] = defaultdict(list)
     since, until = (f"{moment:{TIME_FORMAT}}" for moment in span)
     for name, path in _sample_files(folder):
         if not since <= name.time < until:
             continue
-        texts = _read(path, lambda image: image.info)  # does not decode the pixels
+        texts = texts_of(path)
         if texts is not None and "training_step" in texts and model in (None, texts["model"]):
             prompt = Prompt(
                 texts["model"],

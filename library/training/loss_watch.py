@@ -11,13 +11,9 @@ from library.config.errors import listed
 from library.sdxl.device_copies import HostCopy
 from library.training.distribution import all_of, mean_over_processes
 from library.training.failures import NotWorthSaving
+from library.training.gradient_spikes import NormMean
 
 log = logging.getLogger(__name__)
-
-SPIKE = 10.0
-"""A gradient norm is a spike if it is this many times the running mean of those before it."""
-
-_MEMORY = 0.98  # how slowly the running mean forgets
 
 
 class StepLoss:
@@ -60,7 +56,7 @@ class LossWatch:
     def __init__(self, max_bad_steps: int):
         self._max_bad_steps = max_bad_steps
         self._bad_in_a_row = 0
-        self._mean_norm: float | None = None
+        self._mean_norm = NormMean()
 
     def accepts(self, step: int, loss: float, bad_images: Callable[[], list[str]]) -> bool:
         """Return whether step number `step` may update the weights: its loss is finite. Else name its images.
@@ -88,9 +84,9 @@ class LossWatch:
         if not math.isfinite(norm):
             log.warning("step %d: the gradient norm is %s; the weights are not updated", step, norm)
             return
-        if self._mean_norm is not None and norm > SPIKE * self._mean_norm:
-            log.warning("step %d: the gradient norm is %.3g, %.0f times the usual", step, norm, norm / self._mean_norm)
-        self._mean_norm = norm if self._mean_norm is None else _MEMORY * self._mean_norm + (1 - _MEMORY) * norm
+        times = self._mean_norm.times_usual(norm)
+        if times is not None:
+            log.warning("step %d: the gradient norm is %.3g, %.0f times the usual", step, norm, times)
 
 
 def require_finite(networks: Mapping[str, torch.nn.Module]) -> None:

@@ -7,6 +7,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from library.config.atomic_files import write_text
+
 log = logging.getLogger(__name__)
 
 
@@ -51,6 +53,16 @@ class RequestFile:
     @property
     def _own(self) -> Path | None:
         return None if self.output_name is None else self.output_dir / f"{self.file_name}-{self.output_name}"
+
+
+def make_request(output_dir: Path, output_name: str | None, file_name: str) -> Path:
+    """Ask the run of a name for what `file_name` asks for; without a name every run of the folder. Return the file.
+
+    Raise `CannotWrite` where it cannot be written.
+    """
+    file = output_dir / (file_name if output_name is None else f"{file_name}-{output_name}")
+    write_text(file, "")
+    return file
 
 
 def _written(file: Path) -> tuple[int, int] | None:

@@ -29,6 +29,13 @@ class RunFiles:
     log_folder: Path | None = None
 
 
+def span_of(record: RunRecord, records: Sequence[RunRecord]) -> tuple[datetime, datetime]:
+    """Return from when and until when files of its name are the run's; `records` are those of all runs there."""
+    started = datetime.fromisoformat(record.started)
+    later = [datetime.fromisoformat(each.started) for each in records if each.output_name == record.output_name]
+    return started, min((moment for moment in later if moment > started), default=datetime.max)
+
+
 def find_run(
     output_dir: Path, record: RunRecord, records: Sequence[RunRecord], logs: Path | None, *, num_columns: int
 ) -> RunFiles:
@@ -37,9 +44,7 @@ def find_run(
     `records` are those of all runs there: what was written after the next run of the same name began is its own.
     `logs` is the folder that the log folders lie in, where they were moved.
     """
-    started = datetime.fromisoformat(record.started)
-    later = [datetime.fromisoformat(each.started) for each in records if each.output_name == record.output_name]
-    span = started, min((moment for moment in later if moment > started), default=datetime.max)
+    span = span_of(record, records)
     folder = output_dir / SAMPLE_FOLDER
     log_folder = None if record.log_folder is None else Path(record.log_folder)
     if logs is not None and log_folder is not None:
@@ -48,7 +53,7 @@ def find_run(
         record,
         samples=_samples_of(folder, record, span, num_columns),
         grids=find_grids(folder, record.output_name, *span),
-        files=sorted(_saved(output_dir, record, span)),
+        files=sorted(saved_files(output_dir, record, span)),
         log_folder=log_folder,
     )
 
@@ -62,7 +67,8 @@ def _samples_of(folder: Path, record: RunRecord, span: tuple[datetime, datetime]
     return last_steps(samples, num_columns)
 
 
-def _saved(output_dir: Path, record: RunRecord, span: tuple[datetime, datetime]) -> Iterator[Path]:
+def saved_files(output_dir: Path, record: RunRecord, span: tuple[datetime, datetime]) -> Iterator[Path]:
+    """Yield the models and states that a run wrote in a span of time."""
     for path in output_dir.iterdir():
         if (
             may_be_of(record.output_name, path.name)

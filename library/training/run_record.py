@@ -55,11 +55,21 @@ class Start:
     @property
     def is_running(self) -> bool:
         """Whether the process still exists, as far as this machine can know."""
+        return self.process() is not None
+
+    def process(self) -> psutil.Process | None:
+        """Return the process; None if it has ended, or is on another machine."""
         with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             process = psutil.Process(self.pid)
             is_same = abs(process.create_time() - self.created) < _CLOCKS_DIFFER
-            return self.host == platform.node() and is_same and process.status() != psutil.STATUS_ZOMBIE
-        return False
+            if self.host == platform.node() and is_same and process.status() != psutil.STATUS_ZOMBIE:
+                return process
+        return None
+
+    def is_of_process(self, other: "Start") -> bool:
+        """Return whether both starts are by one process."""
+        is_same_number = (self.host, self.pid) == (other.host, other.pid)
+        return is_same_number and abs(self.created - other.created) < _CLOCKS_DIFFER
 
 
 @dataclass(frozen=True)
@@ -176,13 +186,21 @@ class RecordFile:
 
 def find_records(output_dir: Path) -> list[RunRecord]:
     """Return the records in an output folder, oldest first; those that cannot be read are named and left out."""
-    records = []
+    records, problems = read_records(output_dir)
+    for problem in problems:
+        log.warning("%s; it is left out", problem)
+    return records
+
+
+def read_records(output_dir: Path) -> tuple[list[RunRecord], list[str]]:
+    """Return the records in an output folder, oldest first, and what is wrong with those that cannot be read."""
+    records, problems = [], []
     for path in sorted((output_dir / RECORD_FOLDER).glob("*.json")):
         try:
             records.append(RunRecord.of_text(path.read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
-            log.warning("'%s' cannot be read (%s); it is left out", path, error)
-    return sorted(records, key=lambda record: record.started)
+            problems.append(f"'{path}' cannot be read ({error})")
+    return sorted(records, key=lambda record: record.started), problems
 
 
 def changed_values(groups: Any) -> dict[str, Any]:
