@@ -4,11 +4,12 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import FileResponse, Response
-from starlette.routing import Mount, Route
+from starlette.responses import FileResponse, RedirectResponse, Response
+from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from studio.answers import answering
@@ -18,11 +19,49 @@ from studio.opened import Opened
 from studio.pictures import LARGE, SMALL
 from studio.watching import watch
 
+if TYPE_CHECKING:
+    from studio.runs import Runs
+
 STATIC = Path(__file__).with_name("static")
 
 
-def make_app(opened: Opened) -> Starlette:
+def make_app(opened: Opened | None, runs: "Runs | None" = None) -> Starlette:
     """Return the application that shows and changes what is open. It is to be run behind a `Guard`."""
+    routes: list[BaseRoute] = [Mount("/static", StaticFiles(directory=STATIC))]
+    routes += [Route("/", RedirectResponse("/runs", 303))] if opened is None else routes_of_set(opened)
+    if runs is not None:
+        from studio.run_app import routes_of_runs
+
+        routes += routes_of_runs(runs, has_set=opened is not None)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        async with contextlib.AsyncExitStack() as stack:
+            if runs is not None:
+                stack.callback(runs.close)
+            if opened is not None:
+                await stack.enter_async_context(_watched(opened))
+            yield
+
+    return Starlette(routes=routes, lifespan=lifespan)
+
+
+@contextlib.asynccontextmanager
+async def _watched(opened: Opened) -> AsyncIterator[None]:
+    """Within the block the set is read and watched."""
+    stop = asyncio.Event()
+    opened.start()
+    watching = asyncio.create_task(watch(opened, stop))
+    yield
+    stop.set()
+    opened.close()
+    watching.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await watching
+
+
+def routes_of_set(opened: Opened) -> list[BaseRoute]:
+    """Return the routes of a set of images."""
     looking, changing = Looking(opened), Changing(opened)
 
     def picture(edge: int):  # type: ignore[no-untyped-def]
@@ -35,7 +74,7 @@ def make_app(opened: Opened) -> Starlette:
 
         return answer
 
-    routes = [
+    return [
         Route("/", _page, methods=["GET"]),
         Route("/api/set", answering(looking.set), methods=["GET"]),
         Route("/api/view", answering(looking.view), methods=["GET"]),
@@ -53,22 +92,7 @@ def make_app(opened: Opened) -> Starlette:
         Route("/api/events", opened.hub.stream, methods=["GET"]),
         Route("/thumbnails/{number}", picture(SMALL), methods=["GET"]),
         Route("/pictures/{number}", picture(LARGE), methods=["GET"]),
-        Mount("/static", StaticFiles(directory=STATIC)),
     ]
-
-    @contextlib.asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        stop = asyncio.Event()
-        opened.start()
-        watching = asyncio.create_task(watch(opened, stop))
-        yield
-        stop.set()
-        opened.close()
-        watching.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await watching
-
-    return Starlette(routes=routes, lifespan=lifespan)
 
 
 async def _page(request: Request) -> Response:

@@ -39,10 +39,13 @@ class StudioOptions:
     enable_bucket: bool = option(True, "Show buckets. Otherwise show the crop to --resolution.")
     seed: int = option(0, "Seed of the run whose captions are drawn.", least=0, most=MOST_SEED)
 
+    @property
+    def names_a_set(self) -> bool:
+        """Whether there are images to look at."""
+        return bool(self.image_dirs) or self.dataset_config is not None
+
     def problems(self) -> Iterator[str]:
         """Yield what is wrong with these values, one sentence each."""
-        if self.dataset_config is None and not self.image_dirs:
-            yield "no folder is named. Pass a folder of images, or --dataset_config."
         if self.dataset_config is not None and (self.image_dirs or self.in_json or self.recursive):
             yield "--dataset_config names all folders. Leave out the other folders, --in_json and --recursive."
         if self.in_json is not None and len(self.image_dirs) != 1:
@@ -54,6 +57,35 @@ class StudioOptions:
             parse_resolution(self.resolution)
         except UserError as error:
             yield f"--resolution: {error}"
+
+
+@dataclass(frozen=True)
+class RunsOptions:
+    """Which runs are shown, and where new ones may read and write."""
+
+    _argument_group_name: ClassVar[str] = "Runs"
+
+    run_dirs: list[Path] | None = option(
+        None, "Find, start and show the runs below these folders: output folders, or folders that hold them."
+    )
+    model_dirs: list[Path] | None = option(
+        None, "Let runs that are started here read models and other files below these folders too, with --run_dirs."
+    )
+
+    def problems(self) -> Iterator[str]:
+        """Yield what is wrong with these values, one sentence each."""
+        for flag, folders in (("--run_dirs", self.run_dirs), ("--model_dirs", self.model_dirs)):
+            for folder in folders or ():
+                if not folder.is_dir():
+                    yield f"{flag}: there is no folder '{folder}'. Make it, or pass another."
+        if self.model_dirs and not self.run_dirs:
+            yield "--model_dirs has no effect without --run_dirs."
+
+
+def set_conflicts(options: StudioOptions, runs: RunsOptions) -> Iterator[str]:
+    """Yield what is wrong between what is opened of sets and of runs."""
+    if not options.names_a_set and not runs.run_dirs:
+        yield "no folder is named. Pass a folder of images, --dataset_config, or --run_dirs."
 
 
 @dataclass(frozen=True)
@@ -120,7 +152,7 @@ class MachineOptions:
             yield "--captioner_prompt has no effect without --captioner_model."
 
 
-OPTION_CLASSES: list[type] = [StudioOptions, ServerOptions, MachineOptions, CaptionOptions, BucketOptions]
+OPTION_CLASSES: list[type] = [StudioOptions, ServerOptions, MachineOptions, CaptionOptions, BucketOptions, RunsOptions]
 
 
 def subsets_of(options: StudioOptions, captions: CaptionOptions, buckets: BucketOptions) -> list[Subset]:

@@ -38,6 +38,7 @@ _HEADERS = {
     "permissions-policy": "camera=(), microphone=(), geolocation=()",
 }
 _READING = ("GET", "HEAD")
+_PAGES = ("/", "/runs")
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,13 @@ class Guard:
             return _refused(403, "This request comes from another page.")
         if not is_reading and origin is None and not bears_token:
             return _refused(403, "This request does not say which page it comes from.")
-        is_visit = is_reading and headers.get("sec-fetch-mode") == "navigate" and scope["path"] == "/"
+        is_visit = is_reading and headers.get("sec-fetch-mode") == "navigate" and scope["path"] in _PAGES
         if site not in (None, "same-origin") and not (is_visit and site == "none"):
             return _refused(403, "This request comes from another page.")
-        if is_visit or scope["path"] == "/":
+        if is_visit or scope["path"] in _PAGES:
             given = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
             if secrets.compare_digest(given.encode(), self.token.encode()):
-                return self._welcome()
+                return self._welcome(scope["path"])
         if not bears_token and not secrets.compare_digest(_cookie(headers, self.cookie).encode(), self.token.encode()):
             return _refused(403, "Open the studio with the link that it printed at its start.")
         if (
@@ -95,8 +96,8 @@ class Guard:
             return _refused(413, "That is too large.")
         return None
 
-    def _welcome(self) -> Response:
-        response = RedirectResponse("/", status_code=303)
+    def _welcome(self, page: str) -> Response:
+        response = RedirectResponse(page, status_code=303)
         response.set_cookie(self.cookie, self.token, httponly=True, samesite="strict", path="/")
         return response
 

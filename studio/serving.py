@@ -1,6 +1,7 @@
 """The server of the studio: a port, the guard in front of the application, and an end that waits for nobody."""
 
 import socket
+from typing import TYPE_CHECKING
 
 import uvicorn
 
@@ -10,25 +11,31 @@ from studio.opened import Opened
 from studio.options import ServerOptions
 from studio.safety import Guard
 
+if TYPE_CHECKING:
+    from studio.runs import Runs
+
 _SECONDS_TO_FINISH = 5
 
 
 class Server(uvicorn.Server):
     """A server whose pages are told to stop listening before it waits for its requests."""
 
-    def __init__(self, config: uvicorn.Config, opened: Opened):
+    def __init__(self, config: uvicorn.Config, opened: Opened | None):
         super().__init__(config)
         self._opened = opened
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Finish what is being written, and end."""
-        self._opened.hub.close()
+        if self._opened is not None:
+            self._opened.hub.close()
         await super().shutdown(sockets)
 
 
-def make_server(opened: Opened, options: ServerOptions, port: int, token: str) -> Server:
-    """Return the server of what is open, for the port that a socket listens at."""
-    app = Guard(make_app(opened), [f"{host}:{port}" for host in options.hosts], token, cookie=f"studio-{port}")
+def make_server(
+    opened: Opened | None, options: ServerOptions, port: int, token: str, runs: "Runs | None" = None
+) -> Server:
+    """Return the server of the set and the runs that are open, for the port that a socket listens at."""
+    app = Guard(make_app(opened, runs), [f"{host}:{port}" for host in options.hosts], token, cookie=f"studio-{port}")
     config = uvicorn.Config(
         app,
         log_level="warning",

@@ -59,7 +59,7 @@ Samples = dict[Prompt, dict[int, Path]]
 
 def texts_of(path: Path) -> Mapping[str, str] | None:
     """Return the texts in an image file, without decoding its pixels; None, after a warning, if it cannot be read."""
-    return _read(path, lambda image: {name: str(text) for name, text in image.info.items()})
+    return _read(path, lambda image: {str(name): str(text) for name, text in image.info.items()})
 
 
 def find_samples(

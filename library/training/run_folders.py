@@ -86,7 +86,7 @@ def runs_in(output_dir: Path) -> tuple[list[FoundRun], list[str]]:
     records, problems = read_records(output_dir)
     launches = find_launches(output_dir)
     of_record: dict[str, list[Launch]] = {record.name: [] for record in records}
-    alone = []
+    alone: list[Launch] = []
     for launch in launches:
         owner = next(
             (record for record in records if any(launch.start.is_of_process(each) for each in record.starts)), None

@@ -1,5 +1,6 @@
 """What a run has printed, from the end of its log: lines, and how far its progress bar is."""
 
+import itertools
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -39,10 +40,13 @@ def last_bar(lines: list[str]) -> tuple[int, int] | None:
 
 
 def last_words(lines: list[str]) -> str:
-    """Return the last line that is an error, else the last line that is no progress bar."""
+    """Return the last error with the lines that belong to it, else the last line that is no progress bar."""
     said = [line for line in lines if line.strip() and not _BAR.search(line)]
-    errors = [line for line in said if line.startswith("error:")]
-    return (errors or said or [""])[-1]
+    errors = [place for place, line in enumerate(said) if line.startswith("error:")]
+    if not errors:
+        return (said or [""])[-1]
+    behind = itertools.takewhile(lambda line: line.startswith("  "), said[errors[-1] + 1 :])
+    return "\n".join([said[errors[-1]], *behind])
 
 
 def _shown(line: str) -> str:

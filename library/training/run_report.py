@@ -1,8 +1,7 @@
 """A run as one page that needs nothing beside it: options, set, curves, samples, what each encoder is worth, files."""
 
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,14 @@ from PIL import Image
 
 from library.samples.contact_sheet import row_labels, steps_of
 from library.sdxl.thumbnail import jpeg_url
-from library.training.curves import Curve, read_curves
+from library.training.curve_groups import ERROR_SUFFIX, charts_of
+from library.training.curves import read_curves
 from library.training.report_charts import chart
 from library.training.run_files import RunFiles
 from library.training.run_record import RunRecord
 from library.training.saves import step_of
 from library.training.validation_log import read_validations
 
-_ERROR = "/standard_error"
 _NO_PLACES = frozenset({"config_file", "output_config"})
 _QUALITY = 88  # of the JPEGs
 _LARGEST_GRID = 1400  # of the longer side, in pixels
@@ -107,26 +106,10 @@ def _curves(run: RunFiles) -> Iterator[str]:
         "saved": sorted({step for path in run.files if (step := step_of(path.name)) is not None}),
     }
     yield '<h2>Curves</h2><div class="charts">'
-    for title, chosen in _charts(curves):
-        errors = {name: curves[name + _ERROR] for name in chosen if name + _ERROR in curves}
+    for title, chosen in charts_of(curves):
+        errors = {name: curves[name + ERROR_SUFFIX] for name in chosen if name + ERROR_SUFFIX in curves}
         yield chart(title, {name: curves[name] for name in chosen}, errors, marks)
     yield "</div>"
-
-
-def _charts(curves: Mapping[str, Curve]) -> Iterator[tuple[str, list[str]]]:
-    """Yield the charts that have curves: title, names."""
-    kinds: dict[str, Callable[[str], bool]] = {
-        "Loss": lambda name: name in ("loss/average", "loss/current"),
-        "Loss on images that are not trained": lambda name: bool(re.fullmatch(r"validation[^/]*/[^/]+", name)),
-        "What each encoder is worth": lambda name: bool(re.fullmatch(r"worth[^/]*/[^/]+", name)),
-        "Learning rates": lambda name: name.startswith("lr/") and "encoder1" not in name and "encoder2" not in name,
-        "Gradient norm": lambda name: name == "grad_norm",
-        "Images a second": lambda name: name == "images_per_second",
-    }
-    for title, belongs in kinds.items():
-        chosen = [name for name in curves if belongs(name)]
-        if chosen:
-            yield title, chosen
 
 
 # -- images -----------------------------------------------------------------------------------------------------------

@@ -12,8 +12,10 @@ import httpx
 from PIL import Image
 
 from library.config.options import parse_options
+from studio.command import runs_of
 from studio.opened import Opened
 from studio.options import OPTION_CLASSES, subsets_of
+from studio.runs import Runs
 from studio.serving import listening_socket, make_server
 
 TOKEN = "0123456789abcdef0123"
@@ -27,6 +29,7 @@ class Studio:
     opened: Opened
     port: int
     client: httpx.Client
+    runs: Runs | None = None
 
     @property
     def origin(self) -> str:
@@ -58,19 +61,21 @@ class Studio:
 def studio(*argv: str | Path, wait: bool = True) -> Iterator[Studio]:
     """Serve what a command line opens, at a free port; `wait` until it is read."""
     classes = parse_options(OPTION_CLASSES, [*map(str, argv), "--port=0"], description="")
-    options, server, machines, captions, buckets = classes
-    opened = Opened(subsets_of(options, captions, buckets), options.seed, machines)
+    options, server, machines, captions, buckets, run_options = classes
+    subsets = subsets_of(options, captions, buckets) if options.names_a_set else []
+    opened = Opened(subsets, options.seed, machines) if subsets else None
+    runs = runs_of(run_options, subsets)
     listening = listening_socket(server)
     port = listening.getsockname()[1]
-    serving = make_server(opened, server, port, TOKEN)
+    serving = make_server(opened, server, port, TOKEN, runs)
     thread = threading.Thread(target=serving.run, kwargs={"sockets": [listening]})
     thread.start()
     origin = f"http://127.0.0.1:{port}"
     headers = {"authorization": f"Bearer {TOKEN}", "origin": origin}
     try:
         with httpx.Client(base_url=origin, headers=headers, timeout=10 * PATIENCE) as client:
-            wait_for(lambda: serving.started and (opened.captions.is_loaded or not wait))
-            yield Studio(opened, port, client)
+            wait_for(lambda: serving.started and (opened is None or opened.captions.is_loaded or not wait))
+            yield Studio(opened, port, client, runs)
     finally:
         serving.should_exit = True
         thread.join()

@@ -230,9 +230,12 @@ def test_two_studios_of_one_set_share_their_undo(tmp_path):
 
 LOADED = """
 import json, sys
-from studio.command import main
-from studio.options import OPTION_CLASSES, subsets_of
+from pathlib import Path
+from studio.command import main, runs_of
+from studio.options import OPTION_CLASSES, RunsOptions, subsets_of
 from studio.opened import Opened
+from studio.run_app import routes_of_runs
+routes_of_runs(runs_of(RunsOptions(run_dirs=[Path(".")]), []), has_set=False)
 import studio.serving
 heavy = {"torch", "transformers", "diffusers", "accelerate", "tensorboard", "scipy", "open_clip"} & sys.modules.keys()
 print(json.dumps([sorted(heavy), len(sys.modules)]))
@@ -263,6 +266,8 @@ def test_the_way_to_the_first_page_is_light():
         ([".", "--token=short"], "--token needs 16 characters"),
         ([".", "--dataset_config=x.toml"], "--dataset_config names all folders"),
         ([".", "..", "--in_json=meta.json"], "--in_json needs one folder"),
+        (["--run_dirs", "no such folder"], "--run_dirs: there is no folder 'no such folder'"),
+        ([".", "--model_dirs", "."], "--model_dirs has no effect without --run_dirs"),
     ],
 )
 def test_a_command_that_cannot_work_is_refused_in_one_line(argv, message, tmp_path, monkeypatch, capsys):

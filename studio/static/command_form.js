@@ -1,0 +1,7 @@
+export class CommandForm {
+  constructor() {
+    this.root = document.createElement("div");
+  }
+
+  open() {}
+}
