@@ -34,12 +34,13 @@ from library.annotation.captioner import Captioner
 from library.annotation.captioner_model import open_captioner
 from library.annotation.describing import CaptionWriter, write_captions
 from library.annotation.image_options import ImageOptions
-from library.annotation.pending_images import Share, pending_images
+from library.annotation.pending_images import pending_images
 from library.annotation.reading_ahead import Machine
 from library.annotation.sentence_options import CaptionerOptions, WordOptions
 from library.annotation.tag_choice import Label, tag_choice
 from library.annotation.tag_options import TagOptions
 from library.annotation.tagger import open_tagger
+from library.config.processes import Share
 
 ROOT = Path(__file__).resolve().parents[1]
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "cat")

@@ -9,9 +9,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere, find library/
 
 from library.annotation.cleaning_options import CleaningOptions, RuleOptions, UndoOptions
-from library.annotation.pending_images import share_of_process
 from library.config.errors import exits_on_user_error
 from library.config.options import parse_options
+from library.config.processes import share_of_process
 from library.training.run_lock import run_lock
 
 DESCRIPTION = "Clean the captions of one encoder: find and replace, remove, move, sort. Every change can be undone."

@@ -17,6 +17,7 @@ from library.config.errors import UserError, exits_on_user_error
 from library.config.kohya_spellings import PREPARE_SPELLINGS
 from library.config.magnitudes import MOST_IMAGES_AT_ONCE, MOST_WORKERS
 from library.config.options import option, parse_options, positional
+from library.config.processes import share_of_process
 from library.data.augmentation import RESIZE_INTERPOLATION_HELP, RESIZE_INTERPOLATIONS, interpolation_of
 from library.data.buckets import BucketOptions, parse_resolution
 from library.data.caption_options import CaptionOptions
@@ -81,6 +82,29 @@ class LatentOptions:
     )
     resize_interpolation: str | None = option(None, RESIZE_INTERPOLATION_HELP, choices=RESIZE_INTERPOLATIONS)
     legacy_crop_coords: bool = option(False, "Record the crop as kohya's trainers do, on the wrong axis.")
+    latents_as: str = option(
+        "npz",
+        "Write an .npz beside each image, or shards beside the metadata: files of up to 1024 images of one bucket, for "
+        "large sets.",
+        choices=("npz", "shards"),
+    )
+    latents_dtype: str = option(
+        "float32",
+        "Numbers of the latents in shards. bf16 halves them; training from them differs.",
+        choices=("float32", "bf16"),
+    )
+
+    def problems(self) -> Iterator[str]:
+        """Yield a sentence for each value that cannot work."""
+        if self.latents_dtype != "float32" and self.latents_as != "shards":
+            yield "--latents_dtype: .npz files are float32; add --latents_as=shards."
+
+    @property
+    def shards_in(self) -> str | None:
+        """The name of torch's dtype of the numbers in shards, None if there are none."""
+        if self.latents_as == "npz":
+            return None
+        return {"float32": "float32", "bf16": "bfloat16"}[self.latents_dtype]
 
     @property
     def of_encoding(self) -> dict[str, Any]:
@@ -145,24 +169,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Only now: a mistake on the command line is answered without the seconds that importing torch takes.
     from library.data.folder_preparation import prepare_folder
     from library.data.latent_preparation import Encoding
+    from library.training.run_lock import run_lock
 
     encoding = Encoding(flip=latents.flip_aug, **latents.of_encoding)
-    num_failed = prepare_folder(
-        options.train_data_dir,
-        options.in_json,
-        options.out_json,
-        options.model_name_or_path,
-        rule,
-        encoding,
-        latents.vae_dtype,
-        full_path=options.full_path,
-        recursive=options.recursive,
-        skip_existing=options.skip_existing,
-        remove_missing=options.remove_missing,
-        resize_interpolation=interpolation_of(latents.resize_interpolation),
-        alpha_mask=latents.alpha_mask,
-        mask_dir=options.conditioning_data_dir,
-    )
+    with run_lock(options.out_json.absolute().parent, options.out_json.name, doing="preparing"):
+        num_failed = prepare_folder(
+            options.train_data_dir,
+            options.in_json,
+            options.out_json,
+            options.model_name_or_path,
+            rule,
+            encoding,
+            latents.vae_dtype,
+            full_path=options.full_path,
+            recursive=options.recursive,
+            skip_existing=options.skip_existing,
+            remove_missing=options.remove_missing,
+            resize_interpolation=interpolation_of(latents.resize_interpolation),
+            alpha_mask=latents.alpha_mask,
+            mask_dir=options.conditioning_data_dir,
+            shards_in=latents.shards_in,
+        )
     return EXIT_SOME_UNUSABLE if num_failed else 0
 
 
@@ -171,6 +198,16 @@ def prepare_data_set_file(argv: Sequence[str]) -> int:
     options, latents, bucket_options = parse_options(
         DATA_SET_CLASSES, argv, description=DATA_SET_DESCRIPTION, spellings=PREPARE_SPELLINGS
     )
+    if latents.latents_as == "shards":
+        raise UserError(
+            "--latents_as=shards needs a metadata file, beside which the shards lie.",
+            "Prepare folder and metadata without --dataset_config, or leave --latents_as out.",
+        )
+    if share_of_process().count > 1:
+        raise UserError(
+            "a data set file is prepared by one process.",
+            "Start it without accelerate, or prepare folder and metadata.",
+        )
     training_set = TrainingSetOptions(
         dataset_config=options.dataset_config,
         resolution=options.resolution,

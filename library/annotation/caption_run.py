@@ -5,9 +5,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from library.annotation.describing import CaptionWriter, write_captions
-from library.annotation.pending_images import Pending, Share, pending_images, share_of_process
+from library.annotation.pending_images import Pending, pending_images
 from library.annotation.tally import Tally, merged, report
 from library.config.leftovers import remove_leftovers
+from library.config.processes import Share, share_of_process
 
 if TYPE_CHECKING:
     from library.annotation.image_options import ImageOptions
@@ -47,9 +48,7 @@ def caption_folder(
     tally = _captioned(pending, options, writer, open_model, share) if pending.images else Tally()
     tally.num_existing = pending.num_existing
     if share.count > 1:  # all meet here, those too that found nothing to do because another was faster
-        from library.annotation.processes import gathered
-
-        tally = merged(gathered(tally))
+        tally = merged(share.gathered(tally))
     report(tally, options.train_data_dir, writer.extension, all_tags=all_tags)
     return EXIT_SOME_WITHOUT if tally.num_without else 0
 

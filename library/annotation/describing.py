@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from library.annotation.pending_images import Pending, Share, caption_file
+from library.annotation.pending_images import Pending, caption_file
 from library.annotation.reading_ahead import Described, Machine, batches_ahead, num_reading_threads
 from library.annotation.tag_texts import split_tags
 from library.annotation.tally import Tally
 from library.config.atomic_files import write_text
 from library.config.errors import UserError
+from library.config.processes import Share
 from library.data.strict_json import read_utf8
 from library.sdxl.tokenizers import token_ids
 

@@ -2,26 +2,13 @@
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from library.config.errors import UserError, listed
+from library.config.processes import Share
 from library.data.image_files import find_images
 from library.data.image_kinds import without_suffix
-
-
-@dataclass(frozen=True)
-class Share:
-    """The part of the work that one process of a run does: `index` of `count`."""
-
-    index: int = 0
-    count: int = 1
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this process does what one of them has to."""
-        return self.index == 0
 
 
 class Pending(NamedTuple):
@@ -34,11 +21,6 @@ class Pending(NamedTuple):
     folders: list[Path]
     num_images: int
     num_existing: int
-
-
-def share_of_process() -> Share:
-    """Return the share of this process, as `accelerate launch` and torchrun tell it."""
-    return Share(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def pending_images(
@@ -54,7 +36,7 @@ def pending_images(
     _require_separate_files(images, extension)
     folders = [Path(name) for name in dict.fromkeys(map(os.path.dirname, images))]
     exists = list(have_caption_file(images, extension)) if keep_existing else [False] * len(images)
-    own = [index // batch_size % share.count == share.index for index in range(len(images))]
+    own = [share.has(index // batch_size) for index in range(len(images))]
     to_do = [image for image, is_done, is_own in zip(images, exists, own, strict=True) if is_own and not is_done]
     return Pending(to_do, folders, len(images), sum(exists))
 

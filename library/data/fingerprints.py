@@ -8,6 +8,7 @@ import numpy as np
 
 from library.config.digests import digest
 from library.data.buckets import ALPHA
+from library.data.stored_arrays import BF16
 from library.sdxl.sizes import Size
 
 if TYPE_CHECKING:
@@ -32,6 +33,14 @@ def fingerprint_of(
     encoded = [part.encode("utf-8", errors="surrogatepass") for part in parts]
     with_lengths = b"".join([half for part in encoded for half in (len(part).to_bytes(8, "little"), part)])
     return digest([with_lengths], _FINGERPRINT_BYTES).hex()
+
+
+def kind_of_latents(place: np.ndarray | None) -> str:
+    """Return the kind of latents at a place, or in memory: those in bf16 are other numbers."""
+    return _KINDS[place is not None and int(place["kinds"][0]) == BF16]
+
+
+_KINDS = ("latents", "latents in bf16")
 
 
 class Fingerprints(Mapping[str, str]):
@@ -65,6 +74,7 @@ class Fingerprints(Mapping[str, str]):
             images.variants["l"],
             images.variants["g"],
             images.columns["buckets"].tolist(),
+            (images.columns["places"]["kinds"][:, 0] == BF16).tolist(),
             images.columns["contents"].tolist(),
             images.of_subset(lambda subset: subset.is_reg).tolist(),
             images.texts["masks"],
@@ -74,10 +84,10 @@ class Fingerprints(Mapping[str, str]):
             key: fingerprint_of(
                 *captions,
                 bucket=names[tuple(bucket)],
-                kind="latents",
+                kind=_KINDS[is_bf16],
                 content=content.decode(),
                 is_reg=is_reg,
                 mask=(mask_content.decode() or ALPHA) if mask else None,
             )
-            for key, *captions, bucket, content, is_reg, mask, mask_content in zip(*columns, strict=True)
+            for key, *captions, bucket, is_bf16, content, is_reg, mask, mask_content in zip(*columns, strict=True)
         }

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from library.config.errors import UserError, listed
 from library.config.leftovers import remove_leftovers
+from library.config.processes import share_of_process
 from library.data.buckets import BucketedImage, BucketRule, MaskSource
 from library.data.cache_files import require_separate_caches
 from library.data.crops import LEGACY_CROP_NOTICE
@@ -13,13 +14,25 @@ from library.data.image_files import find_images
 from library.data.image_keys import images_of_keys, keys_of_images, same_path
 from library.data.images import read_size
 from library.data.latent_cache import cache_path
-from library.data.latent_files import problem_of, report_buckets, report_names, vae_to_encode, write_latents
+from library.data.latent_files import (
+    Done,
+    Work,
+    dealt,
+    joined,
+    problem_of,
+    report_buckets,
+    report_names,
+    vae_to_encode,
+    write_latents,
+)
 from library.data.latent_index import index_beside
 from library.data.latent_preparation import Encoding
+from library.data.latent_shards import shards_path
 from library.data.latent_writing import Place
 from library.data.mask_files import masks_of
 from library.data.metadata import Metadata, is_reg, read_metadata, with_train_resolution, write_metadata
 from library.data.metadata_lines import is_lines
+from library.data.shard_preparation import prepare_shards
 
 log = logging.getLogger(__name__)
 
@@ -40,11 +53,13 @@ def prepare_folder(
     resize_interpolation: str | None = None,
     alpha_mask: bool = False,
     mask_dir: Path | None = None,
+    shards_in: str | None = None,
 ) -> int:
     """Write latents beside the images of `folder` and their buckets into `out_json`; return how many images failed.
 
-    Masks of `mask_dir`, or else with `alpha_mask` the alpha channels, are kept with the latents. `vae_dtype` names
-    torch's dtype. Raise `UserError` if nothing can be prepared at all.
+    With `shards_in` (the name of a torch dtype, as `vae_dtype`) they are written into shards beside `out_json`. Several
+    processes share the images. Masks of `mask_dir`, or else with `alpha_mask` the alpha channels, are kept with the
+    latents. Raise `UserError` if nothing can be prepared at all.
     """
     metadata = read_metadata(in_json)
     path_of = _images_with_metadata(folder, in_json, metadata, full_path=full_path, recursive=recursive)
@@ -57,18 +72,39 @@ def prepare_folder(
     vae, digest = vae_to_encode(model, vae_dtype)
     problems: list[str] = []
     images = dict(_assign(path_of, masks, rule, resize_interpolation, problems))
-    cache_of = {image: cache_path(image.path) for image in images.values()}
-    places = {image: Place(file, index_beside(out_json), folder) for image, file in cache_of.items()}
-    kept, written = write_latents(vae, digest, {encoding: places}, cache_of if skip_existing else {}, problems)
-
-    prepared = {key: image for key, image in images.items() if image in kept | written}
+    work = Work(out_json, folder, vae, digest, encoding, share_of_process(), skip_existing)
+    done = _latents_beside(images, work) if shards_in is None else prepare_shards(images, work, shards_in)
+    problems += done.problems
+    prepared = {key: image for key, image in images.items() if key in done.kept or key in done.written}
+    if not work.share.is_first:
+        return len(problems)
     for key, image in prepared.items():
         metadata[key] = with_train_resolution(metadata[key], image.assignment.bucket)
     write_metadata(out_json, metadata)
     log.info("wrote %d entries, %d of them with latents, to '%s'", len(metadata), len(prepared), out_json)
-    report_buckets(prepared.values(), num_kept=len(kept))
+    report_buckets(prepared.values(), num_kept=len(done.kept))
     report_names("images could not be used", problems)
     return len(problems)
+
+
+def _latents_beside(images: Mapping[str, BucketedImage], work: Work) -> Done:
+    """Write the latents of images beside them; return what became of those of all processes."""
+    if shards_path(work.out_json).exists():
+        log.warning(
+            "training reads the shards in '%s' first: delete them, or pass --latents_as=shards.",
+            shards_path(work.out_json),
+        )
+    own = dealt(images, work.encoding.batch_size, work.share)
+    cache_of = {image: cache_path(image.path) for image in own.values()}
+    places = {image: Place(file, index_beside(work.out_json), work.folder) for image, file in cache_of.items()}
+    done = Done()
+    kept, written = write_latents(
+        *(work.vae, work.vae_digest, {work.encoding: places}, cache_of if work.skip_existing else {}, done.problems),
+        share=work.share,
+    )
+    done.kept.update(key for key, image in own.items() if image in kept)
+    done.written.update(key for key, image in own.items() if image in written)
+    return joined(work.share.gathered(done))
 
 
 def _images_with_metadata(

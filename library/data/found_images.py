@@ -31,6 +31,12 @@ class FoundImage(NamedTuple):
     size: Size | None = None
     own_key: str | None = None
     mask: MaskSource | None = None
+    in_shards: bool = False
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether there are latents that may fit: in the shards beside the metadata, or in the file of the image."""
+        return self.in_shards or is_file(self.cache)
 
     def assignment(self, size: Size) -> BucketAssignment:
         """Return the bucket of the image, which has that size: the one the metadata names, else that of the rule."""
@@ -47,7 +53,7 @@ def require_usable(found: Sequence[FoundImage], subset: Subset) -> list[FoundIma
     in_json, folder = subset.source, subset.image_dir
     problems: list[UserError] = []
     needs_pixels = subset.augmentation.changes_pixels
-    missing = [image.key for image in found if image.file is None and (needs_pixels or not is_file(image.cache))]
+    missing = [image.key for image in found if image.file is None and (needs_pixels or not image.has_cache)]
     if missing:
         latents = " Latents alone do not serve where pixels change at every visit." if needs_pixels else ""
         problems.append(
@@ -110,6 +116,8 @@ def require_own_files(found: Iterable[FoundImage], folder: Path) -> None:
 
 def _checked(image: FoundImage, sizes: ImageSizes) -> FoundImage:
     """Return the image with its size, if that is needed. Raise `UserError` for one that cannot be trained."""
+    if image.file is None and image.in_shards:
+        return image
     if image.file is None and is_file(image.cache):
         bucket = bucket_of_cache(image.cache)
         if image.bucket not in (None, bucket):
@@ -117,9 +125,9 @@ def _checked(image: FoundImage, sizes: ImageSizes) -> FoundImage:
                 f"'{image.cache}' does not fit: it is for {bucket}, not {image.bucket}.",
                 "Run prepare_buckets_latents.py again where the images are.",
             )
-    elif image.file is not None and (image.subset.reads_folder or not is_file(image.cache)):
+    elif image.file is not None and (image.subset.reads_folder or not image.has_cache):
         size = sizes.of(image.file)
-        if not is_file(image.cache):
+        if not image.has_cache:
             require_whole(image.file)
         if image.bucket is None:
             image.subset.rule.assign(size)

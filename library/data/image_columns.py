@@ -35,6 +35,7 @@ class FoundImages(Sequence[FoundImage]):
         loss_weights: np.ndarray,
         own_keys: Texts | None = None,
         masks: Texts | None = None,
+        in_shards: np.ndarray | None = None,
     ):
         self.subsets = tuple(subsets)
         self.subset_of = subset_of
@@ -48,6 +49,7 @@ class FoundImages(Sequence[FoundImage]):
         self.loss_weights = loss_weights
         self.own_keys = own_keys
         self.masks = Texts.same("", len(keys)) if masks is None else masks
+        self.in_shards = np.zeros(len(keys), bool) if in_shards is None else in_shards
 
     @classmethod
     def of(cls, images: Iterable[FoundImage]) -> "FoundImages":
@@ -88,6 +90,7 @@ class FoundImages(Sequence[FoundImage]):
             np.concatenate([part.loss_weights for part in parts]),
             own,
             Texts.joined([part.masks for part in parts]),
+            np.concatenate([part.in_shards for part in parts]),
         )
 
     def __len__(self) -> int:
@@ -115,6 +118,7 @@ class FoundImages(Sequence[FoundImage]):
             Size(*size) if any(size) else None,
             None if self.own_keys is None else self.own_keys[index],
             mask_source(self.masks[index]),
+            bool(self.in_shards[index]),
         )
 
     def __iter__(self) -> Iterator[FoundImage]:
@@ -135,6 +139,7 @@ class FoundImages(Sequence[FoundImage]):
             self.loss_weights[rows],
             None if self.own_keys is None else self.own_keys.take(rows),
             self.masks.take(rows),
+            self.in_shards[rows],
         )
 
     def with_masks(self, mask: MaskSource) -> "FoundImages":
@@ -178,6 +183,7 @@ class FoundBuilder:
         self._numbers = {name: array("i") for name in ("buckets", "sizes")}
         self._weights = array("d")
         self._has_own_keys = False
+        self._in_shards = array("b")
 
     def __len__(self) -> int:
         return len(self._subset_of)
@@ -198,6 +204,7 @@ class FoundBuilder:
             size=image.size or _NO_SIZE,
             own_key=own,
             mask=str(image.mask or ""),
+            in_shards=image.in_shards,
         )
 
     def add_facts(
@@ -214,6 +221,7 @@ class FoundBuilder:
         size: Sequence[int] = _NO_SIZE,
         own_key: str | None = None,
         mask: str = "",
+        in_shards: bool = False,
     ) -> None:
         """Add what is known of an image."""
         number, _ = self._subsets.setdefault(id(subset), (len(self._subsets), subset))
@@ -233,6 +241,7 @@ class FoundBuilder:
         self._numbers["buckets"].extend(bucket)
         self._numbers["sizes"].extend(size)
         self._weights.append(loss_weight)
+        self._in_shards.append(in_shards)
 
     def _add_text(self, column: str, text: str) -> None:
         block, ends = self._texts[column]
@@ -261,4 +270,5 @@ class FoundBuilder:
             np.frombuffer(self._weights, np.float64),
             texts["own"] if self._has_own_keys else None,
             texts["masks"],
+            np.frombuffer(self._in_shards, bool),
         )

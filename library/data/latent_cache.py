@@ -248,11 +248,6 @@ def _place_of(stored: StoredArrays, arrays: Mapping[str, np.ndarray]) -> np.ndar
     return place
 
 
-def read_fitting_cache(path: Path, image: Path | None, bucket: Size | None, demands: CacheDemands) -> CachedLatents:
-    """Return the content of a cache file, as `read_fitting` does."""
-    return read_fitting(path, image, bucket, demands)[0]
-
-
 def read_fitting(
     path: Path, image: Path | None, bucket: Size | None, demands: CacheDemands
 ) -> tuple[CachedLatents, np.ndarray | None]:
@@ -261,16 +256,22 @@ def read_fitting(
     Raise `UserError` naming the file for damage, as `read_cache`, and with every reason why it does not fit.
     """
     cached, place = read_with_place(path, warns=True)
-    image_digest = None
-    if image is not None and demands.check_image and cached.is_ours:
-        image_digest = file_digest(image)
+    require_fitting(cached, f"'{path}'", image, bucket, demands)
+    return cached, place
+
+
+def require_fitting(
+    cached: CachedLatents, name: str, image: Path | None, bucket: Size | None, demands: CacheDemands
+) -> None:
+    """Raise `UserError` with every reason why latents of that name do not fit."""
+    checks = image is not None and demands.check_image and cached.is_ours
+    image_digest = file_digest(image) if checks and image is not None else None
     reasons = cached.reasons_stale(demands, image_digest=image_digest, bucket=bucket or cached.bucket)
     if reasons:
         raise UserError(
-            f"'{path}' does not fit: {' and '.join(reasons)}.",
+            f"{name} does not fit: {' and '.join(reasons)}.",
             "Run prepare_buckets_latents.py again where the images are.",
         )
-    return cached, place
 
 
 def _from_arrays(arrays: dict[str, np.ndarray]) -> CachedLatents:

@@ -68,21 +68,27 @@ class Entries:
         self._texts = {text: number for number, text in enumerate(self._index.texts)}
         self._is_new = np.zeros(len(caches), bool)
 
-    def unchanged(self, *, check_images: bool) -> np.ndarray:
-        """Return which files have an entry and the size and time that it names, and so their images if checked."""
+    def unchanged(self, places: np.ndarray, *, check_images: bool) -> np.ndarray:
+        """Return which files have an entry and the size and time that it names, and so their images if checked.
+
+        Latents whose `places` are known are in shards that are open, and not in these files.
+        """
         trusted = self._has_entry & settled(self.entries)
+        is_placed = places["offsets"][:, 0] > 0
+        trusted &= ~is_placed | (self.entries["place"] == places)
         columns = (
             trusted.tolist(),
+            is_placed.tolist(),
             self.entries["place"]["state"].tolist(),
             self.entries["image"].tolist(),
             self._caches,
             self._files,
         )
-        for row, (is_known, state, image_state, cache, file) in enumerate(zip(*columns, strict=True)):
-            if is_known and not (
-                state_of(cache) == state and (not check_images or not file or state_of(file) == image_state)
-            ):
-                trusted[row] = False
+        for row, (is_known, in_shard, state, image_state, cache, file) in enumerate(zip(*columns, strict=True)):
+            if is_known:
+                trusted[row] = (in_shard or state_of(cache) == state) and (
+                    not check_images or not file or state_of(file) == image_state
+                )
         self._distrust_masks(trusted, check_images=check_images)
         return trusted
 

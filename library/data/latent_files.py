@@ -4,6 +4,7 @@ import logging
 import os
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from diffusers import AutoencoderKL
 from tqdm import tqdm
 
 from library.config.errors import UserError
+from library.config.processes import Share
 from library.data.buckets import BucketedImage
 from library.data.images import UnusableImage
 from library.data.latent_cache import CacheDemands, read_fitting
@@ -19,6 +21,7 @@ from library.data.latent_preparation import Encoding, Outcome, encode_images, re
 from library.data.latent_writing import IndexedFiles, Place
 from library.sdxl.latents import vae_digest
 from library.sdxl.model_source import load_vae
+from library.sdxl.sizes import Size
 
 log = logging.getLogger(__name__)
 
@@ -27,12 +30,49 @@ _MOST_CROPPED = 3
 _WORTH_NAMING = 0.05  # of an image
 
 
+@dataclass(frozen=True)
+class Work:
+    """What the images of `folder` are prepared for: the metadata file to write, how they are encoded, and by whom."""
+
+    out_json: Path
+    folder: Path
+    vae: AutoencoderKL
+    vae_digest: str
+    encoding: Encoding
+    share: Share
+    skip_existing: bool
+
+
+@dataclass
+class Done:
+    """The keys of images that had latents, and of those encoded now; the problems of others; the names of shards."""
+
+    kept: set[str] = field(default_factory=set)
+    written: set[str] = field(default_factory=set)
+    problems: list[str] = field(default_factory=list)
+    shards: list[str] = field(default_factory=list)
+
+
+def joined(parts: Sequence[Done]) -> Done:
+    """Return what all processes have done."""
+    all_of = Done()
+    for part in parts:
+        all_of.kept |= part.kept
+        all_of.written |= part.written
+        all_of.problems += part.problems
+        all_of.shards += part.shards
+    return all_of
+
+
 def vae_to_encode(model: str, dtype: str) -> tuple[AutoencoderKL, str]:
     """Return the VAE of a model, on the GPU if there is one, in the torch dtype of that name, and its digest."""
     vae = load_vae(model, None)
     digest = vae_digest(vae)  # before it is narrowed to the requested precision
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     # Not diffusers' own `to`, which warns of every change of precision.
-    torch.nn.Module.to(vae, "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, dtype))
+    torch.nn.Module.to(vae, device, getattr(torch, dtype))
     return vae, digest
 
 
@@ -42,18 +82,22 @@ def write_latents(
     groups: Mapping[Encoding, Mapping[BucketedImage, Place]],
     present: Mapping[BucketedImage, Path],
     problems: list[str],
+    share: Share = Share(),  # noqa: B008  (a value)
 ) -> tuple[set[BucketedImage], set[BucketedImage]]:
     """Write the latents of every image to its file; return the images whose latents are kept, and those written.
 
     `groups` holds the images that are encoded alike, each with the file to write and the index that has its entry. The
     files of `present` are kept where they were made from this image, VAE and bucket. What cannot be encoded is added to
-    `problems`.
+    `problems`. These are the images of this process; the others of `share` have theirs.
     """
     files = IndexedFiles({image: place for places in groups.values() for image, place in places.items()})
     try:
-        return _kept_and_written(vae, digest, groups, present, problems, files)
-    finally:
-        files.save_index()
+        kept, written = _kept_and_written(vae, digest, groups, present, problems, files)
+    except BaseException:
+        files.save_index()  # nobody waits for this process any more
+        raise
+    share.in_turn(files.save_index)
+    return kept, written
 
 
 def _kept_and_written(
@@ -100,15 +144,7 @@ def _still_fitting(
     files: IndexedFiles,
 ) -> Iterator[BucketedImage]:
     for image, encoding in tqdm(to_check, "checking latents", unit="image", disable=not to_check):
-        path = file_of[image]
-        demands = CacheDemands(
-            vae_digest=digest,
-            flip=encoding.flip,
-            mask=image.mask,
-            legacy_crop=encoding.legacy_crop,
-            only_ours=True,
-            resize_interpolation=image.resize_interpolation,
-        )
+        path, demands = file_of[image], demands_of(image, encoding, digest)
         if not path.is_file():
             continue
         try:
@@ -120,6 +156,36 @@ def _still_fitting(
             log.warning("%s It is encoded again.", error.problem)
 
 
+def demands_of(image: BucketedImage, encoding: Encoding, digest: str) -> CacheDemands:
+    """Return what latents that are there must agree with to be kept."""
+    return CacheDemands(
+        vae_digest=digest,
+        flip=encoding.flip,
+        mask=image.mask,
+        legacy_crop=encoding.legacy_crop,
+        only_ours=True,
+        resize_interpolation=image.resize_interpolation,
+    )
+
+
+def dealt(images: Mapping[str, BucketedImage], batch_size: int, share: Share) -> dict[str, BucketedImage]:
+    """Return the images that one process encodes: whole batches are dealt out in turn, as one process would form them.
+
+    The processes need not agree on what is there already.
+    """
+    in_bucket: dict[Size, list[str]] = {}
+    for key, image in images.items():
+        in_bucket.setdefault(image.assignment.bucket, []).append(key)
+    batches = (keys[at : at + batch_size] for keys in in_bucket.values() for at in range(0, len(keys), batch_size))
+    return {key: images[key] for number, batch in enumerate(batches) if share.has(number) for key in batch}
+
+
+def report_redone(outcome: Outcome) -> None:
+    """Report an image that was encoded in float32."""
+    if outcome.redone_in_float32:
+        log.warning("'%s' gave NaN or Inf in the VAE's precision and was encoded in float32.", outcome.image.path)
+
+
 def _written(outcomes: Iterable[Outcome], files: IndexedFiles, problems: list[str]) -> Iterator[BucketedImage]:
     for outcome in outcomes:
         if outcome.cached is None:
@@ -127,8 +193,7 @@ def _written(outcomes: Iterable[Outcome], files: IndexedFiles, problems: list[st
             continue
         files.write(outcome.image, outcome.cached)
         yield outcome.image
-        if outcome.redone_in_float32:
-            log.warning("'%s' gave NaN or Inf in the VAE's precision and was encoded in float32.", outcome.image.path)
+        report_redone(outcome)
 
 
 def _about_crops(images: Collection[BucketedImage]) -> str:

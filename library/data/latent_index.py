@@ -39,8 +39,9 @@ FACTS = np.dtype(
 STATE = np.dtype([("size", np.int64), ("modified", np.int64), ("inode", np.uint64)])
 """The size of a file (-1: there is none), its time in nanoseconds, and its number on the disk where that counts."""
 
-PLACE = np.dtype([("state", STATE), ("offsets", np.int64, 3), ("checksums", np.uint32, 3)])
-"""The state of a file, where in it latents, flipped latents and mask begin (0: unknown), and their `block_checksum`."""
+PLACE = np.dtype([("state", STATE), ("offsets", np.int64, 3), ("checksums", np.uint32, 3), ("kinds", np.uint8, 3)])
+"""The state of a file, where in it latents, flipped latents and mask begin (0: unknown), their `block_checksum`, and
+what kind of numbers they are."""
 
 ENTRY = np.dtype(
     [

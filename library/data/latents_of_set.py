@@ -1,7 +1,7 @@
 """Which latents fit their images: by the index where files are as they were, else by reading them."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,8 @@ from library.data.image_keys import is_file
 from library.data.images import read_size
 from library.data.latent_cache import CacheDemands, CachedLatents, read_fitting
 from library.data.latent_entries import Entries, states_of
-from library.data.latent_index import index_path
+from library.data.latent_index import PLACE, index_path
+from library.data.latent_shards import Shards, shards_of
 from library.data.masks import black_mask
 from library.data.subsets import Subset
 from library.data.training_columns import IN_FILE, TrainingSet, as_content, empty_columns, set_facts
@@ -123,6 +124,9 @@ class _Reading:
         self._columns = empty_columns(len(images))
         self._columns["subset_of"] = images.subset_of
         self._columns["loss_weights"] = images.loss_weights
+        self._shards: list[Shards] = []
+        self._shards_of = np.zeros(len(images), np.int32)
+        self._rows_in_shards = np.full(len(images), -1)
 
     def _in_buckets(self, images: FoundImages) -> FoundImages:
         if not any(subset.reads_folder or subset.names_bucket for subset in images.used_subsets):
@@ -142,9 +146,10 @@ class _Reading:
         images = self._images if len(rows) == len(self._images) else self._images.take(rows)
         folders = {subset.image_dir for subset in images.used_subsets}
         entries = Entries(path, folders.pop() if len(folders) == 1 else None, images.caches, images.files, images.masks)
+        self._find_in_shards(images, rows)
         known = np.zeros(len(rows), bool)
         if self._trust.index:
-            known = entries.unchanged(check_images=not self._trust.images)
+            known = entries.unchanged(self._places_in_shards(rows), check_images=not self._trust.images)
             for numbers, group in entries.groups(known):
                 known[numbers] = self._take_over(rows[numbers], group, entries.entries[numbers])
         rest = np.flatnonzero(~known)
@@ -158,6 +163,23 @@ class _Reading:
                 self.errors[row] = error
         if self._trust.keeps_index:
             entries.save()
+
+    def _find_in_shards(self, images: FoundImages, rows: np.ndarray) -> None:
+        """Note in which shards the latents of the images of one index are."""
+        shards = shards_of(images.used_subsets[0]) if images.in_shards.any() else None
+        if shards is None:
+            return
+        at = shards.rows_of(images.keys if images.own_keys is None else images.own_keys)
+        self._rows_in_shards[rows] = np.where((at >= 0) & images.in_shards, at, -1)
+        self._shards.append(shards)
+        self._shards_of[rows] = len(self._shards) - 1
+
+    def _places_in_shards(self, rows: np.ndarray) -> np.ndarray:
+        places = np.zeros(len(rows), PLACE)
+        at = self._rows_in_shards[rows]
+        if (at >= 0).any():
+            places[at >= 0] = self._shards[self._shards_of[rows[0]]].places[at[at >= 0]]
+        return places
 
     def _take_over(self, rows: np.ndarray, cached: CachedLatents, entries: np.ndarray) -> np.ndarray:
         """Fill the rows of images whose latents have these facts; return which of them fit what is demanded."""
@@ -189,7 +211,10 @@ class _Reading:
         cached = None
         if not image.subset.augmentation.changes_pixels:
             demands = cache_demands(image, self._vae_digest, check_image=not self._trust.images)
-            cached = _read_if_fitting(image, demands, entries, number)
+            cached = self._in_shard(row, image, demands, entries, number)
+            if cached is None:
+                self._rows_in_shards[row] = -1
+                cached = _read_if_fitting(image, demands, entries, number)
         if cached is None:
             set_facts(columns, row, *_from_file(self._found[row], legacy=self._legacy))
             return
@@ -199,13 +224,34 @@ class _Reading:
         columns["mask_contents"][row] = as_content(cached.mask_digest)
         columns["places"][row] = entries.entries[number]["place"]
 
+    def _in_shard(
+        self, row: int, image: FoundImage, demands: CacheDemands, entries: Entries, number: int
+    ) -> CachedLatents | None:
+        """Return the latents in a shard; None if there are none, or (reported) if they do not fit the image."""
+        if self._rows_in_shards[row] < 0:
+            return None
+        shard, place = self._shards[self._shards_of[row]].file_of(int(self._rows_in_shards[row]))
+        return _noted(
+            image, entries, number, demands, lambda: shard.read_fitting(place, image.file, image.bucket, demands)
+        )
+
+    def _caches(self) -> Texts:
+        """Return the files of latents: shards, or those of the images."""
+        if not self._shards:
+            return self._images.caches
+        columns = self._images.caches, self._rows_in_shards.tolist(), self._shards_of.tolist()
+        return Texts.of(
+            str(self._shards[number].file_of(row)[0].path) if row >= 0 else cache
+            for cache, row, number in zip(*columns, strict=True)
+        )
+
     def made(self) -> TrainingSet:
         """Return the set: caches are named of images that have one, files of the others."""
         images, has = self._images, self._columns["where"] == IN_FILE
         texts = {
             "keys": images.keys,
             "files": self._found.files.where(~has),
-            "caches": images.caches.where(has),
+            "caches": self._caches().where(has),
             "masks": images.masks,
         }
         return TrainingSet(images.subsets, self._columns, texts, {"l": images.variants_l, "g": images.variants_g})
@@ -218,9 +264,20 @@ def _read_if_fitting(found: FoundImage, demands: CacheDemands, entries: Entries,
     """
     if not is_file(found.cache):
         return None
+    return _noted(found, entries, number, demands, lambda: read_fitting(found.cache, found.file, found.bucket, demands))
+
+
+def _noted(
+    found: FoundImage,
+    entries: Entries,
+    number: int,
+    demands: CacheDemands,
+    read: Callable[[], tuple[CachedLatents, np.ndarray | None]],
+) -> CachedLatents | None:
+    """Return latents that are read now, and note them; None (reported) if they do not fit. Raise as the above."""
     states = states_of(found.file, found.mask)  # before reading: a change in between is noticed by the next start
     try:
-        cached, place = read_fitting(found.cache, found.file, found.bucket, demands)
+        cached, place = read()
     except UserError as error:
         if found.file is None:
             raise

@@ -96,7 +96,9 @@ def require_usable_masks(found: Sequence[FoundImage]) -> None:
     masked = [image for image in found if image.mask is not None]
     if not masked:
         return
-    to_check = [image for image in masked if not (is_file(image.cache) and cache_holds_mask(image.cache))]
+    to_check = [
+        image for image in masked if not (image.in_shards or (is_file(image.cache) and cache_holds_mask(image.cache)))
+    ]
     lacking = [image for image in to_check if image.file is None]
     if lacking:
         raise UserError(

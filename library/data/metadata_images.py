@@ -18,8 +18,9 @@ from library.data.dataset_class import metadata_of_class
 from library.data.found_images import FoundImage, require_own_files, require_usable
 from library.data.image_columns import FoundBuilder, FoundImages
 from library.data.image_files import FolderNames, Suffixes, warn_of_unreadable
-from library.data.image_keys import is_file, is_found_by_name, resolve_cache, resolve_image
+from library.data.image_keys import is_found_by_name, resolve_cache, resolve_image
 from library.data.latent_cache import cache_path
+from library.data.latent_shards import shards_of
 from library.data.metadata import (
     COLUMN_G,
     COLUMN_L,
@@ -104,6 +105,9 @@ class _Search:
         self._error: UserError | None = None
         self._suspects: list[tuple[Suspect, Entry]] = []
         self._find_cache = cache_finder()
+        shards = shards_of(subset)
+        self._in_shards = frozenset(() if shards is None else shards.keys)
+        self._num_in_shards = 0
         compares = subset.metadata_file is not None and not subset.one_caption
         self._since = subset.metadata_file.stat().st_mtime_ns if compares and subset.metadata_file else None
         rules = subset.captions
@@ -127,15 +131,25 @@ class _Search:
         subset = self._regular if is_reg(entry) else self._subset
         captions = captions_of(entry, one_caption=subset.one_caption, separators=self._separators)
         bucket, weight = train_resolution(entry), loss_weight(entry) * subset.loss_weight
-        start, suffixes = self._place(key)
+        in_shards = key in self._in_shards
+        self._num_in_shards += in_shards
+        start, suffixes = self._place(key, in_shards=in_shards)
         if start is not None and bucket is not None and not subset.augmentation.changes_pixels:
             file, cache = start + suffixes.images[0], start + _CACHE
             self._plain.add_facts(
-                key, *captions, subset=subset, bucket=bucket, file=file, cache=cache, loss_weight=weight
+                key,
+                *captions,
+                subset=subset,
+                bucket=bucket,
+                file=file,
+                cache=cache,
+                loss_weight=weight,
+                in_shards=in_shards,
             )
         else:
             try:
-                image = self._looked_for(key, subset)._replace(captions=captions, bucket=bucket, loss_weight=weight)
+                image = self._looked_for(key, subset)
+                image = image._replace(captions=captions, bucket=bucket, loss_weight=weight, in_shards=in_shards)
             except UserError as error:
                 self._error = self._error or error
                 return
@@ -149,7 +163,7 @@ class _Search:
             for suspect in suspects_beside(start, key, entry, self._since, extensions, present):
                 self._suspects.append((suspect, entry))
 
-    def _place(self, key: str) -> tuple[str | None, Suffixes]:
+    def _place(self, key: str, *, in_shards: bool) -> tuple[str | None, Suffixes]:
         """Return what precedes the suffixes of image and latents, and these; None unless the key tells where."""
         assert self._names is not None
         names, top = self._names, self._names.start
@@ -165,7 +179,7 @@ class _Search:
             return None, _NO_SUFFIXES
         suffixes = names.described(found)
         is_one = len(suffixes.images) == 1 and suffix in (None, suffixes.images[0])
-        return (folder + stem, suffixes) if is_one and _CACHE in suffixes.all else (None, _NO_SUFFIXES)
+        return (folder + stem, suffixes) if is_one and (in_shards or _CACHE in suffixes.all) else (None, _NO_SUFFIXES)
 
     def _looked_for(self, key: str, subset: Subset) -> FoundImage:
         folder = self._subset.image_dir
@@ -196,6 +210,12 @@ class _Search:
         images = self._joined(usable)
         for notice in self._notices(images, usable, is_alone=is_alone):
             log.info("%s", notice)
+        if self._in_shards and self._num_in_shards < len(images):
+            lacking = [f"'{key}'" for key in images.keys if key not in self._in_shards]
+            log.warning(
+                "the shards beside '%s' lack %d images, whose latents are looked for beside them: %s",
+                *(source, len(lacking), listed(lacking)),
+            )
         if self._suspects:
             warn_of_suspects(source, self._suspects)
         return images
@@ -230,7 +250,7 @@ class _Search:
         areas = images.buckets[:, 0].astype(np.int64) * images.buckets[:, 1]
         if not areas.any():
             return
-        new = [f"'{image.key}'" for image in others if image.bucket is None and not is_file(image.cache)]
+        new = [f"'{image.key}'" for image in others if image.bucket is None and not image.has_cache]
         if new:
             yield (
                 f"{len(new)} images have no bucket, unlike the others, and are trained at the resolution "

@@ -116,25 +116,35 @@ def block_checksum(numbers: np.ndarray) -> int:
     return zlib.crc32(content[whole:].data, zlib.crc32(sums.data))
 
 
+FLOAT32, BF16 = 0, 1
+"""The kinds of numbers that are read at an offset."""
+_DTYPE_OF_KIND = (np.float32, np.uint16)
+_BITS_OF_HALF = 16
+
+
+def _from_bf16(halves: np.ndarray) -> np.ndarray:
+    return (halves.astype(np.uint32) << _BITS_OF_HALF).view(np.float32)
+
+
 def read_at(path: Path, place: np.ndarray, wanted: Mapping[int, tuple[int, ...]]) -> list[np.ndarray] | None:
-    """Return numbers of float32 from the offsets of a place that `wanted` names, each of a shape.
+    """Return float32 arrays from the offsets of a place that `wanted` names, each of a shape.
 
     None if an offset is 0, if the file's size or time is not that of `place`, if a checksum is not, or if it is gone.
     That costs a tenth of reading the file with its table, and no more than the bytes of these arrays.
     """
-    offsets, checksums = place["offsets"].tolist(), place["checksums"].tolist()
+    offsets, checksums, kinds = place["offsets"].tolist(), place["checksums"].tolist(), place["kinds"].tolist()
     arrays = []
     try:
         with open(path, "rb", buffering=0) as file:  # noqa: PTH123  # of a visit: a third of the time of Path.open
             if state_from(os.fstat(file.fileno())) != place["state"].item():
                 return None
             for number, shape in wanted.items():
-                numbers, offset = np.empty(shape, np.float32), offsets[number]
+                numbers, offset = np.empty(shape, _DTYPE_OF_KIND[kinds[number]]), offsets[number]
                 if not offset or file.seek(offset) != offset or file.readinto(numbers.data.cast("B")) != numbers.nbytes:
                     return None
                 if block_checksum(numbers) != checksums[number]:
                     return None
-                arrays.append(numbers)
+                arrays.append(numbers if kinds[number] == FLOAT32 else _from_bf16(numbers))
     except OSError:  # whoever reads the whole file says why
         return None
     return arrays

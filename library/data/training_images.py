@@ -11,8 +11,9 @@ from library.config.errors import UserError
 from library.data.buckets import ALPHA, BucketedImage, MaskSource
 from library.data.captions import CaptionPair
 from library.data.crops import Crop
-from library.data.fingerprints import fingerprint_of
+from library.data.fingerprints import fingerprint_of, kind_of_latents
 from library.data.latent_cache import CachedLatents, read_cache
+from library.data.latent_shards import SHARD_SUFFIX, error_of_row
 from library.data.masks import mask_digest
 from library.data.stored_arrays import read_at
 from library.data.subsets import Subset
@@ -84,6 +85,8 @@ class TrainingImage:
         assert self.latents is not None
         if not isinstance(self.latents, Path):
             return self.latents
+        if self.latents.suffix == SHARD_SUFFIX:
+            raise error_of_row(self.latents)
         cached = read_cache(self.latents)
         if cached.bucket != self.bucket or self.content_digest not in (None, cached.content_digest):
             other = "of another image" if cached.bucket == self.bucket else f"for {cached.bucket}, not {self.bucket}"
@@ -107,7 +110,7 @@ class TrainingImage:
             content, kind, mask = file_digest(self.source.path), "pixels", mask_digest(self.mask)
         else:
             assert self.content_digest is not None
-            content, kind, mask = self.content_digest, "latents", self.mask_digest
+            content, kind, mask = self.content_digest, kind_of_latents(self.place), self.mask_digest
         return fingerprint_of(
             *self.captions,
             bucket=str(self.bucket),

@@ -22,7 +22,7 @@ from library.data.epoch_order import MicroBatch
 from library.data.folder_images import in_bucket
 from library.data.found_images import FoundImage
 from library.data.image_columns import FoundImages
-from library.data.latent_cache import cache_bytes, read_fitting_cache
+from library.data.latent_cache import cache_bytes, read_fitting
 from library.data.latents_of_set import cache_demands
 from library.data.text_cache import FOLDER_NAME, tokens_digest
 from library.data.training_columns import TrainingSet
@@ -200,12 +200,14 @@ class _Preview:
     def _latents(self, image: TrainingImage, found: FoundImage) -> str:
         if image.has_latents:
             return "fit"
+        if found.in_shards:
+            return "are stale: the shards hold others"
         if not found.cache.is_file():
             return "are missing"
         if image.subset.augmentation.changes_pixels:
             return "have no use: pixels change at every visit"
         try:
-            read_fitting_cache(found.cache, found.file, found.bucket, cache_demands(found, self._vae_digest))
+            read_fitting(found.cache, found.file, found.bucket, cache_demands(found, self._vae_digest))
         except UserError as error:
             return f"are stale: {error.problem}"
         return "fit"

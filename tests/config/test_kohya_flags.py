@@ -87,7 +87,14 @@ SCRIPTS = [
         PREPARE_REPLACED,
         PREPARE_REFUSED,
         {
-            *("--alpha_mask", "--conditioning_data_dir", "--legacy_crop_coords", "--remove_missing"),
+            *(
+                "--alpha_mask",
+                "--conditioning_data_dir",
+                "--latents_as",
+                "--latents_dtype",
+                "--legacy_crop_coords",
+                "--remove_missing",
+            ),
             "--resize_interpolation",
         },
     ),

@@ -17,7 +17,7 @@ from library.data.latent_cache import (
     CachedLatents,
     cache_path,
     read_cache,
-    read_fitting_cache,
+    read_fitting,
     write_cache,
 )
 from library.sdxl.sizes import Size
@@ -244,18 +244,18 @@ def cache_of_picture(tmp_path):
 
 def test_a_fitting_cache_is_read_with_its_picture_and_without(cache_of_picture):
     path, image = cache_of_picture
-    assert read_fitting_cache(path, image, BUCKET, DEMANDS).original_size == SIZE
-    assert read_fitting_cache(path, None, None, DEMANDS).original_size == SIZE
+    assert read_fitting(path, image, BUCKET, DEMANDS)[0].original_size == SIZE
+    assert read_fitting(path, None, None, DEMANDS)[0].original_size == SIZE
 
 
 def test_a_cache_that_does_not_fit_is_named_with_every_reason(cache_of_picture):
     path, image = cache_of_picture
     image.write_bytes(b"another picture")
     with pytest.raises(UserError) as caught:
-        read_fitting_cache(path, image, Size(64, 64), DEMANDS)
+        read_fitting(path, image, Size(64, 64), DEMANDS)
     assert caught.value.problem == (f"'{path}' does not fit: the image has changed and it is for 256x192, not 64x64.")
     unchecked = replace(DEMANDS, check_image=False)
-    assert read_fitting_cache(path, image, BUCKET, unchecked).original_size == SIZE
+    assert read_fitting(path, image, BUCKET, unchecked)[0].original_size == SIZE
 
 
 def test_the_fingerprint_of_a_file_that_is_gone_is_a_clear_mistake(tmp_path):

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from library.config.leftovers import PARTIAL_SUFFIX, remove_leftovers, temporary_path
+from library.data.image_columns import FoundImages
 from library.data.text_cache import FOLDER_NAME
 from library.data.training_set_options import TrainingSetOptions
 from library.training.preparation import _folders_written
@@ -18,4 +19,4 @@ def test_leftovers_of_cached_texts_are_removed_from_the_folder_of_each_encoder(t
         left[-1].touch()
         monkeypatch.undo()
     options = TrainingSetOptions(train_data_dir=tmp_path, cache_text_encoder_outputs_to_disk=True)
-    assert sorted(remove_leftovers(*_folders_written(options, []))) == sorted(left)
+    assert sorted(remove_leftovers(*_folders_written(options, FoundImages.of([])))) == sorted(left)
