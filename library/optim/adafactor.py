@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from library.config.errors import UserError
-from library.optim.chunked_adafactor import ChunkedSteps, can_step_together, may_step_together
+from library.optim.chunked_adafactor import ChunkedSteps, can_step_together, flattened_otherwise, may_step_together
 from library.optim.kernels import compiled
 from library.optim.options import KAHAN, STOCHASTIC
 from library.optim.rounding import RESIDUAL, Rounder, stochastically_rounded, with_residual
@@ -196,10 +195,7 @@ def _running(state: dict[str, Any], beta2: float, **values: Tensor) -> list[Tens
         if name not in state:
             state[name] = torch.zeros_like(value)
         elif state[name].shape != value.shape:
-            raise UserError(
-                "the state to resume was saved with another flatten_convolutions of Adafactor.",
-                "Pass the same --optimizer_args as then.",
-            )
+            raise flattened_otherwise()
         state[name].mul_(beta2).add_(value, alpha=1.0 - beta2)
     return [state[name] for name in values]
 

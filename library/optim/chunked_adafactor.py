@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from library.config.errors import UserError
 from library.optim.options import KAHAN, STOCHASTIC
 from library.optim.rounding import RESIDUAL, Rounder
 from library.sdxl.device_copies import to_device
@@ -200,6 +201,16 @@ def _prepare_state(state: dict[str, Any], parameter: Parameter, *, flatten: bool
     for name, size in wanted.items():
         if name not in state:
             state[name] = torch.zeros(size, dtype=torch.float32, device=parameter.device)
+        elif state[name].shape != size:
+            raise flattened_otherwise()
+
+
+def flattened_otherwise() -> UserError:
+    """Return the error for a state whose means have the shapes of another `flatten_convolutions`."""
+    return UserError(
+        "the state to resume was saved with another flatten_convolutions of Adafactor.",
+        "Pass the same --optimizer_args as then.",
+    )
 
 
 def _addresses(parameter: Parameter, state: dict[str, Any], rounder: Rounder | None, kind: str | None) -> list[int]:

@@ -38,12 +38,20 @@ def _removed_what_is_damaged(error: BaseException) -> bool:
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     folder = Path(cache_dir()).resolve()
-    named = {Path(path).resolve() for path in _paths_in(error)}
+    named = {Path(path).resolve() for path in _paths_in(error) if _may_exist(path)}
     damaged = [path for path in named if path.is_relative_to(folder) and path.is_file()]
     for path in damaged:
         path.unlink()
         log.warning("the compiled kernel '%s' was damaged, as a killed process leaves it; it is compiled again", path)
     return bool(damaged)
+
+
+def _may_exist(path: str) -> bool:
+    """Return whether this is the name of a file: what begins with a slash may be the whole command of a compiler."""
+    try:
+        return Path(path).is_file()
+    except OSError:  # longer than a name can be
+        return False
 
 
 def _paths_in(error: BaseException | None) -> Iterator[str]:

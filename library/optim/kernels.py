@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from library.optim.kernel_cache import with_whole_kernels
+from library.optim.vector_casts import use_vector_casts
 
 log = logging.getLogger(__name__)
 
@@ -68,11 +69,23 @@ def allow_kernels() -> None:
 @cache
 def why_not_compiled(device_type: str, backend: str = "inductor") -> str | None:
     """Return the reason, from torch, why `torch.compile` does not work on this kind of device, or None; tried once."""
+    if device_type == "cpu" and backend == "inductor" and use_vector_casts():
+        if _failure(_next_float, backend, device_type) is None:
+            return None
+        use_vector_casts(wanted=False)  # a compiler that does not know them may do well without
+    return _failure(torch.neg, backend, device_type)
+
+
+def _failure(function: Callable[[Tensor], Tensor], backend: str, device_type: str) -> str | None:
     try:
-        with_whole_kernels(torch.compile(torch.neg, backend=backend))(torch.ones(64, device=device_type))
+        with_whole_kernels(torch.compile(function, backend=backend))(torch.ones(64, device=device_type))
     except (torch._dynamo.exc.BackendCompilerFailed, RuntimeError) as error:
         return str(error).strip().partition("\n")[0]
     return None
+
+
+def _next_float(values: Tensor) -> Tensor:
+    return (values.view(torch.int32) + 1).view(torch.float32)
 
 
 @cache

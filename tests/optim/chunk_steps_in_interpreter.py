@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch.nn import Parameter
 
+from library.config.errors import UserError
 from library.optim import chunk_programs as programs
 from library.optim.adafactor import Adafactor
 from library.optim.chunked_adafactor import ChunkedSteps
@@ -98,7 +99,27 @@ def compare_rounding():
     print("rounding: bit for bit the same", flush=True)
 
 
+def require_the_same_flattening():
+    """A state of kernels taken one by one is refused where they are to be flattened, and the other way round."""
+    for before in (False, True):
+        weights = [Parameter(torch.ones(6, 5, 3, 3, dtype=torch.bfloat16))]
+        weights[0].grad = torch.ones_like(weights[0])
+        settings = {"lr": 1e-3, "relative_step": False, "scale_parameter": False}
+        saved = Adafactor(weights, **settings, flatten_convolutions=before)
+        saved.step()
+        resumed = Adafactor(weights, **settings, flatten_convolutions=not before)
+        kept, count = weights[0].detach().clone(), dict(saved.state[weights[0]])
+        try:
+            ChunkedSteps().step(weights, resumed.param_groups[0], {weights[0]: count}, None, None)
+        except UserError as error:
+            assert "flatten_convolutions" in str(error)
+        else:
+            raise AssertionError("another flatten_convolutions was accepted")
+        assert torch.equal(weights[0], kept)
+
+
 compare_rounding()
+require_the_same_flattening()
 for exact in (True, False):
     for name in sys.argv[1:] or CASES:
         compare(name, exact=exact)

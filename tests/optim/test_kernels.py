@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.optim import kernels
+from library.optim import kernels, vector_casts
 from library.optim.kernel_cache import with_whole_kernels
 from library.optim.optimizer_probe import keys_in_bfloat16, treats_each_alone
 from library.optim.optimizers import make_optimizer
@@ -51,6 +51,14 @@ def test_files_elsewhere_are_never_removed(tmp_path: Path, monkeypatch: pytest.M
     assert library.exists()
 
 
+def test_an_error_that_quotes_the_command_of_a_compiler_is_raised_as_it_is(tmp_path: Path):
+    def refused() -> None:
+        raise OSError(f"error: /usr/bin/g++ {tmp_path}/kernel.cpp {'-D NAME=value ' * 40}-o {tmp_path}/kernel.so")
+
+    with pytest.raises(OSError, match="error: /usr/bin"):
+        with_whole_kernels(refused)()
+
+
 USE_A_KERNEL = """
 import torch
 from library.config.messages import start_logging
@@ -79,6 +87,34 @@ def test_a_process_runs_where_a_killed_one_has_left_empty_kernels(tmp_path: Path
     assert "was damaged" in again
     assert str(4.0 * 2**17) in first
     assert str(4.0 * 2**17) in again
+
+
+NO_VECTORS = """
+from library.optim import kernels, vector_casts
+vector_casts._cast_of_vector.__code__ = (lambda values, dtype, _: f"no_such_cast({values})").__code__
+import torch
+from library.optim.rounding import round_stochastically, stochastically_rounded
+values = torch.randn(2**17)
+assert torch.equal(round_stochastically(values, 3), stochastically_rounded(values, 3))
+print("still compiled", kernels.why_not_compiled("cpu"))
+"""
+
+
+@pytest.mark.slow
+def test_a_compiler_that_cannot_cast_vectors_compiles_as_before(tmp_path: Path):
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", NO_VECTORS]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert "still compiled None" in ended.stdout, ended.stderr
+
+
+def test_another_release_of_torch_is_left_alone(monkeypatch: pytest.MonkeyPatch):
+    from torch._inductor.codegen.cpp import CppVecOverrides
+
+    before = vars(CppVecOverrides)["to_dtype_bitcast"]
+    monkeypatch.setattr(vector_casts, "_TORCH", "1.13")
+    assert not vector_casts.use_vector_casts()
+    assert vars(CppVecOverrides)["to_dtype_bitcast"] is before
 
 
 @pytest.mark.parametrize("tried", [keys_in_bfloat16, treats_each_alone])

@@ -4,7 +4,14 @@ import copy
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
+from demo.random_sdxl import TINY
+from library.diffusion.objective import Objective
+from library.diffusion.options import NoiseOptions
+from library.optim.adafactor import Adafactor
+from library.optim.options import STOCHASTIC
+from library.optim.rounding import Rounder
 from library.sdxl.lean_unet import make_lean
 
 
@@ -83,3 +90,75 @@ def test_a_copy_computes_with_weights_of_its_own(unet):
             weight.zero_()
         assert torch.equal(lean(**inputs()).sample, before)
         assert not other(**inputs()).sample.any()
+
+
+def test_weights_of_one_product_lie_side_by_side_and_learn_alone_where_they_do_not(unet):
+    lean = copy.deepcopy(unet)
+    make_lean(lean, without_autocast=True)
+    attention = lean.mid_block.attentions[0].transformer_blocks[0].attn1
+    layers = attention.to_q, attention.to_k, attention.to_v
+    assert len({layer.weight.untyped_storage().data_ptr() for layer in layers}) == 1
+    apart = copy.deepcopy(lean)  # whose weights are copied one by one
+    ours, gradients = learnt(lean)
+    others, gradients_apart = learnt(apart)
+    assert torch.equal(ours, others)
+    assert all(torch.equal(gradients[name], gradients_apart[name]) for name in gradients)
+    attention.to_k.weight.requires_grad_(False)
+    _, gradients_but_one = learnt_if_any(lean)
+    frozen = "mid_block.attentions.0.transformer_blocks.0.attn1.to_k.weight"
+    assert frozen not in gradients_but_one
+    assert all(torch.equal(gradients[name], each) for name, each in gradients_but_one.items())
+    lean.load_state_dict({name: torch.zeros_like(weight) for name, weight in apart.state_dict().items()})
+    assert not lean(**inputs()).sample.any()
+
+
+def learnt_if_any(unet):
+    """Prediction, and gradients of the weights that learn."""
+    predicted = unet(**inputs()).sample
+    predicted.square().mean().backward()
+    gradients = {name: weight.grad.clone() for name, weight in unet.named_parameters() if weight.requires_grad}
+    unet.zero_grad()
+    return predicted.detach(), gradients
+
+
+def losses_of_50_steps(*, lean: bool, rounding_seed: int) -> torch.Tensor:
+    """Losses of a small U-Net in bfloat16 that learns one batch with Adafactor, noise and timesteps always the same."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel.from_config(TINY.unet | {"transformer_layers_per_block": [1, 1, 1]}).bfloat16()
+    if lean:
+        make_lean(unet, without_autocast=True)
+    parameters = list(unet.parameters())
+    optimizer = Adafactor(parameters, lr=1e-3, scale_parameter=False, relative_step=False)
+    optimizer.rounder = Rounder(STOCHASTIC, parameters, rounding_seed)
+    generator, objective = torch.Generator().manual_seed(0), Objective(NoiseOptions())
+    latents = torch.randn(4, 4, 16, 16, generator=generator)
+    losses = []
+    for step in range(1, 51):
+        optimizer.rounder.start(step)
+        noisy = objective.draw(latents, [generator])
+        with torch.autocast("cpu", torch.bfloat16):
+            predicted = unet(
+                noisy.latents.bfloat16(),
+                noisy.timesteps,
+                encoder_hidden_states=torch.zeros(4, 1, unet.config.cross_attention_dim, dtype=torch.bfloat16),
+                added_cond_kwargs={
+                    "text_embeds": torch.zeros(4, TINY.text_encoder_g["projection_dim"], dtype=torch.bfloat16),
+                    "time_ids": torch.zeros(4, 6),
+                },
+            ).sample.float()
+        loss = objective.losses(predicted, latents, noisy).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+@pytest.mark.slow
+def test_the_loss_over_50_steps_differs_by_no_more_than_rounding_at_random_does():
+    usual, rounded_otherwise = (losses_of_50_steps(lean=False, rounding_seed=seed) for seed in (0, 1))
+    ours = losses_of_50_steps(lean=True, rounding_seed=0)
+    noise = (usual - rounded_otherwise).abs().mean()
+    assert usual[-10:].mean() < 0.9 * usual[:10].mean(), "it learns"
+    assert (ours - usual).abs().mean() < 1.5 * noise
+    assert (ours[-10:].mean() - usual[-10:].mean()).abs() < 3 * noise
