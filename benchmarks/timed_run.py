@@ -124,6 +124,7 @@ def _train(plan: Plan, training_set: SyntheticSet, clock: StepClock) -> None:
         train_plainly(model, training_set.batches(plan.batch_size), device, clock)
         return
     setup.check_prediction = lambda options: None  # there is no file
+    setup.architecture_of = lambda options: ARCHITECTURES[plan.model_size]
     setup.load_model = lambda options, dtypes, prediction=None: make_model(dtypes)
     _watch_loop(clock)
     # Without the wrapper that turns a UserError into an exit status.

@@ -36,8 +36,10 @@ from library.sdxl.checkpoint_file import ModelDtypes
 from library.sdxl.sizes import Size
 from library.training import accelerator as accelerator_room
 from library.training import setup
+from library.training.card_memory import CardMemory, largest_batch
 from library.training.checkpoints import Checkpoints
 from library.training.learner import Learner
+from library.training.run_options import TrainingOptions
 from library.training.sampling import Sampling
 from library.training.tracking import Tracker
 
@@ -110,6 +112,7 @@ class _Rehearsal:
         self._steps: list[dict[str, Any]] = []
         self._samples: dict[str, Any] = {}
         self._before_steps = 0
+        self._by_arithmetic = 0
 
     def figures(self) -> dict[str, Any]:
         """Run the case and return what the books say of its last step, of its samples and of what came before."""
@@ -126,6 +129,7 @@ class _Rehearsal:
             sdxl_train.main.__wrapped__(self._argv(training_set))  # type: ignore[attr-defined]
         return {
             **self._steps[-1],
+            "by_arithmetic_gib": round(self._by_arithmetic / GIB, 3),
             "before_steps_peak_gib": round(self._before_steps / GIB, 3),
             "first_step": self._steps[0],
             "samples": self._samples,
@@ -146,6 +150,8 @@ class _Rehearsal:
         """Yield what is replaced in the trainer: what would read numbers, and where phases begin and end."""
         yield accelerator_room, "make_accelerator", _on_cuda(accelerator_room.make_accelerator)
         yield setup, "check_prediction", lambda options: None  # there is no file
+        yield setup, "architecture_of", lambda options: self._architecture
+        yield setup, "require_card_memory", self._noting_arithmetic(setup.require_card_memory)
         yield setup, "load_model", lambda options, dtypes, prediction=None: self._load(dtypes, books)
         yield setup, "vae_digest", lambda vae: "0" * 32
         yield setup, "check_disk", lambda *_: None
@@ -168,6 +174,15 @@ class _Rehearsal:
     def _load(self, dtypes: ModelDtypes, books: Books) -> SdxlModel:
         self._model = model_without_numbers(self._architecture, dtypes, books)
         return self._model
+
+    def _noting_arithmetic(self, require: Callable[..., CardMemory | None]) -> Callable[..., CardMemory | None]:
+        def noting(options: TrainingOptions, architecture: Any, found: Any, *others: Any) -> CardMemory | None:
+            memory = require(options, architecture, found, *others)
+            assert memory is not None
+            self._by_arithmetic = memory.total(options, largest_batch(options, found))
+            return memory
+
+        return noting
 
     def _noting_the_learner(self, make: Callable[..., Learner], books: Books) -> Callable[..., Learner]:
         def noting(*arguments: Any, **named: Any) -> Learner:

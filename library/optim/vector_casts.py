@@ -5,12 +5,16 @@ numbers one by one and reads them back, which takes longer than all the rest of 
 same either way.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 _TORCH = "2.15"
 """The release whose internals this knows; another one compiles as it does by itself."""
+
+_NAME = "to_dtype_bitcast"
+_before: list[Any] = []
 
 
 def use_vector_casts(*, wanted: bool = True) -> bool:
@@ -23,17 +27,13 @@ def use_vector_casts(*, wanted: bool = True) -> bool:
     from torch._inductor.codegen.cpp import CppVecOverrides
 
     # A class attribute is how inductor itself says what an operation becomes.
-    held: dict[str, Any] = vars(CppVecOverrides)
+    held: Mapping[str, Any] = vars(CppVecOverrides)
     if wanted and held[_NAME].__func__ is not _cast_of_vector:
         _before.append(held[_NAME])
         setattr(CppVecOverrides, _NAME, staticmethod(_cast_of_vector))
     elif not wanted and _before:
         setattr(CppVecOverrides, _NAME, _before.pop())
     return True
-
-
-_NAME = "to_dtype_bitcast"
-_before: list[Any] = []
 
 
 def _cast_of_vector(values: Any, dtype: torch.dtype, _: torch.dtype) -> str:

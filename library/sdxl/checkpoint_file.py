@@ -79,6 +79,12 @@ def prediction_of_file(path: Path) -> FoundPrediction:
         return find_prediction(str(path), file.shapes, file.metadata, {})
 
 
+def architecture_of_file(path: Path) -> Architecture:
+    """Return the sizes of a single file's networks. Raise `UserError` for a file that is damaged."""
+    with open_tensors(path) as file:
+        return _recorded_architecture(file, SDXL_BASE)
+
+
 def read_single_file(
     path: Path,
     dtypes: ModelDtypes,
@@ -162,9 +168,21 @@ def read_vae(path: Path, dtype: torch.dtype | None, architecture: Architecture =
 
 def _without_weights(reader: TensorReader, make: Callable[[Architecture], Any], otherwise: Architecture) -> Any:
     """Return what `make` builds of the architecture that the file records, of `otherwise` if it records none."""
+    with _explained_architecture(reader):
+        return make(_recorded_architecture(reader, otherwise))
+
+
+def _recorded_architecture(reader: TensorReader, otherwise: Architecture) -> Architecture:
     note = reader.metadata.get(ARCHITECTURE_KEY)
+    with _explained_architecture(reader):
+        return otherwise if note is None else Architecture.from_json(note)
+
+
+@contextmanager
+def _explained_architecture(reader: TensorReader) -> Iterator[None]:
+    """Within the block, what the libraries raise for sizes with which nothing can be built becomes a `UserError`."""
     try:
-        return make(otherwise if note is None else Architecture.from_json(note))
+        yield
     except BUILDING_ERRORS as error:
         raise UserError(
             f"'{reader.path}': the metadata key '{ARCHITECTURE_KEY}' does not hold four configurations of SDXL "

@@ -81,11 +81,8 @@ def read_diffusers_folder(
     vae = read_diffusers_vae(name_or_path, dtypes.vae) if with_vae else _vae_without_weights(name_or_path)
     text_encoder_l = _load(CLIPTextModel, name_or_path, "text_encoder", dtypes.text_encoder_l)
     text_encoder_g = _load(CLIPTextModelWithProjection, name_or_path, "text_encoder_2", dtypes.text_encoder_g)
-    architecture = Architecture(
-        unet=recorded_facts(unet.config, SDXL_BASE.unet),
-        vae=recorded_facts(vae.config, SDXL_BASE.vae),
-        text_encoder_l=recorded_facts(text_encoder_l.config.to_dict(), SDXL_BASE.text_encoder_l),
-        text_encoder_g=recorded_facts(text_encoder_g.config.to_dict(), SDXL_BASE.text_encoder_g),
+    architecture = _architecture(
+        unet.config, vae.config, text_encoder_l.config.to_dict(), text_encoder_g.config.to_dict()
     )
     return SdxlModel(
         unet.eval(),
@@ -95,6 +92,26 @@ def read_diffusers_folder(
         architecture,
         torch.tensor(DEFAULT_LOGIT_SCALE),
         predicted,
+    )
+
+
+def architecture_of_folder(name_or_path: str) -> Architecture:
+    """Return the sizes of the networks of a diffusers folder (or hub name), from its configurations.
+
+    Those of the VAE are SDXL's, since another VAE may be used. Raise `UserError` if they are damaged.
+    """
+    unet = _checked_config(UNet2DConditionModel, name_or_path, "unet")
+    text_encoder_l = _checked_config(CLIPTextModel, name_or_path, "text_encoder")
+    text_encoder_g = _checked_config(CLIPTextModelWithProjection, name_or_path, "text_encoder_2")
+    return _architecture(unet, SDXL_BASE.vae, text_encoder_l, text_encoder_g)
+
+
+def _architecture(unet: Any, vae: Any, text_encoder_l: Any, text_encoder_g: Any) -> Architecture:
+    return Architecture(
+        unet=recorded_facts(unet, SDXL_BASE.unet),
+        vae=recorded_facts(vae, SDXL_BASE.vae),
+        text_encoder_l=recorded_facts(text_encoder_l, SDXL_BASE.text_encoder_l),
+        text_encoder_g=recorded_facts(text_encoder_g, SDXL_BASE.text_encoder_g),
     )
 
 

@@ -87,6 +87,15 @@ def read_prediction(options: ModelOptions, wanted: PredictionOptions) -> Predict
     return prediction
 
 
+def architecture_of(options: ModelOptions) -> "Architecture":
+    """Return the sizes of the model's networks; no weights are read. Raise `UserError` if it is damaged."""
+    from library.sdxl.checkpoint_file import architecture_of_file
+    from library.sdxl.diffusers_folder import architecture_of_folder
+
+    source = options.pretrained_model_name_or_path or ""
+    return architecture_of_file(Path(source)) if _is_file(source) else architecture_of_folder(source)
+
+
 def load_model(
     options: ModelOptions, dtypes: "ModelDtypes", prediction: PredictionOptions = AS_THE_MODEL_SAYS
 ) -> "SdxlModel":

@@ -34,15 +34,20 @@ def bytes_of_state(options: OptimizerOptions, networks: Iterable[nn.Module], rou
     )
 
 
-def bytes_of_optimizer(make: MakeOptimizer, parameters: Iterable[nn.Parameter], rounding: str) -> int:
-    """Return the bytes of what the optimizer keeps for the parameters that are trained."""
+def bytes_of_optimizer(
+    make: MakeOptimizer, parameters: Iterable[nn.Parameter], rounding: str, device: torch.device | None = None
+) -> int:
+    """Return the bytes of what the optimizer keeps for the parameters that are trained.
+
+    It is tried on a few numbers: on `device`, None for that of the parameters.
+    """
     counts: Counter[tuple[int, torch.dtype, torch.device]] = Counter()
     for weights in parameters:
         if weights.requires_grad:
-            counts[weights.ndim, weights.dtype, weights.device] += weights.numel()
+            counts[weights.ndim, weights.dtype, device or weights.device] += weights.numel()
     total = 0.0
-    for (num_dimensions, dtype, device), count in counts.items():
-        each = bytes_of_state_a_weight(make, num_dimensions, dtype, device)
+    for (num_dimensions, dtype, place), count in counts.items():
+        each = bytes_of_state_a_weight(make, num_dimensions, dtype, place)
         each += dtype.itemsize if rounding == KAHAN and dtype == torch.bfloat16 else 0
         total += each * count
     return int(total)

@@ -52,7 +52,7 @@ def make_learner(
 
     Raise `UserError` if the optimizer has to step in the backward pass but cannot.
     """
-    groups = _parameter_groups(model, optimizer_options, trains_l=trains_l, trains_g=trains_g)
+    groups = parameter_groups(model, optimizer_options, trains_l=trains_l, trains_g=trains_g)
     parameters = [parameter for group in groups for parameter in group["params"]]
     optimizer = make_optimizer(groups, optimizer_options)
     narrow_keys = _narrow_keys(parameters, optimizer_options, accelerator.device)
@@ -88,9 +88,10 @@ def make_learner(
     )
 
 
-def _parameter_groups(
+def parameter_groups(
     model: SdxlModel, options: OptimizerOptions, *, trains_l: bool, trains_g: bool
 ) -> list[dict[str, Any]]:
+    """Return the parameter groups of what is trained; only that requires a gradient afterwards."""
     # L's last block and norm take no part: its features come from the block before.
     last_block = f"layers.{model.text_encoder_l.config.num_hidden_layers - 1}."
     parameters_l = [

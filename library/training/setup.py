@@ -25,10 +25,11 @@ from library.samples.picture_files import SAMPLE_FOLDER
 from library.sdxl.architecture import SdxlModel
 from library.sdxl.latents import vae_digest
 from library.sdxl.lean_unet import make_lean
-from library.sdxl.model_source import load_model
+from library.sdxl.model_source import architecture_of, load_model
 from library.training.accelerator import described_processes, make_accelerator_of
 from library.training.averages import make_averages
 from library.training.backends import choose_backends
+from library.training.card_memory import require_card_memory
 from library.training.checkpoints import Checkpoints
 from library.training.compilation import compile_regions
 from library.training.distribution import any_process, wait_for_main
@@ -158,6 +159,7 @@ def _set_up(
     accelerator = make_accelerator_of(options)
     choose_backends(options.precision, accelerator.device, deterministic=options.compilation.deterministic)
     log.info("training in %s", described_processes(accelerator))
+    require_card_memory(options, partial(architecture_of, options.model), found.training, subsets, accelerator.device)
     state, progress = starting_point(options, subsets, accelerator, damaged)
     uploads = make_uploads(options.hub, accelerator, stop)
     model, digest = _load_model(options)
