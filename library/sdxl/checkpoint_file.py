@@ -1,21 +1,19 @@
 """Read and write SDXL as one file, in the layout that ComfyUI, WebUIs and diffusers open."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from library.config.errors import UserError, listed
+from library.config.errors import listed
 from library.sdxl.architecture import (
     ARCHITECTURE_KEY,
-    BUILDING_ERRORS,
     SDXL_BASE,
     Architecture,
     SdxlModel,
@@ -23,6 +21,7 @@ from library.sdxl.architecture import (
     empty_vae,
 )
 from library.sdxl.expected_tensors import expected_shapes, require_tensors
+from library.sdxl.file_architecture import without_weights
 from library.sdxl.foreign_weights import (
     in_usual_form,
     is_finite,
@@ -37,7 +36,6 @@ from library.sdxl.tensor_file import (
     Replacing,
     TensorReader,
     TensorToWrite,
-    first_line,
     open_tensors,
     write_pickle,
     write_safetensors,
@@ -79,12 +77,6 @@ def prediction_of_file(path: Path) -> FoundPrediction:
         return find_prediction(str(path), file.shapes, file.metadata, {})
 
 
-def architecture_of_file(path: Path) -> Architecture:
-    """Return the sizes of a single file's networks. Raise `UserError` for a file that is damaged."""
-    with open_tensors(path) as file:
-        return _recorded_architecture(file, SDXL_BASE)
-
-
 def read_single_file(
     path: Path,
     dtypes: ModelDtypes,
@@ -104,7 +96,7 @@ def read_single_file(
         predicted = prediction.settled(str(path), find_prediction(str(path), file.shapes, file.metadata, {}))
         warn_of_coarse_weights(file)
         reader = in_usual_form(file)
-        model: SdxlModel = _without_weights(reader, empty_model, SDXL_BASE)
+        model: SdxlModel = without_weights(reader, empty_model, SDXL_BASE)
         model.prediction = predicted
         parts = [part for part in _parts(model, dtypes) if with_vae or part[0] is not model.vae]
         if transposed_text_projection:
@@ -134,7 +126,7 @@ def mapped_single_file(path: Path) -> Iterator[tuple[SdxlModel, Replacing]]:
     """
     with open_tensors(path) as file:
         reader = in_usual_form(file)
-        model: SdxlModel = _without_weights(reader, empty_model, SDXL_BASE)
+        model: SdxlModel = without_weights(reader, empty_model, SDXL_BASE)
         places: dict[tuple[int, str], tuple[StoredTensor, tuple[int, ...], int]] = {}
         for network, table, _ in _parts(model, ModelDtypes()):
             require_tensors(reader, network, table)
@@ -159,36 +151,11 @@ def read_vae(path: Path, dtype: torch.dtype | None, architecture: Architecture =
     """
     with open_tensors(path) as file:
         reader = in_usual_form(file)
-        vae: AutoencoderKL = _without_weights(reader, empty_vae, architecture)
+        vae: AutoencoderKL = without_weights(reader, empty_vae, architecture)
         table = _vae_table_of(reader, vae)
         require_tensors(reader, vae, table)
         require_finite(str(path), _fill(reader, vae, table, dtype))
     return vae
-
-
-def _without_weights(reader: TensorReader, make: Callable[[Architecture], Any], otherwise: Architecture) -> Any:
-    """Return what `make` builds of the architecture that the file records, of `otherwise` if it records none."""
-    with _explained_architecture(reader):
-        return make(_recorded_architecture(reader, otherwise))
-
-
-def _recorded_architecture(reader: TensorReader, otherwise: Architecture) -> Architecture:
-    note = reader.metadata.get(ARCHITECTURE_KEY)
-    with _explained_architecture(reader):
-        return otherwise if note is None else Architecture.from_json(note)
-
-
-@contextmanager
-def _explained_architecture(reader: TensorReader) -> Iterator[None]:
-    """Within the block, what the libraries raise for sizes with which nothing can be built becomes a `UserError`."""
-    try:
-        yield
-    except BUILDING_ERRORS as error:
-        raise UserError(
-            f"'{reader.path}': the metadata key '{ARCHITECTURE_KEY}' does not hold four configurations of SDXL "
-            f"({first_line(error)}).",
-            "Write the file again with the program that made it.",
-        ) from error
 
 
 def _with_transposed_projection(table: list[StoredTensor]) -> list[StoredTensor]:

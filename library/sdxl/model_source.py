@@ -89,8 +89,8 @@ def read_prediction(options: ModelOptions, wanted: PredictionOptions) -> Predict
 
 def architecture_of(options: ModelOptions) -> "Architecture":
     """Return the sizes of the model's networks; no weights are read. Raise `UserError` if it is damaged."""
-    from library.sdxl.checkpoint_file import architecture_of_file
-    from library.sdxl.diffusers_folder import architecture_of_folder
+    from library.sdxl.file_architecture import architecture_of_file
+    from library.sdxl.folder_configs import architecture_of_folder
 
     source = options.pretrained_model_name_or_path or ""
     return architecture_of_file(Path(source)) if _is_file(source) else architecture_of_folder(source)

@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
 from library.config.errors import UserError
 from library.data.caption_draws import Encoder
 from library.data.caption_report import encoders_to_cache
-from library.data.found_images import FoundImage
+from library.data.image_columns import FoundImages
 from library.data.subsets import Subset
 from library.optim.optimizer_probe import require_each_alone
 from library.optim.optimizers import make_optimizer
@@ -113,7 +114,7 @@ class CardMemory:
 def require_card_memory(
     options: TrainingOptions,
     architecture: Callable[[], Architecture],
-    found: Sequence[FoundImage],
+    found: FoundImages,
     subsets: Sequence[Subset],
     device: torch.device,
 ) -> CardMemory | None:
@@ -137,11 +138,14 @@ def require_card_memory(
     return memory
 
 
-def largest_batch(options: TrainingOptions, found: Sequence[FoundImage]) -> Batch:
+def largest_batch(options: TrainingOptions, found: FoundImages) -> Batch:
     """Return the largest batch that the images can form; those without a known bucket count as of the resolution."""
     usual = options.resolution
-    batches = {(image.subset.batch_size, image.bucket or usual) for image in found}
-    sizes = [Batch(number, bucket.width * bucket.height) for number, bucket in batches]
+    kinds = np.unique(np.column_stack([found.subset_of, found.buckets]), axis=0).tolist()  # of a million images, few
+    sizes = [
+        Batch(found.subsets[subset].batch_size, width * height or usual.width * usual.height)
+        for subset, width, height in kinds
+    ]
     return max(sizes, key=lambda batch: batch.num_images * batch.num_pixels)
 
 

@@ -11,7 +11,7 @@ from library.config.errors import UserError
 from library.sdxl.architecture import SDXL_BASE
 from library.sdxl.checkpoint_file import ModelDtypes, read_single_file, write_single_file
 from library.sdxl.diffusers_folder import write_diffusers_folder
-from library.sdxl.model_source import ModelOptions, load_model, load_vae
+from library.sdxl.model_source import ModelOptions, architecture_of, load_model, load_vae
 from library.sdxl.weight_names import PREFIX_VAE
 
 HALF = ModelDtypes(torch.float16, torch.float16, torch.float16, torch.float16)
@@ -141,3 +141,10 @@ def test_no_model_at_all_is_a_problem():
     ]
     with pytest.raises(UserError, match="--pretrained_model_name_or_path is missing"):
         load_model(ModelOptions(), HALF)
+
+
+@pytest.mark.parametrize("source", ["sdxl_file", "sdxl_folder"])
+def test_the_sizes_of_a_model_are_read_without_its_weights(source, sdxl_model, request):
+    found = architecture_of(ModelOptions(str(request.getfixturevalue(source))))
+    for network in ("unet", "text_encoder_l", "text_encoder_g"):
+        assert getattr(found, network) == getattr(sdxl_model.architecture, network)

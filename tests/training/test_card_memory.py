@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,10 +14,9 @@ from demo.random_sdxl import TINY
 from library.config.errors import UserError
 from library.config.kohya_spellings import TRAINER_SPELLINGS
 from library.config.options import parse_options
-from library.sdxl.architecture import SDXL_BASE
-from library.sdxl.checkpoint_file import ModelDtypes
-from library.sdxl.model_source import ModelOptions, architecture_of, load_model
-from library.training.card_memory import GIB, Batch, CardMemory, require_card_memory
+from library.sdxl.architecture import SDXL_BASE, empty_model
+from library.training import card_memory
+from library.training.card_memory import GIB, Batch, CardMemory, largest_batch, require_card_memory
 from library.training.run_options import OPTION_CLASSES, TrainingOptions
 from tests.conftest import base_flags
 
@@ -43,15 +43,25 @@ def options_of(tmp_path: Path):
     return options
 
 
-def images(options: TrainingOptions) -> list:
-    return [SimpleNamespace(bucket=None, subset=SimpleNamespace(batch_size=options.loader.train_batch_size))]
+def images(options: TrainingOptions, *buckets: tuple[int, int]) -> SimpleNamespace:
+    """Images of one subset, in columns; (0, 0) is the bucket of one that metadata do not tell."""
+    subset = SimpleNamespace(batch_size=options.loader.train_batch_size)
+    columns = np.array(buckets or [(0, 0)], np.int32)
+    return SimpleNamespace(subsets=(subset,), subset_of=np.zeros(len(columns), np.int32), buckets=columns)
+
+
+@pytest.fixture(scope="module")
+def full_size():
+    return empty_model(SDXL_BASE)
 
 
 @pytest.fixture
-def refused(monkeypatch: pytest.MonkeyPatch, options_of):
+def refused(monkeypatch: pytest.MonkeyPatch, options_of, full_size):
     """`refused(gib, free, *flags)`: what is said of a run on a card of so many GiB, None if it may begin."""
 
     def check(gib: float, free: float, *flags: str, architecture=SDXL_BASE) -> str | None:
+        if architecture is SDXL_BASE:  # which takes seconds to build
+            monkeypatch.setattr(card_memory, "empty_model", lambda _: full_size)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=gib * GIB))
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free * GIB, gib * GIB))
         options = options_of(*flags)
@@ -96,15 +106,13 @@ def test_other_programs_on_the_card_are_a_warning(refused, capsys: pytest.Captur
     assert "other programs leave 3.0 GiB of the GPU's 8.0 GiB" in capsys.readouterr().err
 
 
+def test_the_largest_bucket_counts(options_of):
+    options = options_of("--train_batch_size=3")
+    assert largest_batch(options, images(options)) == Batch(3, 1024 * 1024)
+    assert largest_batch(options, images(options, (512, 512), (64, 128))) == Batch(3, 512 * 512)
+
+
 def test_a_tiny_model_fits_and_a_cpu_is_not_asked(refused, options_of):
     assert refused(1, 1, "--train_batch_size=1", architecture=TINY) is None
     options = options_of()
     assert require_card_memory(options, lambda: pytest.fail("read"), images(options), [], torch.device("cpu")) is None
-
-
-@pytest.mark.parametrize("source", ["sdxl_file", "sdxl_folder"])
-def test_the_sizes_of_a_model_are_read_without_its_weights(source: str, request: pytest.FixtureRequest):
-    options = ModelOptions(str(request.getfixturevalue(source)))
-    model = load_model(options, ModelDtypes())
-    found = architecture_of(options)
-    assert (found.unet, found.text_encoder_g) == (model.architecture.unet, model.architecture.text_encoder_g)
