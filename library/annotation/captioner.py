@@ -79,6 +79,12 @@ class Captioner:
         self.without_text: list[str] = []
         if asked.prompt and model.manner is Manner.IMAGE_ALONE:
             raise UserError(f"{model.kind} takes no text, and --prompt is set.", "Leave it off, or use another model.")
+        if model.num_positions is not None and words.max_new_tokens >= model.num_positions:
+            raise UserError(
+                f"{model.kind} has room for {model.num_positions} tokens, and --max_new_tokens is "
+                f"{words.max_new_tokens}.",
+                "Set it lower: the prompt needs some of them.",
+            )
         if self._reads is not None and model.manner not in (Manner.CHAT, Manner.QUESTION):
             raise UserError(
                 f"{model.kind} cannot be handed other texts, as --also_read asks.",

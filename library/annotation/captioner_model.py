@@ -48,6 +48,8 @@ class CaptionerModel:
         self._tokenizer = getattr(processor, "tokenizer", processor)
         self._device = device
         self.kind: str = network.config.model_type
+        self.num_positions: int | None = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+        """Most tokens of prompt and answer together; None where there is no limit."""
         self.manner = manner_of(self.kind, has_template=bool(getattr(processor, "chat_template", None)))
         self._tokenizer.padding_side = "left"  # new words follow the prompt
         self._ends = _ids(network.generation_config.eos_token_id) | _ids(self._tokenizer.eos_token_id)

@@ -102,7 +102,11 @@ BAD_COMMANDS = [
     (["--model_name_or_path={blip}", "--do_sample", "--num_beams=2"], "Keep one of them"),
     (["--model_name_or_path={blip}", "--prompt={tags}"], "add --also_read l"),
     (["--model_name_or_path={blip}", "--also_read=g"], "--also_read g reads the .caption files"),
-    (["--model_name_or_path={blip}", "--min_new_tokens=80"], "more than --max_new_tokens 75"),
+    (["--model_name_or_path={blip}", "--min_new_tokens=130"], "more than --max_new_tokens 75"),
+    (
+        ["--model_name_or_path={blip}", "--max_new_tokens=128"],
+        "blip has room for 128 tokens, and --max_new_tokens is 128",
+    ),
     (["--model_name_or_path={other}"], "is a model of another kind (clip_text_model)"),
     (["--model_name_or_path={images}"], "is no model of transformers"),
     (["--model_name_or_path={damaged}"], "cannot be opened"),

@@ -46,7 +46,7 @@ def write_blip(folder: Path) -> Path:
         "sep_token_id": tokenizer.sep_token_id,
         "eos_token_id": tokenizer.sep_token_id,
         "pad_token_id": tokenizer.pad_token_id,
-        "max_position_embeddings": 64,
+        "max_position_embeddings": 128,
         "initializer_range": 1.0,
     }
     vision = {**SMALL, "image_size": IMAGE_SIDE, "patch_size": PATCH, "initializer_range": 1.0}
