@@ -31,7 +31,7 @@ def anonymous_bytes() -> int:
 
 
 class PhaseRecorder:
-    """Seconds and peak anonymous memory of named phases of a run; each time a phase runs is a row."""
+    """Seconds (also of the processor) and peak memory of named phases of a run; each time a phase runs is a row."""
 
     def __init__(self) -> None:
         self.started = float(os.environ.get(STARTED_VARIABLE, time.time()))
@@ -47,11 +47,13 @@ class PhaseRecorder:
         row: dict[str, Any] = {"phase": name, "from_start_s": round(time.time() - self.started, 2)}
         self.rows.append(row)
         self._peaks[token] = anonymous_bytes()
-        begin = time.perf_counter()
+        begin, processor = time.perf_counter(), time.process_time()
         try:
             yield
         finally:
             row["seconds"] = round(time.perf_counter() - begin, 2)
+            row["processor_s"] = round(time.process_time() - processor, 2)
+            row["processor_from_start_s"] = round(time.process_time(), 2)
             row["peak_gib"] = round(self._peaks.pop(token) / 2**30, 2)
 
     def wrapped(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:

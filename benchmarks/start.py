@@ -1,7 +1,7 @@
 """Measure sdxl_train.py from the start of its process to the end of its first step, phase by phase.
 
     python benchmarks/start.py [--model sd_xl_base_1.0.safetensors] [--side 128] [--num_variants 2]
-    python benchmarks/start.py --num_images 1000 16000 100000 1000000
+    python benchmarks/start.py --num_images 1000 16000 100000 1000000 [--shards]
 
 Without --model it trains the tiny SDXL. Images are drawn and prepared in a temporary folder; each variant of the flags
 runs in a separate process (benchmarks/phases.py). The result goes to benchmarks/results/start_<model>.{json,txt}. Needs
@@ -13,6 +13,7 @@ start finds what the first one has written. The result goes to benchmarks/result
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -29,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywher
 import torch
 
 from benchmarks import ceilings
-from benchmarks.linked_set import BUCKETS, write_linked_set
+from benchmarks.linked_set import BUCKETS, write_index_of, write_linked_set
 from benchmarks.phases import STARTED_VARIABLE
 from benchmarks.result_files import RESULTS, machine_line, write_result
 from demo import pictures
@@ -116,9 +117,14 @@ def run(model: Path | None, side: int, num_pictures: int, num_variants: int) -> 
     return {"machine": ceilings.machine(), **about, **ceiling, "variants": variants}
 
 
-def run_large(model: Path | None, counts: Sequence[int]) -> dict[str, Any]:
-    """Return the phases of two starts on each of several sets, which differ in their number of images."""
-    sets: dict[str, list[list[dict[str, Any]]]] = {}
+def run_large(
+    model: Path | None, counts: Sequence[int], *, in_shards: bool = False, first_up_to: float = math.inf
+) -> dict[str, Any]:
+    """Return the phases of two starts on each of several sets, which differ in their number of images.
+
+    Above `first_up_to` images the index is written without a first start.
+    """
+    sets: dict[str, dict[str, list[dict[str, Any]]]] = {}
     with tempfile.TemporaryDirectory() as name:
         if model is None:
             model = Path(name) / "tiny.safetensors"
@@ -126,27 +132,46 @@ def run_large(model: Path | None, counts: Sequence[int]) -> dict[str, Any]:
         digest = vae_digest(load_vae(str(model), None))
         for count in counts:
             folder = Path(name) / str(count)
-            write_linked_set(folder, count, digest)
-            sets[str(count)] = [started_run(folder, model, BUCKETS[0].width, [], without=["save"]) for _ in range(2)]
+            write_linked_set(folder, count, digest, in_shards=in_shards)
+            _make_old(folder)
+            labels = ["first", "again"] if count <= first_up_to else ["again"]
+            if len(labels) == 1:
+                write_index_of(folder, count)
+            sets[str(count)] = {
+                label: started_run(folder, model, BUCKETS[0].width, [], without=["save"]) for label in labels
+            }
             shutil.rmtree(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return {"machine": ceilings.machine(), "device": device, "sets": sets}
 
 
+def _make_old(folder: Path) -> None:
+    """Set the times of all files back: the index does not know files that are younger than two seconds."""
+    for path in [*folder.glob("*.*"), *folder.glob("*.shards/*")]:
+        if path.is_file():
+            os.utime(path, (1.7e9, 1.7e9 + 0.5))
+
+
 def table_large(result: dict[str, Any]) -> str:
     """Return the starts on large sets as text: seconds of each phase, and the peak of the whole run."""
-    lines = [machine_line(result["machine"]), "prepared latents of 96x96, batch 1; seconds", ""]
-    lines.append(f"{'images':>9}  start   first step after  peak anonymous  find  captions  read  plan  header")
+    lines = [
+        machine_line(result["machine"]),
+        "prepared latents of 96x96, batch 1. Seconds until the first step is done; in brackets, and for the phases,",
+        "those of the processor, since other programs may run on the same cores.",
+        "",
+        f"{'images':>9}  start  first step after     peak anonymous   find  captions    read   plan  header",
+    ]
     for count, starts in result["sets"].items():
-        for label, rows in zip(("first", "again"), starts, strict=True):
-            seconds = {row["phase"]: row["seconds"] for row in rows}
+        for label, rows in starts.items():
+            seconds = {row["phase"]: row["processor_s"] for row in rows}
             first = next(row for row in rows if row["phase"] == "optimizer step")
             peak = next(row["peak_gib"] for row in rows if row["phase"] == "whole run")
             parts = ("find images", "report captions", "read training set", "plan steps", "make header")
             find, captions, read, plan, header = (seconds[part] for part in parts)
             lines.append(
-                f"{int(count):9}  {label}  {first['from_start_s'] + first['seconds']:15.1f} s  {peak:11.2f} GiB"
-                f"  {find:5.2f}  {captions:7.2f} {read:6.2f} {plan:5.2f} {header:6.2f}"
+                f"{int(count):9}  {label}  {first['from_start_s'] + first['seconds']:7.1f} "
+                f"({first['processor_from_start_s']:5.1f}) {peak:14.2f} GiB"
+                f"  {find:5.2f}  {captions:8.2f}  {read:6.2f}  {plan:5.2f}  {header:6.2f}"
             )
     return "\n".join(lines) + "\n"
 
@@ -181,11 +206,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--num_pictures", type=int, default=12)
     parser.add_argument("--num_variants", type=int, default=len(VARIANTS))
     parser.add_argument("--num_images", type=int, nargs="+", help="start on prepared sets of these sizes")
+    parser.add_argument(
+        "--first_up_to", type=int, default=10**9, help="images up to which a start without index is run"
+    )
+    parser.add_argument("--shards", action="store_true", help="with --num_images: the latents are in shards")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args(argv)
     if arguments.num_images:
-        result = run_large(arguments.model, arguments.num_images)
-        name = f"start_large_{'tiny' if arguments.model is None else 'full'}_{result['device']}"
+        result = run_large(
+            arguments.model, arguments.num_images, in_shards=arguments.shards, first_up_to=arguments.first_up_to
+        )
+        kind = "_shards" if arguments.shards else ""
+        name = f"start_large{kind}_{'tiny' if arguments.model is None else 'full'}_{result['device']}"
         write_result(arguments.results / name, result, table_large(result))
         print(table_large(result))
         return 0

@@ -38,7 +38,8 @@ SUBSET = subset_of()
 
 def rules_of_length(num_chunks: int) -> PairRules:
     """Rules that change nothing and cut captions at a number of chunks."""
-    return PairRules(*[CaptionRules(max_token_length=75 * num_chunks)] * 2)
+    rules = CaptionRules(max_token_length=75 * num_chunks)
+    return PairRules(rules, rules)
 
 
 def image_of(

@@ -167,6 +167,11 @@ class Entries:
     def _number_of(self, text: str | None) -> int:
         return 0 if text is None else self._texts.setdefault(text, len(self._texts)) + 1
 
+    @property
+    def texts(self) -> list[str]:
+        """The texts that the entries number."""
+        return list(self._texts)
+
     def save(self) -> None:
         """Write what is new into the index, as it is by now."""
         if not self._is_new.any():
