@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import time
 import zlib
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 SUFFIX = ".index"
 _FORMAT = 1
 _ABOUT, _COLUMNS = "about.json", ("entries", "names", "ends")
+_OURS = re.compile(rf"(?:{'|'.join(_COLUMNS)})-\d+")
 SETTLED_NS = 2_000_000_000
 """A file that was written so shortly before it was read may be written again without another time (2 s on FAT)."""
 
@@ -146,7 +148,7 @@ def write_index(folder: Path, names: Sequence[str] | Texts, entries: np.ndarray,
         log.warning("the index of latents: %s It is made again at the next start.", error.problem)
         return
     for old in folder.glob("*.npy"):
-        if not old.stem.endswith(f"-{number}"):
+        if _OURS.fullmatch(old.stem) and not old.stem.endswith(f"-{number}"):
             with suppress(OSError):  # mapped by another process (Windows); removed by the next that writes
                 old.unlink()
 

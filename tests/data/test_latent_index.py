@@ -174,6 +174,15 @@ def test_a_part_of_a_set_leaves_the_entries_of_the_others(old_set):
     assert sorted(read_index(old_set.path / "meta.json.index").names) == ["a.npz", "b.npz", "c.npz"]
 
 
+def test_of_a_folder_with_an_index_only_older_columns_are_removed(old_set):
+    index = old_set.path / "meta.json.index"
+    (index / "mine.npy").write_bytes(b"numbers")
+    old_set.add_cache(old_set.images / "a.png")
+    old_set.read(list("abc"))
+    assert len(list(index.glob("*-*.npy"))) == 3
+    assert (index / "mine.npy").read_bytes() == b"numbers"
+
+
 def test_an_index_that_cannot_be_written_is_reported(old_set, capsys):
     index = old_set.path / "meta.json.index"
     shutil.rmtree(index)
