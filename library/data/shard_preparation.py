@@ -21,7 +21,7 @@ from library.data.latent_files import Done, Work, dealt, demands_of, joined, rep
 from library.data.latent_index import index_beside
 from library.data.latent_preparation import encode_images
 from library.data.latent_shards import SHARD_SUFFIX, Shard, open_shard, shards_path
-from library.data.shard_writing import ROWS, Member, write_manifest, write_shard
+from library.data.shard_writing import ROWS, SHARD_NAME, Member, write_manifest, write_shard
 from library.data.stored_arrays import BF16, FLOAT32
 
 log = logging.getLogger(__name__)
@@ -75,10 +75,10 @@ class _Making:
         return joined(self._share.gathered(done))
 
     def finish(self, done: Done) -> None:
-        """Let the new shards be those of the metadata, and remove all others."""
+        """Let the new shards be those of the metadata, and remove the older ones."""
         write_manifest(self._folder, done.shards)
         for path in self._folder.glob(f"*{SHARD_SUFFIX}"):
-            if path.name not in done.shards:
+            if SHARD_NAME.fullmatch(path.stem) and path.name not in done.shards:
                 path.unlink()
         shutil.rmtree(self._parts, ignore_errors=True)
 

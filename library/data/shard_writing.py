@@ -1,6 +1,7 @@
 """Latents of many images to one shard: their arrays and facts, under a name that their content decides."""
 
 import json
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,8 @@ from library.data.stored_arrays import block_checksum
 from library.sdxl.tensor_file import TensorToWrite, write_safetensors
 
 DIGEST_BYTES = 64
+SHARD_NAME = re.compile(r"\d+x\d+-[0-9a-f]{8}")
+"""What `write_shard` calls its files, without the suffix: bucket and checksum."""
 ROWS = 1024
 """The most images of a shard: 270 MB of latents of 1024x1024 pixels."""
 

@@ -148,7 +148,10 @@ def test_what_fits_is_kept_and_new_images_are_added(sets, capsys):
     assert [image.key for image in images if not image.has_latents] == ["f"]
     assert "lack 1 images, whose latents are looked for beside them: 'f'" in capsys.readouterr().err
     sets.folder.out_json.replace(sets.folder.in_json)
+    (sets.shards / "mine.safetensors").write_bytes(b"a file of somebody else")
     assert sets.folder.prepare(*arguments) == 0
+    assert not before <= {path.name for path in sets.shards.iterdir()}
+    assert (sets.shards / "mine.safetensors").read_bytes() == b"a file of somebody else"
     assert "6 images (5 had their latents)" in capsys.readouterr().out
     assert sets.read(flip_aug=True, alpha_mask=True).all_have_latents
     assert sorted(read_shards(sets.shards).keys) == sorted([*sets.arrays, "f"])
