@@ -85,6 +85,7 @@ def main() -> int:
     setup.find_training_images = recorder.wrapped(setup.find_training_images, "find images")
     setup.report_captions = recorder.wrapped(setup.report_captions, "report captions")
     setup.load_model = recorder.wrapped(setup.load_model, "load")
+    setup.load_unet = recorder.wrapped(setup.load_unet, "load U-Net")
     setup.prepare_set = recorder.wrapped(setup.prepare_set, "read training set")
     setup.make_plan = recorder.wrapped(setup.make_plan, "plan steps")
     setup.header_maker = recorder.wrapped(setup.header_maker, "make header")

@@ -125,7 +125,8 @@ def _train(plan: Plan, training_set: SyntheticSet, clock: StepClock) -> None:
         return
     setup.check_prediction = lambda options: None  # there is no file
     setup.architecture_of = lambda options: ARCHITECTURES[plan.model_size]
-    setup.load_model = lambda options, dtypes, prediction=None: make_model(dtypes)
+    setup.load_model = lambda options, dtypes, *_, **__: make_model(dtypes)
+    setup.load_unet = lambda *_: None
     _watch_loop(clock)
     # Without the wrapper that turns a UserError into an exit status.
     sdxl_train.main.__wrapped__(  # type: ignore[attr-defined]

@@ -39,6 +39,7 @@ from library.training import setup
 from library.training.card_memory import CardMemory, largest_batch
 from library.training.checkpoints import Checkpoints
 from library.training.learner import Learner
+from library.training.precision import PrecisionOptions
 from library.training.run_options import TrainingOptions
 from library.training.sampling import Sampling
 from library.training.tracking import Tracker
@@ -149,10 +150,12 @@ class _Rehearsal:
     def _replaced(self, books: Books) -> Iterator[tuple[Any, str, Any]]:
         """Yield what is replaced in the trainer: what would read numbers, and where phases begin and end."""
         yield accelerator_room, "make_accelerator", _on_cuda(accelerator_room.make_accelerator)
+        yield PrecisionOptions, "heavy_problems", lambda _: ()  # which asks torch for a GPU
         yield setup, "check_prediction", lambda options: None  # there is no file
         yield setup, "architecture_of", lambda options: self._architecture
         yield setup, "require_card_memory", self._noting_arithmetic(setup.require_card_memory)
-        yield setup, "load_model", lambda options, dtypes, prediction=None: self._load(dtypes, books)
+        yield setup, "load_model", lambda options, dtypes, *_, **__: self._load(dtypes, books)
+        yield setup, "load_unet", lambda *_: None
         yield setup, "vae_digest", lambda vae: "0" * 32
         yield setup, "check_disk", lambda *_: None
         yield Checkpoints, "after_step", lambda *_: None

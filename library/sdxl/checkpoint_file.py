@@ -68,6 +68,7 @@ class ModelDtypes:
 
 # -- reading ----------------------------------------------------------------------------------------------------------
 
+CPU = torch.device("cpu")
 _ONETRAINER_PREFIX = "ot_"  # of its keys in the header
 
 
@@ -82,15 +83,17 @@ def read_single_file(
     dtypes: ModelDtypes,
     *,
     with_vae: bool = True,
+    with_unet: bool = True,
     transposed_text_projection: bool = False,
     prediction: PredictionOptions = AS_THE_MODEL_SAYS,
 ) -> SdxlModel:
     """Return the model of a single file, on the CPU, in evaluation mode.
 
     The file is mapped into memory and each tensor copied once, in its final precision. Without `with_vae` the VAE is
-    not read, and stays without weights. `transposed_text_projection` says that the file stores G's projection
-    transposed. Raise `UserError` for a file that is damaged, of another model family, quantised, contradicts
-    `prediction`, lacks tensors of SDXL, or holds them in other shapes or with NaN or Inf.
+    not read, and stays without weights; without `with_unet` the U-Net stays so, for `read_unet_into`.
+    `transposed_text_projection` says that the file stores G's projection transposed. Raise `UserError` for a file that
+    is damaged, of another model family, quantised, contradicts `prediction`, lacks tensors of SDXL, or holds them in
+    other shapes or with NaN or Inf.
     """
     with open_tensors(path) as file:
         predicted = prediction.settled(str(path), find_prediction(str(path), file.shapes, file.metadata, {}))
@@ -109,12 +112,27 @@ def read_single_file(
             )
         for network, table, _ in parts:
             require_tensors(reader, network, table)
-        not_finite = [name for network, table, dtype in parts for name in _fill(reader, network, table, dtype)]
+        not_finite: list[str] = []
+        for network, table, dtype in parts:
+            network.eval()
+            if with_unet or network is not model.unet:
+                not_finite += _fill(reader, network, table, dtype)
         require_finite(str(path), not_finite)
         if LOGIT_SCALE in reader.shapes:
             model.logit_scale = reader.get(LOGIT_SCALE).clone()
         _report_unused(reader, {stored.name for _, table, _ in parts for stored in table}, with_vae=with_vae)
     return model
+
+
+def read_unet_into(unet: nn.Module, path: Path, dtype: torch.dtype | None, device: torch.device) -> None:
+    """Read the weights of a U-Net without weights straight to `device`: host memory holds one of them at a time.
+
+    Raise `UserError` for a file that is damaged, or holds NaN or Inf.
+    """
+    with open_tensors(path) as file:
+        reader, table = in_usual_form(file), unet_table(unet)
+        require_tensors(reader, unet, table)
+        require_finite(str(path), _fill(reader, unet, table, dtype, device))
 
 
 @contextmanager
@@ -155,7 +173,7 @@ def read_vae(path: Path, dtype: torch.dtype | None, architecture: Architecture =
         table = _vae_table_of(reader, vae)
         require_tensors(reader, vae, table)
         require_finite(str(path), _fill(reader, vae, table, dtype))
-    return vae
+    return vae.eval()
 
 
 def _with_transposed_projection(table: list[StoredTensor]) -> list[StoredTensor]:
@@ -181,7 +199,13 @@ def _parts(model: SdxlModel, dtypes: ModelDtypes) -> list[tuple[nn.Module, list[
     ]
 
 
-def _fill(reader: TensorReader, network: nn.Module, table: list[StoredTensor], dtype: torch.dtype | None) -> list[str]:
+def _fill(
+    reader: TensorReader,
+    network: nn.Module,
+    table: list[StoredTensor],
+    dtype: torch.dtype | None,
+    device: torch.device = CPU,
+) -> list[str]:
     """Load the weights into `network`; return the names of those with NaN or Inf, in the file or in `dtype`."""
     weights, not_finite = {}, []
     expected = expected_shapes(network, table)
@@ -189,11 +213,10 @@ def _fill(reader: TensorReader, network: nn.Module, table: list[StoredTensor], d
         parts = stored.to_parameters(reader.get(stored.name).reshape(expected[stored.name]))
         for name, part in zip(stored.parameters, parts, strict=True):
             # A copy even where nothing is converted: weights that stay mapped would lock the file on Windows.
-            weights[name] = part.to(dtype or part.dtype, copy=True, memory_format=torch.contiguous_format)
+            weights[name] = part.to(device, dtype or part.dtype, copy=True, memory_format=torch.contiguous_format)
         if not all(is_finite(weights[name]) for name in stored.parameters):
             not_finite.append(stored.name)
     network.load_state_dict(weights, assign=True)
-    network.eval()
     return not_finite
 
 

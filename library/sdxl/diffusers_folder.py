@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import (
     AutoencoderKL,
     DPMSolverMultistepScheduler,
@@ -62,17 +63,18 @@ def read_diffusers_folder(
     dtypes: ModelDtypes,
     *,
     with_vae: bool = True,
+    with_unet: bool = True,
     prediction: PredictionOptions = AS_THE_MODEL_SAYS,
 ) -> SdxlModel:
     """Return the model of a diffusers folder (or hub name), on the CPU, in evaluation mode.
 
     Where `dtypes` leaves the precision open it is float32, since diffusers does not tell the file's own. Without
-    `with_vae` the VAE is not read, and stays without weights. Raise `UserError` if the folder is not a whole SDXL
-    model, or contradicts `prediction`.
+    `with_vae` the VAE is not read, and stays without weights; without `with_unet` the U-Net stays so for
+    `read_unet_of_folder_into`. Raise `UserError` if the folder is not a whole SDXL model, or contradicts `prediction`.
     """
     predicted = prediction.settled(name_or_path, prediction_of_folder(name_or_path))
     _check_configs(name_or_path, with_vae=with_vae)
-    unet = _load(UNet2DConditionModel, name_or_path, "unet", dtypes.unet)
+    unet = _load(UNet2DConditionModel, name_or_path, "unet", dtypes.unet) if with_unet else _unet_of(name_or_path)
     vae = read_diffusers_vae(name_or_path, dtypes.vae) if with_vae else _vae_without_weights(name_or_path)
     text_encoder_l = _load(CLIPTextModel, name_or_path, "text_encoder", dtypes.text_encoder_l)
     text_encoder_g = _load(CLIPTextModelWithProjection, name_or_path, "text_encoder_2", dtypes.text_encoder_g)
@@ -88,6 +90,25 @@ def read_diffusers_folder(
         torch.tensor(DEFAULT_LOGIT_SCALE),
         predicted,
     )
+
+
+def read_unet_of_folder_into(
+    unet: nn.Module, name_or_path: str, dtype: torch.dtype | None, device: torch.device
+) -> None:
+    """Read the weights of a U-Net without weights; they pass through host memory. Raise as `read_diffusers_folder`."""
+    read = _load(UNet2DConditionModel, name_or_path, "unet", dtype)
+    unet.load_state_dict(read.to(device).state_dict(), assign=True)
+
+
+def _unet_of(name_or_path: str) -> UNet2DConditionModel:
+    """Return the U-Net of a folder without weights. Raise `UserError` if no network can be built as it says."""
+    config = checked_config(UNet2DConditionModel, name_or_path, "unet")
+    try:
+        with init_empty_weights():
+            return UNet2DConditionModel.from_config(config)
+    except LOADING_ERRORS as error:
+        problem = problem_of(name_or_path, "unet")
+        raise UserError(f"{problem} cannot be loaded ({first_line(error)}).", REMEDY) from error
 
 
 def read_diffusers_vae(name_or_path: str, dtype: torch.dtype | None) -> AutoencoderKL:

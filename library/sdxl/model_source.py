@@ -15,6 +15,7 @@ from library.sdxl.prediction_options import AS_THE_MODEL_SAYS, PredictionOptions
 if TYPE_CHECKING:  # a mistake on the command line is answered before these are imported
     import torch
     from diffusers import AutoencoderKL
+    from torch import nn
 
     from library.sdxl.architecture import Architecture, SdxlModel
     from library.sdxl.checkpoint_file import ModelDtypes
@@ -97,9 +98,13 @@ def architecture_of(options: ModelOptions) -> "Architecture":
 
 
 def load_model(
-    options: ModelOptions, dtypes: "ModelDtypes", prediction: PredictionOptions = AS_THE_MODEL_SAYS
+    options: ModelOptions,
+    dtypes: "ModelDtypes",
+    prediction: PredictionOptions = AS_THE_MODEL_SAYS,
+    *,
+    with_unet: bool = True,
 ) -> "SdxlModel":
-    """Return the model that the options name, on the CPU.
+    """Return the model that the options name, on the CPU; without `with_unet` its U-Net has no weights yet.
 
     Raise `UserError` if it is damaged, not SDXL, or contradicts `prediction`.
     """
@@ -117,6 +122,7 @@ def load_model(
             Path(source),
             dtypes,
             with_vae=not has_other_vae,
+            with_unet=with_unet,
             transposed_text_projection=options.transposed_text_projection,
             prediction=prediction,
         )
@@ -125,7 +131,9 @@ def load_model(
             f"--transposed_text_projection is for single files; '{source}' is a diffusers model.", "Remove the flag."
         )
     else:
-        model = read_diffusers_folder(source, dtypes, with_vae=not has_other_vae, prediction=prediction)
+        model = read_diffusers_folder(
+            source, dtypes, with_vae=not has_other_vae, with_unet=with_unet, prediction=prediction
+        )
     if options.vae is not None:
         model.vae = load_vae(options.vae, dtypes.vae, model.architecture)
         model.architecture = replace(model.architecture, vae=recorded_facts(model.vae.config, SDXL_BASE.vae))
@@ -136,6 +144,18 @@ def load_model(
         )
         use_legacy_text_projection(model.text_encoder_g)
     return model
+
+
+def load_unet(options: ModelOptions, unet: "nn.Module", dtype: "torch.dtype | None", device: "torch.device") -> None:
+    """Read the weights of the U-Net of a model that `load_model` has left without, to `device`. Raise as it does."""
+    from library.sdxl.checkpoint_file import read_unet_into
+    from library.sdxl.diffusers_folder import read_unet_of_folder_into
+
+    source = options.pretrained_model_name_or_path or ""
+    if _is_file(source):
+        read_unet_into(unet, Path(source), dtype, device)
+    else:
+        read_unet_of_folder_into(unet, source, dtype, device)
 
 
 def load_vae(source: str, dtype: "torch.dtype | None", architecture: "Architecture | None" = None) -> "AutoencoderKL":

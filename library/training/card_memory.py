@@ -87,9 +87,7 @@ class CardMemory:
         return [parameter for group in groups for parameter in group["params"]]
 
     def _weights(self, options: TrainingOptions) -> int:
-        dtypes = options.precision.model_dtypes(
-            trains_l=options.trains_l, trains_g=options.trains_g, float32_vae=options.model.no_half_vae
-        )
+        dtypes = options.model_dtypes
         held = [(self._model.unet, dtypes.unet)]
         cached = self.cached_encoders(options) or []
         if "l" not in cached:

@@ -9,9 +9,10 @@ from torch import nn
 
 from library.samples.sampler import SamplingNetworks
 from library.sdxl.checkpoint_file import ModelDtypes
-from library.sdxl.model_source import ModelOptions, load_model
+from library.sdxl.model_source import ModelOptions, load_model, load_unet
 from library.sdxl.prediction_options import AS_THE_MODEL_SAYS, PredictionOptions
 from library.training.accelerator import make_accelerator
+from library.training.failures import explained_out_of_memory
 from library.training.offload import on_device, place_networks
 from library.training.precision import PrecisionOptions, dtype_of
 
@@ -41,10 +42,13 @@ def load_networks(
     held = compute if holds_all_in_it or compute == torch.float32 else None
     vae = torch.float32 if source.no_half_vae else compute
     log.info("loading '%s'", source.pretrained_model_name_or_path)
-    model = load_model(source, ModelDtypes(unet=held, vae=vae, text_encoder_l=held, text_encoder_g=held), prediction)
+    dtypes = ModelDtypes(unet=held, vae=vae, text_encoder_l=held, text_encoder_g=held)
+    model = load_model(source, dtypes, prediction, with_unet=False)
     for network in model.networks:
         # As in the run: torch sums some products in another order where weights need no gradient.
         network.requires_grad_(network is model.unet)
+    with explained_out_of_memory("while the model is loaded"):
+        load_unet(source, model.unet, held, accelerator.device)
     place_networks(model.networks, needed_each_step=[model.unet], device=accelerator.device)
     return SamplingNetworks(
         accelerator.prepare_model(model.unet, evaluation_mode=True),

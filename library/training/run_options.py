@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from library.config.console_options import ConsoleOptions
 from library.config.errors import UserError
@@ -38,6 +38,9 @@ from library.training.progress import is_state
 from library.training.resume import ResumeOptions
 from library.training.saves import SaveOptions
 from library.training.tracking_options import TrackingOptions
+
+if TYPE_CHECKING:  # a mistake on the command line is answered before torch is imported
+    from library.sdxl.checkpoint_file import ModelDtypes
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,13 @@ class TrainingOptions:
         """Return the last step, of `num_steps`, that trains each text encoder which is not trained to the end."""
         last = {"text_encoder_l": self.run.stop_training_te1, "text_encoder_g": self.run.stop_training_te2}
         return {name: int(at * num_steps if at < 1 else at) for name, at in last.items() if at is not None}
+
+    @property
+    def model_dtypes(self) -> "ModelDtypes":
+        """The precision in which each part of the model is held."""
+        return self.precision.model_dtypes(
+            trains_l=self.trains_l, trains_g=self.trains_g, float32_vae=self.model.no_half_vae
+        )
 
     @property
     def resolution(self) -> Size:

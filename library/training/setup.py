@@ -25,7 +25,7 @@ from library.samples.picture_files import SAMPLE_FOLDER
 from library.sdxl.architecture import SdxlModel
 from library.sdxl.latents import vae_digest
 from library.sdxl.lean_unet import make_lean
-from library.sdxl.model_source import architecture_of, load_model
+from library.sdxl.model_source import architecture_of, load_model, load_unet
 from library.training.accelerator import described_processes, make_accelerator_of
 from library.training.averages import make_averages
 from library.training.backends import choose_backends
@@ -33,7 +33,7 @@ from library.training.card_memory import require_card_memory
 from library.training.checkpoints import Checkpoints
 from library.training.compilation import compile_regions
 from library.training.distribution import any_process, wait_for_main
-from library.training.failures import saved_before_errors
+from library.training.failures import explained_out_of_memory, saved_before_errors
 from library.training.goal import check_prediction, make_loss_weights, make_objective
 from library.training.header import header_maker
 from library.training.hub_state import take_state_from_hub
@@ -51,7 +51,7 @@ from library.training.outputs import (
     make_validation,
 )
 from library.training.plan import Occasion, Plan
-from library.training.preparation import latents_of, make_plan, prepare_set, split_set, take_captions_over
+from library.training.preparation import PreparedSet, latents_of, make_plan, prepare_set, split_set, take_captions_over
 from library.training.progress import Progress
 from library.training.run_options import TrainingOptions
 from library.training.run_record import FINISHED, STOPPED, RecordFile
@@ -165,7 +165,7 @@ def _set_up(
     model, digest = _load_model(options)
     prepared = prepare_set(options, found.training, model, digest, accelerator, progress, cached_encoders)
     held_out = prepare_validation(options, found.held_out, model, digest, accelerator, progress)
-    place_networks(model.networks, prepared.networks_of_steps(model), accelerator.device)
+    _place_model(options, model, prepared, accelerator.device)
     plan = make_plan(prepared, options.loader, options.run, accelerator, progress.seed)
     options = replace(options, save=options.save.for_epochs(plan.num_epochs))
     learner = _make_learner(options, model, accelerator, plan, progress.seed)
@@ -210,6 +210,13 @@ def _set_up(
     )
 
 
+def _place_model(options: TrainingOptions, model: SdxlModel, prepared: PreparedSet, device: torch.device) -> None:
+    """Read the U-Net, now that the others need the device no longer, and bring what each step needs beside it."""
+    with explained_out_of_memory("while the model is loaded"):
+        load_unet(options.model, model.unet, options.model_dtypes.unet, device)
+    place_networks(model.networks, prepared.networks_of_steps(model), device)
+
+
 def _make_learner(
     options: TrainingOptions, model: SdxlModel, accelerator: Accelerator, plan: Plan, seed: int
 ) -> Learner:
@@ -236,11 +243,14 @@ def any_stop(accelerator: Accelerator, stop: StopRequest) -> bool:
 
 
 def _load_model(options: TrainingOptions) -> tuple[SdxlModel, str]:
-    """Return the model on the CPU in the precision of training, set up to be trained, and the digest of its VAE."""
+    """Return the model on the CPU in the precision of training, set up to be trained, and the digest of its VAE.
+
+    The U-Net is without weights: they are read when they are needed, straight to the device.
+    """
     source, trains_l, trains_g = options.model, options.trains_l, options.trains_g
-    dtypes = options.precision.model_dtypes(trains_l=trains_l, trains_g=trains_g, float32_vae=source.no_half_vae)
+    dtypes = options.model_dtypes
     log.info("loading '%s'", source.pretrained_model_name_or_path)
-    model = load_model(source, replace(dtypes, vae=None), options.prediction)
+    model = load_model(source, replace(dtypes, vae=None), options.prediction, with_unet=False)
     digest = vae_digest(model.vae)  # before it is narrowed, as prepare_buckets_latents.py takes it
     nn.Module.to(model.vae, dtypes.vae)
     for network in model.networks:

@@ -5,13 +5,14 @@ import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from library.config.errors import UserError
 from library.sdxl.architecture import SDXL_BASE
 from library.sdxl.checkpoint_file import ModelDtypes, read_single_file, write_single_file
 from library.sdxl.diffusers_folder import write_diffusers_folder
-from library.sdxl.model_source import ModelOptions, architecture_of, load_model, load_vae
+from library.sdxl.model_source import ModelOptions, architecture_of, load_model, load_unet, load_vae
 from library.sdxl.weight_names import PREFIX_VAE
 
 HALF = ModelDtypes(torch.float16, torch.float16, torch.float16, torch.float16)
@@ -148,3 +149,30 @@ def test_the_sizes_of_a_model_are_read_without_its_weights(source, sdxl_model, r
     found = architecture_of(ModelOptions(str(request.getfixturevalue(source))))
     for network in ("unet", "text_encoder_l", "text_encoder_g"):
         assert getattr(found, network) == getattr(sdxl_model.architecture, network)
+
+
+@pytest.mark.parametrize("source", ["sdxl_file", "sdxl_folder"])
+def test_a_unet_that_is_read_later_is_the_same_and_stays_as_it_was_set_up(source, request):
+    options = ModelOptions(str(request.getfixturevalue(source)))
+    expected = load_model(options, HALF)
+    model = load_model(options, HALF, with_unet=False)
+    assert all(weight.is_meta for weight in model.unet.parameters())
+    assert model.architecture == expected.architecture
+    model.unet.requires_grad_(False).train()
+    load_unet(options, model.unet, torch.float16, torch.device("cpu"))
+    for name in NETWORKS:
+        assert_same(getattr(model, name), getattr(expected, name))
+    assert model.unet.training
+    assert not any(weight.requires_grad for weight in model.unet.parameters())
+
+
+def test_a_unet_with_nan_is_refused_when_it_is_read(sdxl_file, tmp_path):
+    tensors = load_file(sdxl_file)
+    name = "model.diffusion_model.out.2.bias"
+    tensors[name] = torch.full_like(tensors[name], float("nan"))
+    with safe_open(sdxl_file, framework="pt") as file:
+        save_file(tensors, tmp_path / "damaged.safetensors", file.metadata())
+    options = ModelOptions(str(tmp_path / "damaged.safetensors"))
+    model = load_model(options, HALF, with_unet=False)
+    with pytest.raises(UserError, match=rf"1 tensors hold NaN or Inf: {name}"):
+        load_unet(options, model.unet, torch.float16, torch.device("cpu"))
