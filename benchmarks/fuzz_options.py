@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere, find library/
 
@@ -93,7 +94,7 @@ class Script:
 
         @exits_on_user_error
         def main(argv: Sequence[str] | None = None) -> int:
-            more = {} if self.conflicts is None else {"conflicts": self.conflicts}
+            more: dict[str, Any] = {} if self.conflicts is None else {"conflicts": self.conflicts}
             parse_options(self.module.OPTION_CLASSES, argv, description="", spellings=self.spellings, **more)
             return 0
 

@@ -2,7 +2,7 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from library.config.errors import UserError
 from library.samples.contact_sheet import Samples
 from library.samples.picture_files import SAMPLE_FOLDER
 from library.samples.sample_index import SampleIndex
+from library.training.presets import EXAMPLES
 from library.training.run_files import span_of
 from library.training.run_folders import FoundRun, RunFolders
 from library.training.run_watch import RunWatch
@@ -30,15 +31,19 @@ class Runs:
         self.folders = RunFolders(roots)
         self.pictures = Pictures(platformdirs.user_cache_path(APP_NAME) / "thumbnails")
         self._writable = [root.resolve() for root in roots]
-        self._readable = [*self._writable, *(folder.resolve() for folder in readable)]
+        self._readable = [*self._writable, *(folder.resolve() for folder in (*readable, EXAMPLES))]
         self._watched: OrderedDict[str, RunWatch] = OrderedDict()
         self._indices: dict[Path, SampleIndex] = {}
         self._pictures: dict[str, dict[str, Path]] = {}
         self._lock = threading.Lock()
+        self.closing: list[Callable[[], None]] = []
+        """What else is to be ended with it."""
 
     def close(self) -> None:
         """End what works in the background; the runs go on."""
         self.pictures.close()
+        for close in self.closing:
+            close()
 
     # -- places ----------------------------------------------------------------------------------------------------
 

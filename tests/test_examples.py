@@ -20,7 +20,7 @@ from tests.test_readme import recipes
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("style", "character", "concept")
-FILES = [(name, gigabytes) for name in NAMES for gigabytes in (12, 24)]
+FILES = [(name, gigabytes) for name in NAMES for gigabytes in (12, 16, 24)]
 FOLDERS = {"style": ("images",), "character": ("images",), "concept": ("images", "lamps")}
 CAPTIONS = {  # L, G
     "style": ("zkfl style, gouache", "a fox asleep under a park bench, autumn leaves on the ground"),

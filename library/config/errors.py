@@ -26,6 +26,8 @@ class UserError(Exception):
     exit_status = EXIT_USER_ERROR
     is_shared = False
     """Whether every process of a run raises it, so that one of them is enough to say it."""
+    problems: Sequence[str] = ()
+    """Each of several problems that were found together, a sentence each."""
 
     def __init__(self, problem: str, remedy: str = ""):
         super().__init__(f"{problem} {remedy}".strip())
@@ -74,9 +76,10 @@ def exits_on_user_error(main: Main) -> Main:
 
 def error_of_problems(problems: Sequence[str]) -> UserError:
     """Return one error that lists every problem, one on each line."""
-    if len(problems) == 1:
-        return UserError(problems[0])
-    return UserError("\n  ".join([f"{len(problems)} problems with the options:", *problems]))
+    many = "\n  ".join([f"{len(problems)} problems with the options:", *problems])
+    error = UserError(problems[0] if len(problems) == 1 else many)
+    error.problems = tuple(problems)
+    return error
 
 
 def error_of_errors(what: str, errors: Sequence[UserError]) -> UserError:

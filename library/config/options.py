@@ -232,6 +232,7 @@ def parse_options(
     spellings: Spellings = _NO_SPELLINGS,
     conflicts: Callable[..., Iterable[str]] = lambda *instances: (),
     heavy_conflicts: Callable[..., Iterable[str]] = lambda *instances: (),
+    is_draft: bool = False,
 ) -> tuple[Any, ...]:
     """Return one instance of each option class, in order, from `argv` (None: the arguments of this process).
 
@@ -241,6 +242,7 @@ def parse_options(
     What cannot work is reported together, in one `UserError`: the `problems_of` each class, and the sentences of
     `conflicts(*instances)` about combinations across classes. Only if there is nothing to report is each class asked
     for its `heavy_problems()`, which may import torch and write files for trial; `heavy_conflicts` are asked for last.
+    Neither is asked for where `is_draft`: the command is still being written.
 
     Raise `UserError` for whatever the user can fix. With `--output_config` the file is written, unchecked so that an
     unfinished command can be kept as a template, and `SystemExit(0)` is raised, as by `--help`.
@@ -267,7 +269,8 @@ def parse_options(
 
     own_problems = [problem for each in instances for problem in problems_of(each)]
     problems = [*own_problems, *conflicts(*instances), *spellings.overruled(argv, instances)]
-    problems = problems or _said("heavy_problems", instances) or list(heavy_conflicts(*instances))
+    if not problems and not is_draft:
+        problems = _said("heavy_problems", instances) or list(heavy_conflicts(*instances))
     if problems:
         raise error_of_problems(problems)
     return instances

@@ -202,10 +202,10 @@ def _parsed(path: Path) -> tuple[dict[str, Any], Mapping[tuple[str, int, str], i
         raise UserError(f"'{path}' cannot be read: {error}.", "Correct it there.") from error
     if not isinstance(content, dict):
         raise UserError(f"'{path}': expected an object with 'general' and 'datasets'.", "Correct it.")
-    return content, {} if path.suffix.lower() == ".json" else _lines(text)
+    return content, {} if path.suffix.lower() == ".json" else lines_of_keys(text)
 
 
-def _lines(text: str) -> dict[tuple[str, int, str], int]:
+def lines_of_keys(text: str) -> dict[tuple[str, int, str], int]:
     """Return the line of each key that stands on a line by itself, by kind and number of its table."""
     lines: dict[tuple[str, int, str], int] = {}
     counts = {"general": 0, "datasets": -1, "subsets": -1}

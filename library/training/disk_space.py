@@ -71,6 +71,15 @@ def require_disk_for_saves(
     `snapshot_every` steps and the last one.
     """
     assert options.output_dir is not None  # checked by problems()
+    models, states = num_saves(options, steps, steps_per_epoch)
+    snapshots = 0 if snapshot_every is None else _num_multiples(snapshot_every, steps[:-1]) + 1
+    needed = models * model_bytes + states * state_bytes + snapshots * snapshot_bytes
+    require_disk_space(options.output_dir, needed, "to save what this run keeps")
+
+
+def num_saves(options: SaveOptions, steps: range, steps_per_epoch: int) -> tuple[int, int]:
+    """Return how many models and states more a run of `steps` (from 1) has on the disk at once than there are now."""
+    assert options.output_dir is not None  # checked by problems()
     models = 1 + sum(_kept(options, steps, steps_per_epoch, states=False))
     at_least_one_state = int(options.has_states)
     states = at_least_one_state
@@ -83,9 +92,7 @@ def require_disk_for_saves(
         present = {path.stem for path in options.output_dir.glob(f"{glob.escape(recent_name(options.output_name))}*")}
         models += recent_name(options.output_name) not in present
         states += f"{recent_name(options.output_name)}{STATE_SUFFIX}" not in present
-    snapshots = 0 if snapshot_every is None else _num_multiples(snapshot_every, steps[:-1]) + 1
-    needed = models * model_bytes + states * state_bytes + snapshots * snapshot_bytes
-    require_disk_space(options.output_dir, needed, "to save what this run keeps")
+    return models, states
 
 
 def _kept(options: SaveOptions, steps: range, steps_per_epoch: int, *, states: bool) -> Iterator[int]:

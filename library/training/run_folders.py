@@ -42,12 +42,12 @@ class FoundRun:
     @property
     def id(self) -> str:
         """What tells the run from all others: letters and digits."""
-        return _id(self.output_dir, self.name)
+        return run_id(self.output_dir, self.name)
 
     @property
     def ids(self) -> list[str]:
         """All that it was called since it was started."""
-        return [self.id, *(_id(self.output_dir, each.name) for each in self.launches)]
+        return [self.id, *(run_id(self.output_dir, each.name) for each in self.launches)]
 
     @property
     def state(self) -> str:
@@ -119,12 +119,12 @@ class RunFolders:
             problems += wrong
         return sorted(found, key=lambda run: run.name, reverse=True), problems
 
-    def run(self, run_id: str) -> FoundRun | None:
+    def run(self, wanted: str) -> FoundRun | None:
         """Return the run that has, or had, an id."""
         for _ in range(2):
             for output_dir in self._output_dirs:
                 for run in reversed(runs_in(output_dir)[0]):
-                    if run_id in run.ids:
+                    if wanted in run.ids:
                         return run
             self._output_dirs = sorted(set(self._walk()))
         return None
@@ -155,5 +155,6 @@ def _holds_records(folder: Path) -> bool:
     return any(path.suffix == ".json" or path.name == LAUNCH_FOLDER for path in folder.iterdir())
 
 
-def _id(output_dir: Path, name: str) -> str:
+def run_id(output_dir: Path, name: str) -> str:
+    """Return the id of a run, by the name of its record or of its launch."""
     return digest([f"{output_dir.resolve()}\0{name}".encode(errors="surrogatepass")], 8).hex()

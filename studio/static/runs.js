@@ -18,7 +18,6 @@ const GOES_ON = ["runs", "starts", "on another machine"];
 const shown = byId("shown");
 let ids = [];
 let view = "watch";
-let runs = [];
 let parts = null; // of what is shown
 let timer = 0;
 
@@ -42,7 +41,7 @@ function follow() {
   const said = new URLSearchParams(location.hash.slice(1));
   ids = (said.get("runs") ?? "").split(",").filter(Boolean);
   view = said.get("view") ?? "watch";
-  runs = [];
+  clearTimeout(timer);
   list.show(undefined, ids);
   parts?.close?.();
   parts = null;
@@ -81,11 +80,11 @@ function build() {
 
 async function ask() {
   clearTimeout(timer);
+  if (!parts) return;
   const asked = ids;
   const { head, notes, body, made } = parts;
   const answers = await Promise.all(ids.map((id) => get(`/api/runs/${id}`).catch((error) => ({ id, problem: error.message }))));
   if (asked !== ids || !parts || parts.head !== head) return;
-  runs = answers;
   head.replaceChildren(...heading(answers));
   notes.replaceChildren(...answers.flatMap(notesOf));
   const there = answers.filter((run) => !run.problem);
@@ -94,14 +93,14 @@ async function ask() {
     body.dataset.said = JSON.stringify(there);
     body.replaceChildren(...there.map(aboutRun));
   }
-  if (asked !== ids) return;
+  if (asked !== ids || !parts || parts.head !== head) return;
   const isOver = answers.every((run) => !GOES_ON.includes(run.state));
   timer = setTimeout(() => (document.hidden ? waitUntilSeen() : ask()), isOver ? ASKS_OF_ENDED_MS : ASKS_MS);
 }
 
 /** Nobody looks: nothing is asked for. */
 function waitUntilSeen() {
-  document.addEventListener("visibilitychange", () => parts && view !== "new" && ask(), { once: true });
+  document.addEventListener("visibilitychange", ask, { once: true });
 }
 
 function heading(answers) {
@@ -120,7 +119,7 @@ function heading(answers) {
   if (!goesOn && !elsewhere && run.can_resume && run.state !== "finished") {
     actions.push(button("Resume", () => request(run, "resume", "It goes on from its newest state."), { class: "main" }));
   }
-  // actions.push(button("Use its options", () => go({ runs: [], view: "new", from: run.id })));
+  actions.push(button("Use its options", () => go({ runs: [], view: "new", from: run.id })));
   actions.push(button("Report", () => makeReport(run)));
   made.push(element("div", { class: "actions" }, ...actions));
   return made;

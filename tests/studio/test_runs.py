@@ -274,3 +274,61 @@ def test_a_person_watches_looks_and_compares(page, tmp_path):
         page.get_by_role("button", name="Stop").click()
         wait_for(lambda: (root / "two" / "stop-second").is_file())
         assert page.title() == "Runs – Studio"
+
+
+# -- a command --------------------------------------------------------------------------------------------------------
+
+
+def test_a_command_is_checked_and_started_as_arguments_within_the_folders(running, tmp_path):
+    form = running.get("/api/commands/form")
+    assert len(form["presets"]) == 9 and form["roots"] == [str(running.root)]
+    output = running.root / "new"
+    nasty = "x; touch hacked $(touch hacked) `touch hacked` --output_dir=/tmp 'q\" \\"
+    fields = {
+        "output_dir": str(output),
+        "output_name": "n",
+        "metadata_title": nasty,
+        "train_data_dir": str(running.root),
+    }
+    check = running.post("/api/commands/check", fields=fields, data_set=None).json()
+    assert not check["is_right"] and "pretrained_model_name_or_path" in check["problems"]
+    assert check["changed"] == list(fields)
+    for name, value in (("output_dir", "/etc"), ("vae", "/etc/passwd"), ("dataset_class", "os.system"), ("x", "1")):
+        check = running.post("/api/commands/check", fields={**fields, name: value}, data_set=None).json()
+        assert name in check["problems"] and not check["is_right"]
+        started = running.post("/api/commands/start", fields={**fields, name: value}, data_set=None)
+        assert started.status_code == 400
+    outside = {"general": {}, "datasets": [{"keys": {}, "subsets": [{"image_dir": "/etc"}]}]}
+    check = running.post("/api/commands/check", fields=fields, data_set=outside).json()
+    assert "outside of the opened folders" in check["others"][0]
+    for body in ({}, {"fields": []}, {"fields": {}, "data_set": 3}, {"fields": {"output_dir": ["a"]}}):
+        assert running.post("/api/commands/start", **body).status_code == 400
+    assert not output.exists() and not Path("hacked").exists()
+    assert running.client.get("/api/commands/start").status_code == 405
+    assert running.get("/api/commands/preset", name="style/12gb")["fields"]["output_dir"] == f"{running.root}/output"
+    assert running.client.get("/api/commands/preset", params={"name": "../x"}).status_code == 400
+    of_run = running.get(f"/api/runs/{of_name(running, 'first')['id']}/command")["fields"]
+    assert of_run["output_dir"] == str(running.root / "output") and of_run["learning_rate"] == "1e-05"
+
+
+def test_axe_finds_nothing_on_the_page_of_runs(page, running):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+
+    def violations():
+        found = axe.run(page).response["violations"]
+        return [(each["id"], [node["html"][:200] for node in each["nodes"]]) for each in found]
+
+    page.emulate_media(color_scheme="dark")
+    page.goto(running.link.replace("/?", "/runs?"))
+    page.locator(".run-item button", has_text="first").click()
+    expect(page.locator(".chart")).to_have_count(5)
+    assert violations() == []
+    page.click("#theme")
+    page.get_by_role("tab", name="Samples").click()
+    page.locator("button.picture").first.click()
+    assert violations() == []
+    page.click("#new-run")
+    page.get_by_label("Find an option").fill("learning_rate")
+    page.locator("#field-learning_rate").fill("fast")
+    expect(page.locator("#field-learning_rate-problem")).to_contain_text("expects a number")
+    assert violations() == []

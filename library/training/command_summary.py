@@ -1,0 +1,73 @@
+"""What a command would train, before it is started: images, steps, captions, memory and disk, without a model."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from library.data.caption_report import captions_sentences, check_captions, encoders_to_cache, trained_sentence
+from library.data.caption_summary import summarize
+from library.data.caption_tokens import cut_captions, tokenizer_for
+from library.data.image_columns import FoundImages
+from library.data.training_set import find_training_images
+from library.training.command_check import Command, arguments_for, options_from
+from library.training.disk_space import num_saves
+from library.training.dry_run_text import encoder_sentence
+from library.training.memory_arithmetic import ENCODER_G, ENCODER_L, UNET, VAE, memory_parts
+from library.training.preparation import make_order, num_steps_of, read_images, split_set
+from library.training.run_options import TrainingOptions
+
+_GIB = 2**30
+_UNKNOWN_VAE = ""
+
+
+def command_summary(command: Command) -> list[tuple[str, list[str]]]:
+    """Return titles with their lines. Raise `UserError` for what the trainer would refuse of the set."""
+    with arguments_for(command) as arguments:
+        options = options_from(arguments, is_draft=True)
+        return list(_summary(options))
+
+
+def _summary(options: TrainingOptions) -> Iterator[tuple[str, list[str]]]:
+    subsets = options.subsets()
+    found, held_out = split_set(options, find_training_images(subsets))
+    groups = FoundImages.of(found).captions_by_subset()
+    cached, sentences = encoders_to_cache(options.training_set, subsets, options.trained_encoders)
+    notices = check_captions(groups, cached)
+    images = read_images(options.training_set, found, _UNKNOWN_VAE)
+    tokens = tokenizer_for(image.subset for image in images)
+    seed = options.run.seed or 0
+    order = make_order(images, options.run, seed, num_processes=1, process_index=0)
+    num_steps = num_steps_of(options.run, order)
+    held = [f"{len(held_out)} held out for validation"] if held_out else []
+    yield "Images", [f"{len(images)} in {order.num_batches} batches an epoch", *held]
+    num_epochs = -(-num_steps // order.steps_per_epoch)
+    yield "Steps", [f"{num_steps} in {num_epochs} epochs of {order.steps_per_epoch}"]
+    is_trained = {f"trains_{name}": name in options.trained_encoders for name in ("l", "g")}
+    yield "Trained", [trained_sentence(trains_unet=options.trains_unet, **is_trained), *sentences]
+    captions = summarize(images, tokens, cached, seed)
+    of_encoders = [f"L: {encoder_sentence(captions.encoder_l)}", f"G: {encoder_sentence(captions.encoder_g)}"]
+    yield "Captions", [*captions_sentences(groups), *of_encoders, *cut_captions(images, tokens), *notices]
+    yield "GPU memory", list(_memory(options, "".join(cached)))
+    yield "Disk", _disk(options, num_steps, order.steps_per_epoch)
+
+
+def _memory(options: TrainingOptions, cached: str) -> Iterator[str]:
+    parts = list(memory_parts(options, cached))
+    total = sum(num_bytes for _, num_bytes in parts)
+    yield f"about {total / _GIB:.1f} GiB by arithmetic, for a model of SDXL's size; CUDA takes about 0.5 more"
+    yield ", ".join(f"{name} {num_bytes / _GIB:.1f}" for name, num_bytes in parts if num_bytes >= 0.05 * _GIB)
+
+
+def _disk(options: TrainingOptions, num_steps: int, steps_per_epoch: int) -> list[str]:
+    saves = options.save.for_epochs(-(-num_steps // steps_per_epoch))
+    num_models, num_states = num_saves(saves, range(1, num_steps + 1), steps_per_epoch)
+    source = Path(str(options.model.pretrained_model_name_or_path))
+    model = source.stat().st_size if source.is_file() else 2 * (UNET + ENCODER_L + ENCODER_G + VAE)
+    folder = next(path for path in (options.output_dir, *options.output_dir.absolute().parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    models = f"{num_models} models of about {model / _GIB:.2f} GiB"
+    states = f", and {num_states} states" if num_states else ""
+    lines = [f"{models}{states}; {free / _GIB:.1f} GiB are free"]
+    if num_models * model > free:
+        lines.append(f"the models alone take {num_models * model / _GIB:.1f} GiB: they do not fit")
+    return lines
