@@ -17,7 +17,6 @@ from library.config.errors import UserError, exits_on_user_error
 from library.config.kohya_spellings import PREPARE_SPELLINGS
 from library.config.magnitudes import MOST_IMAGES_AT_ONCE, MOST_WORKERS
 from library.config.options import option, parse_options, positional
-from library.config.processes import share_of_process
 from library.data.augmentation import RESIZE_INTERPOLATION_HELP, RESIZE_INTERPOLATIONS, interpolation_of
 from library.data.buckets import BucketOptions, parse_resolution
 from library.data.caption_options import CaptionOptions
@@ -202,11 +201,6 @@ def prepare_data_set_file(argv: Sequence[str]) -> int:
         raise UserError(
             "--latents_as=shards needs a metadata file, beside which the shards lie.",
             "Prepare folder and metadata without --dataset_config, or leave --latents_as out.",
-        )
-    if share_of_process().count > 1:
-        raise UserError(
-            "a data set file is prepared by one process.",
-            "Start it without accelerate, or prepare folder and metadata.",
         )
     training_set = TrainingSetOptions(
         dataset_config=options.dataset_config,

@@ -1,13 +1,14 @@
 """A data set file prepared for training: the latents of every subset, in the files in which training looks for them."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from library.config.errors import UserError, error_of_errors
 from library.config.leftovers import remove_leftovers
+from library.config.processes import Share, share_of_process
 from library.data.buckets import BucketedImage
 from library.data.cache_files import cache_finder, require_separate_caches
 from library.data.captions import CaptionPair
@@ -18,7 +19,7 @@ from library.data.image_files import find_images
 from library.data.image_keys import images_by_stem, resolve_image
 from library.data.image_sizes import ImageSizes
 from library.data.latent_cache import cache_path
-from library.data.latent_files import problem_of, report_buckets, report_names, vae_to_encode, write_latents
+from library.data.latent_files import dealt, problem_of, report_buckets, report_names, vae_to_encode, write_latents
 from library.data.latent_index import index_path
 from library.data.latent_preparation import Encoding, joined_masks
 from library.data.latent_writing import Place
@@ -75,10 +76,22 @@ def prepare_data_set(
         groups.setdefault(replace(encoding, flip=each.flip), {})[each.image] = place
     present = {each.image: each.present for each in wanted.values()}
     vae, digest = vae_to_encode(model, vae_dtype)
-    kept, written = write_latents(vae, digest, groups, present if skip_existing else {}, problems)
-    report_buckets(kept | written, num_kept=len(kept))
-    report_names("images could not be used", problems)
+    share, own_problems = share_of_process(), list[str]()
+    mine = {each: _dealt(places, each.batch_size, share) for each, places in groups.items()}
+    kept, written = write_latents(vae, digest, mine, present if skip_existing else {}, own_problems, share)
+    for other_kept, other_written, other_problems in share.gathered((kept, written, own_problems)):
+        kept, written = kept | other_kept, written | other_written
+        problems += other_problems
+    if share.is_first:
+        report_buckets(kept | written, num_kept=len(kept))
+        report_names("images could not be used", problems)
     return len(problems)
+
+
+def _dealt(places: Mapping[BucketedImage, Place], batch_size: int, share: Share) -> dict[BucketedImage, Place]:
+    """Return the files that one process writes."""
+    own = dealt({str(place.file): image for image, place in places.items()}, batch_size, share)
+    return {image: places[image] for image in own.values()}
 
 
 def _with_latents(subsets: Sequence[Subset]) -> Iterator[Subset]:

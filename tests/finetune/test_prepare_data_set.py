@@ -138,3 +138,8 @@ def test_a_subset_whose_pixels_change_needs_no_latents(vae_only: Path, sets: Pat
     assert prepare(vae_only) == 0
     assert "images of 'photos' are encoded in every step, because of color_aug" in capsys.readouterr().out
     assert "photos/chelsea_128x128.npz" not in caches()
+
+
+def test_shards_are_refused_for_they_lie_beside_metadata(vae_only: Path, sets: Path, capsys):
+    assert prepare(vae_only, "--latents_as=shards") == 2
+    assert "--latents_as=shards needs a metadata file, beside which the shards lie." in capsys.readouterr().err

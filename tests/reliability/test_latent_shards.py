@@ -74,6 +74,27 @@ def test_npz_files_by_several_processes_are_those_of_one(preparation, prepared_s
 
 
 @pytest.mark.slow
+def test_a_data_set_file_by_two_processes_is_prepared_as_by_one(preparation, tiny_sdxl, tmp_path, run_processes):
+    folder = tmp_path / "set" / "images"
+    subset = f"[[datasets.subsets]]\nimage_dir = {json.dumps(str(folder))}\n"
+    config = tmp_path / "sets.toml"
+    config.write_text(
+        f"[general]\nresolution = 128\n[[datasets]]\n{subset}[[datasets]]\nresolution = 64\n{subset}flip_aug = true\n"
+    )
+    found = []
+    for number in (1, 2):
+        argv = [str(tiny_sdxl), f"--dataset_config={config}"]
+        runs = run_processes(number, argv, "prepare", **{END_AT_ONCE: "1"})
+        assert [run.wait() for run in runs] == [0] * number, [run.said for run in runs]
+        assert "6 images (0 had their latents)" in runs[0].said
+        found.append({path.name: path.read_bytes() for path in folder.glob("*.npz")})
+        for path in folder.glob("*.npz"):
+            path.unlink()
+    assert found[0] == found[1]
+    assert len(found[0]) == 6
+
+
+@pytest.mark.slow
 def test_kills_lose_nothing_and_change_nothing(preparation: Preparation, run_server):
     assert run_server("prepare", preparation.argv("undisturbed"), **{END_AT_ONCE: "1"}).wait() == 0
     kills = 0
