@@ -75,8 +75,9 @@ def _files(output_dir: Path) -> Iterator[tuple[str, Any]]:
 def _state(folder: Path) -> Any:
     progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
     others = {path.name: torch.load(path, weights_only=True) for path in sorted(folder.glob("*.pt"))}
+    tensors = {path.name: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
     place = [progress[key] for key in ("seed", "step", "epoch", "step_in_epoch", "losses")]
-    return place, progress["setting"]["images"], load_file(folder / "weights.safetensors"), others
+    return place, progress["setting"]["images"], tensors, others
 
 
 def _snapshot(path: Path) -> Any:

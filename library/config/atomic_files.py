@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -107,6 +108,14 @@ def replacing_folder(folder: Path, *, marker: str) -> Iterator[Path]:
         if replaced.exists() and not folder.exists():
             replaced.rename(folder)
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def new_folder(parent: Path, prefix: str) -> Path:
+    """Make a folder with a name that nobody has. Raise `CannotWrite` if the system refuses."""
+    try:
+        return Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    except OSError as error:
+        raise _refusal(f"in '{parent}'", error) from error
 
 
 def require_disk_space(folder: Path, needed: int, what: str) -> None:

@@ -28,22 +28,22 @@ _OTHER_MODEL: dict[str, str] = {
 }
 
 _DEEPSPEED: dict[str, str] = {
-    flag: f"belongs to DeepSpeed, which is not offered, and neither is FSDP2, {equivalent}. {instead}"
+    flag: f"belongs to DeepSpeed, which is not offered. FSDP2 is, {equivalent}. {instead}"
     for flag, equivalent, instead in (
         (
             "--deepspeed",
             "which shards the same with PyTorch alone",
-            "Each GPU holds the whole model; docs/many-gpus.md has the flags for 2 and 8 of them.",
+            "docs/many-gpus.md has accelerate's files for 2 and 8 GPUs.",
         ),
         (
             "--zero_stage",
             "whose fsdp_reshard_after_forward is stage 3, and without it stage 2",
-            "--fused_backward_pass frees the gradients as stage 2 shards them.",
+            "On one GPU --fused_backward_pass frees the gradients.",
         ),
         (
             "--offload_optimizer_device",
-            "whose fsdp_offload_params includes the optimizer",
-            "--offload_optimizer keeps the optimizer's state in host memory.",
+            "whose shards of its state --offload_optimizer keeps on the host",
+            "It needs no configuration.",
         ),
         (
             "--offload_optimizer_nvme_path",
@@ -52,8 +52,8 @@ _DEEPSPEED: dict[str, str] = {
         ),
         (
             "--offload_param_device",
-            "whose fsdp_offload_params is this",
-            "--full_bf16 and --gradient_checkpointing make the weights fit.",
+            "whose fsdp_offload_params is this and is refused",
+            "Each GPU keeps its part of the weights.",
         ),
         (
             "--offload_param_nvme_path",
@@ -62,12 +62,12 @@ _DEEPSPEED: dict[str, str] = {
         ),
         (
             "--zero3_init_flag",
-            "whose fsdp_cpu_ram_efficient_loading is this",
+            "whose fsdp_cpu_ram_efficient_loading is this and is refused",
             "The checkpoint is always mapped from the disk. Leave it off.",
         ),
         (
             "--zero3_save_16bit_model",
-            "whose fsdp_state_dict_type is this",
+            "which always saves models whole",
             "--save_precision=fp16 saves in 16 bits.",
         ),
         (

@@ -13,7 +13,7 @@ from torch import Tensor
 from library.config.digests import digest
 from library.optim.ema_profiles import Profile
 from library.optim.kernels import compiled
-from library.optim.rounding import stochastically_rounded
+from library.optim.rounding import seed_of_part, stochastically_rounded
 from library.sdxl.device_copies import HostCopy
 
 _PIECE = 2**18
@@ -27,16 +27,24 @@ class MovingAverage:
 
     `begun` is the step whose weights it began with, `step` that of its last update. Where `dtype` is bfloat16 it is
     rounded stochastically, by a hash of `seed`, step and place: a resumed run rounds as one that was never stopped.
+    Of weights that are parts, `first_elements` has the places of their first numbers in the whole.
     """
 
     def __init__(
-        self, weights: Sequence[Tensor], profile: Profile, dtype: torch.dtype, device: torch.device, seed: str
+        self,
+        weights: Sequence[Tensor],
+        profile: Profile,
+        dtype: torch.dtype,
+        device: torch.device,
+        seed: str,
+        first_elements: Sequence[int] | None = None,
     ):
         self.begun = self.step = 0
         self.values = [torch.empty_like(each, dtype=dtype, device=device, requires_grad=False) for each in weights]
         self._weights = [each.detach() for each in weights]
         self._profile = profile
         self._seed = seed
+        self._first_elements = first_elements or [0] * len(weights)
 
     def begin(self, step: int) -> None:
         """Begin with the weights after `step`; they count until the first update, which replaces them."""
@@ -79,7 +87,8 @@ class MovingAverage:
                 _take_back(average, weights, waiting)
 
     def _seed_of(self, step: int, place: int) -> int:
-        return int.from_bytes(digest([f"{self._seed}/{step}/{place}".encode()], 4), "little", signed=True)
+        seed = int.from_bytes(digest([f"{self._seed}/{step}/{place}".encode()], 4), "little", signed=True)
+        return seed_of_part(seed, self._first_elements[place])
 
 
 @compiled

@@ -70,6 +70,24 @@ def treats_each_alone(make: MakeOptimizer, device: torch.device) -> bool:
     return all(_equal(one, other) for one, other in zip(together, alone, strict=True))
 
 
+def treats_each_element_alone(make: MakeOptimizer, device: torch.device) -> bool:
+    """Return whether the update of a number is the same, to the last bit, whichever others its weight has."""
+    whole, first, second = (_stepped(make, slice(*rows), device) for rows in ((0, 80), (0, 37), (37, 80)))
+    return torch.equal(whole, torch.cat([first, second]))
+
+
+def _stepped(make: MakeOptimizer, rows: slice, device: torch.device) -> Tensor:
+    """Return rows of a matrix after some steps on them alone."""
+    parameter = Parameter(torch.linspace(-1, 1, 6400, device=device).view(80, 80)[rows].clone())
+    optimizer = make([{"name": "probe", "params": [parameter], "lr": 1e-2}])
+    for step in range(1, 13):
+        gradient = torch.linspace(0.1 * step, 1, 6400, device=device).sin().view(80, 80)
+        parameter.grad = gradient[rows].clone()
+        with without_compiling():
+            optimizer.step()
+    return parameter.detach()
+
+
 def require_each_alone(make: MakeOptimizer, options: OptimizerOptions, device: torch.device) -> bool:
     """Return `treats_each_alone`. Raise `UserError` if it has to and does not."""
     each_alone = treats_each_alone(make, device)

@@ -5,7 +5,7 @@ step at all. Stochastic rounding takes the upper neighbour as often as the value
 value (Gupta et al. 2015, https://arxiv.org/abs/1502.02551); compensation keeps what rounding cut off (Kahan 1965).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from library.optim.kernels import compiled
 RESIDUAL = "rounding_residual"
 """Key of an optimizer's state: what rounding has cut off the weights so far, in bfloat16."""
 
+_SPREAD = -1640531527
 _LOW_HALF = 0xFFFF
 """The 16 bits of a float32 that bfloat16 does not have."""
 
@@ -38,10 +39,19 @@ def _hashed(counter: Tensor, seed: int) -> Tensor:
 
     int32 wraps around; its shifts copy the sign, so that the upper bits have to be masked off.
     """
-    bits = counter * -1640531527 + seed  # 2**32 / golden ratio: neighbours differ in all bits
+    bits = counter * _SPREAD + seed  # 2**32 / golden ratio: neighbours differ in all bits
     bits = (bits ^ ((bits >> 16) & 0xFFFF)) * 0x7FEB352D
     bits = (bits ^ ((bits >> 15) & 0x1FFFF)) * -2073254261  # 0x846CA68B
     return bits ^ ((bits >> 16) & 0xFFFF)
+
+
+def seed_of_part(seed: int, first: int) -> int:
+    """Return the seed with which a part of a tensor, from its number `first` on, is rounded as within the whole.
+
+    The bits of a number depend on its position times a constant, plus the seed.
+    """
+    moved = (seed + first * _SPREAD) & 0xFFFFFFFF
+    return moved - 2**32 if moved >= 2**31 else moved
 
 
 round_stochastically = compiled(stochastically_rounded)
@@ -63,12 +73,20 @@ class Rounder:
     """The rounding of a run: its kind, and a seed for each parameter at each step.
 
     A seed depends on the seed of the run, the step and the position among `parameters` alone, so that a resumed run
-    rounds like one that was never stopped, and every process rounds alike.
+    rounds like one that was never stopped, and every process rounds alike. Of parameters that are parts of weights,
+    `first_element` returns where in the weight they begin: they round as the whole does.
     """
 
-    def __init__(self, kind: str, parameters: Iterable[Parameter], seed: int):
+    def __init__(
+        self,
+        kind: str,
+        parameters: Iterable[Parameter],
+        seed: int,
+        first_element: Callable[[Parameter], int] | None = None,
+    ):
         self.kind = kind
         self._places = {parameter: place for place, parameter in enumerate(parameters)}
+        self._first_elements = {} if first_element is None else {each: first_element(each) for each in self._places}
         self._seed = seed
         self._step = 0
 
@@ -79,4 +97,5 @@ class Rounder:
     def seed(self, parameter: Parameter, what: str = "weights") -> int:
         """Return the seed for `what` of a parameter in this step: 32 bits, signed."""
         text = f"{self._seed}/{self._step}/{self._places[parameter]}/{what}"
-        return int.from_bytes(digest([text.encode()], 4), "little", signed=True)
+        seed = int.from_bytes(digest([text.encode()], 4), "little", signed=True)
+        return seed_of_part(seed, self._first_elements.get(parameter, 0))

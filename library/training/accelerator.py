@@ -14,9 +14,10 @@ from library.config.errors import UserError
 from library.config.magnitudes import DDP_TIMEOUT
 from library.data.dataset import Batch
 from library.training.precision import PrecisionOptions
-from library.training.process_options import ProcessOptions
+from library.training.process_options import ProcessOptions, asks_for_shards
 from library.training.progress import BY_IMAGE
 from library.training.run_options import TrainingOptions
+from library.training.sharding import without_accelerates_sharding
 
 
 def make_accelerator(
@@ -36,12 +37,13 @@ def make_accelerator(
     exchange = DistributedDataParallelKwargs(
         gradient_as_bucket_view=processes.ddp_gradient_as_bucket_view, static_graph=processes.ddp_static_graph
     )
-    accelerator = Accelerator(
-        mixed_precision=precision.mixed_precision,
-        log_with=trackers or None,
-        project_dir=log_folder,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=patience), exchange],
-    )
+    with without_accelerates_sharding():
+        accelerator = Accelerator(
+            mixed_precision=precision.mixed_precision,
+            log_with=trackers or None,
+            project_dir=log_folder,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=patience), exchange],
+        )
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != asked:
         raise UserError(
@@ -67,7 +69,8 @@ def described_processes(accelerator: Accelerator) -> str:
     if accelerator.num_processes == 1:
         return f"one process on {accelerator.device.type}"
     backend = torch.distributed.get_backend() if torch.distributed.is_initialized() else "XLA"
-    return f"{accelerator.num_processes} processes on {accelerator.device.type} (DDP, {backend})"
+    engine = "FSDP2" if asks_for_shards(os.environ) else "DDP"
+    return f"{accelerator.num_processes} processes on {accelerator.device.type} ({engine}, {backend})"
 
 
 def make_accelerator_of(options: TrainingOptions) -> Accelerator:

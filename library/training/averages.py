@@ -1,7 +1,7 @@
 """Moving averages of what is trained: updated after steps, part of states, drawn, validated and saved."""
 
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from library.training.learner import Learner, StepReport
 from library.training.plan import Occasion
 from library.training.progress import Progress
 from library.training.run_options import TrainingOptions
+from library.training.sharding import Shards
 
 log = logging.getLogger(__name__)
 
@@ -25,15 +26,15 @@ log = logging.getLogger(__name__)
 def make_averages(options: TrainingOptions, learner: Learner, progress: Progress) -> "Averages":
     """Return the moving averages that the options ask for, which may be none."""
     networks = learner.resumable().networks
-    device = learner.accelerator.device
-    return Averages(options.ema, networks, learner.parameters, device=device, seed=progress.seed)
+    device, shards = learner.accelerator.device, learner.shards
+    return Averages(options.ema, networks, learner.parameters, device=device, seed=progress.seed, shards=shards)
 
 
 class Averages:
     """The moving averages of `trained` parameters of `networks`, kept alike in every process.
 
     A step that updated nothing counts as a step with the same weights, and so do the steps after a network is frozen:
-    its average goes on towards the weights that it keeps.
+    its average goes on towards the weights that it keeps. With `shards`, each process has the average of its part.
 
     `on_snapshot(step)` is called where snapshots are due, in every process.
     """
@@ -46,19 +47,22 @@ class Averages:
         *,
         device: torch.device,
         seed: int,
+        shards: Shards | None = None,
     ):
         chosen = set(map(id, trained))
-        weights = {
-            f"{part}.{name}": parameter
+        held = {
+            f"{part}.{name}": parameter if shards is None else shards.of(parameter)
             for part, network in networks.items()
             for name, parameter in network.named_parameters()
-            if id(parameter) in chosen
         }
+        weights = {name: parameter for name, parameter in held.items() if id(parameter) in chosen}
+        self._weights, self._shards = list(weights.values()), shards
         self._options = options
         self._parts = {id(network): part for part, network in networks.items()}
         self._places = {name: place for place, name in enumerate(weights)}
         place = device if options.ema_device == "gpu" else torch.device("cpu")
-        make = partial(MovingAverage, list(weights.values()), dtype=options.dtype, device=place)
+        firsts = None if shards is None else [shards.first_element(each) for each in self._weights]
+        make = partial(MovingAverage, self._weights, dtype=options.dtype, device=place, first_elements=firsts)
         with explained_out_of_memory("while the moving averages are made (--ema_device=cpu keeps them elsewhere)"):
             self._averages = {
                 name: make(profile=profile, seed=f"{seed}/{name}") for name, profile in options.profiles.items()
@@ -99,11 +103,19 @@ class Averages:
     def replacing(self, network: nn.Module, name: str) -> torch.Tensor | None:
         """Return the average of --ema of a network's tensor, None if that is not trained."""
         place = self._places.get(f"{self._parts.get(id(network))}.{name}")
-        return None if place is None else self._averages[EMA].values[place]
+        return None if place is None else self._value(EMA, place)
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         """Return an average by the names of networks and parameters: "unet.conv_in.weight"."""
-        return dict(zip(self._places, self._averages[name].values, strict=True))
+        return dict(zip(self._places, self._values(name), strict=True))
+
+    def _values(self, name: str) -> Sequence[torch.Tensor]:
+        """Return an average, as tensors of all processes where each has a part."""
+        return [self._value(name, place) for place in range(len(self._weights))]
+
+    def _value(self, name: str, place: int) -> torch.Tensor:
+        value = self._averages[name].values[place]
+        return value if self._shards is None else self._shards.spread(value, self._weights[place])
 
     def begun(self, name: str) -> int:
         """Return the step whose weights an average began with."""
@@ -112,10 +124,14 @@ class Averages:
     def state_dict(self) -> dict[str, Any]:
         """Return what a state keeps."""
         averages = {
-            name: {"begun": average.begun, "step": average.step, "values": average.values}
+            name: {"begun": average.begun, "step": average.step, "values": self._values(name)}
             for name, average in self._averages.items()
         }
         return {"names": list(self._places), "averages": averages}
+
+    def _part_of(self, saved: torch.Tensor) -> torch.Tensor:
+        """Return what this process keeps of a tensor that was saved."""
+        return saved if self._shards is None else self._shards.part(saved)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the averages of a state, and name those that it lacks or that this run does not keep.
@@ -127,7 +143,7 @@ class Averages:
         saved = state_dict["averages"]
         for name, average in self._averages.items():
             if name in saved:
-                _take_over(average, saved[name])
+                _take_over(average, saved[name], self._part_of)
                 self._waiting.discard(name)
         missing, dropped = self._averages.keys() - saved.keys(), saved.keys() - self._averages.keys()
         if missing:
@@ -138,8 +154,11 @@ class Averages:
             log.warning("the average %s of the state is not continued", listed(sorted(dropped)))
 
 
-def _take_over(average: MovingAverage, saved: Mapping[str, Any]) -> None:
-    for value, kept in zip(average.values, saved["values"], strict=True):
+def _take_over(
+    average: MovingAverage, saved: Mapping[str, Any], part_of: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    for value, whole in zip(average.values, saved["values"], strict=True):
+        kept = part_of(whole)
         if value.shape != kept.shape:
             raise ValueError(f"an average of the shape {list(kept.shape)} for weights of {list(value.shape)}")
         value.copy_(kept)

@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from library.config.atomic_files import CannotWrite
+from library.config.atomic_files import CannotWrite, new_folder
 from library.config.errors import UserError
 from library.sdxl.tensor_file import DoesNotFit
 from library.training.plan import Occasion
@@ -19,11 +20,9 @@ from library.training.saves import Save, SaveOptions, average_name
 log = logging.getLogger(__name__)
 
 SECONDS_OF_MINUTE = 60.0
+_ELSEWHERE = "saved-elsewhere-"
 RETRY_SECONDS = 60.0
 """How long a run that is over waits before it tries again to save what did not fit on the disk."""
-
-
-_ELSEWHERE = "saved-elsewhere-"
 
 
 class Checkpoints:
@@ -33,7 +32,8 @@ class Checkpoints:
     ".ckpt" or "" for a diffusers folder. `write_average(path)`, if there is one, writes their moving average, beside
     each model and removed with it. Every process calls the events; within `one_writer()` one of them writes.
     `asked()` says whether the user asks for a save now; `agree(flag)` is true in every process if the flag is in one.
-    `tell(path)` is called with each model and state that is complete.
+    `tell(path)` is called with each model and state that is complete. Where all processes write, one of them `removes`,
+    and `from_main(make)` returns what `make` does in the main one.
 
     A save that fails while the run continues (a full disk) is reported and tried again when the next one is due; the
     one before it stays. When the run is over it is tried until it succeeds, since what was learnt exists nowhere else,
@@ -55,6 +55,8 @@ class Checkpoints:
         asked: Callable[[], bool] = bool,
         agree: Callable[[bool], bool] = bool,
         tell: Callable[[Path], None] = lambda path: None,
+        from_main: Callable[[Callable[[], Path]], Path] = lambda make: make(),
+        removes: bool = True,
     ):
         assert options.output_dir is not None  # checked by problems()
         self._options = options
@@ -69,6 +71,8 @@ class Checkpoints:
         self._asked = asked
         self._agree = agree
         self._tell = tell
+        self._from_main = from_main
+        self._removes = removes
         self._last_state_at = time.monotonic()
         self._untold: list[Path] = []
         self.written: dict[Path, None] = {}  # models and states of this run that are still there, in their order
@@ -211,9 +215,9 @@ class Checkpoints:
         """Save in a new folder, here or among the system's temporary files; return the error that says so."""
         for parent in (self._folder, Path(tempfile.gettempdir())):
             try:
-                self._folder = Path(tempfile.mkdtemp(prefix=_ELSEWHERE, dir=parent))
+                self._folder = self._from_main(partial(new_folder, parent, _ELSEWHERE))
                 model = self._save(replace(save, outdated=None, outdated_state=None), self._progress)
-            except (OSError, CannotWrite) as error:
+            except CannotWrite as error:
                 log.warning("'%s' cannot be saved in '%s' either: %s", save.name, parent, error)
                 continue
             return UserError(refusal.problem, f"The model is saved as '{model}' instead. {refusal.remedy}")
@@ -271,7 +275,8 @@ class Checkpoints:
         outdated += [] if save.outdated_state is None else [self._state(save.outdated_state)]
         for path in outdated:
             self.written.pop(path, None)
-            _remove(path)
+            if self._removes:
+                _remove(path)
 
     def _model(self, name: str) -> Path:
         return self._folder / f"{name}{self._suffix}"

@@ -1,11 +1,11 @@
 """Several processes as one run: prepare, exchange gradients, agree, and let one of them write."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed
@@ -137,6 +137,40 @@ def require_alike(accelerator: Accelerator, what: str, mine: Mapping[str, str]) 
         f"{listed([*shown, *names[_MOST_SHOWN:]], _MOST_SHOWN) or 'their order'}.",
         "Start all of them with the same command, files and packages.",
     )
+
+
+@contextmanager
+def agreed(accelerator: Accelerator) -> Iterator[None]:
+    """Raise in every process the `UserError` that one of them has raised in the block, which all enter and leave."""
+    own: UserError | None = None
+    try:
+        yield
+    except UserError as error:
+        own = error
+    wait_for_main(accelerator)  # it may have written for a long time
+    told = gathered([None if own is None else (type(own), vars(own), own.args)])
+    if own is not None:
+        raise own
+    first = next((each for each in told if each is not None), None)
+    if first is not None:
+        raise _made_again(*first)
+
+
+def _made_again(kind: type[UserError], attributes: dict[str, Any], arguments: tuple[Any, ...]) -> UserError:
+    error = kind.__new__(kind)
+    vars(error).update(attributes)
+    error.args = arguments
+    return error
+
+
+def from_main(accelerator: Accelerator, make: Callable[[], Item]) -> Item:
+    """Return what `make` returns in the main process, in all of them. Raise in all the `UserError` that it raises."""
+    with agreed(accelerator):
+        made = [make() if accelerator.is_main_process else None]
+    if accelerator.num_processes > 1:
+        torch.distributed.broadcast_object_list(made, src=0)
+    [found] = made
+    return cast(Item, found)
 
 
 def gathered(items: list[Item]) -> list[Item]:

@@ -147,11 +147,14 @@ class SnapshotSaver:
     def save(self, step: int) -> None:
         """Save the snapshots of a step."""
         with self._one_writer() as writes:
-            for name, width in self._widths.items() if writes else ():
+            for name, width in self._widths.items():
+                tensors = self._tensors_of(name)  # of sharded weights all processes ask
+                if not writes:
+                    continue
                 path = snapshot_path(self._folder, self._output_name, step, width)
                 log.info("saving '%s'", path.name)
                 try:
-                    write_snapshot(path, self._record_of(name, width, step), self._tensors_of(name))
+                    write_snapshot(path, self._record_of(name, width, step), tensors)
                 except CannotWrite as error:
                     log.warning("'%s' is not saved. Training continues: %s", path.name, error)
 

@@ -12,8 +12,8 @@ from library.sdxl.model_source import read_prediction
 from library.sdxl.prediction import Prediction
 from library.training.learner import StepReport
 from library.training.plan import Occasion
+from library.training.resumable import Kept
 from library.training.run_options import TrainingOptions
-from library.training.state import Kept
 
 LOSS_WEIGHTS = "loss_weights"
 """The name of learnt weights in a state."""

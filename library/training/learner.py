@@ -1,8 +1,8 @@
 """What learns: the trained networks, and the steps that update their weights."""
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,10 @@ from library.sdxl.text_encoding import TextConditioning
 from library.training.distribution import exchange_gradients
 from library.training.failures import explained_out_of_memory
 from library.training.loss_watch import LossWatch, StepLoss
-from library.training.state import Kept, Resumable
+from library.training.resumable import Kept, Resumable
+from library.training.sharding import Shards
+
+Blocks = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Learner:
     watch: LossWatch
     step_loss: StepLoss
     narrow_keys: frozenset[str]
+    shards: Shards | None = None
     freeze_after: Mapping[str, int] = field(default_factory=dict)
     is_between_steps: bool = True
     _num_images: int = 0
@@ -116,6 +120,8 @@ class Learner:
         The weights stay as they are if the loss is not finite. Raise `NotWorthSaving` for too many such steps.
         """
         loss, grad_norm = self.step_loss.mean(), None
+        if self.shards is not None:
+            self.shards.take_gradients()
         is_accepted = self.watch.accepts(step, loss, self.step_loss.bad_images)
         if is_accepted:
             self.is_between_steps = False
@@ -135,7 +141,12 @@ class Learner:
         """Return what a state holds of all this, and of `others` that change while training."""
         networks = {name: self.accelerator.unwrap_model(network) for name, network in self.trained.items()}
         moved = self.optimizer, self.settings, self.lr_schedule, self.accelerator.scaler, self.narrow_keys
-        return Resumable(networks, *moved, others or {}, is_offloaded=self.stepper.offloads)
+        return Resumable(networks, *moved, others or {}, is_offloaded=self.stepper.offloads, shards=self.shards)
+
+    def weight_sets(self, averages: Mapping[str, Blocks]) -> dict[str, Blocks]:
+        """Return what puts weights in place within a block: "" those that a saved model has, and their averages."""
+        sets = {"": self.final_weights, **averages}
+        return sets if self.shards is None else {name: self.shards.shown(each) for name, each in sets.items()}
 
     @contextmanager
     def final_weights(self) -> Iterator[None]:
@@ -175,7 +186,9 @@ class Learner:
         if self.fused is not None:
             return self._fused_norm
         grad_norm = None
-        if self.max_grad_norm != 0:
+        if self.max_grad_norm != 0 and self.shards is not None:
+            grad_norm = self.shards.clip(self.parameters, self.max_grad_norm)
+        elif self.max_grad_norm != 0:
             grad_norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm))
         self._rates = self._current_rates()
         if self.accelerator.scaler is not None:

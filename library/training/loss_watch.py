@@ -13,6 +13,7 @@ from library.sdxl.foreign_weights import is_finite
 from library.training.distribution import all_of, mean_over_processes
 from library.training.failures import NotWorthSaving
 from library.training.gradient_spikes import NormMean
+from library.training.sharding import local_part
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ def require_finite(networks: Mapping[str, torch.nn.Module]) -> None:
     """Raise `NotWorthSaving` if a weight is NaN or Inf: such a model must not replace a good one."""
     for name, network in networks.items():
         for key, parameter in network.named_parameters():
-            if not is_finite(parameter.detach()):
+            if not is_finite(local_part(parameter.detach())):
                 raise NotWorthSaving(
                     f"the weights of {name} have become NaN or Inf ({key}) and are not saved.",
                     "Continue from an older state with a lower --learning_rate.",

@@ -1,6 +1,7 @@
 """The optimizer over what is trained: parameter groups, schedule, and how weights are stepped."""
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -19,7 +20,12 @@ from library.optim.fused_backward import FusedBackward
 from library.optim.lr_curves import rates_over_run
 from library.optim.lr_schedules import make_lr_schedule
 from library.optim.muon import EMBEDDING
-from library.optim.optimizer_probe import MakeOptimizer, keys_in_bfloat16, require_each_alone
+from library.optim.optimizer_probe import (
+    MakeOptimizer,
+    keys_in_bfloat16,
+    require_each_alone,
+    treats_each_element_alone,
+)
 from library.optim.optimizers import make_optimizer, make_parameter_groups, tried
 from library.optim.options import NEAREST, OptimizerOptions
 from library.optim.rounding import Rounder
@@ -28,10 +34,12 @@ from library.optim.stepping import Stepper
 from library.sdxl.architecture import SdxlModel
 from library.sdxl.weight_names import unet_name
 from library.training.disk_space import bytes_of_optimizer
-from library.training.distribution import prepare
+from library.training.distribution import SharedError, prepare
 from library.training.learner import Learner
 from library.training.loss_watch import LossWatch, StepLoss
-from library.training.state import group_settings
+from library.training.process_options import asks_for_shards
+from library.training.resumable import group_settings
+from library.training.sharding import Shards
 
 
 def make_learner(
@@ -53,20 +61,22 @@ def make_learner(
     Raise `UserError` if the optimizer has to step in the backward pass but cannot.
     """
     groups = parameter_groups(model, optimizer_options, trains_l=trains_l, trains_g=trains_g)
+    networks: dict[str, nn.Module] = {"unet": model.unet}
+    networks |= {"text_encoder_l": model.text_encoder_l} if trains_l else {}
+    networks |= {"text_encoder_g": model.text_encoder_g} if trains_g else {}
+    shards = _make_shards(networks, groups, optimizer_options, accelerator)
     parameters = [parameter for group in groups for parameter in group["params"]]
     optimizer = make_optimizer(groups, optimizer_options)
     narrow_keys = _narrow_keys(parameters, optimizer_options, accelerator.device)
-    stepper = _make_stepper(optimizer, optimizer_options, accelerator, Rounder(rounding, parameters, seed), narrow_keys)
+    rounder = Rounder(rounding, parameters, seed, None if shards is None else shards.first_element)
+    stepper = _make_stepper(optimizer, optimizer_options, accelerator, rounder, narrow_keys)
     settings = group_settings(optimizer)  # before the schedule changes the rates
     if schedule_options.lr_scheduler_type:  # a stranger's may end before the run does
         rates = {group["name"]: group["lr"] for group in groups}
         rates_over_run(optimizer_options, schedule_options, rates, num_steps=num_steps, at=())
     lr_schedule = make_lr_schedule(optimizer, schedule_options, num_steps)
-    networks: dict[str, nn.Module] = {"unet": model.unet}
-    networks |= {"text_encoder_l": model.text_encoder_l} if trains_l else {}
-    networks |= {"text_encoder_g": model.text_encoder_g} if trains_g else {}
     fused = optimizer_options.fused_backward_pass
-    trained, optimizer = prepare(accelerator, networks, optimizer, exchanges=not fused)
+    trained, optimizer = prepare(accelerator, networks, optimizer, exchanges=not fused and shards is None)
     exchange = ChunkExchange() if fused and accelerator.num_processes > 1 else None
     return Learner(
         accelerator=accelerator,
@@ -85,7 +95,31 @@ def make_learner(
         step_loss=StepLoss(accelerator),
         freeze_after=freeze_after or {},
         narrow_keys=narrow_keys,
+        shards=shards,
     )
+
+
+def _make_shards(
+    networks: Mapping[str, nn.Module],
+    groups: Sequence[dict[str, Any]],
+    options: OptimizerOptions,
+    accelerator: Accelerator,
+) -> Shards | None:
+    """Return the shards of the networks that are trained, if the launcher asks for them; they replace the parameters.
+
+    Raise `UserError` for an optimizer that would have to see whole weights.
+    """
+    if not asks_for_shards(os.environ):
+        return None
+    with tried(options.optimizer_type):
+        is_alone = treats_each_element_alone(partial(make_optimizer, options=options), accelerator.device)
+    if not is_alone:
+        raise SharedError(
+            f"--optimizer_type={options.optimizer_type} cannot work with FSDP: it needs whole weights, of which each "
+            "process has a part.",
+            "Choose one that treats each number alone, such as AdamW or Lion, or plain multi-GPU.",
+        )
+    return Shards(list(networks.values()), groups, accelerator)
 
 
 def parameter_groups(
@@ -102,7 +136,7 @@ def parameter_groups(
     for module in (*model.text_encoder_l.modules(), *model.text_encoder_g.modules()):
         if isinstance(module, nn.Embedding):
             setattr(module.weight, EMBEDDING, True)
-    return make_parameter_groups(
+    return makeparameter_groups(
         options,
         unet=[(unet_name(name), parameter) for name, parameter in model.unet.named_parameters()],
         text_encoder_l=parameters_l if trains_l else (),

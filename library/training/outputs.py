@@ -1,8 +1,8 @@
 """What a run writes: logs, models, states and sample images, and whether the disk holds them."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -15,19 +15,14 @@ from library.diffusion.objective import Objective
 from library.optim.ema_options import profile_name
 from library.samples.sampler import SamplingNetworks
 from library.sdxl.architecture import SdxlModel
-from library.sdxl.checkpoint_file import write_single_file
-from library.sdxl.diffusers_folder import write_diffusers_folder
-from library.sdxl.tensor_file import Replacing
 from library.training.averages import Averages
-from library.training.checkpoints import Checkpoints
 from library.training.disk_space import bytes_of, bytes_of_state, require_disk_for_saves
-from library.training.distribution import any_process, one_writer
+from library.training.distribution import any_process, from_main, one_writer
 from library.training.ema_snapshots import SnapshotRecord, SnapshotSaver, snapshot_folder
 from library.training.header import caption_sources
 from library.training.hub import Hub
 from library.training.hub_options import HubOptions
 from library.training.learner import Learner
-from library.training.loss_watch import require_finite
 from library.training.offload import on_device
 from library.training.plan import Plan
 from library.training.preparation import latents_of
@@ -35,7 +30,7 @@ from library.training.progress import Progress
 from library.training.run_options import TrainingOptions
 from library.training.run_record import RecordFile, RunRecord, changed_values
 from library.training.sampling import SampledRun, Sampling
-from library.training.state import Resumable, write_state
+from library.training.sharding import gathered_tensors
 from library.training.stopping import StopRequest
 from library.training.summary import logged_options
 from library.training.tracking import Tracker
@@ -97,58 +92,6 @@ def make_record(
     return RecordFile(options.output_dir, record, progress, is_writer=is_writer)
 
 
-def make_checkpoints(
-    options: TrainingOptions,
-    model: SdxlModel,
-    learner: Learner,
-    learnt: Resumable,
-    averages: Averages,
-    progress: Progress,
-    tracker: Tracker,
-    state: Path | None,
-    stop: StopRequest,
-    header: Callable[[], dict[str, str]],
-    uploads: Uploads,
-) -> Checkpoints:
-    """Return what saves models, in the format the options ask for, and states; saving is not timed as training."""
-    source_is_diffusers = not Path(str(options.model.pretrained_model_name_or_path)).is_file()
-    file_format = options.save.format(source_is_diffusers=source_is_diffusers)
-    dtype = options.precision.save_dtype
-
-    def write(path: Path, notes: Mapping[str, str], replacing: Replacing | None = None) -> None:
-        if file_format == "diffusers":
-            write_diffusers_folder(path, model, dtype, replacing)
-        else:
-            write_single_file(path, model, dtype, {**header(), **notes}, replacing)
-
-    def write_model(path: Path) -> None:
-        require_finite(learner.trained)
-        with learner.final_weights():
-            write(path, {})
-
-    def write_average(path: Path) -> None:
-        write(path, {"ema.decay": f"{options.ema.ema_decay:g}"}, averages.replacing)
-
-    def write_state_of(folder: Path, progress: Progress) -> None:
-        learner.stepper.settle()  # an offloaded state may be on its way to host memory
-        write_state(folder, replace(progress, losses=tracker.losses, num_images=tracker.num_images), learnt)
-
-    return Checkpoints(
-        options.save,
-        progress,
-        suffix="" if file_format == "diffusers" else f".{file_format}",
-        write_model=tracker.untimed()(write_model),
-        write_state=tracker.untimed()(write_state_of),
-        write_average=tracker.untimed()(write_average) if options.ema.ema else None,
-        one_writer=partial(one_writer, learner.accelerator),
-        waiting=stop.waiting,
-        resumed_from=state,
-        asked=stop.save_now.is_made,
-        agree=partial(any_process, learner.accelerator),
-        tell=tracker.untimed()(uploads.add),
-    )
-
-
 def make_uploads(options: HubOptions, accelerator: Accelerator, stop: StopRequest) -> Uploads:
     """Return what uploads saves, in the main process. Raise `UserError` for a repository that cannot be written to."""
     if options.huggingface_repo_id is None or not accelerator.is_main_process:
@@ -190,7 +133,7 @@ def connect_snapshots(
         options.save.output_name,
         widths={profile_name(width): width for width in options.ema.snapshot_widths},
         record_of=record_of,
-        tensors_of=averages.tensors,
+        tensors_of=lambda name: gathered_tensors(averages.tensors(name)),
         one_writer=partial(one_writer, accelerator),
     )
     averages.on_snapshot = tracker.untimed()(saver.save)
@@ -230,9 +173,10 @@ def make_sampling(
         networks,
         tracker,
         run,
-        is_stopping=is_stopping,
+        is_stopping=is_stopping if learner.shards is None else lambda: any_process(learner.accelerator, is_stopping()),
         weight_sets=weight_sets,
         one_writer=partial(one_writer, learner.accelerator),
+        from_main=None if learner.shards is None else partial(from_main, learner.accelerator),
     )
 
 

@@ -19,6 +19,8 @@ LATEST = "latest"
 PROGRESS_FILE = "progress.json"
 WEIGHTS_FILE = "weights.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"
+SHARD_PREFIX = "shard-"
+"""Begins the names of files that hold the parts of several processes, in place of that of the weights."""
 
 BY_IMAGE, BY_STEP = "image", "step"
 """Rules of what the noise of a run is a function of: each visit of an image, or step and process as once."""

@@ -33,7 +33,7 @@ from library.sdxl.sizes import Size
 from library.training.compile_options import CompileOptions
 from library.training.hub_options import HubOptions
 from library.training.precision import PrecisionOptions
-from library.training.process_options import ProcessOptions, launch_problems
+from library.training.process_options import ProcessOptions, launch_problems, sharding_problems
 from library.training.progress import is_state
 from library.training.resume import ResumeOptions
 from library.training.saves import SaveOptions
@@ -233,6 +233,8 @@ class TrainingOptions:
         yield from self._bucket_conflicts()
         yield from self.hub.conflicts(self.resume.resume, has_states=self.save.has_states)
         yield from launch_problems(os.environ, self.precision.mixed_precision)
+        checkpoints = self.run.gradient_checkpointing
+        yield from sharding_problems(os.environ, self._not_sharded, checkpoints=checkpoints)
         yield from self._fused_conflicts()
         yield from optimizer_conflicts(self.optimizer, self.schedule, self._known_num_steps)
         yield from average_conflicts(self.ema, self.optimizer, draws_average=self.sample.sample_ema)
@@ -245,6 +247,15 @@ class TrainingOptions:
     def heavy_conflicts(self) -> Iterator[str]:
         """Yield what a schedule by its class cannot do with this optimizer; it is tried on a few numbers."""
         yield from schedule_refusals(self.optimizer, self.schedule, self._known_num_steps)
+
+    @property
+    def _not_sharded(self) -> dict[str, str]:
+        """The flags that are set and do not work with sharded weights, with the reason."""
+        reasons = {
+            "--mixed_precision=fp16": (self.precision.mixed_precision == "fp16", "a step is skipped by each GPU alone"),
+            "--torch_compile": (self.compilation.torch_compile, "weights are gathered between compiled regions"),
+        }
+        return {flag: reason for flag, (is_set, reason) in reasons.items() if is_set}
 
     @property
     def _known_num_steps(self) -> int | None:

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from PIL.Image import Image
 
@@ -60,7 +60,8 @@ class Sampling:
     A prompt without `--d` gets another seed at every step, derived from the run's seed, so that a run can be repeated.
     Training is not touched: every image has its own generator, and within `weight_sets[""]()` the networks have the
     weights that a saved model would have, within `weight_sets["ema"]()` their moving average. Every process calls the
-    event; within `one_writer()` one of them draws.
+    event; within `one_writer()` one of them draws. With `from_main`, which returns in all of them what a function does
+    in that one, weights are shared: all draw together, and that one saves; `is_stopping` is the same in all then.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Sampling:
         is_stopping: Callable[[], bool] = lambda: False,
         weight_sets: Mapping[str, Callable[[], AbstractContextManager[None]]] | None = None,
         one_writer: Callable[[], AbstractContextManager[bool]] = lambda: nullcontext(True),
+        from_main: Callable[[Callable[[], Any]], Any] | None = None,
     ):
         self._options = options
         self._prompts = options.read_prompts()
@@ -86,6 +88,9 @@ class Sampling:
         # What is drawn with, by the mark that it leaves in file names.
         self._sets = {"": sets[""]} | ({AVERAGE_MARK: sets[EMA]} if options.sample_ema else {})
         self._one_writer = one_writer
+        self._draw_together = from_main is not None
+        self._from_main = from_main or (lambda make: make())
+        self._writes = True
         self._says_what_grid_is_left = self._grid is not None
         shared = [str(prompt.line) for prompt in self._prompts if prompt.shared]
         if shared:
@@ -98,9 +103,10 @@ class Sampling:
         self._say_what_grid_is_left(occasion)
         if not draws_prompts and not draws_grid:
             return
-        with self._one_writer() as draws:
-            if not draws:
+        with self._one_writer() as writes:
+            if not (writes or self._draw_together):
                 return
+            self._writes = writes
             epoch = occasion.epoch_ended if self._options.sample_every_n_epochs and occasion.step > 0 else None
             # Before the first step the average is what the model is.
             for mark in self._sets if occasion.step > 0 else ("",):
@@ -118,11 +124,14 @@ class Sampling:
         return by_step or (every_epoch is not None and epoch is not None and epoch % every_epoch == 0)
 
     def _draw(self, step: int, epoch: int | None, mark: str, *, only_missing: bool) -> None:
-        prompts = []
-        for index, prompt in enumerate(self._prompts):
-            name = self._name(prompt, index, step, epoch, mark)
-            if not (only_missing and self._is_shown_from_file(name, step, _curve(index, mark))):
-                prompts.append((index, prompt))
+        names = [self._name(prompt, index, step, epoch, mark) for index, prompt in enumerate(self._prompts)]
+        there = self._from_main(
+            lambda: [
+                only_missing and self._is_shown_from_file(name, step, _curve(index, mark))
+                for index, name in enumerate(names)
+            ]
+        )
+        prompts = [each for each, is_there in zip(enumerate(self._prompts), there, strict=True) if not is_there]
         with self._tracker.untimed(), self._sets[mark]():
             for number, (index, prompt) in enumerate(self._until_stop(prompts, step), start=1):
                 log.info("step %d: drawing sample %d of %d%s", step, number, len(prompts), _AS_SAID[mark])
@@ -163,12 +172,13 @@ class Sampling:
         image = try_to_draw(self._networks, record, _where(step, f"prompt {prompt.line}"))
         if image is None:
             return
-        self._save(self._name(prompt, index, step, epoch, mark), image, record)
-        self._tracker.log_image(step, _curve(index, mark), image, parameters_text(record))
+        self._save(step, self._name(prompt, index, step, epoch, mark), _curve(index, mark), image, record)
 
     def _draw_grid(self, step: int, mark: str, *, only_missing: bool) -> None:
         name = grid_name(self._run.model_name, now=datetime.now(), step=step, mark=mark)
-        if self._grid is None or (only_missing and self._is_shown_from_file(name, step, f"{SAMPLE_FOLDER}{mark}/grid")):
+        curve = f"{SAMPLE_FOLDER}{mark}/grid"
+        is_there = self._from_main(lambda: only_missing and self._is_shown_from_file(name, step, curve))
+        if self._grid is None or is_there:
             return
         seed = self._fresh_seed(step=0, index=0)  # the same before and after, unless the first line sets one
         prompts, num_chunks = self._grid.prompts(), self._grid.num_chunks
@@ -187,8 +197,7 @@ class Sampling:
             return
         image = self._grid.table(pictures)
         record = self._record(self._grid.first, step, seed, mark)
-        self._save(name, image, record, self._grid.texts())
-        self._tracker.log_image(step, f"{SAMPLE_FOLDER}{mark}/grid", image, parameters_text(record))
+        self._save(step, name, curve, image, record, self._grid.texts())
 
     def _say_what_grid_is_left(self, occasion: Occasion) -> None:
         """Tell the user of a resumed run, once, that the grid from before the first step is missing."""
@@ -212,15 +221,25 @@ class Sampling:
         )
 
     def _save(
-        self, name: str, image: Image, record: PictureRecord, more_texts: Mapping[str, str] | None = None
+        self,
+        step: int,
+        name: str,
+        curve: str,
+        image: Image,
+        record: PictureRecord,
+        more_texts: Mapping[str, str] | None = None,
     ) -> None:
+        """Save an image and show it in the trackers."""
+        if not self._writes:
+            return
         try:
             save_picture(self._folder / name, image, record, more_texts)
         except CannotWrite as error:
-            log.warning("step %d: %s", record.step, error)
+            log.warning("step %d: %s", step, error)
         else:
             for other in self._drawn_before(name):
                 other.unlink(missing_ok=True)
+        self._tracker.log_image(step, curve, image, parameters_text(record))
 
     def _fresh_seed(self, step: int, index: int) -> int:
         text = f"{self._run.seed}/{step}/{index}"

@@ -43,7 +43,6 @@ from library.training.optimization import enable_gradient_checkpointing, make_le
 from library.training.outputs import (
     check_disk,
     connect_snapshots,
-    make_checkpoints,
     make_record,
     make_sampling,
     make_tracker,
@@ -53,10 +52,11 @@ from library.training.outputs import (
 from library.training.plan import Occasion, Plan
 from library.training.preparation import PreparedSet, latents_of, make_plan, prepare_set, split_set, take_captions_over
 from library.training.progress import Progress
+from library.training.resumable import Kept
 from library.training.run_options import TrainingOptions
 from library.training.run_record import FINISHED, STOPPED, RecordFile
+from library.training.saving import make_checkpoints
 from library.training.starting_point import load_state, starting_point, without_damaged_states
-from library.training.state import Kept
 from library.training.stopping import StopRequest
 from library.training.summary import summary
 from library.training.tracking import Tracker
@@ -130,7 +130,9 @@ class Run:
         step = self.progress.step
         if not (self.accelerator.is_main_process and step > 0):
             return None
-        return self.checkpoints.after_error(can_save=self.learner.is_between_steps)
+        # Of sharded weights the others have their parts, and may be gone with them.
+        can_save = self.learner.is_between_steps and self.learner.shards is None
+        return self.checkpoints.after_error(can_save=can_save)
 
 
 def set_up(options: TrainingOptions, stop: StopRequest) -> Run:
@@ -177,7 +179,7 @@ def _set_up(
     if state is not None:
         load_state(state, learnt, accelerator)
     averages.begin(progress.step)
-    weight_sets = {"": learner.final_weights} | averages.weight_sets()
+    weight_sets = learner.weight_sets(averages.weight_sets())
     if accelerator.is_main_process and not options.only_measures:
         check_disk(options, model, learner, averages, plan, progress)
     tracker = make_tracker(options, plan, progress, accelerator)

@@ -25,10 +25,11 @@ from library.training.progress import (
     num_states,
     read_progress,
 )
+from library.training.resumable import Resumable
 from library.training.resume import check_options, flat_options, library_versions
 from library.training.run_options import TrainingOptions
 from library.training.run_record import RECORD_FOLDER
-from library.training.state import Resumable, read_learnt
+from library.training.state import read_learnt
 
 log = logging.getLogger(__name__)
 

@@ -65,3 +65,29 @@ def take_steps(
 def images_of(seeds: Iterable[int], dtype: torch.dtype) -> list[torch.Tensor]:
     """Return a batch of images [2, 3, 6, 6] for each seed."""
     return [torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in seeds]
+
+
+class BasicTransformerBlock(nn.Module):
+    """A block with the name of those that are gathered together, two of whose weights have few rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow = nn.Linear(16, 2)
+        self.wide = nn.Linear(2, 16)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Return features [B, 16] of features [B, 16]."""
+        return features + self.wide(self.narrow(features).tanh())
+
+
+class NetOfBlocks(SmallNet):
+    """The small net with blocks behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(BasicTransformerBlock(), BasicTransformerBlock())
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return features [B, 16] of images [B, 3, H, W]."""
+        features: torch.Tensor = self.blocks(super().forward(images))
+        return features

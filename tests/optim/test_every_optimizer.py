@@ -21,7 +21,8 @@ from library.optim.options import ADAFACTOR_RECIPE, NEAREST, STOCHASTIC, Optimiz
 from library.optim.rounding import Rounder
 from library.optim.stepping import Stepper
 from library.training.progress import Progress, Setting
-from library.training.state import Resumable, group_settings, read_learnt, write_state
+from library.training.resumable import Resumable, group_settings
+from library.training.state import read_learnt, write_state
 from tests.optim.small_net import SmallNet
 
 CPU = torch.device("cpu")

@@ -7,7 +7,35 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import BUCKET_FLAGS, RATE, PreparedSet, base_flags
 from tests.forked_runs import Command, ForkedRun, RunServer
+from tests.outcome import outcome_of
+
+
+class Runs:
+    """Runs of one set of flags in different numbers of processes; each accumulates what the others share."""
+
+    def __init__(self, argv: list[str], folder: Path, start: Callable[..., list[ForkedRun]]):
+        self.argv = argv
+        self._start = start
+        self.folder = folder
+
+    def start(self, name: str, num_processes: int, *flags: str, **environment: str) -> list[ForkedRun]:
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)
+        paths = f"--output_dir={folder / 'output'}", f"--logging_dir={folder / 'logs'}"
+        return self._start(num_processes, [*self.argv, *paths, *flags], END_AT_ONCE="1", **environment)
+
+    def run(self, name: str, num_processes: int, *flags: str, **environment: str) -> None:
+        """A run to its end, which is a good one."""
+        for each in self.start(name, num_processes, *flags, **environment):
+            assert each.wait(timeout=600) == 0, each.said
+
+    def outcome(self, name: str) -> dict:
+        return outcome_of(self.folder / name / "output", self.folder / name / "logs")
+
+    def output(self, name: str) -> Path:
+        return self.folder / name / "output"
 
 
 @pytest.fixture(scope="session")
@@ -64,3 +92,25 @@ def folder_without_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     Path("images/01.png").write_bytes(b"no image")
     Path("model.safetensors").write_bytes(b"no model")
     Path("meta.json").write_text('{"01": {"captionL": "", "captionG": ""}}', encoding="utf-8")
+
+
+@pytest.fixture
+def runs(tiny_sdxl: Path, prepared_set: PreparedSet, tmp_path: Path, run_processes) -> Runs:
+    argv = [
+        *base_flags(tiny_sdxl, prepared_set.latents_json, prepared_set.images, tmp_path)[:-1],
+        *("--output_name=m", "--resolution=128,128", "--seed=7", "--max_data_loader_n_workers=0", "--flip_aug"),
+        *("--max_train_steps=3", f"--learning_rate={RATE}", "--max_grad_norm=0", *BUCKET_FLAGS),
+    ]
+    return Runs(argv, tmp_path, run_processes)
+
+
+@pytest.fixture
+def together(run_processes) -> Callable[..., None]:
+    """`together(2, function)` calls a function in two processes, without an error."""
+
+    def call(number: int, function: Callable[..., None], *arguments: str, **environment: str) -> None:
+        argv = [f"{function.__module__}:{function.__name__}", *arguments]
+        for each in run_processes(number, argv, script="call", END_AT_ONCE="1", **environment):
+            assert each.wait(timeout=600) == 0, each.said
+
+    return call

@@ -29,7 +29,8 @@ from library.training.progress import (
     num_states,
     read_progress,
 )
-from library.training.state import Resumable, group_settings, read_learnt, write_state
+from library.training.resumable import Resumable, group_settings
+from library.training.state import read_learnt, write_state
 
 PROGRESS = Progress(
     "2026-02-03T04:05:06", 7, 3, 1, 1, [0.1, 1 / 3], setting=Setting({"output_name": "m"}, {"01": "ab"}, {})
