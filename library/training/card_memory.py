@@ -1,6 +1,7 @@
 """Whether a GPU's memory holds what a step needs, before a model is loaded; by arithmetic, which a rehearsal proves."""
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +22,7 @@ from library.optim.options import ADAFACTOR_RECIPE, KAHAN, STOCHASTIC
 from library.sdxl.architecture import Architecture, empty_model
 from library.training.disk_space import bytes_of_optimizer
 from library.training.optimization import parameter_groups
+from library.training.process_options import num_parts
 from library.training.run_options import TrainingOptions
 
 log = logging.getLogger(__name__)
@@ -54,6 +56,7 @@ class CardMemory:
         self._model = empty_model(architecture)
         self._width = architecture.unet["block_out_channels"][0] / _USUAL_WIDTH
         self._subsets = subsets
+        self.num_parts = num_parts(os.environ)
 
     def parts(self, options: TrainingOptions, batch: Batch) -> dict[str, int]:
         """Return the bytes of weights, of gradients or activations (whichever are more) and of the optimizer."""
@@ -64,9 +67,9 @@ class CardMemory:
         averages = options.ema.profiles if options.ema.ema_device == "gpu" else ()
         return {
             "weights": self._weights(options),
-            "gradients and activations": max(gradients, self._activations(options, batch)),
-            "optimizer": self._optimizer(options, trained, narrow),
-            "moving averages": len(averages) * num_trained * options.ema.dtype.itemsize,
+            "gradients and activations": max(gradients // self.num_parts, self._activations(options, batch)),
+            "optimizer": self._optimizer(options, trained, narrow) // self.num_parts,
+            "moving averages": len(averages) * num_trained * options.ema.dtype.itemsize // self.num_parts,
         }
 
     def total(self, options: TrainingOptions, batch: Batch) -> int:
@@ -89,12 +92,17 @@ class CardMemory:
     def _weights(self, options: TrainingOptions) -> int:
         dtypes = options.model_dtypes
         held = [(self._model.unet, dtypes.unet)]
+        divided = {self._model.unet: True, self._model.text_encoder_l: options.trains_l}
+        divided[self._model.text_encoder_g] = options.trains_g
         cached = self.cached_encoders(options) or []
         if "l" not in cached:
             held.append((self._model.text_encoder_l, dtypes.text_encoder_l))
         if "g" not in cached:
             held.append((self._model.text_encoder_g, dtypes.text_encoder_g))
-        return sum(_num_numbers(network) * (dtype or torch.float32).itemsize for network, dtype in held)
+        return sum(
+            _num_numbers(network) * (dtype or torch.float32).itemsize // (self.num_parts if divided[network] else 1)
+            for network, dtype in held
+        )
 
     def _activations(self, options: TrainingOptions, batch: Batch) -> int:
         a_number = 2 if options.precision.mixed_precision == "no" else 1
@@ -224,12 +232,14 @@ def _changes(memory: CardMemory) -> Iterator[Change]:
         return _with_optimizer(options, optimizer_type="Adafactor", optimizer_args=arguments)
 
     yield Change("--cache_text_encoder_outputs", cached)
-    yield Change("--fused_backward_pass", partial(_with_optimizer, fused_backward_pass=True))
+    if memory.num_parts == 1:
+        yield Change("--fused_backward_pass", partial(_with_optimizer, fused_backward_pass=True))
     yield Change("--gradient_checkpointing", checkpointed)
     yield Change("--bf16_rounding=stochastic", rounded_at_random)
     yield Change("--full_bf16 --mixed_precision=bf16", narrow)
     yield Change("--offload_optimizer", partial(_with_optimizer, offload_optimizer=True))
-    yield Change(f"--optimizer_type=Adafactor {ADAFACTOR_RECIPE} flatten_convolutions=True", with_adafactor)
+    if memory.num_parts == 1:
+        yield Change(f"--optimizer_type=Adafactor {ADAFACTOR_RECIPE} flatten_convolutions=True", with_adafactor)
 
 
 def _with_optimizer(options: TrainingOptions, **flags: Any) -> TrainingOptions | None:

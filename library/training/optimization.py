@@ -136,7 +136,7 @@ def parameter_groups(
     for module in (*model.text_encoder_l.modules(), *model.text_encoder_g.modules()):
         if isinstance(module, nn.Embedding):
             setattr(module.weight, EMBEDDING, True)
-    return makeparameter_groups(
+    return make_parameter_groups(
         options,
         unet=[(unet_name(name), parameter) for name, parameter in model.unet.named_parameters()],
         text_encoder_l=parameters_l if trains_l else (),

@@ -64,6 +64,13 @@ def num_copies(environment: Mapping[str, str]) -> int:
     return int(environment.get(f"{_MESH}DP_REPLICATE_SIZE", "1"))
 
 
+def num_parts(environment: Mapping[str, str]) -> int:
+    """Return into how many parts weights are divided, of which a process keeps one."""
+    if not asks_for_shards(environment):
+        return 1
+    return int(environment.get("WORLD_SIZE", "1")) // num_copies(environment)
+
+
 def sharding_problems(
     environment: Mapping[str, str], refused: Mapping[str, str], *, checkpoints: bool
 ) -> Iterator[str]:

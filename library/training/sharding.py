@@ -39,7 +39,7 @@ class Shards:
         chosen = [[places[id(each)] for each in group["params"]] for group in groups]
         warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view")  # nothing changes it in place
         for network in networks:
-            _shard(network, self._mesh if shape[0] > 1 else self._mesh[PARTS])
+            shard(network, self._mesh if shape[0] > 1 else self._mesh[PARTS])
         shards = [_shard_of(weight) for weight in _parameters(networks)]
         self._weight_of = dict(zip(shards, _parameters(networks), strict=True))
         self._shard_of = {weight: shard for shard, weight in self._weight_of.items()}
@@ -134,7 +134,7 @@ class Shards:
         return DTensor.from_local(part, self._mesh, placements, run_check=False, shape=shape, stride=strides)
 
 
-def _shard(network: nn.Module, mesh: Any) -> None:
+def shard(network: nn.Module, mesh: Any) -> None:
     """Shard a network unit by unit. Its class is another one then; files and libraries know it by its name."""
     kind, keeps_less = type(network), reshards(os.environ)
     for module in network.modules():
