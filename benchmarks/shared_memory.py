@@ -2,9 +2,10 @@
 
     python -m benchmarks.shared_memory --processes 2 8
 
-One forward and one backward pass at full size in bfloat16 with gradient checkpointing, one image of 1024x1024. Nothing is
-computed: tensors have shapes and no numbers (torch's FakeTensorMode), collectives return at once (its "fake" backend),
-and torch's FSDPMemTracker adds up what is alive. The optimizer's state is arithmetic: 4 bytes a number for AdamW.
+One forward and one backward pass at full size in bfloat16 with gradient checkpointing, one image of 1024x1024.
+Nothing is computed: tensors have shapes and no numbers (torch's FakeTensorMode), collectives return at once (its
+"fake" backend), and torch's FSDPMemTracker adds up what is alive. The optimizer's state is arithmetic: 4 bytes a
+number for AdamW.
 """
 
 import argparse

@@ -18,6 +18,12 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from library.optim.chunk_exchange import ChunkExchange, OnChunk
 from library.optim.stepping import Chunk, Stepper
 
+OnEach = Callable[[Parameter, Callable[[Parameter], None]], None]
+
+
+def _hook(parameter: Parameter, call: Callable[[Parameter], None]) -> None:
+    parameter.register_post_accumulate_grad_hook(call)
+
 
 class FusedBackward:
     """Backward pass and optimizer step in one, over the chunks of a `Stepper`.
@@ -27,9 +33,12 @@ class FusedBackward:
     backward pass; activations are kept until that one has finished.
 
     `exchange` averages the gradients over several processes, each chunk before it is measured or stepped.
+    `on_each(parameter, call)` lets `call` receive a parameter whenever its gradient is complete.
     """
 
-    def __init__(self, stepper: Stepper, max_grad_norm: float, exchange: ChunkExchange | None = None):
+    def __init__(
+        self, stepper: Stepper, max_grad_norm: float, exchange: ChunkExchange | None = None, on_each: OnEach = _hook
+    ):
         self._stepper = stepper
         self._exchange = exchange
         self._max_grad_norm = max_grad_norm
@@ -37,7 +46,7 @@ class FusedBackward:
         self._is_decided_on_device = False
         self._chunk_of = {parameter: chunk for chunk in stepper.chunks for parameter in chunk.parameters}
         for parameter in self._chunk_of:
-            parameter.register_post_accumulate_grad_hook(self._on_gradient)
+            on_each(parameter, self._on_gradient)
 
     def backward(
         self, accelerator: Accelerator, loss: Tensor, step: int, mean_loss: float | None = None

@@ -77,7 +77,8 @@ def make_learner(
     lr_schedule = make_lr_schedule(optimizer, schedule_options, num_steps)
     fused = optimizer_options.fused_backward_pass
     trained, optimizer = prepare(accelerator, networks, optimizer, exchanges=not fused and shards is None)
-    exchange = ChunkExchange() if fused and accelerator.num_processes > 1 else None
+    exchange = ChunkExchange() if fused and accelerator.num_processes > 1 and shards is None else None
+    in_parts = {} if shards is None else {"on_each": shards.on_gradient}
     return Learner(
         accelerator=accelerator,
         unet=trained["unet"],
@@ -89,7 +90,7 @@ def make_learner(
         settings=settings,
         lr_schedule=lr_schedule,
         stepper=stepper,
-        fused=FusedBackward(stepper, optimizer_options.max_grad_norm, exchange) if fused else None,
+        fused=FusedBackward(stepper, optimizer_options.max_grad_norm, exchange, **in_parts) if fused else None,
         max_grad_norm=optimizer_options.max_grad_norm,
         watch=LossWatch(max_bad_steps),
         step_loss=StepLoss(accelerator),

@@ -85,6 +85,15 @@ class Shards:
             gradient, weight.grad = weight.grad, None
             shard.grad = None if gradient is None else local_part(gradient)
 
+    def on_gradient(self, shard: Parameter, call: Callable[[Parameter], None]) -> None:
+        """Let `call` receive a shard whenever its gradient is complete, the mean over all processes."""
+
+        def take(weight: Any) -> None:
+            shard.grad, weight.grad = local_part(weight.grad), None
+            call(shard)
+
+        self._weight_of[shard].register_post_accumulate_grad_hook(take)
+
     def norm(self, gradients: list[Tensor]) -> Tensor:
         """Return the norm that the gradients of the shards have together with those of the other processes.
 

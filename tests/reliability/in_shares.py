@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 
 from library.optim.ema_options import EmaOptions
+from library.optim.fused_backward import FusedBackward
 from library.optim.lr_schedules import make_lr_schedule
 from library.optim.optimizer_probe import keys_in_bfloat16
 from library.optim.optimizers import make_optimizer
@@ -45,7 +46,9 @@ OPTIMIZERS = {
 class Learning:
     """A net, in parts if there are several processes, and what moves it."""
 
-    def __init__(self, options: OptimizerOptions, dtype: torch.dtype = torch.float32, *, is_shared: bool):
+    def __init__(
+        self, options: OptimizerOptions, dtype: torch.dtype = torch.float32, *, is_shared: bool, fused: bool = False
+    ):
         self.net, self.options = NetOfBlocks().to(dtype), options
         groups: list[dict[str, Any]] = [{"name": "net", "params": list(self.net.parameters()), "lr": 1e-2}]
         self.shards = Shards([self.net], groups, _accelerator()) if is_shared else None
@@ -55,6 +58,9 @@ class Learning:
         rounder = Rounder(rounding, self.parameters, 0, None if self.shards is None else self.shards.first_element)
         narrow = keys_in_bfloat16(partial(make_optimizer, options=options), torch.device("cpu"))
         self.stepper = Stepper(self.optimizer, rounder, narrow, elements_per_chunk=150)
+        self.fused = (
+            FusedBackward(self.stepper, 0.0, on_each=self.shards.on_gradient) if self.shards and fused else None
+        )
         settings = group_settings(self.optimizer)
         schedule = make_lr_schedule(self.optimizer, ScheduleOptions(), 10)
         cpu, networks = torch.device("cpu"), {"net": self.net}
@@ -66,6 +72,12 @@ class Learning:
 
     def step(self, number: int, images: list[torch.Tensor]) -> None:
         """Take a step for the mean of the losses of batches, and those of the other processes."""
+        if self.fused is not None:
+            [each] = images
+            loss = self.net(each).float().square().mean()
+            self.fused.backward(_accelerator(), loss, number, mean_loss=0.0)
+            assert all(weight.grad is None for weight in (*self.parameters, *self.net.parameters()))
+            return
         for each in images:
             (self.net(each).float().square().mean() / len(images)).backward()
         if self.shards is not None:
@@ -114,14 +126,19 @@ def share_as_whole() -> None:
             for dtype in (torch.float32, torch.bfloat16):
                 options = replace(OPTIMIZERS[optimizer_type], max_grad_norm=max_grad_norm)
                 shared, whole = (Learning(options, dtype, is_shared=is_shared) for is_shared in (True, False))
-                before = whole.weights()
+                before, learning = whole.weights(), [shared]
+                if max_grad_norm == 0.0:
+                    learning.append(Learning(options, dtype, is_shared=True, fused=True))
                 for step in range(1, STEPS + 1):
                     images = images_of_step(step, dtype, accelerator.num_processes)
-                    shared.step(step, own(images))
+                    for each in learning:
+                        each.step(step, own(images))
                     whole.step(step, images)
                 # Sums of two have no order; the last digits of three depend on it, which bfloat16 has few of.
                 limit = 0.0 if accelerator.num_processes == 2 else 2e-5 if dtype == torch.float32 else 0.1
-                require_close(before, whole.all(), shared.all(), limit, (optimizer_type, max_grad_norm, dtype))
+                for each in learning:
+                    what = optimizer_type, max_grad_norm, dtype, each.fused is not None
+                    require_close(before, whole.weights(), each.weights(), limit, what)
     dist.destroy_process_group()
 
 
