@@ -35,11 +35,11 @@ def train_plainly(model: SdxlModel, batches: Iterable[Batch], device: torch.devi
         warmup_init=False,
         weight_decay=0.01,
     )
-    objective, generator = Objective(NoiseOptions(noise_offset=_NOISE_OFFSET)), torch.Generator(device)
+    objective, generator = Objective(NoiseOptions(noise_offset=_NOISE_OFFSET)), torch.Generator()
     for _, batch in zip(range(clock.num_steps), batches, strict=False):
         with torch.no_grad():
             text = encode_captions(model.text_encoder_l, model.text_encoder_g, batch.tokens.to(device))
-        loss = _loss(model, batch, text, objective, generator)
+        loss = _loss(model, batch, text, objective, generator, device)
         with clock.stretch("backward"):
             loss.backward()
         with clock.stretch("optimizer"):
@@ -50,10 +50,14 @@ def train_plainly(model: SdxlModel, batches: Iterable[Batch], device: torch.devi
 
 
 def _loss(
-    model: SdxlModel, batch: Batch, text: TextConditioning, objective: Objective, generator: torch.Generator
+    model: SdxlModel,
+    batch: Batch,
+    text: TextConditioning,
+    objective: Objective,
+    generator: torch.Generator,
+    device: torch.device,
 ) -> torch.Tensor:
     assert batch.latents is not None
-    device = generator.device
     latents = batch.latents.to(device, model.unet.dtype) * LATENT_SCALE
     noisy = objective.draw(latents, [generator])
     predicted = model.unet(

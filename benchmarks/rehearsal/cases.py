@@ -1,10 +1,12 @@
-"""What is rehearsed: every recipe of docs/performance.md, and what else changes the course of a step."""
+"""What is rehearsed: every recipe of docs/performance.md, what else changes the course of a step, and the bench."""
 
 import re
 import shlex
 from pathlib import Path
 
 from benchmarks.rehearsal.rehearsed_run import Case
+from benchmarks.timed_run import RECIPE
+from benchmarks.training_step import VARIANTS
 from library.sdxl.sizes import Size
 
 RECIPES_PAGE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
@@ -19,7 +21,7 @@ def documented_recipes() -> dict[str, tuple[str, ...]]:
 
 
 def cases() -> dict[str, Case]:
-    """Return every case by name: the recipes, and variations of the one for 8 GB."""
+    """Return every case by name: the recipes, variations of the one for 8 GB, and the variants of training_step.py."""
     recipes = documented_recipes()
     base = recipes[_RATE_OF_RECIPE]
     fused = "--fused_backward_pass"
@@ -43,5 +45,8 @@ def cases() -> dict[str, Case]:
     }
     found = {name: Case(name, flags) for name, flags in (recipes | varied).items()}
     mixed = (Size(1024, 1024), Size(832, 1216))
+    for name, flags in VARIANTS.items():
+        full = None if flags is None else (*RECIPE, *flags)
+        found[f"bench: {name}"] = Case(f"bench: {name}", full, channels_last=name == "channels_last")
     found["mixed buckets"] = Case("mixed buckets", (*base, "--enable_bucket"), buckets=mixed, num_steps=3)
     return found

@@ -23,6 +23,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import PartialState
 
+from benchmarks.plain_loop import train_plainly
 from benchmarks.rehearsal.books import Books
 from benchmarks.rehearsal.stand_in import CUDA, stand_in_gpu
 from benchmarks.synthetic_set import SyntheticSet
@@ -62,12 +63,13 @@ _LOOP, _SAMPLES = "loop", "samples"
 
 @dataclass(frozen=True)
 class Case:
-    """What is rehearsed: `flags` after `RUN_FLAGS`, on images of these sizes."""
+    """What is rehearsed: `flags` after `RUN_FLAGS` (None: the plain loop of the bench), on images of these sizes."""
 
     name: str
-    flags: tuple[str, ...]
+    flags: tuple[str, ...] | None
     buckets: tuple[Size, ...] = (Size(1024, 1024),)
     num_steps: int = 2
+    channels_last: bool = False
 
 
 def rehearse(case: Case, model_size: str) -> dict[str, Any]:
@@ -124,10 +126,13 @@ class _Rehearsal:
         begun = time.process_time()
         with ExitStack() as stack:
             books = stack.enter_context(stand_in_gpu())
-            for target, name, value in self._replaced(books):
-                stack.enter_context(patch.object(target, name, value))
-            # Without the wrapper that turns a UserError into an exit status.
-            sdxl_train.main.__wrapped__(self._argv(training_set))  # type: ignore[attr-defined]
+            if self._case.flags is None:
+                self._train_plainly(training_set, books)
+            else:
+                for target, name, value in self._replaced(books):
+                    stack.enter_context(patch.object(target, name, value))
+                # Without the wrapper that turns a UserError into an exit status.
+                sdxl_train.main.__wrapped__(self._argv(training_set))  # type: ignore[attr-defined]
         return {
             **self._steps[-1],
             "by_arithmetic_gib": round(self._by_arithmetic / GIB, 3),
@@ -139,6 +144,7 @@ class _Rehearsal:
 
     def _argv(self, training_set: SyntheticSet) -> list[str]:
         case, first = self._case, self._case.buckets[0]
+        assert case.flags is not None
         return [
             *("--pretrained_model_name_or_path=random/sdxl", f"--in_json={training_set.metadata}"),
             *(f"--train_data_dir={training_set.images}", f"--output_dir={self._folder / 'output'}"),
@@ -176,7 +182,20 @@ class _Rehearsal:
 
     def _load(self, dtypes: ModelDtypes, books: Books) -> SdxlModel:
         self._model = model_without_numbers(self._architecture, dtypes, books)
+        if self._case.channels_last:
+            torch.nn.Module.to(self._model.unet, memory_format=torch.channels_last)
         return self._model
+
+    def _train_plainly(self, training_set: SyntheticSet, books: Books) -> None:
+        model = self._load(ModelDtypes(), books)
+        for network in model.networks:
+            torch.nn.Module.to(network, CUDA)
+        self._before_steps = books.peak
+        books.begin()
+        clock = _PlainClock(self._case.num_steps, books, lambda: self._steps.append(_snapshot(books, {})))
+        model.unet.register_forward_pre_hook(lambda *_: clock.enter("forward"))
+        model.unet.register_forward_hook(lambda *_: clock.enter(_LOOP))
+        train_plainly(model, training_set.batches(batch_size=1), CUDA, clock)  # type: ignore[arg-type]
 
     def _noting_arithmetic(self, require: Callable[..., CardMemory | None]) -> Callable[..., CardMemory | None]:
         def noting(options: TrainingOptions, architecture: Any, found: Any, *others: Any) -> CardMemory | None:
@@ -216,6 +235,29 @@ class _Rehearsal:
             books.begin()
 
         return ending
+
+
+class _PlainClock:
+    """What the plain loop takes for the clock of the bench: it tells the books of phases and steps."""
+
+    def __init__(self, num_steps: int, books: Books, note: Callable[[], None]):
+        self.num_steps = num_steps
+        self._books = books
+        self._note = note
+        self.enter(_LOOP)
+
+    def enter(self, phase: str) -> None:
+        """Count for this phase from here on."""
+        self._books.phase = phase
+
+    def stretch(self, name: str) -> Any:
+        """Count for this phase within the block."""
+        return self._books.in_phase(name)
+
+    def end_step(self) -> None:
+        """Note what the step came to."""
+        self._note()
+        self._books.begin()
 
 
 def _within(phase: Callable[[str], Any], name: str, function: Callable[..., Any]) -> Callable[..., Any]:

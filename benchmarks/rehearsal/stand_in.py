@@ -161,10 +161,17 @@ KERNELS_OF_COMPILED = {"_mean_squares": 3, "_norm": 2, "_norm_of_update": 2, "_m
 
 
 def _compile_with(books: Books) -> Callable[..., Any]:
-    """Return a stand-in for `torch.compile`: the plain function as one kernel, whose temporaries stay in registers."""
+    """Return a stand-in for `torch.compile`: the plain function as one kernel, whose temporaries stay in registers.
 
-    def compile_(function: Callable[..., Any] | None = None, **_: Any) -> Callable[..., Any]:
+    Blocks of the network run as they are: what a compiler would fuse in them is not known.
+    """
+
+    def compile_(
+        function: Callable[..., Any] | None = None, *, fullgraph: bool = False, **_: Any
+    ) -> Callable[..., Any]:
         assert function is not None
+        if fullgraph:  # a block of the network, of which autograd must see the operations
+            return function
         made: dict[Any, Any] = {}  # by kinds of arguments: the kinds of what is returned
 
         def run(*arguments: Any, **named: Any) -> Any:

@@ -12,13 +12,14 @@ import argparse
 import platform
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere, find library/
 
 from benchmarks.rehearsal.cases import cases
-from benchmarks.rehearsal.rehearsed_run import MODELS, Case, rehearse
+from benchmarks.rehearsal.rehearsed_run import MODELS, rehearse
 from benchmarks.rehearsal.stand_in import why_not
 from benchmarks.result_files import RESULTS, write_result
 
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in arguments.cases:
         case = known[name]
         steps = arguments.num_steps or case.num_steps
-        found[name] = rehearse(Case(name, case.flags, case.buckets, steps), arguments.model_size)
+        found[name] = rehearse(replace(case, num_steps=steps), arguments.model_size)
         print(" ".join(row_of(name, found[name])), flush=True)
         about = {"model_size": arguments.model_size, "python": platform.python_version(), "cases": found}
         write_result(arguments.output / f"rehearsal_{arguments.model_size}", about, table_of(found))

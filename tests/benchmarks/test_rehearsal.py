@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.rehearsal.cases import documented_recipes
 from benchmarks.rehearsal.stand_in import why_not
+from benchmarks.training_step import VARIANTS
 
 ROOT = Path(__file__).parents[2]
 RECORDED = Path(__file__).with_name("rehearsed_steps.json")
@@ -30,6 +31,14 @@ def rehearsed(tmp_path: Path, model_size: str, *cases: str) -> dict[str, dict]:
 
 def test_every_recipe_of_the_page_is_a_case():
     assert {"8 GB", "12 GB", "16 GB", "24 GB", "24 GB with AdamW", "80 GB"} <= documented_recipes().keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_of_the_bench_runs_on_a_card_it_has_never_seen(variant: str, tmp_path: Path):
+    figures = rehearsed(tmp_path, "small", f"bench: {variant}")[f"bench: {variant}"]
+    assert "note" not in figures, figures
+    assert figures["kernels"]["forward"] > 0
 
 
 @pytest.mark.slow
