@@ -112,10 +112,10 @@ class Client:
 
 
 @contextmanager
-def served(folder: Path, home: Path) -> Iterator[tuple[psutil.Process, int, float]]:
+def served_with(arguments: Sequence[str], home: Path) -> Iterator[tuple[psutil.Process, int, float]]:
     """Run `python studio.py`; yield its process, the port, and when it was started."""
     environment = {**os.environ, "XDG_CACHE_HOME": str(home / "cache"), "XDG_STATE_HOME": str(home / "state")}
-    command = [sys.executable, str(ROOT / "studio.py"), str(folder), "--port=0", f"--token={TOKEN}"]
+    command = [sys.executable, str(ROOT / "studio.py"), *arguments, "--port=0", f"--token={TOKEN}"]
     started = time.monotonic()
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -257,13 +257,13 @@ def measure(num_images: int, folder: Path) -> dict[str, dict[str, float]]:
     write_images(small, num_images, (512, 512))
     write_images(large, NUM_LARGE, (2000, 1500))
     found: dict[str, dict[str, float]] = {}
-    with served(small, folder) as (process, port, started):
+    with served_with([str(small)], folder) as (process, port, started):
         client = Client(port)
         found["start"] = measure_start(process, client, started, num_images)
         found["page"] = measure_page(port)
         found["thumbnails of 512 x 512"] = measure_thumbnails(process, client, min(NUM_SMALL, num_images // 3))
         found["saves"] = measure_saves(client, small)
-    with served(large, folder) as (process, port, started):
+    with served_with([str(large)], folder) as (process, port, started):
         client = Client(port)
         measure_start(process, client, started, NUM_LARGE)
         found["thumbnails of 2000 x 1500"] = measure_thumbnails(process, client, NUM_LARGE)

@@ -20,7 +20,7 @@ from studio.confinement import problems_of_paths, require_confined_data_set
 from studio.runs import Runs
 from studio.workers import Worker
 
-_SECONDS_TO_CHECK, _SECONDS_TO_SUMMARIZE = 60.0, 600.0
+_SECONDS_TO_CHECK, _SECONDS_WITH_TORCH = 60.0, 600.0
 
 
 class CommandRoutes:
@@ -77,7 +77,7 @@ class CommandRoutes:
         found = self._checked(body, is_draft=True)
         if not found.is_right:
             raise UserError("the command has to be right before it can be summed up.")
-        return {"parts": self._summing.run(_summary, found.command, seconds=_SECONDS_TO_SUMMARIZE)}
+        return {"parts": self._summing.run(_summary, found.command, seconds=_SECONDS_WITH_TORCH)}
 
     def start(self, request: Request, body: Body) -> Any:
         """Start the run of a command that is right."""
@@ -107,7 +107,8 @@ class CommandRoutes:
                 others.append(f"the data set: {error}")
         if of_field or others:
             return Checked(found.command, of_field, others)
-        result = self._checking.run(checked, found.command, is_draft=is_draft, seconds=_SECONDS_TO_CHECK)
+        worker, seconds = (self._checking, _SECONDS_TO_CHECK) if is_draft else (self._summing, _SECONDS_WITH_TORCH)
+        result = worker.run(checked, found.command, is_draft=is_draft, seconds=seconds)
         assert isinstance(result, Checked)
         return result
 

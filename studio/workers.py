@@ -3,7 +3,7 @@
 import multiprocessing
 import threading
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import CancelledError, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -11,20 +11,28 @@ from library.config.errors import UserError
 
 
 class Worker:
-    """A process that is started when it is first needed, and again if it is lost."""
+    """A process that is started when it is first needed, and again if it is lost.
+
+    Of several calls that wait for it only the newest is made: the others are of a page that has changed since.
+    """
 
     def __init__(self) -> None:
         self._pool: ProcessPoolExecutor | None = None
+        self._waiting: Future[Any] | None = None
         self._lock = threading.Lock()
 
     def run(self, function: Callable[..., Any], *arguments: Any, seconds: float, **named: Any) -> Any:
-        """Return what `function` returns. Raise `UserError` as it does, and if it takes longer than `seconds`."""
+        """Return what `function` returns. Raise `UserError` as it does, if it takes too long, and if it is not made."""
         with self._lock:
             if self._pool is None:
                 self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-            pool = self._pool
+            if self._waiting is not None:
+                self._waiting.cancel()
+            future = self._waiting = self._pool.submit(_answered, function, arguments, named)
         try:
-            problem, result = pool.submit(_answered, function, arguments, named).result(seconds)
+            problem, result = future.result(seconds)
+        except CancelledError as error:
+            raise UserError("another request has taken the place of this one.", "Try again.") from error
         except (BrokenProcessPool, TimeoutError) as error:
             self.close()
             raise UserError(

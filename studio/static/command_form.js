@@ -124,6 +124,9 @@ export class CommandForm {
 
   async start() {
     this.startButton.disabled = true;
+    this.asked += 1; // what is still being checked no longer matters
+    this.checkSoon.cancel();
+    this.sumSoon.cancel();
     this.verdict.textContent = "starting …";
     try {
       this.started((await post("/api/commands/start", this.typed())).id);
