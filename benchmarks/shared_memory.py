@@ -14,6 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.result_files import RESULTS, write_result
+
 GIB = 2**30
 _STATE_BYTES = 4  # AdamW's two moments in bfloat16
 
@@ -23,7 +25,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 8])
     parser.add_argument("--one", type=int, help="measure this number alone and print its figures")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/shared_memory.json"))
+    parser.add_argument("--output", type=Path, default=RESULTS / "shared_memory")
     arguments = parser.parse_args()
     if arguments.one is not None:
         print(json.dumps(measured(arguments.one)))
@@ -34,8 +36,16 @@ def main() -> int:
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         rows.append(json.loads(said.splitlines()[-1]))
         print(rows[-1], flush=True)
-    arguments.output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    write_result(arguments.output, {"gib": rows}, table_of(rows))
     return 0
+
+
+def table_of(rows: list[dict[str, float]]) -> str:
+    """Return the figures as a table, a line for each part."""
+    lines = ["GiB at the peak of a forward and a backward pass, by number of processes"]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines += [f"{name:<18}" + "".join(f"{row.get(name, 0):>8g}" for row in rows) for name in names]
+    return "\n".join(lines)
 
 
 def measured(num_processes: int) -> dict[str, float]:
