@@ -28,7 +28,7 @@ from library.training.optimizer_state import optimizer_state
 from library.training.plan import Occasion
 from library.training.progress import DamagedState, Progress
 from library.training.resumable import Resumable, group_settings
-from library.training.sharding import Shards, gathered_tensors
+from library.training.sharding import Shards, gathered_tensors, without_accelerates_sharding
 from library.training.starting_point import load_state
 from library.training.state import read_learnt, write_state
 from tests.optim.small_net import NetOfBlocks, images_of
@@ -105,7 +105,8 @@ class Learning:
 
 
 def _accelerator() -> Accelerator:
-    return Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs()])
+    with without_accelerates_sharding():
+        return Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs()])
 
 
 def images_of_step(step: int, dtype: torch.dtype, number: int) -> list[torch.Tensor]:

@@ -35,6 +35,14 @@ def test_parts_move_as_the_whole_and_are_saved_and_resumed(together, tmp_path: P
 
 
 @pytest.mark.slow
+def test_two_copies_of_two_parts_move_as_the_whole_and_are_saved_and_resumed(together, tmp_path: Path):
+    sizes = {"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2"}
+    mesh = {**FSDP, "ACCELERATE_USE_PARALLELISM_CONFIG": "true", **sizes}
+    together(4, in_shares.share_as_whole, **mesh)
+    together(4, in_shares.save_and_resume, str(tmp_path), **mesh)
+
+
+@pytest.mark.slow
 def test_parts_of_three_move_as_the_whole(together):
     together(3, in_shares.share_as_whole, **FSDP)
 
