@@ -11,7 +11,7 @@ from library.config.options import Option, options_of
 _UNITS = {
     r"(^|_)n_minutes$": "minutes",
     r"(^|_)n_epochs(_state)?$|^max_train_epochs$": "epochs",
-    r"(_|^)steps?$|_n_steps(_state)?$|^stop_training_te": "steps",
+    r"(?<!accumulation)(_|^)steps?$|_n_steps(_state)?$|^stop_training_te": "steps",
     r"_reso$|_reso_steps$|^resolution$": "pixels",
     r"_rate(_[lg])?$(?<!learning_rate)": "0 to 1",
     r"^ddp_timeout$": "minutes",
