@@ -149,7 +149,7 @@ def save(folder: str) -> None:
     for name, options in OPTIMIZERS.items():
         learning = Learning(options, torch.bfloat16, is_shared=accelerator.num_processes > 1)
         for step in range(1, STEPS + 1):
-            learning.step(step, own(images_of_step(step, torch.bfloat16, 6)))
+            learning.step(step, own(images_of_step(step, torch.bfloat16, 12)))
         write_state(Path(folder) / f"{name}-state", Progress(step=STEPS), learning.learnt)
         found = learning.all()
         if accelerator.is_main_process:
