@@ -17,8 +17,8 @@ def place_networks(
     """Move the networks `needed_each_step` to `device`; the others, which are frozen, stay in host memory.
 
     Beside a U-Net on a GPU that is 1.7 GiB of host memory for both text encoders and the VAE in bfloat16. The U-Net is
-    read straight to the GPU, so that no more is ever held: 2.2 GiB with torch, 6.9 where it passed through host memory
-    (full size on Linux, the GPU a stand-in). To keep the others in a mapped file would write 1.7 GiB at each start.
+    read straight to the GPU, so that no more is ever held: 2.2 GiB with torch (full size on Linux, the GPU a stand-in).
+    To keep the others in a mapped file would write 1.7 GiB at each start.
 
     Raise `UserError` if the device has no room.
     """
