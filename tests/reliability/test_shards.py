@@ -93,9 +93,14 @@ def test_a_run_in_parts_resumes_bit_for_bit_and_leaves_what_any_run_does(runs: R
     runs.run("parts", 2, *watched, "--resume=latest", **FSDP)
     runs.run("one", 1, *watched, "--gradient_accumulation_steps=2")
     whole, one = runs.outcome("whole"), runs.outcome("one")
-    assert differences(whole, runs.outcome("parts")) == []
     assert whole.keys() == one.keys()
-    for name in [name for name in one if name.startswith("model")]:
+    parts = runs.outcome("parts")
+    of_one_step = {name for name in {*whole, *parts} if "step00000001" in name or "validation" in name}
+    for name in of_one_step:  # the first run has validated and saved after its only step
+        whole.pop(name, None)
+        parts.pop(name, None)
+    assert differences(whole, parts) == []
+    for name in [name for name in whole if name.startswith("model")]:
         assert {key: weight.shape for key, weight in whole[name].items()} == {
             key: weight.shape for key, weight in one[name].items()
         }
