@@ -5,11 +5,11 @@ export class FormField {
   constructor({ name, kind, expects, choices, default: byDefault, help }, { changed }) {
     Object.assign(this, { name, kind, help, byDefault });
     const id = `field-${name}`;
-    const about = { id, "aria-describedby": `${id}-help ${id}-problem`, onchange: changed };
-    if (kind === "switch") this.input = element("input", { ...about, type: "checkbox" });
+    const about = { id, "aria-describedby": `${id}-help ${id}-problem` };
+    if (kind === "switch") this.input = element("input", { ...about, type: "checkbox", onchange: changed });
     else if (kind === "choice") {
       const shown = byDefault === null ? "not set" : `${byDefault} (default)`;
-      this.input = element("select", about, element("option", { value: "" }, shown), ...choices.filter((each) => each !== String(byDefault)).map((each) => element("option", { value: each }, each)));
+      this.input = element("select", { ...about, onchange: changed }, element("option", { value: "" }, shown), ...choices.filter((each) => each !== String(byDefault)).map((each) => element("option", { value: each }, each)));
     } else if (kind === "list") this.input = element("textarea", { ...about, rows: 1, oninput: changed, placeholder: "one a line", spellcheck: false });
     else this.input = element("input", { ...about, type: "text", oninput: changed, placeholder: byDefault === null ? expects : `${[byDefault].flat().join(" ")}`, spellcheck: false, autocomplete: "off" });
     this.problem = element("p", { id: `${id}-problem`, class: "field-problem", hidden: true });
