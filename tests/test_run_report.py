@@ -97,6 +97,7 @@ def test_a_run_leaves_a_record_of_itself(run):
     assert Path(record.log_folder).parent == run.logs
 
 
+@pytest.mark.slow  # two runs
 def test_a_resumed_run_goes_on_with_its_record(run, tmp_path: Path):
     output = tmp_path / "output"
     shutil.copytree(run.output, output)

@@ -65,6 +65,7 @@ export class CommandForm {
         return group;
       }),
     );
+    this.filter(); // by what was typed before they were there
   }
 
   /** Fill the fields with what a preset or a run has. */

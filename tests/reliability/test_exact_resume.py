@@ -168,6 +168,7 @@ def test_what_is_done_is_not_done_again(trainer, stop_after, capsys):
     assert "resuming after step 1" in capsys.readouterr().out
 
 
+@pytest.mark.slow  # nine steps with samples
 def test_a_run_goes_on_where_an_epoch_has_become_shorter_than_what_was_done_of_it(trainer, stop_after):
     flags = ("--max_train_steps=7", "--max_data_loader_n_workers=0", "--sample_every_n_epochs=1")
     shortened = trainer("shortened", *flags)
@@ -194,11 +195,17 @@ def test_another_learning_rate_holds_from_the_state_on(trainer):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda entries: entries["coffee"].update(captionL="another"), "1 images with another image, bucket"),
-        (lambda entries: entries.pop("coffee"), "1 images removed: coffee"),
-        (lambda entries: entries.update(astronaut=entries.pop("astronaut")), "another order"),
+        pytest.param(
+            lambda entries: entries["coffee"].update(captionL="another"),
+            "1 images with another image, bucket",
+            marks=pytest.mark.slow,
+            id="caption",
+        ),
+        pytest.param(
+            lambda entries: entries.pop("coffee"), "1 images removed: coffee", marks=pytest.mark.slow, id="removed"
+        ),
+        pytest.param(lambda entries: entries.update(astronaut=entries.pop("astronaut")), "another order", id="order"),
     ],
-    ids=["caption", "removed", "order"],
 )
 def test_other_images_are_named_before_a_step_is_taken(change, named: str, trainer, prepared_set, tmp_path, capsys):
     made = trainer("changed", "--max_train_steps=1", "--save_state", "--sample_at_first")

@@ -36,7 +36,9 @@ def argv(tiny_sdxl: Path, prepared_set: PreparedSet, tmp_path: Path) -> list[str
 
 
 @pytest.mark.parametrize(
-    ("number", "to_group", "status"), [(signal.SIGINT, True, 130), (signal.SIGTERM, True, 143)], ids=str
+    ("number", "to_group", "status"),
+    [(signal.SIGINT, True, 130), pytest.param(signal.SIGTERM, True, 143, marks=pytest.mark.slow)],
+    ids=str,
 )
 def test_the_first_signal_ends_the_run_after_the_step(number, to_group, status, argv, run_server, tmp_path: Path):
     run = run_server("train", [*argv, "--max_data_loader_n_workers=2"])

@@ -64,6 +64,7 @@ def options(**more) -> HubOptions:
 # -- whole runs -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # many attempts at many files
 def test_a_run_with_a_hub_that_fails_at_random_ends_well_with_everything_uploaded_and_no_token_anywhere(
     train, server, capfd, tmp_path: Path
 ):
