@@ -1,23 +1,27 @@
 """What a command would train, before it is started: images, steps, captions, memory and disk, without a model."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from library.config.errors import UserError
 from library.data.caption_report import captions_sentences, check_captions, encoders_to_cache, trained_sentence
 from library.data.caption_summary import summarize
 from library.data.caption_tokens import cut_captions, tokenizer_for
 from library.data.image_columns import FoundImages
+from library.data.subsets import Subset
 from library.data.training_set import find_training_images
+from library.sdxl.architecture import SDXL_BASE
+from library.training.card_memory import GIB, CardMemory, largest_batch
 from library.training.command_check import Command, arguments_for, options_from
 from library.training.disk_space import num_saves
 from library.training.dry_run_text import encoder_sentence
-from library.training.memory_arithmetic import ENCODER_G, ENCODER_L, UNET, VAE, memory_parts
 from library.training.preparation import make_order, num_steps_of, read_images, split_set
 from library.training.run_options import TrainingOptions
 
-_GIB = 2**30
 _UNKNOWN_VAE = ""
+_USUAL_FILE = 6_937_675_734
+"""Bytes of a file of SDXL in 16 bits."""
 
 
 def command_summary(command: Command) -> list[tuple[str, list[str]]]:
@@ -47,27 +51,32 @@ def _summary(options: TrainingOptions) -> Iterator[tuple[str, list[str]]]:
     captions = summarize(images, tokens, cached, seed)
     of_encoders = [f"L: {encoder_sentence(captions.encoder_l)}", f"G: {encoder_sentence(captions.encoder_g)}"]
     yield "Captions", [*captions_sentences(groups), *of_encoders, *cut_captions(images, tokens), *notices]
-    yield "GPU memory", list(_memory(options, "".join(cached)))
+    yield "GPU memory", _memory(options, FoundImages.of(found), subsets)
     yield "Disk", _disk(options, num_steps, order.steps_per_epoch)
 
 
-def _memory(options: TrainingOptions, cached: str) -> Iterator[str]:
-    parts = list(memory_parts(options, cached))
-    total = sum(num_bytes for _, num_bytes in parts)
-    yield f"about {total / _GIB:.1f} GiB by arithmetic, for a model of SDXL's size; CUDA takes about 0.5 more"
-    yield ", ".join(f"{name} {num_bytes / _GIB:.1f}" for name, num_bytes in parts if num_bytes >= 0.05 * _GIB)
+def _memory(options: TrainingOptions, found: FoundImages, subsets: Sequence[Subset]) -> list[str]:
+    try:
+        parts = CardMemory(SDXL_BASE, subsets).parts(options, largest_batch(options, found))
+    except UserError as error:  # of an optimizer that is not installed
+        return [str(error)]
+    total = sum(parts.values()) / GIB
+    return [
+        f"about {total:.1f} GiB by arithmetic, for a model of SDXL's size; CUDA takes about 0.5 more",
+        ", ".join(f"{name} {num_bytes / GIB:.1f}" for name, num_bytes in parts.items() if num_bytes >= 0.05 * GIB),
+    ]
 
 
 def _disk(options: TrainingOptions, num_steps: int, steps_per_epoch: int) -> list[str]:
     saves = options.save.for_epochs(-(-num_steps // steps_per_epoch))
     num_models, num_states = num_saves(saves, range(1, num_steps + 1), steps_per_epoch)
     source = Path(str(options.model.pretrained_model_name_or_path))
-    model = source.stat().st_size if source.is_file() else 2 * (UNET + ENCODER_L + ENCODER_G + VAE)
+    model = source.stat().st_size if source.is_file() else _USUAL_FILE
     folder = next(path for path in (options.output_dir, *options.output_dir.absolute().parents) if path.exists())
     free = shutil.disk_usage(folder).free
-    models = f"{num_models} models of about {model / _GIB:.2f} GiB"
+    models = f"{num_models} models of about {model / GIB:.2f} GiB"
     states = f", and {num_states} states" if num_states else ""
-    lines = [f"{models}{states}; {free / _GIB:.1f} GiB are free"]
+    lines = [f"{models}{states}; {free / GIB:.1f} GiB are free"]
     if num_models * model > free:
-        lines.append(f"the models alone take {num_models * model / _GIB:.1f} GiB: they do not fit")
+        lines.append(f"the models alone take {num_models * model / GIB:.1f} GiB: they do not fit")
     return lines

@@ -12,10 +12,11 @@ from library.config.option_form import form_of, problems_by_field, typed_of, val
 from library.config.options import options_of, parse_options
 from library.data.data_set_form import data_set_form, data_set_of, text_of_data_set, typed_of_data_set
 from library.data.dataset_schema import read_tables
+from library.sdxl.architecture import SDXL_BASE
+from library.training.card_memory import GIB, Batch, CardMemory
 from library.training.command_check import LEFT_OUT, Command, checked, written
 from library.training.command_summary import command_summary
 from library.training.command_text import arguments_of, shown_commands, toml_of
-from library.training.memory_arithmetic import memory_parts
 from library.training.presets import preset_names, read_preset
 from library.training.run_options import OPTION_CLASSES, TrainingOptions
 from tests.test_readme import recipes
@@ -147,7 +148,7 @@ def test_the_summary_says_what_would_be_trained_without_a_model(right, tmp_path)
         command_summary(Command({**values, "pretrained_model_name_or_path": "a/b", "in_json": "gone.json"}))
 
 
-@pytest.mark.parametrize("heading", [each for each in recipes() if "to" not in each])
+@pytest.mark.parametrize("heading", recipes())
 def test_the_memory_of_a_recipe_is_that_of_its_heading(heading, tmp_path):
     for name in ("m.json", "m.safetensors"):
         (tmp_path / name).write_text("{}")
@@ -157,8 +158,8 @@ def test_the_memory_of_a_recipe_is_that_of_its_heading(heading, tmp_path):
     options = TrainingOptions(
         *parse_options(OPTION_CLASSES, argv, description="", spellings=TRAINER_SPELLINGS, is_draft=True)
     )
-    cached = "lg" if options.training_set.caches_texts else ""
-    total = sum(num_bytes for _, num_bytes in memory_parts(options, cached)) / 2**30
+    batch = Batch(options.loader.train_batch_size, 1024 * 1024)
+    total = CardMemory(SDXL_BASE, []).total(options, batch) / GIB
     expected = float(heading.partition("(")[2].split()[0])
     assert total == pytest.approx(expected, abs=0.25)
 
