@@ -70,8 +70,11 @@ def _samples_of(folder: Path, record: RunRecord, span: tuple[datetime, datetime]
 def saved_files(output_dir: Path, record: RunRecord, span: tuple[datetime, datetime]) -> Iterator[Path]:
     """Yield the models and states that a run wrote in a span of time."""
     for path in output_dir.iterdir():
-        if (
-            may_be_of(record.output_name, path.name)
-            and span[0] <= datetime.fromtimestamp(path.stat().st_mtime) < span[1]
-        ):
+        if not may_be_of(record.output_name, path.name):
+            continue
+        try:
+            written = datetime.fromtimestamp(path.stat().st_mtime)
+        except OSError:  # the run has replaced it at this moment
+            continue
+        if span[0] <= written < span[1]:
             yield path

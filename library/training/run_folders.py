@@ -104,13 +104,13 @@ class RunFolders:
     def __init__(self, roots: Sequence[Path]):
         self.roots = list(roots)
         self._output_dirs: list[Path] = []
+        self._added: list[Path] = []
         self._walked_at = -_SECONDS_BETWEEN_WALKS
 
     def runs(self) -> tuple[list[FoundRun], list[str]]:
         """Return all runs, the newest first, and what is wrong with what cannot be read."""
         if time.monotonic() - self._walked_at > _SECONDS_BETWEEN_WALKS:
-            self._output_dirs = sorted(set(self._walk()))
-            self._walked_at = time.monotonic()
+            self._walk()
         found: list[FoundRun] = []
         problems = [f"'{root}' is not there" for root in self.roots if not root.is_dir()]
         for output_dir in self._output_dirs:
@@ -121,21 +121,33 @@ class RunFolders:
 
     def run(self, wanted: str) -> FoundRun | None:
         """Return the run that has, or had, an id."""
-        for _ in range(2):
-            for output_dir in self._output_dirs:
-                for run in reversed(runs_in(output_dir)[0]):
-                    if wanted in run.ids:
-                        return run
-            self._output_dirs = sorted(set(self._walk()))
-        return None
+        run = self._known(wanted)
+        if run is None:
+            self._walk()
+            run = self._known(wanted)
+        return run
 
     def add(self, output_dir: Path) -> None:
         """Look into this folder too from now on."""
-        self._output_dirs = sorted({*self._output_dirs, output_dir})
+        self._added.append(output_dir)
+        self._output_dirs = _once([*self._output_dirs, output_dir])
 
-    def _walk(self) -> Iterator[Path]:
-        for root in self.roots:
-            yield from _output_folders(root, _MOST_LEVELS)
+    def _walk(self) -> None:
+        found = [folder for root in self.roots for folder in _output_folders(root, _MOST_LEVELS)]
+        self._output_dirs = _once([*found, *self._added])
+        self._walked_at = time.monotonic()
+
+    def _known(self, wanted: str) -> FoundRun | None:
+        for output_dir in self._output_dirs:
+            for run in reversed(runs_in(output_dir)[0]):
+                if wanted in run.ids:
+                    return run
+        return None
+
+
+def _once(folders: Sequence[Path]) -> list[Path]:
+    """Return folders in order, each in the first of its spellings."""
+    return sorted({folder.resolve(): folder for folder in reversed(folders)}.values())
 
 
 def _output_folders(folder: Path, levels: int) -> Iterator[Path]:
@@ -152,7 +164,10 @@ def _output_folders(folder: Path, levels: int) -> Iterator[Path]:
 
 
 def _holds_records(folder: Path) -> bool:
-    return any(path.suffix == ".json" or path.name == LAUNCH_FOLDER for path in folder.iterdir())
+    try:
+        return any(path.suffix == ".json" or path.name == LAUNCH_FOLDER for path in folder.iterdir())
+    except OSError:  # somebody else's, or gone
+        return False
 
 
 def run_id(output_dir: Path, name: str) -> str:

@@ -1,5 +1,7 @@
 """A run while it goes on: how far it is, how long it will take, its curves, and what happened at which step."""
 
+import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -41,6 +43,7 @@ class RunWatch:
         self._norms = NormMean()
         self._last_norm: tuple[int, int] = 0, -1  # how many were seen, and the step of the last
         self._spikes: list[int] = []
+        self._counting = threading.Lock()
 
     def refresh(self) -> str | None:
         """Read what is new; return what is wrong with the logs."""
@@ -92,22 +95,23 @@ class RunWatch:
         return {
             "saved": sorted(saved),
             "resumed": [start.step for start in record.starts[1:]],
-            "spike": self._spike_steps()[-_MOST_MARKS:],
+            "spike": self._spike_steps(),
             "not finite": self._bad_steps()[-_MOST_MARKS:],
         }
 
     def _spike_steps(self) -> list[int]:
         if self._files is None or NORM not in self._files.names():
             return []
-        steps, norms = self._files.curve(NORM)
-        num_seen, last = self._last_norm
-        if num_seen > len(steps) or (num_seen and steps[num_seen - 1] != last):  # the run went back to a state
-            self._norms, self._spikes, num_seen = NormMean(), [], 0
-        for step, norm in zip(steps[num_seen:].tolist(), norms[num_seen:].tolist(), strict=True):
-            if self._norms.times_usual(norm) is not None:
-                self._spikes.append(step)
-        self._last_norm = len(steps), int(steps[-1]) if len(steps) else -1
-        return self._spikes
+        with self._counting:  # each norm once, whoever asks
+            steps, norms = self._files.curve(NORM)
+            num_seen, last = self._last_norm
+            if num_seen > len(steps) or (num_seen and steps[num_seen - 1] != last):  # the run went back to a state
+                self._norms, self._spikes, num_seen = NormMean(), [], 0
+            for step, norm in zip(steps[num_seen:].tolist(), norms[num_seen:].tolist(), strict=True):
+                if self._norms.times_usual(norm) is not None:
+                    self._spikes.append(step)
+            self._last_norm = len(steps), int(steps[-1]) if len(steps) else -1
+            return self._spikes[-_MOST_MARKS:]
 
     def _bad_steps(self) -> list[int]:
         if LOSS not in self.names():
@@ -119,12 +123,8 @@ class RunWatch:
 
 def as_json(curve: Curve) -> dict[str, Any]:
     """Return a curve as JSON has it: null for what is not finite."""
-    values = [value if is_finite else None for value, is_finite in zip(*_listed_values(curve), strict=True)]
+    values = [value if math.isfinite(value) else None for value in curve.values.tolist()]
     return {"steps": curve.steps.tolist(), "values": values}
-
-
-def _listed_values(curve: Curve) -> tuple[list[float], list[bool]]:
-    return curve.values.tolist(), np.isfinite(curve.values).tolist()
 
 
 def _seconds_left(steps: np.ndarray, times: np.ndarray, record: RunRecord | None, num_steps: int) -> float | None:

@@ -183,6 +183,41 @@ def test_records_that_are_none_are_named_and_others_shown(tmp_path: Path):
     assert "'" + str(tmp_path / "gone") + "' is not there" in problems
 
 
+def test_a_folder_is_listed_once_and_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_run(tmp_path / "output", sample_steps=[])
+    write_run(tmp_path / ".hidden", sample_steps=[])
+    monkeypatch.chdir(tmp_path)
+    folders = RunFolders([tmp_path, Path()])
+    folders.add(Path("output"))
+    assert len(folders.runs()[0]) == 1
+    folders.add(Path(".hidden"))
+    assert len(folders.runs()[0]) == 2
+    assert folders.run("0" * 16) is None  # after the folders are walked through again
+    assert len(folders.runs()[0]) == 2
+
+
+def test_a_folder_that_cannot_be_read_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_run(tmp_path / "mine", sample_steps=[])
+    closed = tmp_path / "theirs" / RECORD_FOLDER
+    closed.mkdir(parents=True)
+    read = Path.iterdir
+
+    def refusing(folder: Path):
+        if folder == closed:
+            raise PermissionError(13, "Permission denied")
+        return read(folder)
+
+    monkeypatch.setattr(Path, "iterdir", refusing)
+    assert len(RunFolders([tmp_path]).runs()[0]) == 1
+
+
+def test_a_save_that_is_replaced_while_it_is_looked_at_is_left_out(tmp_path: Path):
+    run = found(tmp_path, has_end=False)
+    saved = RunWatch(None).marks(run)["saved"]
+    (tmp_path / "m-step00000070.safetensors").symlink_to(tmp_path / "gone")
+    assert RunWatch(None).marks(run)["saved"] == saved != []
+
+
 def test_a_run_is_asked_by_its_files(tmp_path: Path):
     run = found(tmp_path, name="my run", has_end=False)
     stop(run)
