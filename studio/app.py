@@ -38,6 +38,7 @@ def make_app(opened: Opened | None, runs: "Runs | None" = None) -> Starlette:
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as stack:
             if runs is not None:
+                runs.start()
                 stack.callback(runs.close)
             if opened is not None:
                 await stack.enter_async_context(_watched(opened))

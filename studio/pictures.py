@@ -1,4 +1,4 @@
-"""Thumbnails and large views of images: made by threads, the newest request first."""
+"""Thumbnails and large views of images, made by threads."""
 
 import asyncio
 import os
@@ -20,10 +20,15 @@ _FOR_EVER = "private, max-age=31536000, immutable"
 
 
 class Pictures:
-    """Makes thumbnails in as many threads as there are processors; a request that nobody waits for is forgotten."""
+    """Makes thumbnails in as many threads as there are processors; a request that nobody waits for is forgotten.
 
-    def __init__(self, folder: Path):
+    `newest_first`: what was asked for last is made first, for a page that is scrolled. Otherwise requests are answered
+    in their order, for a page that asks for what is urgent first.
+    """
+
+    def __init__(self, folder: Path, *, newest_first: bool = True):
         self._folder = folder
+        self._next = -1 if newest_first else 0
         self._waiting: list[tuple[Future[bytes], Callable[[], bytes]]] = []
         self._has_work = threading.Condition()
         self._is_closed = False
@@ -31,7 +36,7 @@ class Pictures:
             threading.Thread(target=self._work, name="thumbnails", daemon=True).start()
 
     def request(self, image: Path, edge: int) -> "Future[bytes]":
-        """Return the JPEG of an image that is to be made before all that was asked for earlier."""
+        """Return the JPEG of an image that a thread is to make."""
         future: Future[bytes] = Future()
         with self._has_work:
             self._waiting.append((future, lambda: thumbnail(image, edge, self._folder)))
@@ -55,7 +60,7 @@ class Pictures:
                     self._has_work.wait()
                 if self._is_closed:
                     return
-                future, make = self._waiting.pop()
+                future, make = self._waiting.pop(self._next)
             if not future.set_running_or_notify_cancel():
                 continue
             try:

@@ -1,5 +1,6 @@
 """Routes of runs: the list, one run as it goes on, its curves, log, samples and report, and what it is asked for."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ from starlette.responses import FileResponse, JSONResponse, Response
 
 from library.config.atomic_files import write_text
 from library.config.errors import UserError
+from library.config.file_names import name_problem
 from library.samples.prompt_lines import prompt_line
 from library.training.curve_groups import ERROR_SUFFIX, charts_of
 from library.training.run_control import options_to_resume, save_now, state_to_resume, stop
+from library.training.run_files import find_run, saved_files, span_of
 from library.training.run_folders import STARTING, FoundRun
 from library.training.run_launch import launch
 from library.training.run_log import read_log_end
@@ -166,17 +169,15 @@ class RunRoutes:
 
     def make_report(self, request: Request, body: Body) -> Any:
         """Write the report of a run beside its record."""
-        from library.training.run_files import find_run
         from library.training.run_report import report
 
         run = self._writable(request)
         if run.record is None:
             raise UserError("the run has not come to its first step: there is nothing to report.")
         watch, _ = self._runs.watch(run)
-        logs = None if watch.log_folder is None else watch.log_folder.parent
-        found = find_run(run.output_dir, run.record, run.records, logs, num_columns=_REPORT_COLUMNS)
+        found = find_run(run.output_dir, run.record, run.records, None, num_columns=_REPORT_COLUMNS)
         page = _report_of(run)
-        write_text(page, report(found, _REPORT_SIDE))
+        write_text(page, report(replace(found, log_folder=watch.log_folder), _REPORT_SIDE))
         return {"name": page.name, "folder": str(page.parent)}
 
     # -- parts -----------------------------------------------------------------------------------------------------
@@ -187,6 +188,9 @@ class RunRoutes:
     def _writable(self, request: Request) -> FoundRun:
         run = self._run(request)
         self._runs.require_writable(run.output_dir, "the folder of this run")
+        problem = None if run.output_name is None else name_problem(run.output_name)
+        if problem is not None:  # files are written under names that begin or end with it
+            raise UserError(f"the run's output name is '{run.output_name}': {problem}.", "Correct it in its record.")
         return run
 
     def _short(self, run: FoundRun) -> dict[str, Any]:
@@ -217,8 +221,6 @@ class RunRoutes:
         return self._paces[run.id]
 
     def _files(self, run: FoundRun) -> Any:
-        from library.training.run_files import saved_files, span_of
-
         if run.record is None:
             return []
         paths = sorted(saved_files(run.output_dir, run.record, span_of(run.record, run.records)))

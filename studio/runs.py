@@ -29,7 +29,7 @@ class Runs:
 
     def __init__(self, roots: Sequence[Path], readable: Sequence[Path] = ()):
         self.folders = RunFolders(roots)
-        self.pictures = Pictures(platformdirs.user_cache_path(APP_NAME) / "thumbnails")
+        self.pictures = Pictures(platformdirs.user_cache_path(APP_NAME) / "thumbnails", newest_first=False)
         self._writable = [root.resolve() for root in roots]
         self._readable = [*self._writable, *(folder.resolve() for folder in (*readable, EXAMPLES))]
         self._watched: OrderedDict[str, RunWatch] = OrderedDict()
@@ -38,6 +38,10 @@ class Runs:
         self._lock = threading.Lock()
         self.closing: list[Callable[[], None]] = []
         """What else is to be ended with it."""
+
+    def start(self) -> None:
+        """Remove old thumbnails, in a thread."""
+        threading.Thread(target=self.pictures.tidy, name="old thumbnails", daemon=True).start()
 
     def close(self) -> None:
         """End what works in the background; the runs go on."""

@@ -23,14 +23,8 @@ class Worker:
 
     def run(self, function: Callable[..., Any], *arguments: Any, seconds: float, **named: Any) -> Any:
         """Return what `function` returns. Raise `UserError` as it does, if it takes too long, and if it is not made."""
-        with self._lock:
-            if self._pool is None:
-                self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-            if self._waiting is not None:
-                self._waiting.cancel()
-            future = self._waiting = self._pool.submit(_answered, function, arguments, named)
         try:
-            problem, result = future.result(seconds)
+            problem, result = self._submitted(function, arguments, named).result(seconds)
         except CancelledError as error:
             raise UserError("another request has taken the place of this one.", "Try again.") from error
         except (BrokenProcessPool, TimeoutError) as error:
@@ -41,6 +35,15 @@ class Worker:
         if problem is not None:
             raise UserError(problem)
         return result
+
+    def _submitted(self, function: Callable[..., Any], arguments: Any, named: Any) -> Future[Any]:
+        with self._lock:
+            if self._pool is None:
+                self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+            if self._waiting is not None:
+                self._waiting.cancel()
+            self._waiting = self._pool.submit(_answered, function, arguments, named)
+            return self._waiting
 
     def close(self) -> None:
         """End the process, whatever it does."""

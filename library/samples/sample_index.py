@@ -41,4 +41,6 @@ class SampleIndex:
 
     def left_out(self) -> list[str]:
         """Return the names of files that are no samples: they cannot be read, or do not say how they were drawn."""
-        return [path.name for path, (_, texts) in self._read.items() if texts is None or "training_step" not in texts]
+        read = list(self._read.items())  # other threads read on
+        unused = [path for path, (_, texts) in read if texts is None or "training_step" not in texts]
+        return [path.name for path in unused if path.exists()]

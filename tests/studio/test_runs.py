@@ -1,7 +1,9 @@
 """Runs from the page: found, watched, looked at, asked; and what nobody can reach or break through their routes."""
 
 import json
+import os
 import shutil
+import signal
 from datetime import timedelta
 from pathlib import Path
 
@@ -10,10 +12,12 @@ import pytest
 from PIL import Image
 from playwright.sync_api import expect
 
+from library.config.errors import UserError
 from library.samples.picture_files import SAMPLE_FOLDER
 from library.training.run_record import RECORD_FOLDER, End
 from studio.confinement import problems_of_paths, require_confined_data_set
 from studio.runs import Runs
+from studio.workers import Worker
 from tests.studio.served import TOKEN, studio, wait_for, write_set
 from tests.studio.written_runs import BEGAN, scalar, write_grid, write_run, write_samples
 
@@ -155,6 +159,50 @@ def test_a_record_leads_nowhere_outside(tmp_path):
         found = [picture for row in rows for picture in row["images"].values()]
         statuses = [running.client.get(f"/runs/{run['id']}/samples/{picture}").status_code for picture in found]
         assert sorted(statuses) in ([200], [200, 404])
+        page = running.post(f"/api/runs/{run['id']}/report").json()
+        assert "loss/current" not in (Path(page["folder"]) / page["name"]).read_text(encoding="utf-8")
+        before = sorted(tmp_path.rglob("*"))
+        file.write_text(json.dumps({**content, "output_name": "../../../secret/m", "end": None}), encoding="utf-8")
+        [run] = running.get("/api/runs")["runs"]
+        for what in ("stop", "save", "resume", "report"):
+            answer = running.post(f"/api/runs/{run['id']}/{what}")
+            assert answer.status_code == 400 and "separates folders" in answer.json()["problem"]
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_images_of_runs_are_made_in_the_order_in_which_they_are_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("studio.pictures.os.cpu_count", lambda: 1)
+    write_samples(tmp_path, "m", range(3))
+    paths = sorted((tmp_path / SAMPLE_FOLDER).glob("*.png"))
+    pictures, made = Runs([tmp_path]).pictures, []
+    with pictures._has_work:  # nothing is begun before all is asked for
+        futures = [pictures.request(path, 160) for path in paths]
+        for path, future in zip(paths, futures, strict=True):
+            future.add_done_callback(lambda _, path=path: made.append(path))
+    assert all(future.result(60) for future in futures)
+    wait_for(lambda: made == paths)
+    pictures.close()
+
+
+def test_old_thumbnails_are_removed_where_runs_alone_are_open(tmp_path, monkeypatch):
+    tidied = []
+    monkeypatch.setattr("studio.pictures.remove_old_thumbnails", tidied.append)
+    with studio("--run_dirs", tmp_path) as running:
+        wait_for(lambda: tidied == [running.runs.pictures._folder])
+
+
+def test_a_process_that_ended_while_it_waited_is_started_again():
+    worker = Worker()
+    try:
+        pid = worker.run(os.getpid, seconds=60)
+        pool = worker._pool
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: pool._broken)
+        with pytest.raises(UserError, match="has ended"):
+            worker.run(os.getpid, seconds=60)
+        assert worker.run(os.getpid, seconds=60) != pid
+    finally:
+        worker.close()
 
 
 def test_paths_of_options_stay_within_the_folders(tmp_path, monkeypatch):
@@ -205,6 +253,8 @@ def test_a_folder_that_disappears_and_images_without_text_are_told(tmp_path):
         [run] = running.get("/api/runs")["runs"]
         samples = running.get(f"/api/runs/{run['id']}/samples")
         assert samples["steps"] == [0] and sorted(samples["left_out"]) == names
+        (output / SAMPLE_FOLDER / names[1]).unlink()
+        assert running.get(f"/api/runs/{run['id']}/samples")["left_out"] == [names[0]]
         shutil.rmtree(output)
         answer = running.client.get(f"/api/runs/{run['id']}")
         assert answer.status_code == 400 and "may be gone" in answer.json()["problem"]
