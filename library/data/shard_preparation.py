@@ -124,24 +124,28 @@ class _Making:
         Return the keys of those that cannot be encoded, and of those whose latents in a shard do not fit.
         """
         own = dealt(images, self._work.encoding.batch_size, self._share)
-        key_of = {image: key for key, image in own.items()}
         failed: list[str] = []
         stale: list[str] = []
         if self._work.skip_existing:
             for key, image in own.items():
                 if self._found(key, image, check_image=True, stale=stale) is not None:
                     done.kept.add(key)
-        to_encode = [image for key, image in own.items() if key not in done.kept]
-        if not to_encode:
+        keys_of: dict[BucketedImage, list[str]] = {}  # two entries may have one image
+        for key, image in own.items():
+            if key not in done.kept:
+                keys_of.setdefault(image, []).append(key)
+        if not keys_of:
             return failed, stale
-        for outcome in encode_images(to_encode, self._work.vae, self._work.encoding, vae_digest=self._work.vae_digest):
-            key = key_of[outcome.image]
+        work = self._work
+        for outcome in encode_images(list(keys_of), work.vae, work.encoding, vae_digest=work.vae_digest):
+            keys = keys_of[outcome.image]
             if outcome.cached is None:
                 done.problems.append(str(outcome.error))
-                failed.append(key)
+                failed += keys
                 continue
-            write_cache(self._part(key), outcome.cached)
-            done.written.add(key)
+            for key in keys:
+                write_cache(self._part(key), outcome.cached)
+            done.written.update(keys)
             report_redone(outcome)
         return failed, stale
 

@@ -63,11 +63,11 @@ class TrainingFolder:
         arguments = [self.images, self.in_json, self.out_json, model or self.model, *buckets, *flags]
         return prepare_buckets_latents.main([str(argument) for argument in arguments])
 
-    def prepare_lines(self, lines, out="meta lat.json"):
+    def prepare_lines(self, lines, *flags, out="meta lat.json"):
         """Run the script on JSONL of these objects; return what it wrote."""
         in_json = self.root / "meta.jsonl"
         in_json.write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
-        arguments = [self.images, in_json, self.root / out, self.model, *SMALL_BUCKETS]
+        arguments = [self.images, in_json, self.root / out, self.model, *SMALL_BUCKETS, *flags]
         assert prepare_buckets_latents.main([str(argument) for argument in arguments]) == 0
         return (self.root / out).read_text(encoding="utf-8")
 

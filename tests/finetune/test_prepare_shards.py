@@ -167,6 +167,18 @@ def test_npz_files_that_fit_need_not_be_encoded_again(sets, monkeypatch):
     assert sets.read(flip_aug=True, alpha_mask=True).all_have_latents
 
 
+def test_one_image_may_have_two_entries(sets):
+    shutil.rmtree(sets.shards)
+    names = ["a.png", "./a.png", "c.png", "b.png"]
+    lines = [{"image_path": name, "captionL": "style", "captionG": f"content of {name}"} for name in names]
+    for flags in ((), ("--skip_existing",)):
+        sets.folder.prepare_lines(lines, "--latents_as=shards", *flags)
+        images = sets.read()
+        assert [image.key for image in images] == names
+        for image in images:
+            assert image.sample(flipped=False)[0].tobytes() == sets.arrays[Path(image.key).stem].latents.tobytes()
+
+
 def spoil(path: Path, how: str) -> None:
     content = bytearray(path.read_bytes())
     if how == "cut off":
