@@ -17,11 +17,10 @@ from library.config.processes import Share
 from library.data.buckets import BucketedImage
 from library.data.images import UnusableImage
 from library.data.latent_cache import CacheDemands, read_fitting
-from library.data.latent_preparation import Encoding, Outcome, encode_images, require_disk_for_latents
+from library.data.latent_preparation import Encoding, Outcome, batches_of, encode_images, require_disk_for_latents
 from library.data.latent_writing import IndexedFiles, Place
 from library.sdxl.latents import vae_digest
 from library.sdxl.model_source import load_vae
-from library.sdxl.sizes import Size
 
 log = logging.getLogger(__name__)
 
@@ -92,32 +91,19 @@ def write_latents(
     """
     files = IndexedFiles({image: place for places in groups.values() for image, place in places.items()})
     try:
-        kept, written = _kept_and_written(vae, digest, groups, present, problems, files)
+        kept = set(_still_fitting(groups, present, digest, files))
+        to_encode = {encoding: [image for image in places if image not in kept] for encoding, places in groups.items()}
+        _require_disk(to_encode)
+        outcomes = chain.from_iterable(
+            encode_images(images, vae, encoding, vae_digest=digest) for encoding, images in to_encode.items() if images
+        )
+        total = sum(map(len, to_encode.values()))
+        written = set(_written(tqdm(outcomes, "encoding", total, unit="image"), files, problems))
     except BaseException:
         files.save_index()  # nobody waits for this process any more
         raise
     share.in_turn(files.save_index)
     return kept, written
-
-
-def _kept_and_written(
-    vae: AutoencoderKL,
-    digest: str,
-    groups: Mapping[Encoding, Mapping[BucketedImage, Place]],
-    present: Mapping[BucketedImage, Path],
-    problems: list[str],
-    files: IndexedFiles,
-) -> tuple[set[BucketedImage], set[BucketedImage]]:
-    to_check = [(image, encoding) for encoding, cache_of in groups.items() for image in cache_of if image in present]
-    own = {image: place.file for places in groups.values() for image, place in places.items()}
-    kept = set(_still_fitting(to_check, present, digest, own, files))
-    to_encode = {encoding: [image for image in cache_of if image not in kept] for encoding, cache_of in groups.items()}
-    _require_disk(to_encode)
-    outcomes = chain.from_iterable(
-        encode_images(images, vae, encoding, vae_digest=digest) for encoding, images in to_encode.items() if images
-    )
-    total = sum(map(len, to_encode.values()))
-    return kept, set(_written(tqdm(outcomes, "encoding", total, unit="image"), files, problems))
 
 
 def problem_of(path: Path, error: UserError) -> str:
@@ -137,19 +123,25 @@ def _require_disk(to_encode: Mapping[Encoding, Iterable[BucketedImage]]) -> None
 
 
 def _still_fitting(
-    to_check: Sequence[tuple[BucketedImage, Encoding]],
-    file_of: Mapping[BucketedImage, Path],
+    groups: Mapping[Encoding, Mapping[BucketedImage, Place]],
+    present: Mapping[BucketedImage, Path],
     digest: str,
-    own: Mapping[BucketedImage, Path],
     files: IndexedFiles,
 ) -> Iterator[BucketedImage]:
-    for image, encoding in tqdm(to_check, "checking latents", unit="image", disable=not to_check):
-        path, demands = file_of[image], demands_of(image, encoding, digest)
+    """Yield the images whose files of `present` fit; those in their places are noted in `files`."""
+    to_check = [
+        (image, place.file, encoding)
+        for encoding, places in groups.items()
+        for image, place in places.items()
+        if image in present
+    ]
+    for image, own, encoding in tqdm(to_check, "checking latents", unit="image", disable=not to_check):
+        path, demands = present[image], demands_of(image, encoding, digest)
         if not path.is_file():
             continue
         try:
             cached, place = read_fitting(path, image.path, image.assignment.bucket, demands)
-            if path == own[image]:
+            if path == own:
                 files.keep(image, cached, place)
             yield image
         except UserError as error:
@@ -173,10 +165,7 @@ def dealt(images: Mapping[str, BucketedImage], batch_size: int, share: Share) ->
 
     The processes need not agree on what is there already.
     """
-    in_bucket: dict[Size, list[str]] = {}
-    for key, image in images.items():
-        in_bucket.setdefault(image.assignment.bucket, []).append(key)
-    batches = (keys[at : at + batch_size] for keys in in_bucket.values() for at in range(0, len(keys), batch_size))
+    batches = batches_of(images, lambda key: images[key].assignment.bucket, batch_size)
     return {key: images[key] for number, batch in enumerate(batches) if share.has(number) for key in batch}
 
 

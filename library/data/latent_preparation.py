@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from library.sdxl.sizes import Size
 
 log = logging.getLogger(__name__)
 
+Named = TypeVar("Named")
 _MOST_THREADS = 4  # unless asked for more
 
 
@@ -179,14 +180,16 @@ def _outcomes(
 ) -> Iterator[Outcome]:
     num_threads = encoding.num_threads or min(_MOST_THREADS, os.cpu_count() or 1)
     with ThreadPoolExecutor(num_threads) as pool:
-        for batch, loading in _loaded_ahead(pool, _batches(images, encoding.batch_size), num_threads):
+        batches = batches_of(images, lambda image: image.assignment.bucket, encoding.batch_size)
+        for batch, loading in _loaded_ahead(pool, batches, num_threads):
             yield from _encode_batch(batch, loading, vae, encoding, vae_digest)
 
 
-def _batches(images: Iterable[BucketedImage], batch_size: int) -> Iterator[list[BucketedImage]]:
-    buckets: dict[Size, list[BucketedImage]] = {}
+def batches_of(images: Iterable[Named], bucket_of: Callable[[Named], Size], batch_size: int) -> Iterator[list[Named]]:
+    """Yield the images, or what stands for them, in the batches in which they are encoded: bucket by bucket."""
+    buckets: dict[Size, list[Named]] = {}
     for image in images:
-        buckets.setdefault(image.assignment.bucket, []).append(image)
+        buckets.setdefault(bucket_of(image), []).append(image)
     for same_size in buckets.values():
         for first in range(0, len(same_size), batch_size):
             yield same_size[first : first + batch_size]

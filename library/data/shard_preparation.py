@@ -9,17 +9,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from library.config.atomic_files import require_disk_space
 from library.config.digests import digest
 from library.config.errors import UserError
 from library.config.leftovers import remove_leftovers
 from library.data.buckets import BucketedImage
 from library.data.columns import Texts
-from library.data.latent_cache import CachedLatents, cache_bytes, cache_path, read_fitting, write_cache
+from library.data.latent_cache import CachedLatents, cache_path, read_fitting, write_cache
 from library.data.latent_entries import Entries, States, states_of
 from library.data.latent_files import Done, Work, dealt, demands_of, joined, report_redone
 from library.data.latent_index import index_beside
-from library.data.latent_preparation import encode_images
+from library.data.latent_preparation import encode_images, require_disk_for_latents
 from library.data.latent_shards import SHARD_SUFFIX, Shard, open_shard, shards_path
 from library.data.shard_writing import ROWS, SHARD_NAME, Member, write_manifest, write_shard
 from library.data.stored_arrays import BF16, FLOAT32
@@ -92,11 +91,7 @@ class _Making:
         if self._work.skip_existing:
             self._old = dict(self._rows_there())
         missing = [image for key, image in images.items() if key not in self._old]
-        sizes = (
-            cache_bytes(each.assignment.bucket, flip=self._work.encoding.flip, masked=each.mask is not None)
-            for each in missing
-        )
-        require_disk_space(self._folder, sum(sizes), f"to write latents of {len(missing)} images")
+        require_disk_for_latents(self._folder, missing, self._work.encoding)
 
     def _rows_there(self) -> Iterator[tuple[str, tuple[Shard, int]]]:
         """Yield the images of shards that are there, those of a manifest or of a preparation that was killed."""
