@@ -88,18 +88,6 @@ def read_caption(path: Path | str, suffix: str) -> tuple[str, CaptionSource]:
     return caption, CaptionSource(suffix, state.st_size, state.st_mtime_ns, _caption_digest(caption))
 
 
-def warn_of_changed_captions(
-    path: Path, metadata: Metadata, image_of: Mapping[str, Path | None], extensions: tuple[str, str] = _EXTENSIONS
-) -> None:
-    """Name the caption files beside the images that have changed since they were merged into the metadata `path`.
-
-    `extensions` of L and G are those of files that the metadata does not record. A file whose size and time are the
-    recorded ones is not read.
-    """
-    suspects = _suspects(path, metadata, image_of, extensions)
-    warn_of_suspects(path, ((suspect, metadata[suspect.key]) for suspect in suspects))
-
-
 def warn_of_suspects(path: Path, suspects: Iterable[tuple[Suspect, Entry]]) -> None:
     """Name the caption files, of suspects with their entries in the metadata `path`, that differ from these."""
     changed = []
@@ -151,14 +139,12 @@ def update_captions(path: Path, folder: Path, extensions: tuple[str, str] = _EXT
 
 
 def _suspects(
-    path: Path, metadata: Metadata, image_of: Mapping[str, Path | None], extensions: tuple[str, str]
+    path: Path, metadata: Metadata, image_of: Mapping[str, Path], extensions: tuple[str, str]
 ) -> Iterator[Suspect]:
     """Yield the caption files whose size or time is not the recorded one, or, without record, later than `path`'s."""
     since = path.stat().st_mtime_ns
     images = tqdm(image_of.items(), "comparing caption files", unit="image", disable=None, delay=1)
     for key, image in images:
-        if image is None:
-            continue
         start = without_suffix(image)
         yield from suspects_beside(start, key, metadata[key], since, extensions)
 

@@ -51,8 +51,9 @@ class FinalTexts(NamedTuple):
 
 def variants_of(caption: str | Sequence[str]) -> tuple[str, ...]:
     """Return the variants that a text, or a list of texts, of the metadata holds: its lines."""
-    texts = [caption] if isinstance(caption, str) else caption
-    return tuple(line for text in texts for line in text.split("\n"))
+    if isinstance(caption, str):
+        return tuple(caption.split("\n"))
+    return tuple(line for text in caption for line in text.split("\n"))
 
 
 def final_texts(

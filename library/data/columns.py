@@ -29,7 +29,7 @@ class InSharedMemory(NamedTuple):
         import torch
 
         content = in_shared_memory(torch.empty(array.nbytes, dtype=torch.uint8))
-        content.numpy()[:] = np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8)
+        content.numpy()[:] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         return cls(content, array.dtype, array.shape)
 
     def array(self) -> np.ndarray:

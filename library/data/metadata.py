@@ -195,7 +195,8 @@ def train_resolution(entry: Entry) -> Size | None:
     """
     if TRAIN_RESOLUTION not in entry:
         return None
-    return Size(*(side - side % PIXELS_PER_LATENT for side in entry[TRAIN_RESOLUTION]))
+    width, height = entry[TRAIN_RESOLUTION]
+    return Size(width - width % PIXELS_PER_LATENT, height - height % PIXELS_PER_LATENT)
 
 
 def with_train_resolution(entry: Entry, size: Size) -> Entry:

@@ -96,6 +96,7 @@ class _Search:
     def __init__(self, subset: Subset):
         self._subset = subset
         self._regular = subset.as_regularization()
+        self._changes_pixels = subset.augmentation.changes_pixels
         self._names: FolderNames | None = None
         self._plain = FoundBuilder()
         self._others: dict[int, FoundImage] = {}  # by their places among all
@@ -134,7 +135,7 @@ class _Search:
         in_shards = key in self._in_shards
         self._num_in_shards += in_shards
         start, suffixes = self._place(key, in_shards=in_shards)
-        if start is not None and bucket is not None and not subset.augmentation.changes_pixels:
+        if start is not None and bucket is not None and not self._changes_pixels:
             file, cache = start + suffixes.images[0], start + _CACHE
             self._plain.add_facts(
                 key,
