@@ -17,20 +17,10 @@ def parse_json(text: str, file: str, remedy: str, *, line: int | None = None) ->
 
     Raise `UserError` naming `file`, line and column for broken JSON, and naming a key that one object has twice.
     """
-    where = file if line is None else f"{file}, line {line}"
     try:
         return json.loads(text, object_pairs_hook=_object_without_repeated_keys)
-    except json.JSONDecodeError as error:
-        row = error.lineno if line is None else line
-        raise UserError(
-            f"{file} is not valid JSON: line {row}, column {error.colno}: {error.msg}.", f"Correct the line, {remedy}."
-        ) from error
-    except (RecursionError, ValueError) as error:  # thousands of brackets, a number of thousands of digits
-        raise UserError(f"{where} is not metadata ({error}).", f"Check the file, {remedy}.") from error
-    except _RepeatedKey as error:
-        raise UserError(
-            f"{where}: the key {error} occurs twice in one object.", "Remove or rename one of the two."
-        ) from error
+    except (ValueError, RecursionError, _RepeatedKey) as error:
+        raise _refusal(error, file, remedy, line) from error
 
 
 def stream_json(path: Path, remedy: str, *, if_missing: str) -> Iterator[tuple[str, Any]]:
@@ -46,19 +36,24 @@ def stream_json(path: Path, remedy: str, *, if_missing: str) -> Iterator[tuple[s
     except OSError as error:
         remedy_of_path = if_missing if isinstance(error, FileNotFoundError) else "Check the path."
         raise UserError(f"cannot read {where}: {error.strerror or error}.", remedy_of_path) from error
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{where} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}.",
-            f"Correct the line, {remedy}.",
-        ) from error
     except _NotUtf8 as error:
         raise UserError(f"{where} is not UTF-8: {error}.", "Save it as UTF-8.") from error
-    except (RecursionError, ValueError) as error:
-        raise UserError(f"{where} is not metadata ({error}).", f"Check the file, {remedy}.") from error
-    except _RepeatedKey as error:
-        raise UserError(
-            f"{where}: the key {error} occurs twice in one object.", "Remove or rename one of the two."
-        ) from error
+    except (ValueError, RecursionError, _RepeatedKey) as error:
+        raise _refusal(error, where, remedy) from error
+
+
+def _refusal(error: Exception, file: str, remedy: str, line: int | None = None) -> UserError:
+    """Return what to tell the user of an error of parsing a file, or its line `line` alone."""
+    if isinstance(error, json.JSONDecodeError):
+        row = error.lineno if line is None else line
+        return UserError(
+            f"{file} is not valid JSON: line {row}, column {error.colno}: {error.msg}.", f"Correct the line, {remedy}."
+        )
+    where = file if line is None else f"{file}, line {line}"
+    if isinstance(error, _RepeatedKey):
+        return UserError(f"{where}: the key {error} occurs twice in one object.", "Remove or rename one of the two.")
+    # Thousands of brackets, a number of thousands of digits.
+    return UserError(f"{where} is not metadata ({error}).", f"Check the file, {remedy}.")
 
 
 _PIECE = 1 << 20
