@@ -35,29 +35,43 @@ def split_off(content: Any, name: str, found: dict[str, Tensor]) -> Any:
 
     Their names are paths in dictionaries and lists: "optimizer.pt/state/3/exp_avg".
     """
-    if isinstance(content, DTensor):
-        found[name] = content
-        return torch.empty(content.shape, dtype=content.dtype, device="meta")
+
+    def without_numbers(name: str, tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, DTensor):
+            return tensor
+        found[name] = tensor
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+    return _with_tensors(content, name, without_numbers)
+
+
+def _with_tensors(content: Any, name: str, make: Callable[[str, Tensor], Tensor]) -> Any:
+    """Return `content` with what `make(name, tensor)` returns in place of each of its tensors."""
+    if isinstance(content, Tensor):
+        return make(name, content)
     if isinstance(content, Mapping):
-        return {key: split_off(value, f"{name}/{key}", found) for key, value in content.items()}
+        return {key: _with_tensors(value, f"{name}/{key}", make) for key, value in content.items()}
     if isinstance(content, list | tuple):
-        return [split_off(value, f"{name}/{place}", found) for place, value in enumerate(content)]
+        made = [_with_tensors(value, f"{name}/{place}", make) for place, value in enumerate(content)]
+        return tuple(made) if isinstance(content, tuple) else made
     return content
 
 
 def save_shards(folder: Path, tensors: Mapping[str, Tensor], shards: Shards) -> tuple[dict[str, int], dict[str, str]]:
     """Write the parts of tensors, those of each process into a file; return sizes and digests by name of file.
 
-    Every process calls it. Raise `UserError` in all of them if one cannot write.
+    Every process calls it. Raise in all of them: `UserError` if one cannot write, `RuntimeError` for any other failure.
     """
-    writer = _ShardWriter(folder)
+    writer, failure = _ShardWriter(folder), None
     with agreed(shards.accelerator):
         try:
             distributed_checkpoint.save(dict(tensors), storage_writer=writer)
-        except CheckpointException:
+        except CheckpointException as error:
             if writer.refusal is not None:
                 raise writer.refusal from None
-            # else another process has the reason, and tells it
+            failure = error  # unless another process tells why it refused
+    if failure is not None:
+        raise RuntimeError(str(failure)) from failure  # torch's is no `Exception`, so that nothing would handle it
     written = dict(gathered([each for each in [writer.written] if each is not None]))
     return {name: (folder / name).stat().st_size for name in written}, written
 
@@ -99,14 +113,15 @@ def _tensor_of(item: WriteItem, planner: SavePlanner) -> tuple[TensorToWrite, tu
 class StateShards:
     """The tensors of a state that lie in files of several processes.
 
-    Raise `DamagedState` for files that are not as they were written; each process looks at its share of them.
+    Every process makes it. Raise `DamagedState` in all of them for files that are not as they were written; each
+    process looks at its share of them.
     """
 
     def __init__(self, folder: Path, digests: Mapping[str, str]):
-        self._folder = folder
-        for name in sorted(digests)[_rank() :: _num_processes()]:
-            if file_digest(folder / name) != digests[name]:
-                raise DamagedState(folder, f"{name} is not as it was written")
+        share = sorted(digests)[_rank() :: _num_processes()]
+        damaged = gathered([name for name in share if file_digest(folder / name) != digests[name]])
+        if damaged:  # told to all, so that none reads it
+            raise DamagedState(folder, f"{damaged[0]} is not as it was written")
         self._reader = _ShardReader(str(folder))
         try:
             entries = self._reader.read_metadata().state_dict_metadata
@@ -124,7 +139,14 @@ class StateShards:
     def fill(self, content: Any, name: str, empty: Callable[[str, Tensor], Tensor]) -> Any:
         """Return `content`, as `split_off` has left it, with its tensors read into what `empty(name, tensor)` makes."""
         found: dict[str, Tensor] = {}
-        filled = _with_places(content, name, empty, found)
+
+        def place(name: str, tensor: Tensor) -> Tensor:
+            if not tensor.is_meta:
+                return tensor
+            found[name] = empty(name, tensor)
+            return found[name]
+
+        filled = _with_tensors(content, name, place)
         self.read(found)
         return filled
 
@@ -139,17 +161,6 @@ class _ShardReader(HuggingFaceStorageReader):
         if self._metadata is None:
             self._metadata = super().read_metadata()
         return self._metadata
-
-
-def _with_places(content: Any, name: str, empty: Callable[[str, Tensor], Tensor], found: dict[str, Tensor]) -> Any:
-    if isinstance(content, Tensor) and content.is_meta:
-        found[name] = empty(name, content)
-        return found[name]
-    if isinstance(content, Mapping):
-        return {key: _with_places(value, f"{name}/{key}", empty, found) for key, value in content.items()}
-    if isinstance(content, list):
-        return [_with_places(value, f"{name}/{place}", empty, found) for place, value in enumerate(content)]
-    return content
 
 
 def _rank() -> int:
