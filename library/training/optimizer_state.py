@@ -42,16 +42,14 @@ def _state_of(learnt: Resumable, parameter: nn.Parameter) -> dict[str, Any]:
     if learnt.shards is None:
         return state
     return {
-        key: learnt.shards.spread(value, parameter) if _is_part(learnt, key, value, parameter.shape) else value
+        key: learnt.shards.spread(value, parameter) if _has_shape(value, parameter.shape) else value
         for key, value in state.items()
     }
 
 
-def _is_part(learnt: Resumable, key: str, value: Any, shape: torch.Size) -> bool:
-    """Return whether this is kept in parts like a weight of this shape, row by row."""
-    optimizer: Any = getattr(learnt.optimizer, "optimizer", learnt.optimizer)  # accelerate wraps it
-    keeps_rows = getattr(optimizer, "keeps_rows", lambda key, num_dimensions: False)
-    return isinstance(value, torch.Tensor) and (value.shape == shape or keeps_rows(key, len(shape)))
+def _has_shape(value: Any, shape: torch.Size) -> bool:
+    """Return whether this is a number for each of a weight, or of a part, of this shape, and kept in parts like it."""
+    return isinstance(value, torch.Tensor) and value.shape == shape
 
 
 def _kind(learnt: Resumable) -> list[str]:
@@ -115,7 +113,7 @@ def restore_optimizer(
             place += 1
             shape = parameter.shape if learnt.shards is None else learnt.shards.whole_shape(parameter)
             _require_fitting_moments(state, shape)
-            state = {key: _own_part(learnt, key, value, shape) for key, value in state.items()}
+            state = {key: _own_part(learnt, value, shape) for key, value in state.items()}
             device = torch.device("cpu") if learnt.is_offloaded else parameter.device
             placed = {key: placed_state(optimizer, key, value, group, device) for key, value in state.items()}
             follow(sum(value.nbytes for value in state.values() if isinstance(value, torch.Tensor)))
@@ -124,9 +122,9 @@ def restore_optimizer(
             )
 
 
-def _own_part(learnt: Resumable, key: str, value: Any, whole: torch.Size) -> Any:
+def _own_part(learnt: Resumable, value: Any, whole: torch.Size) -> Any:
     """Return what this process keeps of something saved: rows of what is kept in parts, all of the rest."""
-    if learnt.shards is None or not _is_part(learnt, key, value, whole):
+    if learnt.shards is None or not _has_shape(value, whole):
         return value
     return learnt.shards.part(value)
 

@@ -71,8 +71,8 @@ class Shards:
         return whole[rows.start : rows.stop]
 
     def spread(self, part: Tensor, shard: Parameter) -> DTensor:
-        """Return, as a tensor of all processes, what each keeps beside its part of a weight: rows, as many as that."""
-        return self._spread(part, torch.Size((self.whole_shape(shard)[0], *part.shape[1:])))
+        """Return, as a tensor of all processes, what each keeps beside its part of a weight: a number for each."""
+        return self._spread(part, self.whole_shape(shard))
 
     def empty(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> DTensor:
         """Return a tensor of all processes of which each has rows, with numbers that happen to be there."""
