@@ -12,7 +12,7 @@ from library.sdxl.tensor_file import TensorReader, first_line, open_tensors
 
 def architecture_of_file(path: Path) -> Architecture:
     """Return the sizes of a single file's networks. Raise `UserError` for a file that is damaged."""
-    with open_tensors(path) as file:
+    with open_tensors(path) as file, _explained_architecture(file):
         return _recorded_architecture(file, SDXL_BASE)
 
 
@@ -24,8 +24,7 @@ def without_weights(reader: TensorReader, make: Callable[[Architecture], Any], o
 
 def _recorded_architecture(reader: TensorReader, otherwise: Architecture) -> Architecture:
     note = reader.metadata.get(ARCHITECTURE_KEY)
-    with _explained_architecture(reader):
-        return otherwise if note is None else Architecture.from_json(note)
+    return otherwise if note is None else Architecture.from_json(note)
 
 
 @contextmanager

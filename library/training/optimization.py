@@ -75,10 +75,8 @@ def make_learner(
         rates = {group["name"]: group["lr"] for group in groups}
         rates_over_run(optimizer_options, schedule_options, rates, num_steps=num_steps, at=())
     lr_schedule = make_lr_schedule(optimizer, schedule_options, num_steps)
-    fused = optimizer_options.fused_backward_pass
-    trained, optimizer = prepare(accelerator, networks, optimizer, exchanges=not fused and shards is None)
-    exchange = ChunkExchange() if fused and accelerator.num_processes > 1 and shards is None else None
-    in_parts = {} if shards is None else {"on_each": shards.on_gradient}
+    exchanges = not optimizer_options.fused_backward_pass and shards is None
+    trained, optimizer = prepare(accelerator, networks, optimizer, exchanges=exchanges)
     return Learner(
         accelerator=accelerator,
         unet=trained["unet"],
@@ -90,7 +88,7 @@ def make_learner(
         settings=settings,
         lr_schedule=lr_schedule,
         stepper=stepper,
-        fused=FusedBackward(stepper, optimizer_options.max_grad_norm, exchange, **in_parts) if fused else None,
+        fused=_make_fused(stepper, optimizer_options, accelerator, shards),
         max_grad_norm=optimizer_options.max_grad_norm,
         watch=LossWatch(max_bad_steps),
         step_loss=StepLoss(accelerator),
@@ -170,6 +168,18 @@ def _make_stepper(
     if each_alone:
         return Stepper(optimizer, rounder, narrow_keys, offloads=options.offload_optimizer)
     return Stepper(optimizer, rounder, narrow_keys, elements_per_chunk=math.inf)
+
+
+def _make_fused(
+    stepper: Stepper, options: OptimizerOptions, accelerator: Accelerator, shards: Shards | None
+) -> FusedBackward | None:
+    """Return what steps in the backward pass, if that is asked for; with other processes it averages the gradients."""
+    if not options.fused_backward_pass:
+        return None
+    if shards is not None:  # whose gradients are the mean already
+        return FusedBackward(stepper, options.max_grad_norm, on_each=shards.on_gradient)
+    exchange = ChunkExchange() if accelerator.num_processes > 1 else None
+    return FusedBackward(stepper, options.max_grad_norm, exchange)
 
 
 def require_host_memory(make: MakeOptimizer, parameters: Sequence[nn.Parameter], rounding: str) -> None:
