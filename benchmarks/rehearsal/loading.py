@@ -9,7 +9,6 @@ memory, as in training. Needs what the rehearsal needs, and Linux.
 import argparse
 import os
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,31 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywher
 import sdxl_train  # noqa: F401  # isort: skip  # before torch, since it says how torch is to take its memory
 import torch
 
-from benchmarks.phases import anonymous_bytes
+from benchmarks.phases import PhaseRecorder, anonymous_bytes
 from benchmarks.rehearsal.stand_in import CUDA, stand_in_gpu, why_not
 from library.sdxl.checkpoint_file import ModelDtypes
 from library.sdxl.model_source import ModelOptions, load_model, load_unet
 
-_POLL_SECONDS = 0.01
 _GIB = 2**30
-
-
-class Peak:
-    """The most anonymous memory of this process since the last call of `since`."""
-
-    def __init__(self) -> None:
-        self._peak = anonymous_bytes()
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    def since(self) -> float:
-        """Return the peak in GiB, and begin again."""
-        found, self._peak = max(self._peak, anonymous_bytes()), anonymous_bytes()
-        return found / _GIB
-
-    def _watch(self) -> None:
-        over = threading.Event()
-        while not over.wait(_POLL_SECONDS):
-            self._peak = max(self._peak, anonymous_bytes())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,14 +36,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     narrow = torch.bfloat16
     with stand_in_gpu() as books:
-        peak = Peak()
-        print(f"before: {peak.since():.2f} GiB of host memory")
-        model = load_model(options, ModelDtypes(narrow, narrow, narrow, narrow), with_unet=False)
-        print(f"L, G and VAE in host memory: peak {peak.since():.2f} GiB, then {anonymous_bytes() / _GIB:.2f}")
-        load_unet(options, model.unet, narrow, CUDA)
-        print(f"U-Net to the GPU: peak {peak.since():.2f} GiB, then {anonymous_bytes() / _GIB:.2f}", end="; ")
-        print(f"on the GPU {books.now / _GIB:.2f}", flush=True)
+        recorder = PhaseRecorder()
+        print(f"before: {anonymous_bytes() / _GIB:.2f} GiB of host memory")
+        with recorder.phase("L, G and VAE in host memory"):
+            model = load_model(options, ModelDtypes(narrow, narrow, narrow, narrow), with_unet=False)
+        print(_said(recorder))
+        with recorder.phase("U-Net to the GPU"):
+            load_unet(options, model.unet, narrow, CUDA)
+        print(f"{_said(recorder)}; on the GPU {books.now / _GIB:.2f}", flush=True)
     os._exit(0)
+
+
+def _said(recorder: PhaseRecorder) -> str:
+    """Return the peak of host memory in the last phase, and what is held after it."""
+    last = recorder.rows[-1]
+    return f"{last['phase']}: peak {last['peak_gib']:.2f} GiB, then {anonymous_bytes() / _GIB:.2f}"
 
 
 if __name__ == "__main__":

@@ -10,8 +10,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from accelerate.state import PartialState
 
 from benchmarks.plain_loop import train_plainly
 from benchmarks.rehearsal.books import Books
+from benchmarks.rehearsal.figures import counts, names_of, snapshot
 from benchmarks.rehearsal.stand_in import CUDA, stand_in_gpu
 from benchmarks.synthetic_set import SyntheticSet
 from benchmarks.timed_run import ARCHITECTURES
@@ -37,7 +37,7 @@ from library.sdxl.checkpoint_file import ModelDtypes
 from library.sdxl.sizes import Size
 from library.training import accelerator as accelerator_room
 from library.training import setup
-from library.training.card_memory import CardMemory, largest_batch
+from library.training.card_memory import GIB, CardMemory, largest_batch
 from library.training.checkpoints import Checkpoints
 from library.training.learner import Learner
 from library.training.precision import PrecisionOptions
@@ -45,7 +45,6 @@ from library.training.run_options import TrainingOptions
 from library.training.sampling import Sampling
 from library.training.tracking import Tracker
 
-GIB = 2**30
 MODELS = {
     **ARCHITECTURES,
     "small": replace(
@@ -192,7 +191,7 @@ class _Rehearsal:
             torch.nn.Module.to(network, CUDA)
         self._before_steps = books.peak
         books.begin()
-        clock = _PlainClock(self._case.num_steps, books, lambda: self._steps.append(_snapshot(books, {})))
+        clock = _PlainClock(self._case.num_steps, books, lambda: self._steps.append(snapshot(books, {})))
         model.unet.register_forward_pre_hook(lambda *_: clock.enter("forward"))
         model.unet.register_forward_hook(lambda *_: clock.enter(_LOOP))
         train_plainly(model, training_set.batches(batch_size=1), CUDA, clock)  # type: ignore[arg-type]
@@ -221,7 +220,7 @@ class _Rehearsal:
             books.begin()
             with books.in_phase(_SAMPLES):
                 draw(*arguments, **named)
-            self._samples = _counts(books) | {"peak_gib": round(books.peak / GIB, 3)}
+            self._samples = counts(books) | {"peak_gib": round(books.peak / GIB, 3)}
             books.begin()
 
         return noting
@@ -231,7 +230,7 @@ class _Rehearsal:
             after_step(tracker, occasion, report)
             if report is not None:
                 assert self._model is not None and self._learner is not None
-                self._steps.append(_snapshot(books, _names(books, self._model, self._learner)))
+                self._steps.append(snapshot(books, names_of(books, self._model, self._learner)))
             books.begin()
 
         return ending
@@ -293,46 +292,3 @@ def model_without_numbers(architecture: Architecture, dtypes: ModelDtypes, books
         network.load_state_dict(weights, strict=False, assign=True)
         network.eval()
     return model
-
-
-def _names(books: Books, model: SdxlModel, learner: Learner) -> dict[int, str]:
-    """Return the storages of weights, gradients and the optimizer's state by name."""
-    networks = {"U-Net": model.unet, "VAE": model.vae, "L": model.text_encoder_l, "G": model.text_encoder_g}
-    names: dict[int, str] = {}
-    for label, network in networks.items():
-        for tensor in (*network.parameters(), *network.buffers()):
-            if tensor.device.type == "cuda":
-                names[books.number_of(tensor)] = label
-            if tensor.grad is not None:
-                names[books.number_of(tensor.grad)] = "gradients"
-    for state in learner.optimizer.state.values():
-        for value in state.values():
-            if isinstance(value, torch.Tensor) and value.device.type == "cuda":
-                names[books.number_of(value)] = "optimizer"
-    return names
-
-
-def _snapshot(books: Books, names: Mapping[int, str]) -> dict[str, Any]:
-    parts = books.parts_at_peak(dict(names))
-    return {
-        "peak_gib": round(books.peak / GIB, 3),
-        "resting_gib": round(books.now / GIB, 3),
-        "parts_at_peak_gib": {name: round(size / GIB, 3) for name, size in parts.most_common()},
-        **_counts(books),
-    }
-
-
-def _counts(books: Books) -> dict[str, Any]:
-    return {
-        "operations": {phase: counter.total() for phase, counter in books.operations.items()},
-        "kernels": dict(books.kernels),
-        "casts": dict(books.casts),
-        "products": _flat(books.products),
-        "waits": _flat(books.waits),
-        "copies": _flat(books.copies),
-        "copied_mib": {key: round(count / 2**20, 3) for key, count in _flat(books.copied_bytes).items()},
-    }
-
-
-def _flat(counts: Counter[tuple[str, str]]) -> dict[str, int]:
-    return {f"{phase}: {what}": count for (phase, what), count in counts.items()}
