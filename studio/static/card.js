@@ -52,6 +52,7 @@ export class Card {
 
   /** Show a caption of an image. */
   open(id, caption) {
+    this.commit(); // what was typed while this image was on its way belongs to the one before
     this.id = id;
     this.variant = 0;
     this.count = null;
@@ -83,6 +84,9 @@ export class Card {
 
   showVariants() {
     const { variants, problem, uses_all: usesAll } = this.caption;
+    const shown = JSON.stringify([variants.length, this.variant, Boolean(problem), usesAll]);
+    if (shown === this.shownVariants) return; // a save must not take a button away from under the pointer
+    this.shownVariants = shown;
     const tabs = variants.map((_, index) =>
       button(String(index + 1), () => this.choose(index), {
         role: "tab",
@@ -160,8 +164,13 @@ export class Card {
 
   /** Write what is not saved yet; the promise is true when all is. */
   flush(settings) {
-    if (this.mode === TAGS) this.chips.adding.commit();
+    this.commit();
     return this.saving?.flush(settings) ?? true;
+  }
+
+  /** Take what stands in a field for a tag and is not part of the caption yet. */
+  commit() {
+    if (this.saving && this.mode === TAGS) this.chips.commit();
   }
 
   /** Take another text for the variant that is shown, as if it had been typed. */
@@ -218,10 +227,15 @@ export class Card {
       element(
         "div",
         { class: "actions" },
-        button("Keep mine", () => this.saving.keepMine(now.tag), { title: "Undo brings the other one back" }),
+        button("Keep mine", () => this.keepMine(now), { title: "Undo brings the other one back" }),
         button("Take theirs", () => this.takeTheirs(now)),
       ),
     );
+  }
+
+  keepMine(now) {
+    this.commit();
+    this.saving.keepMine(now.tag, { variant: this.variant, text: this.text });
   }
 
   takeTheirs(now) {
@@ -233,7 +247,7 @@ export class Card {
   /** Take in that the caption on the disk may be another one. */
   seen(caption) {
     if (caption.tag === this.saving.tag) return;
-    if (this.saving.isDirty) {
+    if (this.saving.isDirty || (this.mode === TAGS && this.chips.isEditing)) {
       this.saving.isInConflict = true;
       this.tell("conflict", caption);
     } else {

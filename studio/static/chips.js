@@ -1,7 +1,7 @@
 // A caption as tags: moved by drag or by keys, edited, removed, and added with what the set has already.
 import { element } from "./dom.js";
-import { marked } from "./marks.js";
 import { Adding } from "./adding.js";
+import { Chip } from "./chip.js";
 
 export class Chips {
   constructor(encoder, label, { changed }) {
@@ -9,6 +9,7 @@ export class Chips {
     this.changed = changed;
     this.separator = ",";
     this.tags = [];
+    this.chips = [];
     this.focused = 0;
     this.list = element("ol", { class: "chips", "aria-label": label });
     this.adding = new Adding(encoder, `Add a tag to ${encoder.toUpperCase()}`, {
@@ -19,16 +20,32 @@ export class Chips {
     this.root = element("div", {}, this.list, this.adding.root);
     this.list.addEventListener("keydown", (event) => this.pressed(event));
     this.list.addEventListener("dragover", (event) => this.draggedOver(event));
-    this.list.addEventListener("drop", (event) => event.preventDefault());
+    this.list.addEventListener("drop", (event) => this.dropped(event));
   }
 
   split(text) {
     return text.split(this.separator).map((tag) => tag.trim()).filter(Boolean);
   }
 
+  get text() {
+    return this.tags.join(`${this.separator} `);
+  }
+
+  get isEditing() {
+    return this.chips.some((chip) => chip.isEdited);
+  }
+
+  /** Take what is being typed into a field and is not part of the caption yet. */
+  commit() {
+    for (const chip of [...this.chips]) chip.endEdit(true);
+    this.adding.commit();
+  }
+
   show(text, separator = this.separator) {
     this.separator = separator;
-    this.tags = this.split(text);
+    const tags = this.split(text);
+    if (tags.join("\n") !== this.tags.join("\n")) this.endDrag(); // the tag under the pointer is another one now
+    this.tags = tags;
     this.render();
   }
 
@@ -36,7 +53,7 @@ export class Chips {
     this.tags = tags;
     this.focused = Math.max(0, Math.min(focused, tags.length - 1));
     this.render();
-    this.changed(tags.join(`${this.separator} `));
+    this.changed(this.text);
   }
 
   mark(count) {
@@ -46,62 +63,54 @@ export class Chips {
 
   render() {
     const hadFocus = this.list.contains(document.activeElement) && document.activeElement.tagName === "BUTTON";
-    if (this.list.contains(document.activeElement) && !hadFocus) return; // a tag is being edited
-    const text = this.tags.join(`${this.separator} `);
+    while (this.chips.length > this.tags.length) this.chips.pop().root.remove();
+    while (this.chips.length < this.tags.length) this.chips.push(this.chip());
+    this.list.append(...this.chips.filter(({ root }) => !root.parentNode).map(({ root }) => root));
+    const { text } = this;
     const cut = this.count?.final === null ? this.count.cut : "";
     const kept = cut && text.endsWith(cut) ? text.length - cut.length : text.length;
+    const shared = this.count?.shared ?? new Set();
     let end = 0;
-    const chips = this.tags.map((tag, index) => {
-      end += tag.length + (index ? this.separator.length + 1 : 0);
-      return this.chip(tag, index, end > kept);
+    this.chips.forEach((chip, index) => {
+      end += this.tags[index].length + (index ? this.separator.length + 1 : 0);
+      chip.show(this.tags[index], end > kept, shared);
+      chip.button.tabIndex = index === this.focused ? 0 : -1;
     });
-    this.list.replaceChildren(...chips);
     if (hadFocus) this.focusChip(this.focused);
   }
 
-  chip(tag, index, isCut) {
-    const shown = element(
-      "button",
-      {
-        type: "button",
-        class: "chip",
-        tabIndex: index === this.focused ? 0 : -1,
-        onclick: () => ((this.focused = index), this.edit(index)),
-        onfocus: () => (this.focused = index),
-        "aria-description": isCut ? "over the limit: not read" : undefined,
-        "aria-keyshortcuts": "Enter Delete Alt+ArrowLeft Alt+ArrowRight",
+  chip() {
+    return new Chip({
+      focused: (chip) => (this.focused = this.chips.indexOf(chip)),
+      dragged: (chip) => {
+        this.dragged = chip;
+        chip.setDragged(true);
       },
-      ...marked(tag, "", this.count?.shared ?? new Set()),
-    );
-    const remove = element(
-      "button",
-      { type: "button", class: "remove", tabIndex: -1, "aria-label": `Remove ${tag}`, onclick: () => this.remove(index) },
-      "×",
-    );
-    const item = element("li", { class: isCut ? "is-cut" : "", draggable: true }, shown, remove);
-    item.addEventListener("dragstart", (event) => {
-      this.dragged = index;
-      event.dataTransfer.effectAllowed = "move";
-      event.dataTransfer.setData("text/plain", tag);
-      requestAnimationFrame(() => item.classList.add("is-dragged"));
+      dragEnded: () => this.endDrag(),
+      edited: (chip, text, isFocused) => this.edited(chip, text, isFocused),
+      removed: (chip) => this.remove(this.chips.indexOf(chip)),
     });
-    item.addEventListener("dragend", () => this.dropped());
-    return item;
   }
 
   draggedOver(event) {
     if (this.dragged === undefined) return;
     event.preventDefault();
     const over = event.target.closest("li");
-    for (const item of this.list.children) item.classList.toggle("is-target", item === over);
-    this.target = over ? [...this.list.children].indexOf(over) : this.tags.length - 1;
+    this.target = this.chips.find(({ root }) => root === over) ?? this.chips.at(-1);
+    for (const { root } of this.chips) root.classList.toggle("is-target", root === over);
   }
 
-  dropped() {
-    const { dragged, target } = this;
+  dropped(event) {
+    event.preventDefault();
+    const [from, to] = [this.dragged, this.target].map((chip) => this.chips.indexOf(chip));
+    this.endDrag();
+    if (from >= 0 && to >= 0 && to !== from) this.move(from, to);
+  }
+
+  endDrag() {
+    this.dragged?.setDragged(false);
+    for (const { root } of this.chips) root.classList.remove("is-target");
     this.dragged = this.target = undefined;
-    if (dragged !== undefined && target !== undefined && target !== dragged) this.move(dragged, target);
-    else this.render();
   }
 
   move(from, to) {
@@ -117,28 +126,10 @@ export class Chips {
     else this.adding.focus();
   }
 
-  edit(index) {
-    const item = this.list.children[index];
-    const field = element("input", { type: "text", value: this.tags[index], "aria-label": `Edit ${this.tags[index]}` });
-    let isOver = false;
-    const finish = (isKept) => {
-      if (isOver) return;
-      isOver = true;
-      field.remove();
-      if (isKept) this.set(this.tags.flatMap((tag, each) => (each === index ? this.split(field.value) : [tag])), index);
-      else this.render();
-    };
-    field.addEventListener("keydown", (event) => {
-      if (event.key !== "Enter" && event.key !== "Escape") return;
-      event.preventDefault();
-      event.stopPropagation();
-      finish(event.key === "Enter");
-      this.focusChip(this.focused);
-    });
-    field.addEventListener("blur", () => finish(true));
-    item.replaceChildren(field);
-    field.focus();
-    field.select();
+  edited(chip, text, isFocused) {
+    const index = this.chips.indexOf(chip);
+    if (text !== null) this.set(this.tags.flatMap((tag, each) => (each === index ? this.split(text) : [tag])), index);
+    if (isFocused) this.focusChip(this.focused);
   }
 
   pressed(event) {
@@ -160,11 +151,8 @@ export class Chips {
   focusChip(index) {
     if (index < 0 || index >= this.tags.length) return;
     this.focused = index;
-    [...this.list.children].forEach((item, each) => {
-      const chip = item.querySelector(".chip");
-      if (chip) chip.tabIndex = each === index ? 0 : -1;
-    });
-    this.list.children[index]?.querySelector(".chip")?.focus();
+    this.chips.forEach(({ button }, each) => (button.tabIndex = each === index ? 0 : -1));
+    this.chips[index].button.focus();
   }
 
   focus() {

@@ -26,9 +26,10 @@ export class Saving {
   change(body) {
     if (this.queue.length && kind(this.queue.at(-1)) === kind(body)) this.queue.pop();
     this.queue.push(body);
-    this.told("waiting");
     clearTimeout(this.timer);
-    if (!this.isInConflict) this.timer = setTimeout(() => this.flush(), WAIT_MS);
+    if (this.isInConflict) return; // which stays in view until it is decided
+    this.told("waiting");
+    this.timer = setTimeout(() => this.flush(), WAIT_MS);
   }
 
   /** Write what is pending now; the promise is true when nothing is left to be written. */
@@ -66,10 +67,14 @@ export class Saving {
     }
   }
 
-  /** End a conflict by writing what is here over the version with this tag, which the undo journal keeps. */
-  keepMine(tag) {
+  /**
+   * End a conflict by writing what is here over the version with this tag, which the undo journal keeps. `body` is what
+   * is here where nothing waits to be written.
+   */
+  keepMine(tag, body) {
     this.tag = tag;
     this.isInConflict = false;
+    if (!this.queue.length) this.change(body);
     return this.flush();
   }
 

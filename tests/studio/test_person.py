@@ -136,8 +136,55 @@ def test_tags_are_moved_edited_and_removed_by_keys_and_offered(page, folder):
         page.keyboard.press("ArrowDown")
         page.keyboard.press("Enter")
         page.locator(".card.l .chips li", has_text="cat").drag_to(page.locator(".card.l .chips li", has_text="blue"))
+        expect(page.locator(".card.l .chips .chip")).to_have_text(["cat", "blue hair", "tag number 3"])
         saved(page)
         assert (folder / "01.txt").read_bytes() == b"cat, blue hair, tag number 3"
+
+
+def test_a_tag_that_is_dropped_outside_of_the_tags_stays_where_it_was(page, folder):
+    with studio(folder) as running:
+        page.goto(running.link)
+        open_image(page, "01")
+        chips = page.locator(".card.l .chips .chip")
+        chips.nth(2).hover()
+        page.mouse.down()
+        for _ in range(2):  # the first movement begins a drag
+            chips.nth(0).hover()
+        expect(page.locator(".card.l .chips .is-target")).to_have_count(1)
+        page.locator(".editor-bar h2").hover()
+        page.mouse.up()
+        expect(page.locator(".card.l .chips .is-target")).to_have_count(0)
+        expect(chips).to_have_text(["1girl", "cat", "red hair"])
+        assert (folder / "01.txt").read_bytes() == b"1girl, cat, red hair"
+
+
+def test_a_tag_that_is_being_edited_stays_with_its_image_when_the_next_one_is_opened(page, folder):
+    with studio(folder) as running:
+        page.goto(running.link)
+        open_image(page, "03")
+        page.locator(".card.l .chip", has_text="dog").click()
+        page.get_by_label("Edit dog").fill("big dog")
+        page.keyboard.press("PageDown")
+        expect(page.locator(".editor-bar h2")).to_have_text("04.png")
+        expect(page.locator(".card.l .chip")).to_have_text(LONG.split(", "))
+        saved(page)
+        assert (folder / "03.txt").read_bytes() == b"big dog\r\nsecond line\r\n"
+        assert (folder / "04.txt").read_bytes() == LONG.encode()
+
+
+def test_a_tag_that_is_being_edited_while_the_caption_changes_on_the_disk_is_a_conflict(page, folder):
+    with studio(folder) as running:
+        page.goto(running.link)
+        open_image(page, "01")
+        page.locator(".card.l .chip", has_text="cat").click()
+        page.get_by_label("Edit cat").fill("black cat")
+        (folder / "01.txt").write_bytes(b"dog, 1girl, cat")
+        expect(page.locator(".card.l .conflict")).to_be_visible()
+        page.get_by_label("Edit cat").press("Enter")
+        assert (folder / "01.txt").read_bytes() == b"dog, 1girl, cat"
+        page.get_by_role("button", name="Keep mine").click()
+        saved(page)
+        assert (folder / "01.txt").read_bytes() == b"1girl, black cat, red hair"
 
 
 def test_variants_are_tabs_and_a_caption_is_copied_from_the_previous_image(page, folder):
