@@ -38,6 +38,7 @@ LIMIT_MEMORY = "LIMIT_MEMORY_TO_BYTES"
 END_AT_ONCE = "END_AT_ONCE"
 """Environment variable: the run ends without Python's shutdown, which takes seconds after torch has been imported."""
 _FILE_OPERATIONS = frozenset({"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"})
+_END = "end\n"
 _POLL_SECONDS = 0.01
 
 
@@ -127,7 +128,8 @@ class RunServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._process.communicate()
+        # told, since a closed pipe says nothing while a worker that this process forked has a copy of it
+        self._process.communicate(_END)
 
     def start(self, command: Command) -> ForkedRun:
         """The process of a command, which is running."""
@@ -176,7 +178,9 @@ def serve() -> None:
     }
     gc.freeze()  # or the first collection in a child copies all memory
     print("ready", flush=True)
-    for line in sys.stdin:
+    for line in iter(sys.stdin.readline, ""):
+        if line == _END:
+            break
         content = json.loads(line)
         _status_file(Path(content["output"])).unlink(missing_ok=True)
         if os.fork() == 0:  # waits for the run, which need not be waited for by anybody else
