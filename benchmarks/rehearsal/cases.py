@@ -36,14 +36,19 @@ def cases() -> dict[str, Case]:
         "float32 under autocast": float32,
         "fp16": (*(each for each in float32 if each != fused), "--mixed_precision=fp16"),
         "encoders trained": (*encoded, "--train_text_encoder"),
-        "warm-up and cosine": (*base, "--lr_scheduler=cosine", "--lr_warmup_steps=5"),
+        "warm-up and cosine": (*base, "--lr_scheduler=cosine", "--lr_warmup_steps=1"),
         "convolutions kernel by kernel": tuple(each for each in base if not each.startswith("flatten")),
         "samples": (*base, "--sample_at_first", "--sample_prompts={folder}/prompts.txt"),
         "samples, float32 VAE": (*base, "--no_half_vae", "--sample_at_first", "--sample_prompts={folder}/prompts.txt"),
-        "AdamW8bit": (*base[: base.index("--optimizer_type=Adafactor")], "--optimizer_type=AdamW8bit"),
-        "AdamW": (*base[: base.index("--optimizer_type=Adafactor")], "--optimizer_type=AdamW"),
     }
+    without_optimizer = base[: base.index("--optimizer_type=Adafactor")]
+    varied |= {name: (*without_optimizer, f"--optimizer_type={name}") for name in ("AdamW8bit", "AdamW", "Lion")}
+    varied["Prodigy"] = (*(each for each in without_optimizer if each != fused), "--optimizer_type=Prodigy")
+    varied["Prodigy"] += ("--learning_rate=1",)
     found = {name: Case(name, flags) for name, flags in (recipes | varied).items()}
+    for name in ("8 GB", "AdamW"):
+        title = f"{name}, without Triton"
+        found[title] = Case(title, (recipes | varied)[name], has_triton=False)
     mixed = (Size(1024, 1024), Size(832, 1216))
     for name, flags in VARIANTS.items():
         full = None if flags is None else (*RECIPE, *flags)

@@ -29,7 +29,7 @@ from benchmarks.rehearsal.stand_in import CUDA, stand_in_gpu
 from benchmarks.synthetic_set import SyntheticSet
 from benchmarks.timed_run import ARCHITECTURES
 from library.diffusion.objective import Objective
-from library.optim import kernels
+from library.optim import kernels, triton_launches
 from library.optim.stepping import Stepper
 from library.sdxl import text_encoding
 from library.sdxl.architecture import Architecture, SdxlModel, empty_model
@@ -69,6 +69,7 @@ class Case:
     buckets: tuple[Size, ...] = (Size(1024, 1024),)
     num_steps: int = 2
     channels_last: bool = False
+    has_triton: bool = True
 
 
 def rehearse(case: Case, model_size: str) -> dict[str, Any]:
@@ -164,7 +165,8 @@ class _Rehearsal:
         yield setup, "vae_digest", lambda vae: "0" * 32
         yield setup, "check_disk", lambda *_: None
         yield Checkpoints, "after_step", lambda *_: None
-        yield kernels, "_can_compile", lambda device_type: True
+        yield kernels, "_can_compile", lambda device_type: self._case.has_triton
+        yield triton_launches, "has_triton", lambda: self._case.has_triton
         for target, name, phase in (
             (text_encoding, "encode_captions", "text"),
             (Objective, "draw", "noise"),

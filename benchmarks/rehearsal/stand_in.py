@@ -7,22 +7,26 @@ Needs a CUDA build of torch 2.15 and no driver: `why_not` says what is missing. 
   scaled_dot_product_attention               without a GPU torch takes the formula; a GPU takes flash attention
   pin_memory, Event, Stream, empty_cache     need a driver
   torch.compile, kernels of Triton           are counted, and what is between is not kept, as in a kernel
+  the types that torch.optim takes in lists  are compared with `is`; the tensors here have another one
 """
 
 import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.optim.optimizer import _foreach_supported_types
 from torch.utils._pytree import tree_flatten, tree_map
 
 from benchmarks.rehearsal.books import Books, aten, is_fake
-from library.optim import chunked_adafactor
+from library.optim import triton_launches
 
 CUDA = torch.device("cuda", 0)
 CARD_BYTES = 80 * 2**30
@@ -253,8 +257,9 @@ def stand_in_gpu() -> Iterator[Books]:
         (torch.nn.Module, "_apply", _apply),
         (torch.nn.functional, "scaled_dot_product_attention", _attention),
         (torch, "compile", _compile_with(books)),
-        (chunked_adafactor, "launch", _launch_with(books)),
-        (chunked_adafactor, "address_of", lambda tensor: 0),
+        (triton_launches, "launch", _launch_with(books)),
+        (triton_launches, "address_of", lambda tensor: 0),
+        (import_module("torch.optim.optimizer"), "_foreach_supported_types", [*_foreach_supported_types, FakeTensor]),
         (torch.cuda, "mem_get_info", lambda *_: (CARD_BYTES - books.now, CARD_BYTES)),
         (torch.cuda, "memory_reserved", lambda *_: books.now),
         (torch.cuda, "memory_allocated", lambda *_: books.now),

@@ -251,10 +251,36 @@ def apply(
                 near = _nearest(values)
                 is_finite_there = (near.to(tl.int32, bitcast=True) & 0x7F800000) != 0x7F800000
                 missing = tl.where(is_finite_there, values - near, 0.0)
-                tl.store(residual + at, tl.where(keeps, missing.to(tl.bfloat16), left), inside)
+                tl.store(residual + at, tl.where(keeps, _nearest(missing).to(tl.bfloat16), left), inside)
                 now = near.to(tl.bfloat16)
             elif NARROW:
                 now = _nearest(values).to(tl.bfloat16)
             else:
                 now = values
             tl.store(weight + at, tl.where(keeps, now, before), inside)
+
+
+# Places in a row of the table of `round_all`, all int64.
+SOURCE, TARGET, CUT_OFF, SEED_OF_ROW, SIZE = (tl.constexpr(place) for place in range(5))
+ROUNDED_PLACES = tl.constexpr(5)
+
+
+@program
+def round_all(table, parts, BLOCK: tl.constexpr):
+    """Round float32 numbers to bfloat16: to nearest where what is cut off has an address, otherwise at random."""
+    at = tl.program_id(0)
+    about = table + tl.load(parts + 2 * at) * ROUNDED_PLACES
+    place = tl.load(parts + 2 * at + 1) + tl.arange(0, BLOCK)
+    inside = place < tl.load(about + SIZE)
+    values = tl.load(tl.load(about + SOURCE).to(tl.pointer_type(tl.float32)) + place, inside, 0.0)
+    target = tl.load(about + TARGET).to(tl.pointer_type(tl.bfloat16))
+    cut_off = tl.load(about + CUT_OFF)
+    if cut_off == 0:
+        seed = tl.load(about + SEED_OF_ROW).to(tl.int32)
+        tl.store(target + place, rounded_at_random(values, place.to(tl.int32), seed), inside)
+    else:
+        near = _nearest(values)
+        is_finite = (near.to(tl.int32, bitcast=True) & 0x7F800000) != 0x7F800000
+        missing = tl.where(is_finite, values - near, 0.0)
+        tl.store(cut_off.to(tl.pointer_type(tl.bfloat16)) + place, _nearest(missing).to(tl.bfloat16), inside)
+        tl.store(target + place, near.to(tl.bfloat16), inside)

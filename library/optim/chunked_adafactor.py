@@ -1,14 +1,12 @@
 """Adafactor's step for a whole chunk of weights on a GPU: four launches of Triton's programs instead of a dozen each.
 
-The numbers are those of the step weight by weight, but for the order of sums.
+The numbers are those of the step weight by weight, but for the order of sums. Without Triton torch's functions of lists
+do the same (`list_adafactor`).
 """
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,32 +14,20 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from library.config.errors import UserError
+from library.optim import triton_launches
+from library.optim.list_adafactor import step_by_lists
 from library.optim.options import KAHAN, STOCHASTIC
 from library.optim.rounding import RESIDUAL, Rounder
 from library.sdxl.device_copies import to_device
-
-log = logging.getLogger(__name__)
 
 _MOST_DIMENSIONS = 4
 _ALIGNMENT = 32  # numbers
 
 
-@cache
-def has_triton() -> bool:
-    """Return whether Triton is installed; a message says once what runs instead."""
-    found = find_spec("triton") is not None
-    if not found:
-        log.warning(
-            "Triton is not installed: each weight is updated by several kernels, which takes longer. "
-            "Install triton (on Windows: triton-windows)."
-        )
-    return found
-
-
 def may_step_together(group: dict[str, Any]) -> bool:
-    """Return whether the weights of a group lie on a GPU with Triton and have settings as in the recipes."""
+    """Return whether the weights of a group lie on a GPU and have settings as in the recipes."""
     is_usual = not (group["scale_parameter"] or group["relative_step"]) and group["beta1"] is None
-    return is_usual and bool(group["params"]) and group["params"][0].is_cuda and has_triton()
+    return is_usual and bool(group["params"]) and group["params"][0].is_cuda
 
 
 def can_step_together(parameters: Sequence[Parameter], group: dict[str, Any], state: Any) -> bool:
@@ -121,19 +107,6 @@ def _table(rows: Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
     return to_device(torch.tensor(rows or [(0, 0, 0)], dtype=torch.int64), device)
 
 
-def address_of(tensor: Tensor) -> int:
-    """Return where a tensor lies on its device."""
-    return tensor.data_ptr()
-
-
-def launch(program: Any, num_programs: int, *arguments: Any, **constants: Any) -> None:
-    """Run a program of Triton `num_programs` times side by side."""
-    from library.optim import chunk_programs as programs
-
-    if num_programs:
-        program[(num_programs,)](*arguments, **constants, **programs.LAUNCH)
-
-
 class ChunkedSteps:
     """Steps of an `Adafactor`, chunk by chunk; keeps the layout of each chunk on the device."""
 
@@ -150,21 +123,24 @@ class ChunkedSteps:
     ) -> None:
         """Update `parameters`, of which `can_step_together` is true. Where `is_finite` (int32) is 0 nothing changes."""
         device, flatten = parameters[0].device, group["flatten_convolutions"]
+        for parameter in parameters:
+            _prepare_state(state[parameter], parameter, flatten=flatten)
+        kind = rounder.kind if rounder is not None and parameters[0].dtype == torch.bfloat16 else None
+        numbers = to_device(_numbers(group, state[parameters[0]]["step"]), device)
+        if is_finite is None:
+            is_finite = torch.ones((), dtype=torch.int32, device=device)
+        if not triton_launches.has_triton():
+            step_by_lists(parameters, group, state, kind, rounder, numbers, is_finite)
+            return
         key = id(parameters[0]), len(parameters), flatten
         if key not in self._layouts:
             self._layouts[key] = make_layout([each.shape for each in parameters], flatten=flatten, device=device)
         layout = self._layouts[key]
-        for parameter in parameters:
-            _prepare_state(state[parameter], parameter, flatten=flatten)
-        kind = rounder.kind if rounder is not None and parameters[0].dtype == torch.bfloat16 else None
         table = [
             [*_addresses(each, state[each], rounder, kind), *row[6:]]
             for each, row in zip(parameters, layout.rows, strict=True)
         ]
         rows = to_device(torch.tensor(table, dtype=torch.int64), device)
-        numbers = to_device(_numbers(group, state[parameters[0]]["step"]), device)
-        if is_finite is None:
-            is_finite = torch.ones((), dtype=torch.int32, device=device)
         _run(layout, rows, numbers, is_finite, narrow=parameters[0].dtype == torch.bfloat16, kind=kind)
 
 
@@ -175,11 +151,13 @@ def _run(layout: Layout, rows: Tensor, numbers: Tensor, is_finite: Tensor, *, na
     tile = {"NARROW": narrow, "DOWN": programs.TILE_DOWN, "ACROSS": programs.TILE_ACROSS}
     rounding = {STOCHASTIC: programs.AT_RANDOM, KAHAN: programs.WITH_RESIDUAL}.get(kind or "", programs.TO_NEAREST)
     num_tiles = len(layout.tiles)
-    launch(programs.sums, num_tiles, rows, layout.tiles, numbers, is_finite, scratch, **tile)
-    launch(programs.means, layout.num_blocks, rows, layout.blocks, numbers, is_finite, scratch, BLOCK=programs.BLOCK)
-    launch(programs.norms, num_tiles, rows, layout.tiles, scratch, **tile)
+    triton_launches.launch(programs.sums, num_tiles, rows, layout.tiles, numbers, is_finite, scratch, **tile)
+    triton_launches.launch(
+        programs.means, layout.num_blocks, rows, layout.blocks, numbers, is_finite, scratch, BLOCK=programs.BLOCK
+    )
+    triton_launches.launch(programs.norms, num_tiles, rows, layout.tiles, scratch, **tile)
     constants = {**tile, "ROUNDING": rounding.value, "BLOCK": programs.BLOCK}
-    launch(programs.apply, num_tiles, rows, layout.tiles, numbers, is_finite, scratch, **constants)
+    triton_launches.launch(programs.apply, num_tiles, rows, layout.tiles, numbers, is_finite, scratch, **constants)
 
 
 def _numbers(group: dict[str, Any], step: int) -> Tensor:
@@ -220,5 +198,5 @@ def _addresses(parameter: Parameter, state: dict[str, Any], rounder: Rounder | N
     rows = state["exp_avg_sq"] if "exp_avg_sq" in state else state["exp_avg_sq_row"]
     columns = state.get("exp_avg_sq_col", rows)
     seed = rounder.seed(parameter) if rounder is not None and kind == STOCHASTIC else 0
-    places = [address_of(each) for each in (parameter.data, parameter.grad, rows, columns)]
-    return [*places, address_of(state[RESIDUAL]) if kind == KAHAN else 0, seed]
+    places = [triton_launches.address_of(each) for each in (parameter.data, parameter.grad, rows, columns)]
+    return [*places, triton_launches.address_of(state[RESIDUAL]) if kind == KAHAN else 0, seed]

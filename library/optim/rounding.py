@@ -22,19 +22,19 @@ _LOW_HALF = 0xFFFF
 """The 16 bits of a float32 that bfloat16 does not have."""
 
 
-def stochastically_rounded(values: Tensor, seed: int) -> Tensor:
+def stochastically_rounded(values: Tensor, seed: int | Tensor) -> Tensor:
     """Return float32 `values` in bfloat16, rounded up or down at random with the value as the mean; Inf and NaN stay.
 
-    The random numbers are a function of `seed` (32 bits, signed) and of the position in the tensor: there is no
-    generator whose state would have to be saved. In the sign-and-magnitude bits of a float32, adding 16 random bits
-    below the mantissa of bfloat16 carries into it with exactly the right probability.
+    The random numbers are a function of `seed` (32 bits, signed; or one for each number) and of the position in the
+    tensor: there is no generator whose state would have to be saved. In the sign-and-magnitude bits of a float32,
+    adding 16 random bits below the mantissa of bfloat16 carries into it with exactly the right probability.
     """
     position = torch.arange(values.numel(), dtype=torch.int32, device=values.device).view(values.shape)
     bits = (values.view(torch.int32) + (_hashed(position, seed) & _LOW_HALF)) & ~_LOW_HALF
     return torch.where(values.isfinite(), bits.view(torch.float32), values).to(torch.bfloat16)
 
 
-def _hashed(counter: Tensor, seed: int) -> Tensor:
+def _hashed(counter: Tensor, seed: int | Tensor) -> Tensor:
     """Return 32 random bits for each number, as `lowbias32` of C. Wellons' hash-prospector (2018) does.
 
     int32 wraps around; its shifts copy the sign, so that the upper bits have to be masked off.

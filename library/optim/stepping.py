@@ -6,7 +6,7 @@ a float32 copy of the weights that lives only while they are updated.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +17,16 @@ from torch.optim import Optimizer
 
 from library.optim.offloaded_states import OffloadedStates
 from library.optim.options import KAHAN, NEAREST
-from library.optim.rounding import RESIDUAL, Rounder, round_stochastically, with_residual
+from library.optim.rounding import RESIDUAL, Rounder
+from library.optim.rounding_together import RoundingTogether, Wide, copies_in_float32
+from library.optim.unwaiting import without_waits
 
 _CHUNK = 2**23
 """Elements that are stepped together: enough to keep a GPU busy, few enough for their float32 copies to be small."""
+
+
+_WIDENED_AT_ONCE = 64
+"""Weights whose float32 copies are made and rounded together; what they replace is freed before the next ones are."""
 
 
 @dataclass(eq=False)
@@ -84,6 +90,7 @@ class Stepper:
         self._narrow_keys = narrow_keys
         self._offloaded = OffloadedStates(optimizer) if offloads else None
         self._all_at_once = math.isinf(elements_per_chunk)
+        self._together = RoundingTogether()
         self._rounds_itself = getattr(optimizer, "rounds_itself", False)
         if self._rounds_itself:  # within its own kernel
             optimizer.rounder = rounder  # type: ignore[attr-defined]
@@ -176,43 +183,68 @@ class Stepper:
     def _update(self, groups: list[dict[str, Any]]) -> None:
         self._optimizer.param_groups = groups
         rounds_here = self._rounder.kind != NEAREST and not self._rounds_itself
+        parameters = [parameter for group in groups if rounds_here for parameter in group["params"]]
+        narrow = [parameter for parameter in parameters if parameter.dtype == torch.bfloat16]
         stand_ins: dict[Parameter, Parameter] = {}
-        for group in groups if rounds_here else []:
-            narrow = [parameter for parameter in group["params"] if parameter.dtype == torch.bfloat16]
-            stand_ins |= {parameter: self._widened(parameter) for parameter in narrow}
+        for some in _some_at_once(narrow):
+            stand_ins |= self._widened(some)
+        for group in groups if stand_ins else []:
             group["params"] = [stand_ins.get(parameter, parameter) for parameter in group["params"]]
-        self._optimizer.step()
-        for parameter, stand_in in stand_ins.items():
-            self._narrow(parameter, stand_in)
+        with without_waits(self._optimizer):
+            self._optimizer.step()
+        for some in _some_at_once(narrow):
+            self._narrow({parameter: stand_ins[parameter] for parameter in some})
 
-    def _widened(self, parameter: Parameter) -> Parameter:
-        """Return a float32 stand-in for a bfloat16 parameter, which takes its state over; its gradient is freed.
+    def _widened(self, parameters: Sequence[Parameter]) -> dict[Parameter, Parameter]:
+        """Return float32 stand-ins for bfloat16 parameters, which take their states over; their gradients are freed.
 
-        To change the type of the parameter itself would make DDP lose it: it would no longer notice its gradient.
+        To change the type of the parameters themselves would make DDP lose them: it would no longer notice gradients.
         """
-        assert parameter.grad is not None
-        stand_in = Parameter(parameter.detach().float())
-        stand_in.__dict__.update(parameter.__dict__)
-        stand_in.grad, parameter.grad = parameter.grad.float(), None
-        if parameter in self._optimizer.state:
-            state = self._optimizer.state[stand_in] = self._optimizer.state.pop(parameter)
+        states: list[dict[str, Any]] = [self._optimizer.state.pop(each, {}) for each in parameters]
+        places = [(state, key) for state in states for key in sorted((self._narrow_keys | {RESIDUAL}) & state.keys())]
+        weights, gradients = [each.detach() for each in parameters], [_gradient(each) for each in parameters]
+        wide = copies_in_float32([*weights, *gradients, *(state[key] for state, key in places)])
+        for (state, key), value in zip(places, wide[2 * len(parameters) :], strict=True):
+            state[key] = value
+        stand_ins: dict[Parameter, Parameter] = {}
+        for index, (parameter, state) in enumerate(zip(parameters, states, strict=True)):
+            stand_in = stand_ins[parameter] = Parameter(wide[index])
+            stand_in.__dict__.update(parameter.__dict__)
+            stand_in.grad, parameter.grad = wide[len(parameters) + index], None
             if RESIDUAL in state:
                 stand_in.data += state.pop(RESIDUAL)
-            for key in self._narrow_keys & state.keys():
-                state[key] = state[key].float()
-        return stand_in
+            if state:
+                self._optimizer.state[stand_in] = state
+        return stand_ins
 
-    def _narrow(self, parameter: Parameter, stand_in: Parameter) -> None:
-        """Round what its stand-in has become back to bfloat16, weights and state."""
-        state = self._optimizer.state[parameter] = self._optimizer.state.pop(stand_in, {})
-        values = stand_in.data
-        if self._rounder.kind == KAHAN:
-            rounded, state[RESIDUAL] = with_residual(values)
-        else:
-            rounded = round_stochastically(values, self._rounder.seed(parameter))
-        parameter.data.copy_(rounded)
-        for key in sorted(self._narrow_keys & state.keys()):
-            state[key] = round_stochastically(state[key], self._rounder.seed(parameter, key))
+    def _narrow(self, stand_ins: Mapping[Parameter, Parameter]) -> None:
+        """Round what stand-ins have become back to bfloat16, weights and states."""
+        wide: list[Wide] = []
+        places: list[tuple[Parameter, str | None]] = []
+        for parameter, stand_in in stand_ins.items():
+            state = self._optimizer.state[parameter] = self._optimizer.state.pop(stand_in, {})
+            wide.append(Wide(stand_in.data, None if self._rounder.kind == KAHAN else self._rounder.seed(parameter)))
+            places.append((parameter, None))
+            for key in sorted(self._narrow_keys & state.keys()):
+                wide.append(Wide(state[key], self._rounder.seed(parameter, key)))
+                places.append((parameter, key))
+        rounded = self._together.round(wide)
+        weights = [(parameter, each) for (parameter, key), each in zip(places, rounded, strict=True) if key is None]
+        torch._foreach_copy_([parameter.data for parameter, _ in weights], [each.values for _, each in weights])
+        for (parameter, key), each in zip(places, rounded, strict=True):
+            if key is not None:
+                self._optimizer.state[parameter][key] = each.values
+            elif each.residual is not None:
+                self._optimizer.state[parameter][RESIDUAL] = each.residual
+
+
+def _gradient(parameter: Parameter) -> torch.Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+def _some_at_once(parameters: Sequence[Parameter]) -> Iterator[Sequence[Parameter]]:
+    return (parameters[at : at + _WIDENED_AT_ONCE] for at in range(0, len(parameters), _WIDENED_AT_ONCE))
 
 
 def _chunks_of(parameters: Sequence[Parameter], elements: float) -> Iterator[list[Parameter]]:

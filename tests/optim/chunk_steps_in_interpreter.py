@@ -13,7 +13,8 @@ from library.optim import chunk_programs as programs
 from library.optim.adafactor import Adafactor
 from library.optim.chunked_adafactor import ChunkedSteps
 from library.optim.options import KAHAN, NEAREST, STOCHASTIC
-from library.optim.rounding import RESIDUAL, Rounder, stochastically_rounded
+from library.optim.rounding import RESIDUAL, Rounder, stochastically_rounded, with_residual
+from library.optim.rounding_together import Narrowed, RoundingTogether, Wide
 
 SHAPES = ((40, 300), (7,), (512,), (6, 5, 3, 3), (4, 6, 1, 1), (1, 9))
 CASES = {
@@ -99,6 +100,26 @@ def compare_rounding():
     print("rounding: bit for bit the same", flush=True)
 
 
+def compare_rounding_together():
+    """Many tensors in one launch: at random and with what is cut off, bit for bit."""
+    torch.manual_seed(1)
+    wide = [Wide(torch.randn(size), seed) for size, seed in ((5000, 7), (3, -9), (1024, None), (40, None))]
+    wide[0].values[:3] = wide[2].values[:3] = torch.tensor([float("inf"), -0.0, 3.4e38])
+    narrowed = [
+        Narrowed(*(torch.empty_like(each.values, dtype=torch.bfloat16) for _ in range(1 + (each.seed is None))))
+        for each in wide
+    ]
+    RoundingTogether().launch(wide, narrowed)
+    for each, found in zip(wide, narrowed, strict=True):
+        if each.seed is None:
+            values, residual = with_residual(each.values)
+            assert torch.equal(found.residual, residual)
+        else:
+            values = stochastically_rounded(each.values, each.seed)
+        assert torch.equal(found.values.view(torch.int16), values.view(torch.int16))
+    print("rounding together: bit for bit the same", flush=True)
+
+
 def require_the_same_flattening():
     """A state of kernels taken one by one is refused where they are to be flattened, and the other way round."""
     for before in (False, True):
@@ -119,6 +140,7 @@ def require_the_same_flattening():
 
 
 compare_rounding()
+compare_rounding_together()
 require_the_same_flattening()
 for exact in (True, False):
     for name in sys.argv[1:] or CASES:
