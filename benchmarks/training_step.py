@@ -52,6 +52,7 @@ VARIANTS: dict[str, tuple[str, ...] | None] = {
     "nearest": (*_CACHED, "--bf16_rounding=nearest"),
     "kahan": (*_CACHED, "--bf16_rounding=kahan"),
     "flat": (*_CACHED, *_FLAT),
+    "flat_warm_up": (*_CACHED, *_FLAT, "--lr_scheduler=cosine", "--lr_warmup_steps=0.5"),
     "flat_nearest": (*_CACHED, *_FLAT, "--bf16_rounding=nearest"),
 }
 """Name to the flags after the recipe; None is the plain loop of diffusers' examples.

@@ -276,6 +276,8 @@ def _on_cuda(make: Callable[..., Accelerator]) -> Callable[..., Accelerator]:
         accelerator = make(*arguments, **named)
         accelerator.state._shared_state["device"] = CUDA
         PartialState._shared_state["device"] = CUDA
+        if accelerator.mixed_precision == "fp16":  # which accelerate refused when it looked for a GPU
+            accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cuda")
         assert accelerator.device == CUDA
         return accelerator
 

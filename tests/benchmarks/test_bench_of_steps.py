@@ -5,7 +5,6 @@ import time
 import pytest
 import torch
 
-from benchmarks.card_memory import activations, adafactor_bytes
 from benchmarks.random_model import forward_flops, random_model
 from benchmarks.step_clock import StepClock, covered
 from demo.random_sdxl import TINY
@@ -52,11 +51,3 @@ def test_every_weight_of_a_random_model_is_drawn_in_the_precision_asked_for():
         1 / 6, rel=0.2
     )  # 1 / sqrt(4 * 3 * 3), of 576 numbers
     assert {weight.dtype for weight in model.vae.parameters()} == {torch.bfloat16}
-
-
-def test_memory_by_arithmetic_follows_shapes():
-    checkpointed, whole = (activations(64, 1, checkpointing=checkpointing) for checkpointing in (True, False))
-    assert 0 < checkpointed.largest_block < checkpointed.kept < whole.kept / 3
-    convolution = [torch.nn.Parameter(torch.empty(8, 4, 3, 3))]
-    assert adafactor_bytes(convolution, flatten_convolutions=False) == 4 * (8 * 4 * 3 + 8 * 4 * 3)
-    assert adafactor_bytes(convolution, flatten_convolutions=True) == 4 * (8 + 4 * 3 * 3)
