@@ -44,7 +44,6 @@ STEP_THROUGH = """async (count) => {
   for (let step = 0; step < count; step += 1) {
     document.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowLeft", bubbles: true }));
     await frame();
-    await frame();
     while (document.querySelector(".waiting")) { waited += 1; await frame(); }
   }
   return [count / ((performance.now() - start) / 1000), waited];

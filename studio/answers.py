@@ -1,6 +1,7 @@
 """Requests to functions and their results to JSON: what each route has in common."""
 
 import json
+import logging
 from collections.abc import Awaitable, Callable
 from json import JSONDecodeError
 from typing import Any
@@ -13,6 +14,9 @@ from library.config.atomic_files import CannotWrite
 from library.config.errors import UserError
 from library.data.caption_draws import ENCODERS, Encoder
 
+log = logging.getLogger(__name__)
+
+UNFORESEEN = "Please report it, with what the studio has written into its terminal."
 Body = dict[str, Any]
 Answer = Callable[[Request, Body], Any]
 
@@ -38,6 +42,10 @@ def answering(answer: Answer) -> Callable[[Request], Awaitable[Response]]:
             return JSONResponse({"problem": error.problem, "remedy": error.remedy}, status_code=507)
         except UserError as error:
             return JSONResponse({"problem": error.problem, "remedy": error.remedy}, status_code=400)
+        except Exception as error:  # told where it was asked for, and in the terminal
+            log.exception("%s failed in a way that nobody foresaw", request.url.path)
+            problem = f"this failed in a way that nobody foresaw: {type(error).__name__}: {error}"
+            return JSONResponse({"problem": problem, "remedy": UNFORESEEN}, status_code=500)
         return result if isinstance(result, Response) else JSONResponse(result)
 
     return endpoint

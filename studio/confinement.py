@@ -1,10 +1,11 @@
 """Which options a run that is started from the page may have: its paths stay within the opened folders."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from library.config.errors import UserError, error_of_problems
+from library.data.dataset_schema import read_tables
 
 _WRITTEN = frozenset({"output_dir", "logging_dir", "console_log_file", "dry_run_report", "plot_schedule"})
 _READ = frozenset(
@@ -38,6 +39,8 @@ def problems_of_paths(options: Mapping[str, Any], places: Places) -> Iterator[tu
     """Yield the name of each option that a run must not have, and a sentence that says why."""
     for name, value in options.items():
         problem = None if value in (None, "", "None") else _problem(name, str(value), places)
+        if problem is None and name == "dataset_config" and value:
+            problem = _problem_within(Path(str(value)), places)
         if problem is not None:
             yield name, f"--{name} {problem}"
 
@@ -53,9 +56,31 @@ def require_confined_data_set(document: Mapping[str, Any], places: Places) -> No
     """Raise `UserError` if a data set, as TOML has it, names a path outside of the opened folders."""
     tables = [document.get("general", {}), *document.get("datasets", [])]
     tables += [subset for table in document.get("datasets", []) for subset in table.get("subsets", [])]
+    _require_confined_tables(tables, places)
+
+
+def _require_confined_tables(tables: Iterable[Mapping[str, Any]], places: Places, folder: Path = Path()) -> None:
+    """Raise `UserError` if a table names a path outside, seen from the current folder or from `folder`."""
     for table in tables:
-        for name, problem in problems_of_paths({key: value for key, value in table.items() if key in _READ}, places):
-            raise UserError(f"{name}{problem.removeprefix(f'--{name}')}")
+        own = {key: value for key, value in table.items() if key in _READ}
+        for start in {Path(), folder}:
+            located = {key: str(start / str(value)) for key, value in own.items() if value}
+            for name, problem in problems_of_paths(located, places):
+                raise UserError(f"{name}{problem.removeprefix(f'--{name}')}")
+
+
+def _problem_within(file: Path, places: Places) -> str | None:
+    """Return what a data set file names outside of the opened folders; one that cannot be read names nothing."""
+    try:
+        tables = read_tables(file)
+    except UserError:
+        return None  # which the trainer explains, before it reads any image
+    datasets = [table for dataset, subsets in tables.datasets for table in (dataset, *subsets)]
+    try:
+        _require_confined_tables([tables.general, *datasets], places, file.parent)
+    except UserError as error:
+        return f"names a folder that may not be read: {error}"
+    return None
 
 
 def _problem(name: str, value: str, places: Places) -> str | None:

@@ -1,5 +1,6 @@
 """Routes that look: the set, the images that a question finds, tags, one image, and what training makes of it."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -54,7 +55,10 @@ class Looking:
 
         Tokens are -1 without a text, -2 before they are counted and -3 for a caption that cannot be read.
         """
-        asked = request.query_params
+        with self._opened.urgent():
+            return self._view(request.query_params)
+
+    def _view(self, asked: Mapping[str, str]) -> Any:
         captions = self._opened.captions
         members = found(
             captions,

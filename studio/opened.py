@@ -4,9 +4,10 @@ import logging
 import multiprocessing
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 APP_NAME = "sdxl-two-captions"
 _SECONDS_BETWEEN_NEWS = 0.25
 _DRAWING_SECONDS = 60.0
+_LONGEST_WAIT = 1.0  # of the reading for requests
 
 
 class Opened:
@@ -45,6 +47,8 @@ class Opened:
         self.progress = (0, 0)
         self.edits = threading.Lock()
         """Held while many captions are changed: one such step after the other."""
+        self._urgent = 0
+        self._nothing_urgent = threading.Condition()
         self._drawing: ProcessPoolExecutor | None = None
         self._is_closing = False
 
@@ -61,6 +65,18 @@ class Opened:
         if self._drawing is not None:
             self._drawing.shutdown(wait=False, cancel_futures=True)
 
+    @contextmanager
+    def urgent(self) -> Iterator[None]:
+        """Within the block the reading of captions rests: two threads that work at once are twice as slow."""
+        with self._nothing_urgent:
+            self._urgent += 1
+        try:
+            yield
+        finally:
+            with self._nothing_urgent:
+                self._urgent -= 1
+                self._nothing_urgent.notify_all()
+
     def _read(self) -> None:
         self.captions.list_images()
         self.hub.publish("listed")
@@ -72,6 +88,8 @@ class Opened:
             if time.monotonic() - told > _SECONDS_BETWEEN_NEWS:
                 told = time.monotonic()
                 self.hub.publish("progress", done=done, total=total)
+            with self._nothing_urgent:
+                self._nothing_urgent.wait_for(lambda: not self._urgent, _LONGEST_WAIT)
             return not self._is_closing
 
         self.captions.load(tell)

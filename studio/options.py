@@ -12,7 +12,7 @@ from library.config.options import option, positional
 from library.data.buckets import BucketOptions, parse_resolution
 from library.data.caption_options import CaptionOptions, caption_extension, resolve
 from library.data.dataset_config import read_dataset_config
-from library.data.image_files import list_files
+from library.data.image_files import has_images, list_files
 from library.data.loader_options import LoaderOptions
 from library.data.repeat_folders import repeat_folders
 from library.data.subsets import Subset
@@ -171,7 +171,7 @@ def subsets_of(options: StudioOptions, captions: CaptionOptions, buckets: Bucket
     if options.in_json is not None:
         return [subset]
     subsets = [each for folder in options.image_dirs for each in _of_folder(folder, subset, options)]
-    if not any(list_files(each.image_dir, recursive=False).images for each in subsets):
+    if not any(has_images(each.image_dir) for each in subsets):
         raise UserError(
             f"no images in {' or '.join(repr(str(folder)) for folder in options.image_dirs)}.",
             "Name the folder of the images, or look in its subfolders with --recursive.",
@@ -190,7 +190,7 @@ def _of_folder(folder: Path, subset: Subset, options: StudioOptions) -> Iterator
             key_prefix=f"{each.path.name}/",
         )
     if not options.recursive:
-        if not repeated or list_files(folder, recursive=False).images:
+        if not repeated or has_images(folder):
             yield replace(subset, image_dir=folder)
         return
     below = {image.parent for image in list_files(folder, recursive=True).images} - {each.path for each in repeated}

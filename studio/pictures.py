@@ -1,9 +1,12 @@
 """Thumbnails and large views of images, made by threads."""
 
 import asyncio
+import logging
 import os
+import sys
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -14,8 +17,11 @@ from starlette.responses import Response
 from library.config.errors import UserError
 from library.data.thumbnails import remove_old_thumbnails, thumbnail, thumbnail_name
 
+log = logging.getLogger(__name__)
+
 SMALL, LARGE = 256, 1600
 """Longest sides in the grid and in the editor, in pixels."""
+_NICENESS = 19
 _FOR_EVER = "private, max-age=31536000, immutable"
 
 
@@ -30,8 +36,12 @@ class Pictures:
         self._folder = folder
         self._next = -1 if newest_first else 0
         self._waiting: list[tuple[Future[bytes], Callable[[], bytes]]] = []
-        self._has_work = threading.Condition()
+        lock = threading.RLock()
+        self._has_work, self._has_none = threading.Condition(lock), threading.Condition(lock)
         self._is_closed = False
+        self._ahead: deque[tuple[Path, int]] = deque()
+        self._known_ahead: set[tuple[Path, int]] = set()
+        self._makes_ahead = False
         for _ in range(os.cpu_count() or 1):
             threading.Thread(target=self._work, name="thumbnails", daemon=True).start()
 
@@ -43,6 +53,34 @@ class Pictures:
             self._has_work.notify()
         return future
 
+    def make_ahead(self, images: Iterable[Path], edge: int) -> None:
+        """Have thumbnails made that will be asked for, the most likely first, while no request waits.
+
+        One thread makes them, which gives way to all other programs. Those that came later are made first.
+        """
+        with self._has_work:
+            new = [(image, edge) for image in images if (image, edge) not in self._known_ahead]
+            self._known_ahead.update(new)
+            self._ahead.extendleft(reversed(new))
+            if new and not self._makes_ahead:
+                self._makes_ahead = True
+                threading.Thread(target=self._work_ahead, name="thumbnails ahead", daemon=True).start()
+
+    def _work_ahead(self) -> None:
+        if sys.platform == "linux":  # where a thread has a priority that any may lower
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        while True:
+            with self._has_work:
+                self._has_none.wait_for(lambda: self._is_closed or not self._waiting)
+                if self._is_closed or not self._ahead:
+                    self._makes_ahead = False
+                    return
+                image, edge = self._ahead.popleft()
+            try:
+                thumbnail(image, edge, self._folder)
+            except UserError as error:  # told to the page that asks for it
+                log.debug("%s", error)
+
     def tidy(self) -> None:
         """Remove old thumbnails if they have become too many."""
         remove_old_thumbnails(self._folder)
@@ -52,6 +90,7 @@ class Pictures:
         with self._has_work:
             self._is_closed = True
             self._has_work.notify_all()
+            self._has_none.notify_all()
 
     def _work(self) -> None:
         while True:
@@ -61,6 +100,8 @@ class Pictures:
                 if self._is_closed:
                     return
                 future, make = self._waiting.pop(self._next)
+                if not self._waiting:
+                    self._has_none.notify()
             if not future.set_running_or_notify_cancel():
                 continue
             try:

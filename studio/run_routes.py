@@ -26,7 +26,8 @@ from studio.runs import Runs
 
 _MOST_POINTS = 4000
 _LOG_LINES = 400
-_EDGES = (160, 320, 640)
+EDGE_OF_SAMPLES = 320
+_EDGES = (160, EDGE_OF_SAMPLES, 640)
 """Sides of small versions of samples, in pixels."""
 _REPORT_SIDE, _REPORT_COLUMNS = 256, 10
 _MIB = 2**20
@@ -59,6 +60,8 @@ class RunRoutes:
         charts = [{"title": title, "names": chosen} for title, chosen in charts_of(names)]
         samples = self._runs.samples(run)
         steps = sorted({step for of in samples.values() for step in of})
+        newest_first = (of[step] for step in reversed(steps) for of in samples.values() if step in of)
+        self._runs.pictures.make_ahead(newest_first, EDGE_OF_SAMPLES)
         return {
             **self._short(run),
             "seed": None if record is None else record.seed,

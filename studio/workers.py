@@ -1,13 +1,18 @@
 """Functions that run in a process beside the server: what they import, and how long they take, stays there."""
 
+import logging
 import multiprocessing
 import threading
+import traceback
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from library.config.errors import UserError
+from studio.answers import UNFORESEEN
+
+log = logging.getLogger(__name__)
 
 
 class Worker:
@@ -24,7 +29,7 @@ class Worker:
     def run(self, function: Callable[..., Any], *arguments: Any, seconds: float, **named: Any) -> Any:
         """Return what `function` returns. Raise `UserError` as it does, if it takes too long, and if it is not made."""
         try:
-            problem, result = self._submitted(function, arguments, named).result(seconds)
+            problem, result, unforeseen = self._submitted(function, arguments, named).result(seconds)
         except CancelledError as error:
             raise UserError("another request has taken the place of this one.", "Try again.") from error
         except (BrokenProcessPool, TimeoutError) as error:
@@ -32,6 +37,9 @@ class Worker:
             raise UserError(
                 "the process that works for this page has ended, or takes too long.", "Try again."
             ) from error
+        if unforeseen is not None:
+            log.error("%s", unforeseen)
+            raise UserError(f"this failed in a way that nobody foresaw: {problem}", UNFORESEEN)
         if problem is not None:
             raise UserError(problem)
         return result
@@ -55,9 +63,11 @@ class Worker:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _answered(function: Callable[..., Any], arguments: Any, named: Any) -> tuple[str | None, Any]:
-    """Return the problem, or the result: errors do not survive the way from one process to another."""
+def _answered(function: Callable[..., Any], arguments: Any, named: Any) -> tuple[str | None, Any, str | None]:
+    """Return problem, result, and the traceback of what nobody foresaw: errors do not survive the way to the server."""
     try:
-        return None, function(*arguments, **named)
+        return None, function(*arguments, **named), None
     except UserError as error:
-        return str(error), None
+        return str(error), None, None
+    except Exception as error:  # noqa: BLE001  # raised again in the server, as what the page shows
+        return f"{type(error).__name__}: {error}", None, traceback.format_exc()

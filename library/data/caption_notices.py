@@ -2,12 +2,15 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from library.config.errors import UserError, listed
 from library.data.caption_draws import ENCODERS, Encoder
 from library.data.caption_rules import CaptionDropout, CaptionRules, PairRules
 from library.data.captions import CaptionPair
-from library.data.columns import Captions, Variants
+
+if TYPE_CHECKING:
+    from library.data.columns import Variants
 
 _LONGEST_TAG = 8
 """Words; a longer piece between separators is taken for part of a sentence."""
@@ -16,6 +19,8 @@ _WORD = re.compile(r"\w{3,}")
 
 def caption_notices(captions: Mapping[str, CaptionPair], rules: PairRules) -> list[str]:
     """Return what should worry the user about the captions of some images, by key, under the rules they share."""
+    from library.data.columns import Captions  # and numpy, which the studio's first page need not wait for
+
     columns = Captions.of(captions)
     notices = list(_dropout_notices(rules.dropout))
     for encoder in ENCODERS:
@@ -97,7 +102,7 @@ def _settings_notices(rules: CaptionRules, encoder: Encoder) -> Iterator[str]:
             yield f"{name}: --{flag} has no effect without {needed}."
 
 
-def _line_notices(captions: Variants, rules: CaptionRules, encoder: Encoder) -> Iterator[str]:
+def _line_notices(captions: "Variants", rules: CaptionRules, encoder: Encoder) -> Iterator[str]:
     """Yield what becomes of lines and empty tags that kohya's trainer would treat otherwise, or not at all."""
     name = encoder.upper()
     num_several = captions.num_several

@@ -8,8 +8,6 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from library.config.digests import digest
 from library.config.errors import UserError, listed
 from library.data.image_files import list_files
@@ -143,6 +141,8 @@ def _suspects(
 ) -> Iterator[Suspect]:
     """Yield the caption files whose size or time is not the recorded one, or, without record, later than `path`'s."""
     since = path.stat().st_mtime_ns
+    from tqdm import tqdm  # which other readers of captions need not wait for
+
     images = tqdm(image_of.items(), "comparing caption files", unit="image", disable=None, delay=1)
     for key, image in images:
         start = without_suffix(image)

@@ -39,15 +39,25 @@ def list_files(folder: Path, *, recursive: bool) -> Listing:
     Hidden files and folders (name starts with a dot) are left out. Links to folders are followed, but never round in
     circles. Raises `UserError` if the folder does not exist or cannot be read.
     """
+    readable, of_images = readable_suffixes(), suffixes_of_images()
+    images: list[str] = []
+    others: list[str] = []
     with _explained(folder):
-        found = list(_walk(folder, recursive))
-    readable = readable_suffixes()
-    images, others = found, [path for path in found if suffix_of(path) not in readable]
+        for start, name in _files(folder, recursive):
+            suffix = suffix_of(name)
+            if suffix in of_images:
+                (images if suffix in readable else others).append(start + name)
     if others:
-        images = [path for path in found if suffix_of(path) in readable]
         used = {without_suffix(path) for path in images}
         others = [path for path in others if without_suffix(path) not in used]
     return Listing(*([Path(path) for path in sorted(paths, key=_as_posix)] for paths in (images, others)))
+
+
+def has_images(folder: Path) -> bool:
+    """Return whether a folder itself holds an image that can be read. Raise `UserError` as `list_files`."""
+    readable = readable_suffixes()
+    with _explained(folder):
+        return any(suffix_of(name) in readable for _, name in _files(folder, recursive=False))
 
 
 class Suffixes(NamedTuple):
@@ -162,13 +172,6 @@ def _explained(folder: Path) -> Iterator[None]:
 
 def _as_posix(path: str) -> str:
     return path.replace(os.sep, "/")
-
-
-def _walk(top: Path, recursive: bool) -> Iterator[str]:
-    suffixes = suffixes_of_images()
-    for start, name in _files(top, recursive):
-        if suffix_of(name) in suffixes:
-            yield start + name
 
 
 def _files(top: Path, recursive: bool) -> Iterator[tuple[str, str]]:

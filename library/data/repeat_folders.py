@@ -1,5 +1,6 @@
 """Folders named `10_name`, in which sd-scripts looks for images without metadata: repeats, and a caption for all."""
 
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -17,9 +18,9 @@ class RepeatFolder(NamedTuple):
 
 def repeat_folders(folder: Path) -> list[RepeatFolder]:
     """Return the folders in `folder` whose name is a number of repeats of 1 or more and a name, in order of names."""
-    found = []
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        match = _NAME.fullmatch(path.name)
-        if match is not None and path.is_dir() and int(match[1]) > 0:
-            found.append(RepeatFolder(path, int(match[1]), match[2]))
-    return found
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:  # names first: a path for each of a hundred thousand files takes seconds
+        names = [match for entry in entries if (match := _NAME.fullmatch(entry.name)) and int(match[1]) > 0]
+    found = [RepeatFolder(folder / match[0], int(match[1]), match[2]) for match in names]
+    return sorted(each for each in found if each.path.is_dir())

@@ -12,6 +12,8 @@ from library.config.leftovers import PARTIAL_SUFFIX, temporary_path
 log = logging.getLogger(__name__)
 
 _QUALITY = 85
+_NEAR_ENOUGH = 0.9
+"""A JPEG that is reduced to no less than this part of a thumbnail while it is decoded need not be larger."""
 _JPEG_END = b"\xff\xd9"
 _LARGEST_FOLDER = 2 << 30
 _KEPT_OF_IT = 1 << 30
@@ -32,8 +34,8 @@ def thumbnail(image: Path, edge: int, folder: Path) -> bytes:
     from library.data.images import load_rgb  # and numpy, which the first page need not wait for
 
     made = io.BytesIO()
-    reduced = load_rgb(image, edge)
-    reduced.thumbnail((edge, edge), reducing_gap=2.0)
+    reduced = load_rgb(image, int(edge * _NEAR_ENOUGH))
+    reduced.thumbnail((edge, edge), reducing_gap=1.0)  # 2 ms instead of 14 for 1024 pixels
     reduced.save(made, "JPEG", quality=_QUALITY)
     content = made.getvalue()
     partial = temporary_path(file, PARTIAL_SUFFIX).with_suffix(f".{threading.get_ident()}{PARTIAL_SUFFIX}")

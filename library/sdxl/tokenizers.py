@@ -8,11 +8,9 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
-from tokenizers.models import BPE
-
 if TYPE_CHECKING:
     import torch
+    from tokenizers import Tokenizer
     from transformers import CLIPTokenizer
 
 START_TOKEN = 49406
@@ -67,8 +65,11 @@ def _vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 @cache
-def _clip_tokenizer() -> Tokenizer:
+def _clip_tokenizer() -> "Tokenizer":
     """Return CLIP's BPE, put together as transformers' `CLIPTokenizer` does, whose import takes two seconds."""
+    from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
+    from tokenizers.models import BPE
+
     vocabulary, merges = _vocabulary()
     tokenizer = Tokenizer(BPE(vocabulary, merges, end_of_word_suffix="</w>", unk_token=_END_TEXT))
     tokenizer.normalizer = normalizers.Sequence(

@@ -115,8 +115,9 @@ def thinned(curve: Curve, num_points: int) -> Curve:
     stretches = curve.values[:whole].reshape(num_stretches, length)
     starts = np.arange(num_stretches) * length
     extremes = np.concatenate([stretches.argmin(1) + starts, stretches.argmax(1) + starts])
-    kept = np.unique(np.concatenate([extremes, [0], np.arange(whole, len(curve.steps))]))
-    return Curve(curve.steps[kept], curve.values[kept])
+    is_kept = np.zeros(len(curve.steps), bool)
+    is_kept[extremes] = is_kept[0] = is_kept[whole:] = True
+    return Curve(curve.steps[is_kept], curve.values[is_kept])
 
 
 def within(curve: Curve, first: int | None, last: int | None) -> Curve:

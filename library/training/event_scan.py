@@ -111,7 +111,8 @@ def _by_place(content: Bytes, places: np.ndarray, lengths: np.ndarray) -> tuple[
     """Return the scalars that have the usual layout, and the numbers of the records that have not."""
     found: list[tuple[str, *Found]] = []
     is_found = np.zeros(len(places), bool)
-    for length in np.unique(lengths[(lengths > _STEP_AT) & (lengths <= _LONGEST_BY_PLACE)]):
+    usual = lengths[(lengths > _STEP_AT) & (lengths <= _LONGEST_BY_PLACE)]
+    for length in np.flatnonzero(np.bincount(usual, minlength=1)):
         rows = np.flatnonzero(lengths == length)
         records = np.lib.stride_tricks.sliding_window_view(content, int(length))[places[rows]]
         is_open = records[:, 9] == _STEP

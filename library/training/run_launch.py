@@ -49,7 +49,7 @@ def launch(output_dir: Path, options: Mapping[str, Any], data_set: str | None = 
     import tomli_w
 
     output_name = options.get("output_name")
-    name = _free_name(output_dir, output_name)
+    name = _reserved_name(output_dir, output_name)
     stem = _folder(output_dir) / name
     if data_set is not None:
         data_set_file = stem.with_name(f"{name}.dataset.toml")
@@ -122,13 +122,25 @@ def _created(pid: int) -> float:
         return datetime.now().timestamp()
 
 
-def _free_name(output_dir: Path, output_name: str | None) -> str:
+def _reserved_name(output_dir: Path, output_name: str | None) -> str:
+    """Return a name that no other start has; its log is made, so that none takes it meanwhile."""
     name = f"{datetime.now():{TIME_FORMAT}}" + ("" if output_name is None else f"_{output_name}")
-    taken, number, free = {path.stem for path in _folder(output_dir).glob("*.toml")}, 1, name
-    while free in taken:
-        number += 1
-        free = f"{name}-{number}"
-    return free
+    folder, number, free = _folder(output_dir), 1, name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                (folder / f"{free}.log").touch(exist_ok=False)
+                return free
+            except FileExistsError:
+                number += 1
+                free = f"{name}-{number}"
+    except OSError as error:
+        raise CannotWrite(
+            f"cannot write in '{folder}': {error.strerror or error}.",
+            "Free some space, or choose another --output_dir.",
+            is_temporary=True,
+        ) from error
 
 
 def _folder(output_dir: Path) -> Path:

@@ -6,7 +6,8 @@ import { PictureStore } from "./picture_store.js";
 import { get } from "./server.js";
 
 const EDGE = 320;
-const NEAR_STEPS = 20;
+const STEPS_AHEAD = 16; // half a second of stepping
+const STEPS_BEHIND = 4;
 const PLAYED_MS = 100;
 const BRIGHTER = 2; // doublings of a difference
 
@@ -108,6 +109,7 @@ export class Look {
 
   /** Return the image of a cell at the step that is shown, or at the last one before it. */
   at(cell, step = this.steps[this.place]) {
+    if (step in cell.images) return { step, id: cell.images[step] };
     const own = cell.steps.findLast((each) => each <= step) ?? (this.runs.length > 1 ? undefined : cell.steps[0]);
     return own === undefined ? null : { step: own, id: cell.images[own] };
   }
@@ -156,18 +158,30 @@ export class Look {
   wantNear() {
     this.wantedAt = this.place;
     this.wantedOf = this.cells;
-    const wanted = [];
-    for (let away = 0; away < this.steps.length; away += 1) {
-      for (const place of away ? [this.place + this.direction * away, this.place - this.direction * away] : [this.place]) {
-        if (place < 0 || place >= this.steps.length) continue;
-        for (const cell of this.cells) {
-          const image = this.at(cell, this.steps[place]);
-          if (image) wanted.push(this.address(cell, image));
-        }
+    const firsts = this.cells.filter((cell) => cell.steps.length).map((cell) => this.address(cell, { id: cell.images[cell.steps[0]] }));
+    const ahead = [...this.addresses(this.place, this.direction, 1, STEPS_AHEAD)];
+    const behind = [...this.addresses(this.place, -this.direction, 1, STEPS_BEHIND)];
+    this.store.want([...this.addresses(this.place, 1, 0, 0), ...firsts, ...ahead, ...behind], this.far(this.place, this.direction));
+  }
+
+  /** Return the addresses of the images that are `from` to `to` places away in a direction. */
+  *addresses(place, direction, from, to) {
+    for (let away = from; away <= to; away += 1) {
+      const step = this.steps[place + direction * away];
+      if (step === undefined) return;
+      for (const cell of this.cells) {
+        const image = this.at(cell, step);
+        if (image) yield this.address(cell, image);
       }
-      if (away === 0) for (const cell of this.cells) if (cell.steps.length) wanted.push(this.address(cell, { id: cell.images[cell.steps[0]] }));
     }
-    this.store.want([...new Set(wanted)], (2 * NEAR_STEPS + 2) * this.cells.length);
+  }
+
+  /** Return the addresses of all images that are further away, as they are asked for: each step would take them all. */
+  *far(place, direction) {
+    for (let away = STEPS_BEHIND + 1; away < this.steps.length; away += 1) {
+      if (away > STEPS_AHEAD) yield* this.addresses(place, direction, away, away);
+      yield* this.addresses(place, -direction, away, away);
+    }
   }
 
   play() {

@@ -9,7 +9,7 @@ from PIL import Image
 
 from library.config.errors import UserError
 from library.data import image_kinds
-from library.data.image_files import find_images, list_files
+from library.data.image_files import find_images, has_images, list_files
 
 
 def touch(folder, *names):
@@ -122,3 +122,12 @@ def test_a_package_that_cannot_be_imported_is_named(tmp_path, monkeypatch, caplo
     monkeypatch.setitem(image_kinds._PACKAGES, "HEIF", ("broken_heif", "pillow-heif"))
     assert "HEIF" not in image_kinds.readable_formats()
     assert "the package pillow-heif is installed but cannot be used: built for another Pillow" in caplog.messages
+
+
+def test_a_folder_has_images_if_it_holds_one_that_can_be_read(tmp_path, no_packages):
+    touch(tmp_path, "a.txt", "b.heic", "deep/c.png", ".d.png")
+    assert not has_images(tmp_path)
+    touch(tmp_path, "e.JPG")
+    assert has_images(tmp_path)
+    with pytest.raises(UserError, match="cannot read the image folder"):
+        has_images(tmp_path / "gone")

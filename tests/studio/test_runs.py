@@ -14,8 +14,10 @@ from playwright.sync_api import expect
 
 from library.config.errors import UserError
 from library.samples.picture_files import SAMPLE_FOLDER
+from library.data.thumbnails import thumbnail_name
 from library.training.run_record import RECORD_FOLDER, End
 from studio.confinement import problems_of_paths, require_confined_data_set
+from studio.run_routes import EDGE_OF_SAMPLES
 from studio.runs import Runs
 from studio.workers import Worker
 from tests.studio.served import TOKEN, studio, wait_for, write_set
@@ -184,6 +186,33 @@ def test_images_of_runs_are_made_in_the_order_in_which_they_are_asked_for(tmp_pa
     pictures.close()
 
 
+def test_thumbnails_of_a_run_are_made_ahead_once_it_is_opened(tmp_path):
+    write_run(tmp_path / "output", sample_steps=[0, 10, 20])
+    samples = [path for path in (tmp_path / "output" / SAMPLE_FOLDER).glob("*.png") if "grid" not in path.name]
+    assert len(samples) == 6
+    with studio("--run_dirs", tmp_path) as running:
+        folder = running.runs.pictures._folder
+        files = [folder / thumbnail_name(path, EDGE_OF_SAMPLES) for path in samples]
+        running.get(f"/api/runs/{of_name(running, 'm')['id']}")
+        wait_for(lambda: all(file.is_file() for file in files))
+
+
+def test_what_is_asked_for_is_made_before_what_is_made_ahead(tmp_path, monkeypatch):
+    write_samples(tmp_path, "m", range(3))
+    first, *paths = sorted((tmp_path / SAMPLE_FOLDER).glob("*.png"))
+    made: list[Path] = []
+    monkeypatch.setattr("studio.pictures.thumbnail", lambda image, *_: made.append(image) or b"")
+    pictures = Runs([tmp_path]).pictures
+    with pictures._has_work:  # nothing is begun before all is asked for
+        pictures.make_ahead([*paths, first], 320)
+        pictures.make_ahead(paths, 320)  # known: not a second time
+        future = pictures.request(first, 320)
+    assert future.result(60) == b""
+    wait_for(lambda: len(made) == len(paths) + 2)
+    assert made == [first, *paths, first]
+    pictures.close()
+
+
 def test_old_thumbnails_are_removed_where_runs_alone_are_open(tmp_path, monkeypatch):
     tidied = []
     monkeypatch.setattr("studio.pictures.remove_old_thumbnails", tidied.append)
@@ -203,6 +232,26 @@ def test_a_process_that_ended_while_it_waited_is_started_again():
         assert worker.run(os.getpid, seconds=60) != pid
     finally:
         worker.close()
+
+
+def test_what_nobody_foresaw_is_told_at_its_place_with_the_traceback_in_the_log(running, monkeypatch, caplog):
+    worker = Worker()
+    try:
+        with pytest.raises(UserError, match=r"nobody foresaw: KeyError: 3 .*report it"):
+            worker.run({}.__getitem__, 3, seconds=60)
+    finally:
+        worker.close()
+    assert "Traceback" in caplog.text
+    caplog.clear()
+
+    def fails(*_: object) -> None:
+        raise ZeroDivisionError("of the test")
+
+    monkeypatch.setattr(running.runs.folders, "runs", fails)
+    answer = running.client.get("/api/runs")
+    assert answer.status_code == 500
+    assert answer.json()["problem"].endswith("nobody foresaw: ZeroDivisionError: of the test")
+    assert "report it" in answer.json()["remedy"] and "Traceback" in caplog.text
 
 
 def test_paths_of_options_stay_within_the_folders(tmp_path, monkeypatch):
@@ -238,6 +287,23 @@ def test_paths_of_options_stay_within_the_folders(tmp_path, monkeypatch):
     assert {name for name, _ in problems_of_paths(wrong, places)} == set(wrong)
     with pytest.raises(Exception, match="image_dir is '/etc'"):
         require_confined_data_set({"datasets": [{"subsets": [{"image_dir": "/etc"}]}]}, places)
+
+
+@pytest.mark.parametrize("folder", ["/etc", "away/etc", "../models", "../../..", "runs/../../.."])
+def test_folders_within_a_data_set_file_stay_within_the_folders(tmp_path, monkeypatch, folder):
+    for name in ("runs/set", "models"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "away").symlink_to("/")
+    monkeypatch.chdir(tmp_path)
+    places = Runs([Path("runs")])
+    places.close()
+    file = Path("runs/set.toml")
+    text = "[general]\nshuffle_caption = true\n[[datasets]]\n[[datasets.subsets]]\nimage_dir = '{}'\n"
+    file.write_text(text.format("runs/set"), encoding="utf-8")
+    assert list(problems_of_paths({"dataset_config": str(file)}, places)) == []
+    file.write_text(text.format(folder), encoding="utf-8")
+    [(name, problem)] = problems_of_paths({"dataset_config": str(file)}, places)
+    assert name == "dataset_config" and "outside of the opened folders" in problem
 
 
 # -- what goes wrong --------------------------------------------------------------------------------------------------
@@ -327,6 +393,32 @@ def test_a_person_watches_looks_and_compares(page, tmp_path):
 
 
 # -- a command --------------------------------------------------------------------------------------------------------
+
+
+COUNTING = """
+  window.decoded = 0;
+  const decode = window.createImageBitmap;
+  window.createImageBitmap = (file) => { window.decoded += 1; return decode(file); };
+"""
+
+
+def test_stepping_through_samples_fetches_and_decodes_each_image_once(page, tmp_path):
+    write_run(tmp_path / "output", num_steps=40, sample_steps=range(0, 40), side=16)
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url) if "edge=320" in request.url else None)
+    page.add_init_script(COUNTING)
+    with studio("--run_dirs", tmp_path) as running:
+        run = of_name(running, "m")["id"]
+        page.goto(running.link.replace("/?", "/runs?"))
+        page.goto(f"{running.origin}/runs#runs={run}&view=look")
+        for step in range(39, 0, -1):
+            expect(page.locator("#shown-step")).to_have_text(str(step))
+            expect(page.locator(".picture.waiting")).to_have_count(0)
+            page.keyboard.press("ArrowLeft")
+        expect(page.locator("#shown-step")).to_have_text("0")
+        expect(page.locator(".picture.waiting")).to_have_count(0)
+        assert (len(set(asked)), len(asked)) == (80, 80)
+        assert page.evaluate("window.decoded") == 80
 
 
 def test_a_command_is_checked_and_started_as_arguments_within_the_folders(running, tmp_path):

@@ -8,6 +8,8 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import httpx
@@ -15,8 +17,10 @@ import pytest
 from playwright.sync_api import expect
 
 from library.config.atomic_files import CannotWrite
+from library.config.options import parse_options
 from library.data import caption_places
-from studio.options import ServerOptions
+from studio.opened import Opened
+from studio.options import OPTION_CLASSES, ServerOptions, subsets_of
 from studio.safety import LARGEST_BODY, POLICY
 from studio.serving import listening_socket
 from tests.studio.served import TOKEN, studio, wait_for, write_set
@@ -234,10 +238,11 @@ from pathlib import Path
 from studio.command import main, runs_of
 from studio.options import OPTION_CLASSES, RunsOptions, subsets_of
 from studio.opened import Opened
+import studio.serving
+early = {"numpy", "tokenizers", "tqdm", "PIL"} & sys.modules.keys()
 from studio.run_app import routes_of_runs
 routes_of_runs(runs_of(RunsOptions(run_dirs=[Path(".")]), []), has_set=False)
-import studio.serving
-heavy = {"torch", "transformers", "diffusers", "accelerate", "tensorboard", "scipy", "open_clip"} & sys.modules.keys()
+heavy = early | {"torch", "transformers", "diffusers", "accelerate", "tensorboard", "scipy", "open_clip"} & sys.modules.keys()
 print(json.dumps([sorted(heavy), len(sys.modules)]))
 """
 
@@ -289,3 +294,21 @@ def test_the_command_prints_a_link_that_works_and_ends_on_a_signal(tmp_path):
         assert process.wait(20) in (0, -15, 143)
     port = int(re.search(r":(\d+)/", link)[1])
     assert port > 0
+
+
+def test_the_reading_of_captions_rests_while_a_page_waits(tmp_path, monkeypatch):
+    monkeypatch.setattr("studio.opened._LONGEST_WAIT", 60.0)
+    for number in range(600):
+        (tmp_path / f"{number:03}.png").touch()
+    options, _, _, captions, buckets, _ = parse_options(OPTION_CLASSES, [str(tmp_path)], description="")
+    opened = Opened(subsets_of(options, captions, buckets), 0)
+    with opened.urgent():
+        reading = threading.Thread(target=opened._read)
+        reading.start()
+        wait_for(lambda: opened.progress[0] > 0)
+        first = opened.progress
+        time.sleep(0.2)
+        assert opened.progress == first
+    reading.join(60)
+    opened.close()
+    assert opened.captions.is_loaded

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime, timedelta
 from itertools import pairwise
@@ -19,7 +20,7 @@ from library.training.curves import Curve, CurveFiles, read_curves, within
 from library.training.event_files import events_of
 from library.training.run_control import options_of_run, options_to_resume, save_now, stop
 from library.training.run_folders import FoundRun, RunFolders, runs_in
-from library.training.run_launch import LAUNCH_FOLDER, Launch, find_launches, launch
+from library.training.run_launch import LAUNCH_FOLDER, Launch, _reserved_name, find_launches, launch
 from library.training.run_log import last_bar, last_words, read_log_end
 from library.training.run_record import FAILED, RECORD_FOLDER, RUNS, VANISHED, End, Start
 from library.training.run_watch import RunWatch, as_json
@@ -248,6 +249,12 @@ def test_a_run_that_cannot_work_is_started_and_says_why(tmp_path: Path):
     assert find_launches(tmp_path) == [made]
     with pytest.raises(UserError, match="cannot write"):
         launch(tmp_path / RECORD_FOLDER / LAUNCH_FOLDER / "half.json", {})
+
+
+def test_starts_of_one_name_in_the_same_second_have_their_own_files(tmp_path: Path):
+    with ThreadPoolExecutor(8) as pool:
+        names = list(pool.map(lambda _: _reserved_name(tmp_path, "m"), range(32)))
+    assert len(set(names)) == 32
 
 
 def test_a_start_is_joined_with_its_record_by_its_process(tmp_path: Path):
