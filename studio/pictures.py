@@ -56,7 +56,7 @@ class Pictures:
     def make_ahead(self, images: Iterable[Path], edge: int) -> None:
         """Have thumbnails made that will be asked for, the most likely first, while no request waits.
 
-        One thread makes them, which gives way to all other programs. Those that came later are made first.
+        One thread of the lowest priority makes them. Those that came later are made first.
         """
         with self._has_work:
             new = [(image, edge) for image in images if (image, edge) not in self._known_ahead]

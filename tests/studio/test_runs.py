@@ -13,8 +13,8 @@ from PIL import Image
 from playwright.sync_api import expect
 
 from library.config.errors import UserError
-from library.samples.picture_files import SAMPLE_FOLDER
 from library.data.thumbnails import thumbnail_name
+from library.samples.picture_files import SAMPLE_FOLDER
 from library.training.run_record import RECORD_FOLDER, End
 from studio.confinement import problems_of_paths, require_confined_data_set
 from studio.run_routes import EDGE_OF_SAMPLES
@@ -403,7 +403,7 @@ COUNTING = """
 
 
 def test_stepping_through_samples_fetches_and_decodes_each_image_once(page, tmp_path):
-    write_run(tmp_path / "output", num_steps=40, sample_steps=range(0, 40), side=16)
+    write_run(tmp_path / "output", num_steps=40, sample_steps=range(40), side=16)
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url) if "edge=320" in request.url else None)
     page.add_init_script(COUNTING)

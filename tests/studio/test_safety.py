@@ -242,7 +242,8 @@ import studio.serving
 early = {"numpy", "tokenizers", "tqdm", "PIL"} & sys.modules.keys()
 from studio.run_app import routes_of_runs
 routes_of_runs(runs_of(RunsOptions(run_dirs=[Path(".")]), []), has_set=False)
-heavy = early | {"torch", "transformers", "diffusers", "accelerate", "tensorboard", "scipy", "open_clip"} & sys.modules.keys()
+known = {"torch", "transformers", "diffusers", "accelerate", "tensorboard", "scipy", "open_clip"}
+heavy = early | known & sys.modules.keys()
 print(json.dumps([sorted(heavy), len(sys.modules)]))
 """
 
