@@ -146,21 +146,38 @@ def _suspects(
     images = tqdm(image_of.items(), "comparing caption files", unit="image", disable=None, delay=1)
     for key, image in images:
         start = without_suffix(image)
-        yield from suspects_beside(start, key, metadata[key], since, extensions)
+        for file in caption_files_beside(start, metadata[key], extensions):
+            if file.may_have_changed(since):
+                yield file.as_suspect(key)
 
 
-def suspects_beside(
-    start: str,
-    key: str,
-    entry: Entry,
-    since: int,
-    extensions: tuple[str, str] = _EXTENSIONS,
-    present: Container[str] | None = None,
-) -> Iterator[Suspect]:
-    """Yield the caption files of one image whose size or time is not the recorded one.
+class CaptionFile(NamedTuple):
+    """A caption file beside an image, its state, and what the metadata records of it, if anything."""
 
-    Their paths are `start` and a suffix; without record the time counts that is later than `since`. With `present`
-    only the suffixes in it are looked for, but for those of two dots.
+    column: CaptionColumn
+    path: str
+    suffix: str
+    size: int
+    modified: int
+    recorded: CaptionSource | None
+
+    def may_have_changed(self, since: int) -> bool:
+        """Return whether size or time is not the recorded one, or, without record, the time is later than `since`."""
+        if self.recorded is None:
+            return self.modified > since
+        return (self.size, self.modified) != (self.recorded.size, self.recorded.modified)
+
+    def as_suspect(self, key: str) -> Suspect:
+        """Return it as one that may have changed, of the image with a key."""
+        return Suspect(key, self.column, Path(self.path), self.suffix, self.recorded)
+
+
+def caption_files_beside(
+    start: str, entry: Entry, extensions: tuple[str, str] = _EXTENSIONS, present: Container[str] | None = None
+) -> Iterator[CaptionFile]:
+    """Yield the caption files of one image: their paths are `start` and a suffix.
+
+    With `present` only the suffixes in it are looked for, but for those of two dots.
     """
     for column, extension in zip((COLUMN_L, COLUMN_G), extensions, strict=True):
         recorded = CaptionSource.parse(entry.get(column.source_key))
@@ -171,13 +188,8 @@ def suspects_beside(
             state = os.stat(start + suffix)  # noqa: PTH116
         except (OSError, ValueError):  # no caption file, or no name for one
             continue
-        is_as_recorded = (
-            state.st_mtime_ns <= since
-            if recorded is None
-            else (state.st_size, state.st_mtime_ns) == (recorded.size, recorded.modified)
-        )
-        if not is_as_recorded and stat.S_ISREG(state.st_mode):
-            yield Suspect(key, column, Path(start + suffix), suffix, recorded)
+        if stat.S_ISREG(state.st_mode):
+            yield CaptionFile(column, start + suffix, suffix, state.st_size, state.st_mtime_ns, recorded)
 
 
 def _entries_of_new_images(

@@ -25,7 +25,7 @@ from library.data.latent_preparation import Encoding, joined_masks
 from library.data.latent_writing import Place
 from library.data.mask_files import with_masks
 from library.data.metadata import train_resolution
-from library.data.metadata_images import metadata_of
+from library.data.subset_entries import metadata_of
 from library.data.subsets import Subset
 
 log = logging.getLogger(__name__)

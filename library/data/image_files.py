@@ -6,9 +6,12 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
+from library.config.digests import digest
 from library.config.errors import UserError, listed
 from library.data.image_kinds import (
     FORMAT_OF_SUFFIX,
@@ -124,6 +127,17 @@ class FolderNames:
             index = at_top if os.path.join(start, "") == self.start else below  # noqa: PTH118
             index.setdefault(os.path.splitext(name)[0], []).append(Path(path))  # noqa: PTH122
         return below | at_top
+
+
+def digest_of_names(folder: Path) -> bytes:
+    """Return a digest of the names of all files in a folder and its subfolders. Raise `UserError` as `list_files`.
+
+    The order is that of the disk, which changes with the names; were it to change alone, the digest would be another.
+    """
+    with _explained(folder):
+        files = groupby(_files(folder, recursive=True), key=itemgetter(0))
+        parts = ("\0".join([start, *(name for _, name in names), "", ""]) for start, names in files)
+        return digest(part.encode("utf-8", "surrogatepass") for part in parts)
 
 
 def find_images(folder: Path, *, recursive: bool, may_recurse: bool = True) -> list[Path]:

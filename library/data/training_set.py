@@ -7,6 +7,7 @@ from library.config.errors import UserError, error_of_errors
 from library.config.magnitudes import MOST_VISITS
 from library.data.buckets import ALPHA
 from library.data.folder_images import find_images_of_folder, with_distinct_keys
+from library.data.found_images import FoundImage
 from library.data.image_columns import FoundImages
 from library.data.mask_files import require_usable_masks, with_masks
 from library.data.metadata_images import find_images_of_metadata
@@ -15,9 +16,11 @@ from library.data.subsets import Subset
 log = logging.getLogger(__name__)
 
 
-def find_training_images(subsets: Sequence[Subset]) -> FoundImages:
+def find_training_images(subsets: Sequence[Subset], *, uses_last: bool = True, is_kept: bool = False) -> FoundImages:
     """Return every image of the subsets with its files; reads the metadata, lists the folders and opens no network.
 
+    With `uses_last` what the last search found counts where it would be found again; with `is_kept` this search is kept
+    for the next.
     Raise `UserError` naming, of all subsets, the images that lack a caption, or else those that have neither a usable
     image file nor a usable cache, or no bucket; report what else the user should know.
     """
@@ -26,7 +29,10 @@ def find_training_images(subsets: Sequence[Subset]) -> FoundImages:
     errors: list[UserError] = []
     for subset in subsets:
         try:
-            images = find_images_of_folder(subset) if subset.reads_folder else find_images_of_metadata(subset, is_alone)
+            if subset.reads_folder:
+                images: Sequence[FoundImage] = find_images_of_folder(subset)
+            else:
+                images = find_images_of_metadata(subset, is_alone, uses_last=uses_last, is_kept=is_kept)
             _require_countable(len(images), subset)
             parts.append(_masked(FoundImages.of(images), subset))
         except UserError as error:

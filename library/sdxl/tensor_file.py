@@ -218,6 +218,8 @@ def write_safetensors(
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
     """Return the numbers of a tensor as a safetensors file holds them: in row-major order, copied only if necessary."""
+    if not tensor.numel():  # torch has no view of nothing
+        return memoryview(b"")
     data: memoryview = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     return data
 

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from library.config.processes import share_of_process
 from library.data.caption_draws import Encoder
 from library.data.caption_report import report_captions
 from library.data.dataset import Batch
@@ -140,7 +141,10 @@ def set_up(options: TrainingOptions, stop: StopRequest) -> Run:
     subsets = options.subsets()
     if options.training_set.update_captions:
         take_captions_over(options, subsets)
-    found = split_set(options, find_training_images(subsets))  # before a model is loaded in vain
+    searched = find_training_images(  # before a model is loaded in vain
+        subsets, uses_last=not options.training_set.check_latents, is_kept=share_of_process().is_first
+    )
+    found = split_set(options, searched)
     check_prediction(options)
     cached_encoders = report_captions(
         options.training_set, subsets, found.training, trains_unet=options.trains_unet, trained=options.trained_encoders

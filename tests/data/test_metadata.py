@@ -24,7 +24,7 @@ from library.data.metadata import (
     with_train_resolution,
     write_metadata,
 )
-from library.data.metadata_images import sentence_of_sources
+from library.data.metadata_search import sentence_of_sources
 from library.sdxl.sizes import Size
 
 GOLDEN = Path(__file__).parent.parent / "golden"
