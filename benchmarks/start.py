@@ -122,7 +122,7 @@ def run_large(
 ) -> dict[str, Any]:
     """Return the phases of two starts on each of several sets, which differ in their number of images.
 
-    Above `first_up_to` images the index is written without a first start.
+    Above `first_up_to` images the first start finds an index, as the preparation writes it.
     """
     sets: dict[str, dict[str, list[dict[str, Any]]]] = {}
     with tempfile.TemporaryDirectory() as name:
@@ -134,8 +134,8 @@ def run_large(
             folder = Path(name) / str(count)
             write_linked_set(folder, count, digest, in_shards=in_shards)
             _make_old(folder)
-            labels = ["first", "again"] if count <= first_up_to else ["again"]
-            if len(labels) == 1:
+            labels = ["first" if count <= first_up_to else "index", "again"]
+            if labels[0] == "index":
                 write_index_of(folder, count)
             sets[str(count)] = {
                 label: started_run(folder, model, BUCKETS[0].width, [], without=["save"]) for label in labels
@@ -157,7 +157,8 @@ def table_large(result: dict[str, Any]) -> str:
     lines = [
         machine_line(result["machine"]),
         "prepared latents of 96x96, batch 1. Seconds until the first step is done; in brackets, and for the phases,",
-        "those of the processor, since other programs may run on the same cores.",
+        "those of the processor, since other programs may run on the same cores. 'index': latents are known,",
+        "images are searched for; 'again': both are known.",
         "",
         f"{'images':>9}  start  first step after     peak anonymous   find  captions    read   plan  header",
     ]

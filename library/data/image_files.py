@@ -129,14 +129,18 @@ class FolderNames:
         return below | at_top
 
 
-def digest_of_names(folder: Path) -> bytes:
-    """Return a digest of the names of all files in a folder and its subfolders. Raise `UserError` as `list_files`.
+def digest_of_names(folder: Path, *, without: Path) -> bytes:
+    """Return a digest of the names of all files in a folder and its subfolders but `without`.
 
     The order is that of the disk, which changes with the names; were it to change alone, the digest would be another.
+    Raise `UserError` as `list_files`.
     """
+    left_out = str(without / "_")[:-1]
     with _explained(folder):
         files = groupby(_files(folder, recursive=True), key=itemgetter(0))
-        parts = ("\0".join([start, *(name for _, name in names), "", ""]) for start, names in files)
+        parts = (
+            "\0".join([start, *(name for _, name in names), "", ""]) for start, names in files if start != left_out
+        )
         return digest(part.encode("utf-8", "surrogatepass") for part in parts)
 
 

@@ -73,7 +73,7 @@ def key_of_search(subset: Subset, is_alone: bool) -> SearchKey | None:
     options = _described(subset, is_alone)
     try:
         content = file_digest(subset.metadata_file)
-        names = digest_of_names(subset.image_dir)
+        names = digest_of_names(subset.image_dir, without=index_path(subset))
     except UserError:
         return None  # which the search explains
     shards = shards_path(subset.metadata_file) / MANIFEST

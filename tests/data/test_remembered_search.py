@@ -112,6 +112,15 @@ def test_a_change_is_searched_for(folder, searches, change):
     assert found == list(find_images_of_metadata(folder.subset, True))
 
 
+def test_what_the_program_keeps_among_the_images_is_no_change(folder, searches):
+    folder.metadata = folder.metadata.rename(folder.folder / "meta.json")
+    inside = replace(folder.subset, metadata_file=folder.metadata)
+    folder.find(inside)
+    (folder.folder / "meta.json.index" / "names-1.npy").write_bytes(b"")
+    assert list(folder.find(inside)) == list(find_images_of_metadata(inside, True))
+    assert len(searches) == 1
+
+
 def test_a_check_of_all_searches_again(folder, searches):
     folder.find()
     assert list(find_images_of_metadata(folder.subset, True, uses_last=False)) == list(folder.find())
