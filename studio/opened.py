@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 APP_NAME = "sdxl-two-captions"
 _SECONDS_BETWEEN_NEWS = 0.25
 _DRAWING_SECONDS = 60.0
-_LONGEST_WAIT = 1.0  # of the reading for requests
+_LONGEST_REST = 2.0  # in all: a page that asks again at all news of a large set must not stop what it asks for
 
 
 class Opened:
@@ -49,6 +49,7 @@ class Opened:
         """Held while many captions are changed: one such step after the other."""
         self._urgent = 0
         self._nothing_urgent = threading.Condition()
+        self._rest_left = _LONGEST_REST
         self._drawing: ProcessPoolExecutor | None = None
         self._is_closing = False
 
@@ -77,6 +78,12 @@ class Opened:
                 self._urgent -= 1
                 self._nothing_urgent.notify_all()
 
+    def _rest(self) -> None:
+        with self._nothing_urgent:
+            began = time.monotonic()
+            self._nothing_urgent.wait_for(lambda: not self._urgent, self._rest_left)
+            self._rest_left = max(0.0, self._rest_left - (time.monotonic() - began))
+
     def _read(self) -> None:
         self.captions.list_images()
         self.hub.publish("listed")
@@ -88,8 +95,7 @@ class Opened:
             if time.monotonic() - told > _SECONDS_BETWEEN_NEWS:
                 told = time.monotonic()
                 self.hub.publish("progress", done=done, total=total)
-            with self._nothing_urgent:
-                self._nothing_urgent.wait_for(lambda: not self._urgent, _LONGEST_WAIT)
+            self._rest()
             return not self._is_closing
 
         self.captions.load(tell)

@@ -297,8 +297,20 @@ def test_the_command_prints_a_link_that_works_and_ends_on_a_signal(tmp_path):
     assert port > 0
 
 
+def test_pages_that_ask_again_and_again_do_not_stop_the_reading(tmp_path, monkeypatch):
+    monkeypatch.setattr("studio.opened._LONGEST_REST", 0.1)
+    for number in range(1200):
+        (tmp_path / f"{number:04}.png").touch()
+    options, _, _, captions, buckets, _ = parse_options(OPTION_CLASSES, [str(tmp_path)], description="")
+    opened = Opened(subsets_of(options, captions, buckets), 0)
+    with opened.urgent():
+        opened._read()
+    opened.close()
+    assert opened.captions.is_loaded and opened._rest_left == 0
+
+
 def test_the_reading_of_captions_rests_while_a_page_waits(tmp_path, monkeypatch):
-    monkeypatch.setattr("studio.opened._LONGEST_WAIT", 60.0)
+    monkeypatch.setattr("studio.opened._LONGEST_REST", 60.0)
     for number in range(600):
         (tmp_path / f"{number:03}.png").touch()
     options, _, _, captions, buckets, _ = parse_options(OPTION_CLASSES, [str(tmp_path)], description="")
