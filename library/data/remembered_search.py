@@ -59,18 +59,19 @@ class Remembered(NamedTuple):
     captions: CaptionStates
 
 
-class SearchKey(NamedTuple):
-    """Digests of what decides a search: options, by which files are named, and all of it."""
-
-    options: str
-    all: str
-
-
-def key_of_search(subset: Subset, is_alone: bool) -> SearchKey | None:
-    """Return what decides the search for the images of a subset; None if there is no file of metadata, or no folder."""
+def path_of_search(subset: Subset, is_alone: bool) -> Path | None:
+    """Return where a search with these options is remembered; None if there is no file of metadata."""
     if subset.metadata_file is None or subset.dataset_class is not None:
         return None
-    options = _described(subset, is_alone)
+    return index_path(subset) / f"found-{digest([_described(subset, is_alone)], 8).hex()}.safetensors"
+
+
+def key_of_search(subset: Subset, is_alone: bool) -> str | None:
+    """Return a digest of all that decides the search for the images of a subset with a file of metadata.
+
+    Reads the metadata and lists the folder; return None where one of them cannot be read.
+    """
+    assert subset.metadata_file is not None
     try:
         content = file_digest(subset.metadata_file)
         names = digest_of_names(subset.image_dir, without=index_path(subset))
@@ -81,7 +82,8 @@ def key_of_search(subset: Subset, is_alone: bool) -> SearchKey | None:
         manifest = shards.read_bytes()
     except OSError:
         manifest = b""  # there are none, or the search explains why they cannot be read
-    return SearchKey(digest([options], 8).hex(), digest([options, content.encode(), names, digest([manifest])]).hex())
+    options = _described(subset, is_alone)
+    return digest([options, content.encode(), names, digest([manifest])]).hex()
 
 
 def _described(subset: Subset, is_alone: bool) -> bytes:
@@ -94,16 +96,15 @@ def _described(subset: Subset, is_alone: bool) -> bytes:
     return repr((_FORMAT, rest, separators, is_alone, sorted(readable_suffixes()))).encode("utf-8", "surrogatepass")
 
 
-def read_search(subset: Subset, key: SearchKey) -> Remembered | None:
+def read_search(path: Path, subset: Subset, key: str) -> Remembered | None:
     """Return what the last search found, if the same one would find it again; a damaged file is reported."""
-    path = _path(subset, key)
     assert subset.metadata_file is not None
     if not path.exists():
         return None
     try:
         with safe_open(path, framework="numpy") as file:
             about = file.metadata() or {}
-            if about.get(_KEY) != key.all:
+            if about.get(_KEY) != key:
                 return None
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
         if about.get(_CHECKSUM) != _checksum(arrays):
@@ -116,7 +117,7 @@ def read_search(subset: Subset, key: SearchKey) -> Remembered | None:
     return None if found.captions.may_have_changed(since) else found
 
 
-def write_search(subset: Subset, key: SearchKey, found: Remembered) -> None:
+def write_search(path: Path, subset: Subset, key: str, found: Remembered) -> None:
     """Remember a search. A folder that cannot be written to is reported: the next start searches again."""
     import torch  # looking does not need it
 
@@ -128,17 +129,12 @@ def write_search(subset: Subset, key: SearchKey, found: Remembered) -> None:
         TensorToWrite(name, tuple(tensor.shape), tensor.dtype, partial(tensors.__getitem__, name))
         for name, tensor in tensors.items()
     ]
-    path = _path(subset, key)
     try:
-        write_safetensors(path, named, {_KEY: key.all, _CHECKSUM: _checksum(arrays)})
+        write_safetensors(path, named, {_KEY: key, _CHECKSUM: _checksum(arrays)})
     except UserError as error:
         log.warning("what was found: %s The next start searches again.", error.problem)
         return
     _remove_oldest(path.parent)
-
-
-def _path(subset: Subset, key: SearchKey) -> Path:
-    return index_path(subset) / f"found-{key.options}.safetensors"
 
 
 def _remove_oldest(folder: Path) -> None:

@@ -16,6 +16,7 @@ from library.data.image_columns import FoundImages
 from library.data.metadata_images import find_images_of_metadata
 from library.data.subsets import Subset
 from library.sdxl.sizes import Size
+from tests.data.test_single_reads import counting_reads
 
 RULE = BucketRule(Size(64, 64), 64, 64, 32, no_upscale=False)
 NAMES = ("a", "b", "c")
@@ -129,8 +130,10 @@ def test_a_check_of_all_searches_again(folder, searches):
 
 def test_a_set_of_few_images_and_a_start_that_is_not_a_training_keep_nothing(folder, monkeypatch):
     find_images_of_metadata(folder.subset, True)
-    monkeypatch.setattr(metadata_images, "FEWEST_IMAGES", 4)
-    folder.find()
+    monkeypatch.setattr(metadata_images, "FEWEST_IMAGES", 100)
+    with counting_reads() as reads:
+        folder.find()
+    assert reads[str(folder.metadata)] == 1
     assert not folder.metadata.with_name("meta.json.index").exists()
 
 
