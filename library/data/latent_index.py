@@ -98,7 +98,7 @@ def now_ns() -> int:
 
 def read_index(folder: Path) -> LatentIndex:
     """Return the index in a folder; an empty one where there is none, or (reported) where it is damaged."""
-    if not folder.exists():
+    if not (folder / _ABOUT).exists() and not any(_OURS.fullmatch(path.stem) for path in folder.glob("*.npy")):
         return EMPTY
     try:
         about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))

@@ -13,6 +13,7 @@ from library.data import metadata_images
 from library.data.buckets import BucketRule
 from library.data.caption_rules import CaptionRules, PairRules
 from library.data.image_columns import FoundImages
+from library.data.latent_index import read_index
 from library.data.metadata_images import find_images_of_metadata
 from library.data.subsets import Subset
 from library.sdxl.sizes import Size
@@ -120,6 +121,12 @@ def test_what_the_program_keeps_among_the_images_is_no_change(folder, searches):
     (folder.folder / "meta.json.index" / "names-1.npy").write_bytes(b"")
     assert list(folder.find(inside)) == list(find_images_of_metadata(inside, True))
     assert len(searches) == 1
+
+
+def test_what_is_remembered_is_not_taken_for_a_damaged_index(folder, caplog):
+    folder.find()
+    assert not len(read_index(folder.metadata.with_name("meta.json.index")).names)
+    assert caplog.text == ""
 
 
 def test_a_check_of_all_searches_again(folder, searches):
