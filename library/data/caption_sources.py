@@ -56,20 +56,33 @@ class CaptionSource(NamedTuple):
         return cls(parts[0], int(parts[1]), int(parts[2]), parts[3])
 
 
-class Suspect(NamedTuple):
-    """A caption file that may have changed: its size or time is not the recorded one."""
+class CaptionFile(NamedTuple):
+    """A caption file beside an image, its state, and what the metadata records of it, if anything."""
 
     key: str
     column: CaptionColumn
-    path: Path
+    path: str
     suffix: str
+    size: int
+    modified: int
     recorded: CaptionSource | None
+
+    def may_have_changed(self, since: int) -> bool:
+        """Return whether size or time is not the recorded one, or, without record, the time is later than `since`."""
+        recorded = self.recorded
+        state = self.size, self.modified
+        return not is_as_recorded(state, None if recorded is None else (recorded.size, recorded.modified), since)
 
     def differs(self, caption: str, entry: Entry) -> bool:
         """Return whether the caption of the file is another one than that of the metadata entry."""
         if self.recorded is not None:
             return self.recorded.caption_digest != _caption_digest(caption)
         return variants_for(entry, self.column) != variants_for({self.column.metadata_key: caption}, self.column)
+
+
+def is_as_recorded(state: tuple[int, int], recorded: tuple[int, int] | None, since: int) -> bool:
+    """Return whether size and time of a file are the recorded ones, or, without record, not later than `since`."""
+    return state[1] <= since if recorded is None else state == recorded
 
 
 def read_caption(path: Path | str, suffix: str) -> tuple[str, CaptionSource]:
@@ -86,7 +99,7 @@ def read_caption(path: Path | str, suffix: str) -> tuple[str, CaptionSource]:
     return caption, CaptionSource(suffix, state.st_size, state.st_mtime_ns, _caption_digest(caption))
 
 
-def warn_of_suspects(path: Path, suspects: Iterable[tuple[Suspect, Entry]]) -> None:
+def warn_of_suspects(path: Path, suspects: Iterable[tuple[CaptionFile, Entry]]) -> None:
     """Name the caption files, of suspects with their entries in the metadata `path`, that differ from these."""
     changed = []
     for suspect, entry in suspects:
@@ -138,44 +151,25 @@ def update_captions(path: Path, folder: Path, extensions: tuple[str, str] = _EXT
 
 def _suspects(
     path: Path, metadata: Metadata, image_of: Mapping[str, Path], extensions: tuple[str, str]
-) -> Iterator[Suspect]:
+) -> Iterator[CaptionFile]:
     """Yield the caption files whose size or time is not the recorded one, or, without record, later than `path`'s."""
-    since = path.stat().st_mtime_ns
     from tqdm import tqdm  # which other readers of captions need not wait for
 
+    since = path.stat().st_mtime_ns
     images = tqdm(image_of.items(), "comparing caption files", unit="image", disable=None, delay=1)
     for key, image in images:
-        start = without_suffix(image)
-        for file in caption_files_beside(start, metadata[key], extensions):
-            if file.may_have_changed(since):
-                yield file.as_suspect(key)
-
-
-class CaptionFile(NamedTuple):
-    """A caption file beside an image, its state, and what the metadata records of it, if anything."""
-
-    column: CaptionColumn
-    path: str
-    suffix: str
-    size: int
-    modified: int
-    recorded: CaptionSource | None
-
-    def may_have_changed(self, since: int) -> bool:
-        """Return whether size or time is not the recorded one, or, without record, the time is later than `since`."""
-        if self.recorded is None:
-            return self.modified > since
-        return (self.size, self.modified) != (self.recorded.size, self.recorded.modified)
-
-    def as_suspect(self, key: str) -> Suspect:
-        """Return it as one that may have changed, of the image with a key."""
-        return Suspect(key, self.column, Path(self.path), self.suffix, self.recorded)
+        files = caption_files_beside(without_suffix(image), key, metadata[key], extensions)
+        yield from (file for file in files if file.may_have_changed(since))
 
 
 def caption_files_beside(
-    start: str, entry: Entry, extensions: tuple[str, str] = _EXTENSIONS, present: Container[str] | None = None
+    start: str,
+    key: str,
+    entry: Entry,
+    extensions: tuple[str, str] = _EXTENSIONS,
+    present: Container[str] | None = None,
 ) -> Iterator[CaptionFile]:
-    """Yield the caption files of one image: their paths are `start` and a suffix.
+    """Yield the caption files of the image with a key: their paths are `start` and a suffix.
 
     With `present` only the suffixes in it are looked for, but for those of two dots.
     """
@@ -189,7 +183,7 @@ def caption_files_beside(
         except (OSError, ValueError):  # no caption file, or no name for one
             continue
         if stat.S_ISREG(state.st_mode):
-            yield CaptionFile(column, start + suffix, suffix, state.st_size, state.st_mtime_ns, recorded)
+            yield CaptionFile(key, column, start + suffix, suffix, state.st_size, state.st_mtime_ns, recorded)
 
 
 def _entries_of_new_images(

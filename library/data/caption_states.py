@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from library.data.caption_sources import CaptionFile
-from library.data.columns import Texts
+from library.data.caption_sources import CaptionFile, is_as_recorded
+from library.data.columns import Texts, TextsBuilder
 
 _NO_RECORD = -1
 
@@ -26,7 +26,8 @@ class CaptionStates(NamedTuple):
                 state = os.stat(path)  # noqa: PTH116
             except (OSError, ValueError):
                 return True
-            if state.st_mtime_ns > since if size == _NO_RECORD else (state.st_size, state.st_mtime_ns) != (size, time):
+            recorded = None if size == _NO_RECORD else (size, time)
+            if not is_as_recorded((state.st_size, state.st_mtime_ns), recorded, since):
                 return True
         return False
 
@@ -35,18 +36,17 @@ class StatesBuilder:
     """Columns in the making: files are added one by one."""
 
     def __init__(self) -> None:
-        self._block, self._ends = bytearray(), array("q", [0])
+        self._paths = TextsBuilder()
         self._sizes, self._times = array("q"), array("q")
 
     def add(self, file: CaptionFile) -> None:
         """Add a file."""
-        self._block += file.path.encode("utf-8", "surrogatepass")
-        self._ends.append(len(self._block))
+        self._paths.add(file.path)
         recorded = file.recorded
         self._sizes.append(_NO_RECORD if recorded is None else recorded.size)
         self._times.append(_NO_RECORD if recorded is None else recorded.modified)
 
     def built(self) -> CaptionStates:
         """Return the columns; nothing may be added afterwards."""
-        paths = Texts(np.frombuffer(self._block, np.uint8), np.frombuffer(self._ends, np.int64))
-        return CaptionStates(paths, np.frombuffer(self._sizes, np.int64), np.frombuffer(self._times, np.int64))
+        sizes, times = (np.frombuffer(column, np.int64) for column in (self._sizes, self._times))
+        return CaptionStates(self._paths.built(), sizes, times)

@@ -61,11 +61,10 @@ class Texts(Sequence[str]):
     @classmethod
     def of(cls, texts: Iterable[str]) -> "Texts":
         """Return texts in a block."""
-        block, ends = bytearray(), array("q", [0])
+        builder = TextsBuilder()
         for text in texts:
-            block += text.encode("utf-8", "surrogatepass")
-            ends.append(len(block))
-        return cls(np.frombuffer(block, np.uint8), np.frombuffer(ends, np.int64))
+            builder.add(text)
+        return builder.built()
 
     def __len__(self) -> int:
         return len(self.ends) - 1
@@ -141,6 +140,24 @@ class Texts(Sequence[str]):
             ends.append(part.ends[1:] + length)
             length += len(part.block)
         return cls(np.concatenate([part.block for part in parts]), np.concatenate(ends))
+
+
+class TextsBuilder:
+    """A column of texts in the making: they are added one by one."""
+
+    __slots__ = ("_block", "_ends")
+
+    def __init__(self) -> None:
+        self._block, self._ends = bytearray(), array("q", [0])
+
+    def add(self, text: str) -> None:
+        """Add a text."""
+        self._block += text.encode("utf-8", "surrogatepass")
+        self._ends.append(len(self._block))
+
+    def built(self) -> Texts:
+        """Return the column; nothing may be added afterwards."""
+        return Texts(np.frombuffer(self._block, np.uint8), np.frombuffer(self._ends, np.int64))
 
 
 def _texts_from(block: "InSharedMemory", ends: "InSharedMemory") -> Texts:

@@ -10,7 +10,7 @@ import numpy as np
 
 from library.data.buckets import ALPHA, MaskSource
 from library.data.captions import CaptionPair
-from library.data.columns import Captions, Texts, Variants
+from library.data.columns import Captions, Texts, TextsBuilder, Variants
 from library.data.found_images import FoundImage
 from library.data.subsets import Subset
 from library.sdxl.sizes import Size
@@ -176,9 +176,7 @@ class FoundBuilder:
     def __init__(self) -> None:
         self._subsets: dict[int, tuple[int, Subset]] = {}  # by identity: equal subsets stay apart
         self._subset_of = array("i")
-        self._texts: dict[str, tuple[bytearray, array[int]]] = {
-            name: (bytearray(), array("q", [0])) for name in ("keys", "files", "caches", "own", "masks", "l", "g")
-        }
+        self._texts = {name: TextsBuilder() for name in ("keys", "files", "caches", "own", "masks", "l", "g")}
         self._firsts = {"l": array("q", [0]), "g": array("q", [0])}
         self._numbers = {name: array("i") for name in ("buckets", "sizes")}
         self._weights = array("d")
@@ -226,16 +224,16 @@ class FoundBuilder:
         """Add what is known of an image."""
         number, _ = self._subsets.setdefault(id(subset), (len(self._subsets), subset))
         self._subset_of.append(number)
-        add = self._add_text
-        add("keys", key)
-        add("files", file)
-        add("caches", cache)
-        add("masks", mask)
+        texts = self._texts
+        texts["keys"].add(key)
+        texts["files"].add(file)
+        texts["caches"].add(cache)
+        texts["masks"].add(mask)
         if own_key is not None:
-            add("own", own_key)
+            texts["own"].add(own_key)
         for encoder, variants in (("l", variants_l), ("g", variants_g)):
             for text in variants:
-                add(encoder, text)
+                texts[encoder].add(text)
             firsts = self._firsts[encoder]
             firsts.append(firsts[-1] + len(variants))
         self._numbers["buckets"].extend(bucket)
@@ -243,17 +241,9 @@ class FoundBuilder:
         self._weights.append(loss_weight)
         self._in_shards.append(in_shards)
 
-    def _add_text(self, column: str, text: str) -> None:
-        block, ends = self._texts[column]
-        block += text.encode("utf-8", "surrogatepass")
-        ends.append(len(block))
-
     def built(self) -> FoundImages:
         """Return the columns; nothing may be added afterwards."""
-        texts = {
-            name: Texts(np.frombuffer(block, np.uint8), np.frombuffer(ends, np.int64))
-            for name, (block, ends) in self._texts.items()
-        }
+        texts = {name: builder.built() for name, builder in self._texts.items()}
         numbers: dict[str, Any] = {
             name: np.frombuffer(column, np.int32).reshape(-1, 2) for name, column in self._numbers.items()
         }

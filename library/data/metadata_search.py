@@ -12,7 +12,7 @@ import numpy as np
 
 from library.config.errors import UserError, listed
 from library.data.cache_files import cache_finder
-from library.data.caption_sources import Suspect, caption_files_beside, warn_of_suspects
+from library.data.caption_sources import CaptionFile, caption_files_beside, warn_of_suspects
 from library.data.caption_states import CaptionStates, StatesBuilder
 from library.data.captions import CaptionPair
 from library.data.found_images import FoundImage, require_own_files, require_usable
@@ -63,7 +63,7 @@ class MetadataSearch:
         self._sources: Counter[Sources] = Counter()
         self._lacking: Metadata = {}
         self._error: UserError | None = None
-        self._suspects: list[tuple[Suspect, Entry]] = []
+        self._suspects: list[tuple[CaptionFile, Entry]] = []
         self._caption_states = StatesBuilder()
         self._find_cache = cache_finder()
         self.notices: list[str] = []
@@ -129,10 +129,10 @@ class MetadataSearch:
     def _compare_captions(self, start: str, key: str, entry: Entry, present: Container[str] | None) -> None:
         assert self._since is not None
         extensions = self._subset.extension_l, self._subset.extension_g
-        for file in caption_files_beside(start, entry, extensions, present):
+        for file in caption_files_beside(start, key, entry, extensions, present):
             self._caption_states.add(file)
             if file.may_have_changed(self._since):
-                self._suspects.append((file.as_suspect(key), entry))
+                self._suspects.append((file, entry))
 
     def _place(self, key: str, *, in_shards: bool) -> tuple[str | None, Suffixes]:
         """Return what precedes the suffixes of image and latents, and these; None unless the key tells where."""

@@ -10,7 +10,6 @@ import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +39,6 @@ _TEXTS = ("keys", "files", "caches", "l", "g", "notices", "captions")
 _NUMBERS: dict[str, Any] = {
     "subset_of": np.dtype(np.int32),
     "buckets": np.dtype(np.int32),
-    "sizes": np.dtype(np.int32),
     "loss_weights": np.dtype(np.float64),
     "in_shards": np.dtype(np.uint8),
     "is_regular": np.dtype(np.uint8),
@@ -124,10 +122,9 @@ def write_search(path: Path, subset: Subset, key: str, found: Remembered) -> Non
     from library.sdxl.tensor_file import TensorToWrite, write_safetensors
 
     arrays = _to_arrays(found, subset)
-    tensors = {name: torch.from_numpy(np.require(array, requirements=("C", "W"))) for name, array in arrays.items()}
     named = [
-        TensorToWrite(name, tuple(tensor.shape), tensor.dtype, partial(tensors.__getitem__, name))
-        for name, tensor in tensors.items()
+        TensorToWrite.of(name, torch.from_numpy(np.require(array, requirements=("C", "W"))))
+        for name, array in arrays.items()
     ]
     try:
         write_safetensors(path, named, {_KEY: key, _CHECKSUM: _checksum(arrays)})
@@ -153,7 +150,8 @@ def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
 
 def _to_arrays(found: Remembered, subset: Subset) -> dict[str, np.ndarray]:
     images, captions = found.images, found.captions
-    assert images.own_keys is None and not len(images.masks.block)
+    # The keys of metadata tell nothing of these, and images whose sizes had to be read are not plain.
+    assert images.own_keys is None and not len(images.masks.block) and not images.sizes.any()
     texts = (
         *(images.keys, images.files, images.caches, images.variants_l.texts, images.variants_g.texts),
         *(Texts.of(found.notices), captions.paths),
@@ -165,7 +163,6 @@ def _to_arrays(found: Remembered, subset: Subset) -> dict[str, np.ndarray]:
     numbers: dict[str, np.ndarray] = {
         "subset_of": images.subset_of,
         "buckets": images.buckets,
-        "sizes": images.sizes,
         "loss_weights": images.loss_weights,
         "in_shards": images.in_shards,
         "is_regular": np.array([each is not subset for each in images.subsets]),
@@ -190,7 +187,7 @@ def _from_arrays(arrays: dict[str, np.ndarray], subset: Subset) -> Remembered:
     images = FoundImages(
         [regular if is_regular else subset for is_regular in arrays["is_regular"].tolist()],
         *(arrays["subset_of"], keys, variants_l, variants_g, files, caches),
-        *(arrays["buckets"], arrays["sizes"], arrays["loss_weights"]),
+        *(arrays["buckets"], np.zeros_like(arrays["buckets"]), arrays["loss_weights"]),
         in_shards=arrays["in_shards"].astype(bool),
     )
     return Remembered(images, tuple(notices), CaptionStates(paths, arrays["caption_sizes"], arrays["caption_times"]))

@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,10 +53,7 @@ def write_shard(folder: Path, members: Sequence[Member], dtype: torch.dtype) -> 
     facts = _facts(members, numbers)
     path = folder / f"{first.bucket}-{facts_checksum(metadata, facts):08x}{SHARD_SUFFIX}"
     tensors = {name: torch.from_numpy(column) for name, column in facts.items()} | numbers
-    named = [
-        TensorToWrite(name, tuple(tensor.shape), tensor.dtype, partial(tensors.__getitem__, name))
-        for name, tensor in tensors.items()
-    ]
+    named = [TensorToWrite.of(name, tensor) for name, tensor in tensors.items()]
     write_safetensors(path, named, metadata)
     return path
 

@@ -122,7 +122,7 @@ class OutputsOnDisk:
     def write(self, key: str, tensors: Tensors) -> None:
         """Write the file of the ids of digest `key`; raise `UserError` where that is impossible."""
         named = zip(_TENSOR_NAMES, tensors, strict=False)
-        to_write = [TensorToWrite(name, tuple(tensor.shape), tensor.dtype, tensor.detach) for name, tensor in named]
+        to_write = [TensorToWrite.of(name, tensor) for name, tensor in named]
         write_safetensors(self.path(key), to_write, self._header(key, tensors))
 
     def path(self, key: str) -> Path:

@@ -172,6 +172,11 @@ class TensorToWrite:
     dtype: torch.dtype
     make: Callable[[], torch.Tensor]
 
+    @classmethod
+    def of(cls, name: str, tensor: torch.Tensor) -> "TensorToWrite":
+        """Return a tensor that is written as it is held in memory."""
+        return cls(name, tuple(tensor.shape), tensor.dtype, tensor.detach)
+
 
 Replacing = Callable[[nn.Module, str], torch.Tensor | None]
 """Returns what is written in place of a network's tensor of this name, None where nothing replaces it."""

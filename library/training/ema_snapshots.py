@@ -5,7 +5,6 @@ import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +76,7 @@ def write_snapshot(path: Path, record: SnapshotRecord, tensors: Mapping[str, tor
     Raise `CannotWrite` if that is impossible.
     """
     written = WrittenDigest()
-    streamed = [
-        TensorToWrite(name, tuple(tensor.shape), tensor.dtype, partial(_itself, tensor))
-        for name, tensor in tensors.items()
-    ]
+    streamed = [TensorToWrite.of(name, tensor) for name, tensor in tensors.items()]
     write_safetensors(path, streamed, {"format": "pt"}, written)
     about = asdict(record) | {"format": _FORMAT, "bytes": path.stat().st_size, "digest": written.hex()}
     text = json.dumps(about, ensure_ascii=False, indent=1)
@@ -175,7 +171,3 @@ def _read_record(path: Path) -> Snapshot:
 
 def _digest_of(text: str) -> str:
     return digest([text.encode()]).hex()
-
-
-def _itself(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor

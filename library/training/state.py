@@ -226,7 +226,7 @@ def _held(networks: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
 
 def _weights(networks: Mapping[str, nn.Module]) -> Iterator[TensorToWrite]:
     for name, tensor in _held(networks):
-        yield TensorToWrite(name, tuple(tensor.shape), tensor.dtype, partial(_itself, tensor))
+        yield TensorToWrite.of(name, tensor)
 
 
 def _itself(content: Any) -> Any:

@@ -29,6 +29,11 @@ def open_image(page, name):
     expect(page.locator(".card.l .meter strong")).to_be_visible()
 
 
+def begin_edit(page, tag, text):
+    page.locator(".card.l .chip", has_text=tag).click()
+    page.get_by_label(f"Edit {tag}").fill(text)
+
+
 def saved(page):
     for encoder in "lg":
         expect(page.locator(f".card.{encoder} .saved")).to_have_text("saved")
@@ -162,8 +167,7 @@ def test_a_tag_that_is_being_edited_stays_with_its_image_when_the_next_one_is_op
     with studio(folder) as running:
         page.goto(running.link)
         open_image(page, "03")
-        page.locator(".card.l .chip", has_text="dog").click()
-        page.get_by_label("Edit dog").fill("big dog")
+        begin_edit(page, "dog", "big dog")
         page.keyboard.press("PageDown")
         expect(page.locator(".editor-bar h2")).to_have_text("04.png")
         expect(page.locator(".card.l .chip")).to_have_text(LONG.split(", "))
@@ -176,8 +180,7 @@ def test_a_tag_that_is_being_edited_while_the_caption_changes_on_the_disk_is_a_c
     with studio(folder) as running:
         page.goto(running.link)
         open_image(page, "01")
-        page.locator(".card.l .chip", has_text="cat").click()
-        page.get_by_label("Edit cat").fill("black cat")
+        begin_edit(page, "cat", "black cat")
         (folder / "01.txt").write_bytes(b"dog, 1girl, cat")
         expect(page.locator(".card.l .conflict")).to_be_visible()
         page.get_by_label("Edit cat").press("Enter")

@@ -297,12 +297,17 @@ def test_the_command_prints_a_link_that_works_and_ends_on_a_signal(tmp_path):
     assert port > 0
 
 
+def opened_with(folder, num_images):
+    """Return a set of empty images as the server has it, of which nothing is read yet."""
+    for number in range(num_images):
+        (folder / f"{number:04}.png").touch()
+    options, _, _, captions, buckets, _ = parse_options(OPTION_CLASSES, [str(folder)], description="")
+    return Opened(subsets_of(options, captions, buckets), 0)
+
+
 def test_pages_that_ask_again_and_again_do_not_stop_the_reading(tmp_path, monkeypatch):
     monkeypatch.setattr("studio.opened._LONGEST_REST", 0.1)
-    for number in range(1200):
-        (tmp_path / f"{number:04}.png").touch()
-    options, _, _, captions, buckets, _ = parse_options(OPTION_CLASSES, [str(tmp_path)], description="")
-    opened = Opened(subsets_of(options, captions, buckets), 0)
+    opened = opened_with(tmp_path, 1200)
     with opened.urgent():
         opened._read()
     opened.close()
@@ -311,10 +316,7 @@ def test_pages_that_ask_again_and_again_do_not_stop_the_reading(tmp_path, monkey
 
 def test_the_reading_of_captions_rests_while_a_page_waits(tmp_path, monkeypatch):
     monkeypatch.setattr("studio.opened._LONGEST_REST", 60.0)
-    for number in range(600):
-        (tmp_path / f"{number:03}.png").touch()
-    options, _, _, captions, buckets, _ = parse_options(OPTION_CLASSES, [str(tmp_path)], description="")
-    opened = Opened(subsets_of(options, captions, buckets), 0)
+    opened = opened_with(tmp_path, 600)
     with opened.urgent():
         reading = threading.Thread(target=opened._read)
         reading.start()
