@@ -16,6 +16,8 @@ let questions = "";
 let view = { ids: [], names: [], versions: [], l: [], g: [], over: [], total: 0 };
 let isAsking = false;
 let asksAgain = false;
+let restsUntil = 0; // while the set is read: to answer takes the server's time from reading
+const RESTS = 4; // as long as an answer takes
 
 const grid = new Grid(byId("grid"), { open: (index) => editor.open(index), selected: () => showCounts() });
 const editor = new Editor({
@@ -51,6 +53,7 @@ async function look() {
   if (isAsking) return;
   isAsking = true;
   const problem = byId("query-problem");
+  const began = performance.now();
   try {
     const found = await get("/api/view", {
       query: question(),
@@ -67,6 +70,7 @@ async function look() {
     problem.hidden = false;
   }
   isAsking = false;
+  restsUntil = performance.now() + RESTS * (performance.now() - began);
   if (asksAgain) look();
 }
 
@@ -184,7 +188,10 @@ listenToKeys({
 
 listen({
   listed: () => (readSet(), look()),
-  progress: (news) => (showProgress(news), lookSoon()),
+  progress: (news) => {
+    showProgress(news);
+    if (performance.now() > restsUntil && !isAsking) lookSoon();
+  },
   loaded: () => (readSet(), look()),
   writing: (news) => showProgress(news.done < news.total ? news : null),
   machine: (news) => panel.machine.tell(news),
