@@ -26,14 +26,14 @@ from PIL import Image
 
 from benchmarks import ceilings
 from benchmarks.result_files import RESULTS, machine_line, write_result
+from library.captions.draws import Encoder
+from library.captions.final_captions import CaptionPair
+from library.captions.options import CaptionOptions
 from library.config.digests import file_digest
 from library.data.buckets import BucketRule
-from library.data.caption_draws import Encoder
-from library.data.caption_options import CaptionOptions
 from library.data.caption_report import report_captions
 from library.data.caption_tokens import cut_captions, tokenizer_for
 from library.data.captioning import Captioning
-from library.data.captions import CaptionPair
 from library.data.crops import Crop
 from library.data.epoch_order import MicroBatch
 from library.data.fingerprints import Fingerprints

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from library.captions.final_captions import CaptionPair
 from library.data.buckets import BucketRule
 from library.data.caption_tokens import tokenizer_for
 from library.data.captioning import Captioning
-from library.data.captions import CaptionPair
 from library.data.crops import Crop
 from library.data.dataset import Batch, CaptionedImages
 from library.data.epoch_order import MicroBatch

@@ -10,9 +10,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from library.captions.draws import ENCODERS, Encoder
 from library.config.atomic_files import CannotWrite
 from library.config.errors import UserError
-from library.data.caption_draws import ENCODERS, Encoder
 
 log = logging.getLogger(__name__)
 

@@ -6,14 +6,14 @@ from starlette.requests import Request
 
 from library.config.atomic_files import CannotWrite
 from library.config.errors import UserError
-from library.data.caption_edits import Edit
-from library.data.caption_places import ABSENT, Place, read_place, tag_of
-from library.data.caption_search import found
-from library.data.caption_set import Member
-from library.data.caption_text import CaptionText, new_file
-from library.data.caption_writing import Outcome, redo, undo, write_step
-from library.data.set_edits import Plan, planned, planned_texts
-from library.data.undo_journal import Change
+from library.editing.caption_edits import Edit
+from library.editing.caption_places import ABSENT, Place, read_place, tag_of
+from library.editing.caption_search import found
+from library.editing.caption_set import Member
+from library.editing.caption_text import CaptionText, new_file
+from library.editing.caption_writing import Outcome, redo, undo, write_step
+from library.editing.set_edits import Plan, planned, planned_texts
+from library.editing.undo_journal import Change
 from studio.answers import Body, Stale, encoder, number, text
 from studio.looking import caption_of
 from studio.opened import Opened

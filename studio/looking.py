@@ -6,18 +6,18 @@ from typing import Any
 
 from starlette.requests import Request
 
+from library.captions.drawn_captions import DrawnCaption, drawn_captions
+from library.captions.draws import ENCODERS, Encoder
+from library.captions.final_captions import CaptionPair
+from library.captions.limits import reading
+from library.captions.rules import CaptionRules
 from library.config.errors import UserError
-from library.data.caption_draws import ENCODERS, Encoder
-from library.data.caption_limits import reading
 from library.data.caption_notices import looks_like_sentences, words_of
-from library.data.caption_places import read_place, tag_of
-from library.data.caption_rules import CaptionRules
-from library.data.caption_search import HELP, ORDERS, found
-from library.data.caption_set import Member, text_of
-from library.data.caption_text import CaptionText
-from library.data.captions import CaptionPair
 from library.data.crops import true_crop_ltrb
-from library.data.drawn_captions import DrawnCaption, drawn_captions
+from library.editing.caption_places import read_place, tag_of
+from library.editing.caption_search import HELP, ORDERS, found
+from library.editing.caption_set import Member, text_of
+from library.editing.caption_text import CaptionText
 from library.sdxl.tokenizers import cleaned
 from studio.answers import Body, encoder, number, text
 from studio.opened import Opened

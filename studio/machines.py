@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from library.captions.draws import Encoder
 from library.config.errors import UserError
-from library.data.caption_draws import Encoder
-from library.data.caption_set import Member
+from library.editing.caption_set import Member
 from studio.options import MachineOptions
 
 log = logging.getLogger(__name__)

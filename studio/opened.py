@@ -14,13 +14,13 @@ from typing import Any
 
 import platformdirs
 
+from library.captions.drawn_captions import DrawnPair
 from library.config.digests import digest
 from library.config.errors import UserError
-from library.data.caption_set import CaptionSet, Member
-from library.data.caption_writing import Outcome
-from library.data.drawn_captions import DrawnPair
 from library.data.subsets import Subset
-from library.data.undo_journal import UndoJournal
+from library.editing.caption_set import CaptionSet, Member
+from library.editing.caption_writing import Outcome
+from library.editing.undo_journal import UndoJournal
 from studio.events import Hub
 from studio.machines import Machines
 from studio.options import MachineOptions

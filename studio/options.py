@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
+from library.captions.options import CaptionOptions, caption_extension, resolve
 from library.config.errors import UserError
 from library.config.magnitudes import MOST_SEED
 from library.config.options import option, positional
 from library.data.buckets import BucketOptions, parse_resolution
-from library.data.caption_options import CaptionOptions, caption_extension, resolve
 from library.data.dataset_config import read_dataset_config
 from library.data.image_files import has_images, list_files
 from library.data.loader_options import LoaderOptions

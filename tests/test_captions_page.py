@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 
 from finetune import prepare_buckets_latents
+from library.captions.draws import CaptionDraw
+from library.captions.final_captions import CaptionPair, final_texts
+from library.captions.options import CaptionOptions, resolve
 from library.config.options import options_of, parse_options
-from library.data.caption_draws import CaptionDraw
 from library.data.caption_files import MergeOptions
 from library.data.caption_notices import dropout_sentence
-from library.data.caption_options import CaptionOptions, resolve
-from library.data.captions import CaptionPair, final_texts
 from library.samples.prompts import read_prompt_file
 from library.sdxl.tokenizers import token_ids
 from library.training.run_options import OPTION_CLASSES
-from tests.data.test_caption_golden import DEVIATIONS
+from tests.captions.test_golden import DEVIATIONS
 from tests.reliability.test_table import TEST, functions_of
 
 PAGE = (Path(__file__).parents[1] / "docs" / "captions-and-prompts.md").read_text(encoding="utf-8")

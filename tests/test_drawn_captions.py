@@ -2,11 +2,11 @@
 
 import json
 
+from library.captions.drawn_captions import drawn_captions
+from library.captions.final_captions import CaptionPair
+from library.captions.options import CaptionOptions
 from library.data.buckets import BucketOptions
-from library.data.caption_options import CaptionOptions
-from library.data.caption_set import CaptionSet
-from library.data.captions import CaptionPair
-from library.data.drawn_captions import drawn_captions
+from library.editing.caption_set import CaptionSet
 from studio.options import StudioOptions, subsets_of
 from tests.conftest import PHOTOGRAPHS
 

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 import sdxl_train
+from library.captions.options import CaptionOptions, resolve
 from library.data.buckets import BucketOptions
-from library.data.caption_options import CaptionOptions, resolve
 from library.data.epoch_order import BatchShape, EpochOrder
 from library.data.training_set_options import TrainingSetOptions
 from library.sdxl.sizes import Size

@@ -5,12 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from library.captions.final_captions import CaptionPair, variants_of
+from library.captions.options import CaptionOptions
+from library.captions.rules import CaptionRules, PairRules
 from library.data.buckets import BucketRule
-from library.data.caption_options import CaptionOptions
-from library.data.caption_rules import CaptionRules, PairRules
 from library.data.caption_tokens import tokenizer_for
 from library.data.captioning import Captioning
-from library.data.captions import CaptionPair, variants_of
 from library.data.crops import Crop
 from library.data.dataset import CaptionedImages
 from library.data.epoch_order import MicroBatch

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from library.annotation.booru_rules import cleaned_booru_tags
 from library.annotation.tag_texts import SEPARATOR, joined_tags, split_tags, without_underscores
 from library.config.errors import UserError
-from library.data.caption_edits import pattern_problem
+from library.editing.caption_edits import pattern_problem
 
 _SPACE = f"\ufeff{string.whitespace}"
 """What stands around a line and is kept: a byte-order mark, too."""

@@ -1,7 +1,7 @@
 """A cleaning as one step: it is finished after a kill, and undone to the byte.
 
-The journal of `data/undo_journal` is written before any caption changes. Beside it lies a mark while captions are being
-written, which says of which command they are.
+The journal of `editing/undo_journal` is written before any caption changes. Beside it lies a mark while captions are
+being written, which says of which command they are.
 """
 
 import logging
@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from library.config.atomic_files import write_text
 from library.config.errors import UserError, listed
-from library.data.caption_writing import Outcome, redo, undo, write_step
 from library.data.strict_json import read_utf8
-from library.data.undo_journal import Change, UndoJournal
+from library.editing.caption_writing import Outcome, redo, undo, write_step
+from library.editing.undo_journal import Change, UndoJournal
 
 log = logging.getLogger(__name__)
 

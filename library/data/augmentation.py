@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from library.captions.draws import CaptionDraw, choice, drawn_numbers
 from library.config.errors import UserError
 from library.data.buckets import BucketedImage
-from library.data.caption_draws import CaptionDraw, choice, drawn_numbers
 from library.data.crops import Crop, true_crop_ltrb
 from library.sdxl.sizes import Size
 

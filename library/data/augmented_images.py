@@ -5,9 +5,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from library.captions.draws import CaptionDraw, drawn_numbers
 from library.data.augmentation import Augmentation, drawn_part
 from library.data.buckets import BucketedImage
-from library.data.caption_draws import CaptionDraw, drawn_numbers
 from library.data.crops import Crop
 from library.data.masks import load_masked
 

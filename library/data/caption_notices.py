@@ -4,10 +4,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from library.captions.draws import ENCODERS, Encoder
+from library.captions.final_captions import CaptionPair
+from library.captions.rules import CaptionDropout, CaptionRules, PairRules
 from library.config.errors import UserError, listed
-from library.data.caption_draws import ENCODERS, Encoder
-from library.data.caption_rules import CaptionDropout, CaptionRules, PairRules
-from library.data.captions import CaptionPair
 
 if TYPE_CHECKING:
     from library.data.columns import Variants

@@ -3,11 +3,11 @@
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 
+from library.captions.draws import ENCODERS, Encoder
+from library.captions.listing import require_listable, unlistable_settings
+from library.captions.rules import CaptionRules
 from library.config.errors import UserError, listed
-from library.data.caption_draws import ENCODERS, Encoder
-from library.data.caption_listing import require_listable, unlistable_settings
 from library.data.caption_notices import caption_notices, dropout_sentence, require_paired_lines
-from library.data.caption_rules import CaptionRules
 from library.data.columns import Captions
 from library.data.found_images import FoundImage
 from library.data.image_columns import FoundImages

@@ -4,11 +4,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from library.data.caption_draws import ENCODERS, Encoder
-from library.data.caption_listing import texts_to_encode, unlistable_settings
+from library.captions.draws import ENCODERS, Encoder
+from library.captions.final_captions import first_text
+from library.captions.listing import texts_to_encode, unlistable_settings
 from library.data.caption_notices import words_of
 from library.data.caption_tokens import CaptionTokenizer
-from library.data.captions import first_text
 from library.data.training_images import TrainingImage
 
 BIN = 25

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
+from library.captions.draws import ENCODERS, Encoder
+from library.captions.rules import CaptionRules
 from library.config.errors import listed
-from library.data.caption_draws import ENCODERS, Encoder
-from library.data.caption_rules import CaptionRules
 from library.data.subsets import Subset
 from library.data.training_columns import TrainingSet
 from library.data.training_images import TrainingImage

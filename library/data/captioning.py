@@ -7,10 +7,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from library.data.caption_draws import CaptionDraw, Encoder
-from library.data.caption_rules import ZEROS
+from library.captions.draws import CaptionDraw, Encoder
+from library.captions.final_captions import FinalTexts, final_texts
+from library.captions.rules import ZEROS
 from library.data.caption_tokens import CaptionTokenizer, ReadText
-from library.data.captions import FinalTexts, final_texts
 from library.data.epoch_order import MicroBatch
 from library.data.text_cache import NO_TEXTS, CachedTexts
 from library.data.training_images import TrainingImage

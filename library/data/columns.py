@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 
+from library.captions.draws import Encoder
+from library.captions.final_captions import CaptionPair
 from library.config.errors import UserError
-from library.data.caption_draws import Encoder
-from library.data.captions import CaptionPair
 
 if TYPE_CHECKING:
     import torch

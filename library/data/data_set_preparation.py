@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from library.captions.final_captions import CaptionPair
 from library.config.errors import UserError, error_of_errors
 from library.config.leftovers import remove_leftovers
 from library.config.processes import Share, share_of_process
 from library.data.buckets import BucketedImage
 from library.data.cache_files import cache_finder, require_separate_caches
-from library.data.captions import CaptionPair
 from library.data.crops import LEGACY_CROP_NOTICE
 from library.data.folder_images import in_bucket
 from library.data.found_images import FoundImage

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from library.captions.draws import CaptionDraw, noise_seed
 from library.config.errors import UserError
 from library.data.augmented_images import load_augmented
-from library.data.caption_draws import CaptionDraw, noise_seed
 from library.data.captioning import Captioning
 from library.data.columns import in_shared_memory
 from library.data.crops import Crop

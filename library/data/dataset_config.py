@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from library.captions.options import CaptionOptions, caption_extension, resolve, rule_problems
 from library.config.errors import UserError, error_of_problems
 from library.data.augmentation import Augmentation, interpolation_of, parse_face_range
 from library.data.buckets import BucketOptions, parse_resolution
-from library.data.caption_options import CaptionOptions, caption_extension, resolve, rule_problems
 from library.data.dataset_schema import WITHOUT_EFFECT, converted, read_tables
 from library.data.loader_options import LoaderOptions
 from library.data.subsets import Subset

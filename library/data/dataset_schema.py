@@ -9,10 +9,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from library.captions.options import CaptionOptions, level_problems
 from library.config.errors import UserError, error_of_problems, nearest
 from library.config.magnitudes import HEAVIEST
 from library.data.augmentation import RESIZE_INTERPOLATIONS
-from library.data.caption_options import CaptionOptions, level_problems
 from library.data.strict_json import read_utf8
 
 Check = Callable[[Any], bool]

@@ -3,8 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
+from library.captions.options import CaptionOptions, caption_extension, resolve
 from library.data.buckets import BucketRule
-from library.data.caption_options import CaptionOptions, caption_extension, resolve
 from library.data.loader_options import LoaderOptions
 from library.data.repeat_folders import RepeatFolder, repeat_folders
 from library.data.subsets import Subset

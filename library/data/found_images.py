@@ -4,9 +4,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from library.captions.final_captions import CaptionPair
 from library.config.errors import UserError, listed
 from library.data.buckets import BucketAssignment, MaskSource, covering_size
-from library.data.captions import CaptionPair
 from library.data.image_keys import is_file, is_found_by_name
 from library.data.image_sizes import ImageSizes
 from library.data.images import require_whole

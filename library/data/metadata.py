@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from library.captions.final_captions import CaptionPair, variants_of
 from library.config.atomic_files import replacing
 from library.config.errors import UserError, error_of_errors, listed
 from library.config.magnitudes import HEAVIEST
-from library.data.captions import CaptionPair, variants_of
 from library.data.metadata_lines import is_lines, read_lines, write_lines
 from library.data.strict_json import pieces_of_json, shown, stream_json
 from library.sdxl.sizes import MAX_ASPECT, MAX_SIDE, MIN_SIDE, PIXELS_PER_LATENT, Size

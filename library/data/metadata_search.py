@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
+from library.captions.final_captions import CaptionPair
 from library.config.errors import UserError, listed
 from library.data.cache_files import cache_finder
 from library.data.caption_sources import CaptionFile, caption_files_beside, warn_of_suspects
 from library.data.caption_states import CaptionStates, StatesBuilder
-from library.data.captions import CaptionPair
 from library.data.found_images import FoundImage, require_own_files, require_usable
 from library.data.image_columns import FoundBuilder, FoundImages
 from library.data.image_files import FolderNames, Suffixes, warn_of_unreadable

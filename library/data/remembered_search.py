@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from library.captions.rules import PairRules
 from library.config.digests import digest, file_digest
 from library.config.errors import UserError
-from library.data.caption_rules import PairRules
 from library.data.caption_states import CaptionStates
 from library.data.columns import Texts, Variants
 from library.data.image_columns import FoundImages

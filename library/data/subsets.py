@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+from library.captions.options import CAPTION_EXTENSIONS
+from library.captions.rules import PairRules, described_rules
 from library.data.augmentation import Augmentation
 from library.data.buckets import BucketRule
-from library.data.caption_options import CAPTION_EXTENSIONS
-from library.data.caption_rules import PairRules, described_rules
 
 _NOT_COMPARED = ("captions", "cache_info")
 SUBSET_MARK = "subset "

@@ -11,12 +11,12 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from library.captions.draws import Encoder
+from library.captions.listing import texts_to_encode
+from library.captions.rules import CaptionRules
 from library.config.atomic_files import require_disk_space
 from library.config.digests import digest
 from library.config.errors import UserError
-from library.data.caption_draws import Encoder
-from library.data.caption_listing import texts_to_encode
-from library.data.caption_rules import CaptionRules
 from library.data.caption_tokens import CaptionTokenizer
 from library.data.training_images import TrainingImage
 from library.sdxl.tensor_file import TensorToWrite, open_tensors, raw_bytes, write_safetensors

@@ -7,9 +7,9 @@ from typing import Any, overload
 
 import numpy as np
 
+from library.captions.draws import Encoder
+from library.captions.final_captions import CaptionPair, first_text
 from library.data.buckets import BucketAssignment, BucketedImage
-from library.data.caption_draws import Encoder
-from library.data.captions import CaptionPair, first_text
 from library.data.columns import InSharedMemory, Texts, Variants
 from library.data.crops import Crop
 from library.data.image_columns import mask_source

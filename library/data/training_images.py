@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from library.captions.final_captions import CaptionPair
 from library.config.digests import file_digest
 from library.config.errors import UserError
 from library.data.buckets import ALPHA, BucketedImage, MaskSource
-from library.data.captions import CaptionPair
 from library.data.crops import Crop
 from library.data.fingerprints import fingerprint_of, kind_of_latents
 from library.data.latent_cache import CachedLatents, read_cache

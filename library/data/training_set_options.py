@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from library.captions.draws import Encoder
 from library.config.errors import UserError
 from library.config.magnitudes import HEAVIEST, MOST_BATCHES, MOST_IMAGES_AT_ONCE
 from library.config.options import option
@@ -16,7 +17,6 @@ from library.data.augmentation import (
     parse_face_range,
 )
 from library.data.buckets import parse_resolution
-from library.data.caption_draws import Encoder
 from library.data.repeat_folders import repeat_folders
 
 _OR_FOLDERS = ", or sort the images into folders of --train_data_dir named as 10_name"

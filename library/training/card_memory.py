@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from library.captions.draws import Encoder
 from library.config.errors import UserError
-from library.data.caption_draws import Encoder
 from library.data.caption_report import encoders_to_cache
 from library.data.image_columns import FoundImages
 from library.data.subsets import Subset

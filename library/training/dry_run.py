@@ -8,16 +8,16 @@ from pathlib import Path
 
 import torch
 
+from library.captions.draws import Encoder
+from library.captions.final_captions import FinalTexts, final_texts
+from library.captions.limits import fitting_beginning
+from library.captions.rules import PairRules
 from library.config.atomic_files import replacing, write_text
 from library.config.errors import UserError, listed
-from library.data.caption_draws import Encoder
-from library.data.caption_limits import fitting_beginning
 from library.data.caption_report import report_captions
-from library.data.caption_rules import PairRules
 from library.data.caption_summary import summarize
 from library.data.caption_tokens import CaptionTokenizer, cut_captions, tokenizer_for
 from library.data.captioning import Captioning
-from library.data.captions import FinalTexts, final_texts
 from library.data.epoch_order import MicroBatch
 from library.data.folder_images import in_bucket
 from library.data.found_images import FoundImage

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from library.data.caption_rules import CaptionDropout
+from library.captions.rules import CaptionDropout
 from library.data.caption_summary import CaptionSummary
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from library.data.caption_rules import CaptionDropout
+from library.captions.rules import CaptionDropout
 from library.data.caption_summary import BIN, EncoderSummary
 from library.training.dry_run_facts import ImageFacts, ReadCaption, SetFacts
 

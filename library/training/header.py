@@ -7,9 +7,9 @@ from datetime import datetime
 from functools import cache
 from pathlib import Path
 
+from library.captions.draws import ENCODERS, Encoder
+from library.captions.rules import PairRules, described_rules
 from library.config.errors import UserError
-from library.data.caption_draws import ENCODERS, Encoder
-from library.data.caption_rules import PairRules, described_rules
 from library.data.subsets import Subset
 from library.data.training_columns import TrainingSet
 from library.samples.picture_files import SAMPLE_FOLDER, newest_pictures

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from library.data.caption_rules import ZEROS, PairRules
+from library.captions.rules import ZEROS, PairRules
 from library.data.subsets import Subset
 from library.diffusion.objective import Objective
 from library.optim.ema_options import profile_name

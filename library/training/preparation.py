@@ -12,9 +12,9 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch import nn
 
+from library.captions.draws import Encoder
 from library.config.errors import UserError
 from library.config.leftovers import remove_leftovers
-from library.data.caption_draws import Encoder
 from library.data.caption_sources import update_captions
 from library.data.caption_tokens import CaptionTokenizer, cut_captions, tokenizer_for
 from library.data.captioning import Captioning

@@ -6,10 +6,10 @@ from dataclasses import dataclass, fields, is_dataclass
 from importlib.metadata import version
 from typing import Any, ClassVar
 
+from library.captions.options import CaptionOptions
+from library.captions.rules import CaptionRules, PairRules, described_rules
 from library.config.errors import UserError, listed
 from library.config.options import is_secret, option
-from library.data.caption_options import CaptionOptions
-from library.data.caption_rules import CaptionRules, PairRules, described_rules
 from library.data.subsets import SUBSET_MARK
 from library.training.progress import Setting
 

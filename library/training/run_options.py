@@ -6,13 +6,13 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from library.captions.draws import Encoder
+from library.captions.options import CaptionOptions
 from library.config.console_options import ConsoleOptions
 from library.config.errors import UserError
 from library.config.magnitudes import MOST_BATCHES, MOST_SEED, MOST_STEPS, MOST_VISITS
 from library.config.options import ConfigFileOptions, option, problems_of
 from library.data.buckets import BucketOptions, BucketRule, parse_resolution
-from library.data.caption_draws import Encoder
-from library.data.caption_options import CaptionOptions
 from library.data.dataset_config import read_dataset_config, require_masks
 from library.data.flag_subsets import subsets_of_flags
 from library.data.loader_options import LoaderOptions

@@ -20,7 +20,7 @@ from library.config.options import options_of
 from library.training.progress import Progress
 
 if TYPE_CHECKING:
-    from library.data.caption_draws import Encoder
+    from library.captions.draws import Encoder
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from library.captions.draws import Encoder
 from library.config.processes import share_of_process
-from library.data.caption_draws import Encoder
 from library.data.caption_report import report_captions
 from library.data.dataset import Batch
 from library.data.subsets import Subset

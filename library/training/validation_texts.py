@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from library.data.caption_draws import Encoder
-from library.data.caption_rules import ZEROS, PairRules
+from library.captions.draws import Encoder
+from library.captions.rules import ZEROS, PairRules
 from library.data.caption_tokens import CaptionTokenizer
 from library.data.training_images import TrainingImage
 from library.sdxl.prompt_weights import weighted_features

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from library.captions.options import CaptionOptions
 from library.config.kohya_flags import (
     OTHER_TRAINERS,
     PREPARE_REFUSED,
@@ -14,7 +15,6 @@ from library.config.kohya_flags import (
     TRAINER_REPLACED,
 )
 from library.config.options import options_of
-from library.data.caption_options import CaptionOptions
 from library.optim.ema_options import EmaOptions
 
 REFERENCE = json.loads((Path(__file__).parents[1] / "golden" / "cli_flags.json").read_text(encoding="utf-8"))

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import tomli_w
 
+from library.captions.options import resolve
 from library.config.errors import UserError
 from library.config.kohya_flags import TRAINER_REFUSED, TRAINER_REPLACED
 from library.config.kohya_spellings import NEUTRAL, NEUTRAL_REFUSED, TRAINER_SPELLINGS
 from library.config.options import options_of, parse_options
 from library.config.value_kinds import NumSteps
-from library.data.caption_options import resolve
 from library.training.run_options import OPTION_CLASSES, TrainingOptions
 from tests.conftest import base_flags
 

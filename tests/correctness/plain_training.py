@@ -12,7 +12,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from torch import nn
 from torch.nn.functional import mse_loss
 
-from library.data.caption_draws import CaptionDraw, noise_seed
+from library.captions.draws import CaptionDraw, noise_seed
 from library.data.epoch_order import BatchShape, EpochOrder
 from library.sdxl.weight_names import unet_table
 from tests.conftest import PreparedSet

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from library.captions.draws import CaptionDraw
 from library.config.errors import UserError
 from library.data.augmentation import Augmentation, Face, Part, drawn_part, face_in, interpolation_of, parse_face_range
 from library.data.buckets import BucketAssignment, BucketedImage, covering_size
-from library.data.caption_draws import CaptionDraw
 from library.data.crops import Crop, true_crop_ltrb
 from library.sdxl.sizes import Size
 

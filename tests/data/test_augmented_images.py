@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from library.captions.draws import CaptionDraw
 from library.data.augmentation import Augmentation
 from library.data.augmented_images import load_augmented, recolored
 from library.data.buckets import BucketAssignment, BucketedImage
-from library.data.caption_draws import CaptionDraw
 from library.data.crops import Crop
 from library.data.images import load_rgb
 from library.data.resizing import resize_and_crop

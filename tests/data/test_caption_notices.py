@@ -2,10 +2,10 @@
 
 import pytest
 
+from library.captions.final_captions import CaptionPair, variants_of
+from library.captions.rules import CaptionDropout, CaptionRules, PairRules
 from library.config.errors import UserError
 from library.data.caption_notices import caption_notices, dropout_sentence, require_paired_lines
-from library.data.caption_rules import CaptionDropout, CaptionRules, PairRules
-from library.data.captions import CaptionPair, variants_of
 
 SHUFFLED = CaptionRules(shuffle_caption=True)
 TAGS = "1girl, solo, red hair"

@@ -11,9 +11,9 @@ from PIL import Image
 
 from finetune import sdxl_merge_captions_g_to_metadata as merge_g
 from finetune import sdxl_merge_captions_l_to_metadata as merge_l
+from library.captions.final_captions import CaptionPair
 from library.config.errors import UserError
 from library.data.caption_sources import CaptionSource, update_captions
-from library.data.captions import CaptionPair
 from library.data.image_keys import images_by_stem, resolve_image
 from library.data.metadata import read_metadata, write_metadata
 from library.data.subsets import Subset

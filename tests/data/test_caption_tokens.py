@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from library.captions.rules import CaptionRules
 from library.data import caption_tokens
-from library.data.caption_rules import CaptionRules
 from library.data.caption_tokens import CaptionTokenizer, ReadText, cannot_be_cut, cut_captions, tokenizer_for
 from library.data.crops import Crop
 from library.data.training_images import TrainingImage

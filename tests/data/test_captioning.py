@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from library.data.caption_rules import EMPTY, ZEROS, CaptionDropout, CaptionRules, PairRules
+from library.captions.rules import EMPTY, ZEROS, CaptionDropout, CaptionRules, PairRules
 from library.data.caption_tokens import tokenizer_for
 from library.data.captioning import Captioning
 from library.data.crops import Crop

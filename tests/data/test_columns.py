@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from library.data.captions import CaptionPair
+from library.captions.final_captions import CaptionPair
 from library.data.columns import Captions, Texts, Variants
 from library.data.crops import Crop
 from library.data.found_images import FoundImage

@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
+from library.captions.draws import CaptionDraw
 from library.config.errors import UserError
 from library.config.options import problems_of
 from library.data.augmentation import Augmentation
 from library.data.augmented_images import load_augmented
 from library.data.buckets import BucketAssignment, BucketedImage
-from library.data.caption_draws import CaptionDraw
 from library.data.caption_tokens import tokenizer_for
 from library.data.captioning import Captioning
 from library.data.crops import Crop

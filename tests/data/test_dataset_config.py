@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from library.captions.options import CaptionOptions
 from library.config.errors import UserError
 from library.data.buckets import BucketOptions
-from library.data.caption_options import CaptionOptions
 from library.data.dataset_config import read_dataset_config, require_masks
 from library.data.loader_options import LoaderOptions
 from library.data.regularization import balanced_repeats, repeats_of

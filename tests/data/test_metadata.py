@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from library.captions.final_captions import CaptionPair
 from library.config.errors import UserError
-from library.data.captions import CaptionPair
 from library.data.metadata import (
     COLUMN_G,
     COLUMN_L,

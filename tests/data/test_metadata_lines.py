@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from library.captions.final_captions import CaptionPair
 from library.config.errors import UserError
-from library.data.captions import CaptionPair
 from library.data.metadata import captions_of, read_metadata, write_metadata
 from library.data.metadata_lines import read_lines
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from library.captions.rules import CaptionRules, PairRules
 from library.data import metadata_images
 from library.data.buckets import BucketRule
-from library.data.caption_rules import CaptionRules, PairRules
 from library.data.image_columns import FoundImages
 from library.data.latent_index import read_index
 from library.data.metadata_images import find_images_of_metadata

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from library.captions.draws import CaptionDraw
+from library.captions.final_captions import CaptionPair, final_texts
+from library.captions.rules import CaptionDropout, CaptionRules, PairRules
 from library.config.errors import UserError
 from library.data.augmentation import Augmentation
-from library.data.caption_draws import CaptionDraw
-from library.data.caption_rules import CaptionDropout, CaptionRules, PairRules
-from library.data.captions import CaptionPair, final_texts
 from library.data.columns import Texts
 from library.data.folder_images import with_distinct_keys
 from library.data.found_images import FoundImage

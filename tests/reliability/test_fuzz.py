@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save
 
+from library.captions.options import CaptionOptions
 from library.config.errors import UserError
 from library.config.kohya_flags import TRAINER_REFUSED, TRAINER_REPLACED
 from library.config.kohya_spellings import TRAINER_SPELLINGS
 from library.config.options import options_of, parse_options
-from library.data.caption_options import CaptionOptions
 from library.data.flag_subsets import subset_of_flags
 from library.data.image_keys import images_by_stem, resolve_image
 from library.data.images import load_rgb_and_alpha, read_size

@@ -8,12 +8,12 @@ from PIL import Image
 
 import sdxl_train
 from finetune import prepare_buckets_latents
+from library.captions.options import CaptionOptions
 from library.config.errors import UserError
 from library.config.magnitudes import MOST_STEPS
 from library.config.options import Option, options_of
 from library.config.value_kinds import NumSteps
 from library.data.buckets import BucketOptions
-from library.data.caption_options import CaptionOptions
 from library.sdxl.sizes import Size
 from library.training.disk_space import require_disk_for_saves
 from library.training.saves import SaveOptions

@@ -18,7 +18,7 @@ from playwright.sync_api import expect
 
 from library.config.atomic_files import CannotWrite
 from library.config.options import parse_options
-from library.data import caption_places
+from library.editing import caption_places
 from studio.opened import Opened
 from studio.options import OPTION_CLASSES, ServerOptions, subsets_of
 from studio.safety import LARGEST_BODY, POLICY

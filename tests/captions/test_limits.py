@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from library.data.caption_limits import reading
-from library.data.caption_rules import CaptionRules
+from library.captions.limits import reading
+from library.captions.rules import CaptionRules
 
 REPOSITORY = Path(__file__).parents[2]
 GOLDEN = json.loads((REPOSITORY / "tests" / "golden" / "tokens.json").read_text(encoding="utf-8"))
@@ -14,8 +14,8 @@ GOLDEN = json.loads((REPOSITORY / "tests" / "golden" / "tokens.json").read_text(
 # Prints the ids of each caption in so many chunks, how many tokens are counted, and which heavy libraries that took.
 COUNT = """
 import json, sys
-from library.data.caption_limits import reading
-from library.data.caption_rules import CaptionRules
+from library.captions.limits import reading
+from library.captions.rules import CaptionRules
 from library.sdxl.tokenizers import PAD_L, token_ids, tokenize
 found = []
 for caption, num_chunks in json.load(sys.stdin):

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
+from library.captions.draws import ENCODERS, Encoder
 from library.config.errors import UserError, listed, nearest
-from library.data.caption_draws import ENCODERS, Encoder
-from library.data.caption_set import CaptionSet, Member
+from library.editing.caption_set import CaptionSet, Member
 
 Matches = Callable[[Member], bool]
 

@@ -4,10 +4,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 
+from library.captions.draws import CaptionDraw, Encoder
+from library.captions.final_captions import CaptionPair, Wildcards, drawn_text, listed_text, split_wildcards, surrounded
+from library.captions.rules import EMPTY, CaptionRules, PairRules
 from library.config.errors import UserError, listed
-from library.data.caption_draws import CaptionDraw, Encoder
-from library.data.caption_rules import EMPTY, CaptionRules, PairRules
-from library.data.captions import CaptionPair, Wildcards, drawn_text, listed_text, split_wildcards, surrounded
 
 MAX_EXPANSIONS = 64
 """Texts that lines and wildcards of one image may expand to for one encoder, for the cache to hold them all."""

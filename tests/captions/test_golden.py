@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from library.data.caption_draws import CaptionDraw
-from library.data.caption_rules import CaptionDropout, CaptionRules, PairRules
-from library.data.captions import CaptionPair, final_texts, variants_of
+from library.captions.draws import CaptionDraw
+from library.captions.final_captions import CaptionPair, final_texts, variants_of
+from library.captions.rules import CaptionDropout, CaptionRules, PairRules
 
 RECORDED = json.loads((Path(__file__).parents[1] / "golden" / "caption_processing.json").read_text(encoding="utf-8"))
 CASES = RECORDED["cases"]

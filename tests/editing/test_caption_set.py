@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from library.captions.limits import count_tokens
+from library.captions.rules import CaptionRules, PairRules
 from library.config.errors import UserError
 from library.data.buckets import BucketOptions, parse_resolution
-from library.data.caption_edits import Edit
-from library.data.caption_limits import count_tokens
-from library.data.caption_rules import CaptionRules, PairRules
-from library.data.caption_search import found
-from library.data.caption_set import CaptionSet
-from library.data.caption_writing import undo, write_step
-from library.data.set_edits import planned
 from library.data.subsets import Subset
-from library.data.undo_journal import UndoJournal
+from library.editing.caption_edits import Edit
+from library.editing.caption_search import found
+from library.editing.caption_set import CaptionSet
+from library.editing.caption_writing import undo, write_step
+from library.editing.set_edits import planned
+from library.editing.undo_journal import UndoJournal
 
 CAPTIONS = {  # name: L, G
     "cat 2": ("1girl, cat, red hair", "A cat beside a girl."),

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from library.data.caption_rules import CaptionRules
+from library.captions.rules import CaptionRules
 from library.sdxl.prompt_weights import weighted_token_ids
 from library.sdxl.tokenizers import token_ids
 

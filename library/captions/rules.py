@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 
-from library.data.caption_draws import Encoder, Stream
+from library.captions.draws import Encoder, Stream
 
 EMPTY, ZEROS = "empty", "zeros"
 """What an encoder receives in place of a dropped caption: the encoding of "", or zeros."""

@@ -3,14 +3,14 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from library.captions.draws import ENCODERS, Encoder
 from library.config.digests import digest
 from library.config.errors import UserError
-from library.data.caption_draws import ENCODERS, Encoder
-from library.data.caption_edits import Edit, EditedPair, edited
-from library.data.caption_places import Place, read_places, tag_of
-from library.data.caption_set import CaptionSet, Member
-from library.data.caption_text import CaptionText
-from library.data.undo_journal import Change
+from library.editing.caption_edits import Edit, EditedPair, edited
+from library.editing.caption_places import Place, read_places, tag_of
+from library.editing.caption_set import CaptionSet, Member
+from library.editing.caption_text import CaptionText
+from library.editing.undo_journal import Change
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from library.data.caption_draws import CaptionDraw, choice, drawn_numbers, permutation
+from library.captions.draws import CaptionDraw, choice, drawn_numbers, permutation
 
 DRAW = CaptionDraw(seed=7, epoch=1, key="a/01")
 

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 from library.config.atomic_files import CannotWrite, replacing
 from library.config.digests import digest
 from library.config.errors import UserError
-from library.data.caption_places import Place, locked
+from library.editing.caption_places import Place, locked
 
 log = logging.getLogger(__name__)
 

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import inf
 
-from library.data.caption_draws import CaptionDraw, Encoder
-from library.data.caption_limits import Reading, reading
-from library.data.caption_rules import PairRules
-from library.data.captions import CaptionPair, final_texts
+from library.captions.draws import CaptionDraw, Encoder
+from library.captions.final_captions import CaptionPair, final_texts
+from library.captions.limits import Reading, reading
+from library.captions.rules import PairRules
 
 
 @dataclass(frozen=True)

@@ -8,20 +8,20 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from library.captions.draws import ENCODERS, Encoder
+from library.captions.final_captions import CaptionPair, first_text
+from library.captions.limits import count_tokens
+from library.captions.rules import PairRules
 from library.config.errors import UserError
-from library.data.caption_draws import ENCODERS, Encoder
-from library.data.caption_edits import tags_of
 from library.data.caption_files import caption_file_of
-from library.data.caption_limits import count_tokens
-from library.data.caption_places import ABSENT, Place, read_places, tag_of
-from library.data.caption_rules import PairRules
-from library.data.caption_text import CaptionText
-from library.data.captions import CaptionPair, first_text
 from library.data.image_files import list_files
 from library.data.image_keys import images_of_keys
 from library.data.image_kinds import is_image_of_any_kind
 from library.data.metadata import COLUMN_G, COLUMN_L, key_of_caption, read_metadata
 from library.data.subsets import Subset
+from library.editing.caption_edits import tags_of
+from library.editing.caption_places import ABSENT, Place, read_places, tag_of
+from library.editing.caption_text import CaptionText
 from library.sdxl.sizes import Size
 
 log = logging.getLogger(__name__)

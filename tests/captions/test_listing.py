@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from library.captions.draws import CaptionDraw
+from library.captions.final_captions import CaptionPair, final_texts
+from library.captions.listing import num_expansions, require_listable, texts_to_encode, unlistable_settings
+from library.captions.rules import ZEROS, CaptionDropout, CaptionRules, PairRules
 from library.config.errors import UserError
-from library.data.caption_draws import CaptionDraw
-from library.data.caption_listing import num_expansions, require_listable, texts_to_encode, unlistable_settings
-from library.data.caption_rules import ZEROS, CaptionDropout, CaptionRules, PairRules
-from library.data.captions import CaptionPair, final_texts
 
 WILD = CaptionRules(enable_wildcard=True)
 

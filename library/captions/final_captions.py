@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from library.data.caption_draws import (
+from library.captions.draws import (
     CaptionDraw,
     Encoder,
     Numbers,
@@ -15,7 +15,7 @@ from library.data.caption_draws import (
     numbers_without_chance,
     permutation,
 )
-from library.data.caption_rules import CaptionDropout, CaptionRules, PairRules
+from library.captions.rules import CaptionDropout, CaptionRules, PairRules
 
 _BRACES = re.compile(r"\{\{|\}\}|\{((?:\}\}|[^}])++)\}")
 _WITHOUT_CHANCE = CaptionDraw(seed=0, epoch=1, key="", step=math.inf)  # after any warm-up
@@ -61,7 +61,7 @@ def final_texts(
 ) -> FinalTexts:
     """Return what both encoders read of an image at one visit.
 
-    The order of operations is that of sd-scripts 2026; tests/data/test_caption_golden.py names each deviation.
+    The order of operations is that of sd-scripts 2026; tests/captions/test_golden.py names each deviation.
     """
     dropped_l, dropped_g = _dropped(rules.dropout, draw, numbers)
     text_l = "" if dropped_l else undropped_text(captions.variants_l, rules, "l", draw, numbers)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from library.config.errors import UserError
-from library.data.caption_places import Place, locked, read_place, write_entries, write_file
-from library.data.undo_journal import Change, Step, UndoJournal
+from library.editing.caption_places import Place, locked, read_place, write_entries, write_file
+from library.editing.undo_journal import Change, Step, UndoJournal
 
 log = logging.getLogger(__name__)
 

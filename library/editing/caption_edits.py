@@ -4,9 +4,9 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from library.captions.draws import Encoder
 from library.config.errors import UserError
-from library.data.caption_draws import Encoder
-from library.data.caption_text import CaptionText
+from library.editing.caption_text import CaptionText
 
 REPLACE, ADD, REMOVE, MOVE = "replace", "add", "remove", "move"
 KINDS = (REPLACE, ADD, REMOVE, MOVE)

@@ -9,10 +9,10 @@ import pytest
 
 from library.config.atomic_files import CannotWrite
 from library.config.errors import UserError
-from library.data import caption_places, undo_journal
-from library.data.caption_places import ABSENT, Place, read_place, tag_of
-from library.data.caption_writing import redo, undo, write_step
-from library.data.undo_journal import Change, UndoJournal
+from library.editing import caption_places, undo_journal
+from library.editing.caption_places import ABSENT, Place, read_place, tag_of
+from library.editing.caption_writing import redo, undo, write_step
+from library.editing.undo_journal import Change, UndoJournal
 
 
 @pytest.fixture

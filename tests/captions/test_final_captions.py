@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from library.data.caption_draws import CaptionDraw
-from library.data.caption_rules import CaptionDropout, CaptionRules, PairRules
-from library.data.captions import CaptionPair, final_texts, first_text, split_wildcards, variants_of
+from library.captions.draws import CaptionDraw
+from library.captions.final_captions import CaptionPair, final_texts, first_text, split_wildcards, variants_of
+from library.captions.rules import CaptionDropout, CaptionRules, PairRules
 
 TAGS = "1girl, solo, red hair, blue eyes, smile, park, sky, tree"
 PAIR = CaptionPair((TAGS,), (TAGS,))

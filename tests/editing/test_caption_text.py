@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from library.config.errors import UserError
-from library.data.caption_text import CaptionText, new_file
+from library.editing.caption_text import CaptionText, new_file
 
 CRLF = "\ufeff1girl, cat\r\n\r\nsecond line\r\n  third \n".encode()
 

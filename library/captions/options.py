@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from library.captions.draws import ENCODERS, Encoder
+from library.captions.rules import EMPTY, ZEROS, CaptionDropout, CaptionRules, PairRules
 from library.config.errors import UserError
 from library.config.magnitudes import MOST_BATCHES, MOST_STEPS
 from library.config.options import option, options_of
-from library.data.caption_draws import ENCODERS, Encoder
-from library.data.caption_rules import EMPTY, ZEROS, CaptionDropout, CaptionRules, PairRules
 
 Level = Mapping[str, Any]
 """What one place says of captions, by flag name without dashes: a subset of a TOML file, or the command line.

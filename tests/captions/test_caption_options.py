@@ -4,11 +4,7 @@ from dataclasses import fields
 
 import pytest
 
-from library.config.config_file import read_config_file
-from library.config.errors import UserError
-from library.config.options import options_of, parse_options
-from library.config.spellings import Spellings
-from library.data.caption_options import (
+from library.captions.options import (
     CaptionOptions,
     caption_extension,
     level_problems,
@@ -16,7 +12,11 @@ from library.data.caption_options import (
     resolve,
     rule_problems,
 )
-from library.data.caption_rules import CaptionDropout, CaptionRules, PairRules
+from library.captions.rules import CaptionDropout, CaptionRules, PairRules
+from library.config.config_file import read_config_file
+from library.config.errors import UserError
+from library.config.options import options_of, parse_options
+from library.config.spellings import Spellings
 
 FLAGS = {each.name for each in options_of(CaptionOptions)}
 
