@@ -50,14 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def dry_run_of(options: TrainingOptions) -> int:
     """Show what would be trained, and return the exit status."""
-    from library.training.dry_run import dry_run
+    from library.runs.dry_run import dry_run
 
     return dry_run(options)
 
 
 def plot_of(options: TrainingOptions) -> int:
     """Draw the learning rates of the run, and return the exit status."""
-    from library.training.schedule_plot import plot_schedule
+    from library.runs.schedule_plot import plot_schedule
 
     return plot_schedule(options)
 

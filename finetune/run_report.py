@@ -63,9 +63,9 @@ OPTION_CLASSES: list[type] = [ReportOptions]
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the page and return the exit status."""
     (options,) = parse_options(OPTION_CLASSES, argv, description=DESCRIPTION)
-    from library.training.run_files import find_run
+    from library.runs.files import find_run
+    from library.runs.report import report
     from library.training.run_record import find_records
-    from library.training.run_report import report
 
     records = find_records(options.output_dir)
     if not records:

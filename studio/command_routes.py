@@ -8,12 +8,12 @@ from starlette.requests import Request
 from library.config.errors import UserError, error_of_problems
 from library.config.option_form import form_of, typed_of
 from library.data.data_set_form import data_set_form, data_set_of, typed_of_data_set
-from library.training.command_check import LEFT_OUT, Checked, Command, checked, written
-from library.training.command_text import shown_commands, toml_of
-from library.training.presets import preset_names, read_preset
-from library.training.run_control import options_of_run
-from library.training.run_folders import run_id
-from library.training.run_launch import launch
+from library.runs.command_check import LEFT_OUT, Checked, Command, checked, written
+from library.runs.command_text import shown_commands, toml_of
+from library.runs.control import options_of_run
+from library.runs.folders import run_id
+from library.runs.launch import launch
+from library.runs.presets import preset_names, read_preset
 from library.training.run_options import OPTION_CLASSES
 from studio.answers import Body
 from studio.confinement import problems_of_paths, require_confined_data_set
@@ -114,6 +114,6 @@ class CommandRoutes:
 
 
 def _summary(command: Command) -> list[tuple[str, list[str]]]:
-    from library.training.command_summary import command_summary  # and torch, which the server need not have
+    from library.runs.command_summary import command_summary  # and torch, which the server need not have
 
     return command_summary(command)

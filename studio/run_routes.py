@@ -11,15 +11,15 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from library.config.atomic_files import write_text
 from library.config.errors import UserError
 from library.config.file_names import name_problem
+from library.runs.control import options_to_resume, save_now, state_to_resume, stop
+from library.runs.curve_groups import ERROR_SUFFIX, charts_of
+from library.runs.files import find_run, saved_files, span_of
+from library.runs.folders import STARTING, FoundRun
+from library.runs.launch import launch
+from library.runs.log import read_log_end
+from library.runs.watch import Pace, as_json
 from library.samples.prompt_lines import prompt_line
-from library.training.curve_groups import ERROR_SUFFIX, charts_of
-from library.training.run_control import options_to_resume, save_now, state_to_resume, stop
-from library.training.run_files import find_run, saved_files, span_of
-from library.training.run_folders import STARTING, FoundRun
-from library.training.run_launch import launch
-from library.training.run_log import read_log_end
 from library.training.run_record import RECORD_FOLDER, RUNS
-from library.training.run_watch import Pace, as_json
 from studio.answers import Body, number
 from studio.confinement import require_confined
 from studio.runs import Runs
@@ -172,7 +172,7 @@ class RunRoutes:
 
     def make_report(self, request: Request, body: Body) -> Any:
         """Write the report of a run beside its record."""
-        from library.training.run_report import report
+        from library.runs.report import report
 
         run = self._writable(request)
         if run.record is None:

@@ -10,13 +10,13 @@ import platformdirs
 
 from library.config.digests import digest
 from library.config.errors import UserError
+from library.runs.files import span_of
+from library.runs.folders import FoundRun, RunFolders
+from library.runs.presets import EXAMPLES
+from library.runs.watch import RunWatch
 from library.samples.contact_sheet import Samples
 from library.samples.picture_files import SAMPLE_FOLDER
 from library.samples.sample_index import SampleIndex
-from library.training.presets import EXAMPLES
-from library.training.run_files import span_of
-from library.training.run_folders import FoundRun, RunFolders
-from library.training.run_watch import RunWatch
 from studio.opened import APP_NAME
 from studio.pictures import Pictures
 

@@ -21,6 +21,7 @@ ALLOWED = {
     "annotation": {"config", "sdxl", "captions", "data", "editing"},
     "optim": {"config", "sdxl"},
     "training": {"config", "sdxl", "captions", "data", "diffusion", "samples", "optim"},
+    "runs": {"config", "sdxl", "captions", "data", "diffusion", "samples", "optim", "training"},
 }
 MODULES = sorted((REPOSITORY / "library").rglob("*.py"))
 SCRIPTS = [

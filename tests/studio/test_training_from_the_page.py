@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import expect
 
-from library.training.run_control import stop
-from library.training.run_folders import runs_in
-from library.training.run_launch import TRAINER
+from library.runs.control import stop
+from library.runs.folders import runs_in
+from library.runs.launch import TRAINER
 from library.training.run_record import FINISHED, RUNS
 from tests.studio.served import studio, wait_for
 

@@ -11,11 +11,11 @@ from library.data.caption_tokens import cut_captions, tokenizer_for
 from library.data.image_columns import FoundImages
 from library.data.subsets import Subset
 from library.data.training_set import find_training_images
+from library.runs.command_check import Command, arguments_for, options_from
+from library.runs.dry_run_text import encoder_sentence
 from library.sdxl.architecture import SDXL_BASE
 from library.training.card_memory import GIB, CardMemory, largest_batch
-from library.training.command_check import Command, arguments_for, options_from
 from library.training.disk_space import num_saves
-from library.training.dry_run_text import encoder_sentence
 from library.training.preparation import make_order, num_steps_of, read_images, split_set
 from library.training.run_options import TrainingOptions
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from library.config.digests import digest
-from library.training.run_launch import LAUNCH_FOLDER, Launch, find_launches
-from library.training.run_log import last_words, read_log_end
+from library.runs.launch import LAUNCH_FOLDER, Launch, find_launches
+from library.runs.log import last_words, read_log_end
 from library.training.run_record import FAILED, RECORD_FOLDER, RunRecord, read_records
 
 STARTING = "starts"

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from library.config.errors import UserError
+from library.runs.folders import STARTING, FoundRun
 from library.training.progress import LATEST, newest_state
 from library.training.request_files import make_request
-from library.training.run_folders import STARTING, FoundRun
 from library.training.run_record import ELSEWHERE, FINISHED, RUNS
 from library.training.stopping import SAVE_FILE, STOP_FILE
 

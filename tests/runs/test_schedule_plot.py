@@ -53,7 +53,7 @@ def test_epochs_are_counted_in_the_images(tiny_sdxl: Path, prepared_set: Prepare
     monkeypatch.chdir(tmp_path)
     titles = []
     monkeypatch.setattr(
-        "library.training.schedule_plot.draw_curves",
+        "library.runs.schedule_plot.draw_curves",
         lambda title, *rest: titles.append(title) or draw_curves(title, *rest),
     )
     argv = [

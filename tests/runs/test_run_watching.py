@@ -16,14 +16,14 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 
 from library.config.errors import UserError
-from library.training.curves import Curve, CurveFiles, read_curves, within
+from library.runs.control import options_of_run, options_to_resume, save_now, stop
+from library.runs.curves import Curve, CurveFiles, read_curves, within
+from library.runs.folders import FoundRun, RunFolders, runs_in
+from library.runs.launch import LAUNCH_FOLDER, Launch, _reserved_name, find_launches, launch
+from library.runs.log import last_bar, last_words, read_log_end
+from library.runs.watch import RunWatch, as_json
 from library.training.event_files import events_of
-from library.training.run_control import options_of_run, options_to_resume, save_now, stop
-from library.training.run_folders import FoundRun, RunFolders, runs_in
-from library.training.run_launch import LAUNCH_FOLDER, Launch, _reserved_name, find_launches, launch
-from library.training.run_log import last_bar, last_words, read_log_end
 from library.training.run_record import FAILED, RECORD_FOLDER, RUNS, VANISHED, End, Start
-from library.training.run_watch import RunWatch, as_json
 from tests.studio.written_runs import BEGAN, event_bytes, scalar, start_of_log, write_curves, write_run
 
 

@@ -6,7 +6,7 @@ from html import escape
 import numpy as np
 
 from library.optim.curve_image import Scale
-from library.training.curves import Curve, thinned
+from library.runs.curves import Curve, thinned
 
 _WIDTH, _HEIGHT = 640, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 10, 10, 28  # margins around the axes

@@ -12,12 +12,12 @@ from library.config.option_form import form_of, problems_by_field, typed_of, val
 from library.config.options import options_of, parse_options
 from library.data.data_set_form import data_set_form, data_set_of, text_of_data_set, typed_of_data_set
 from library.data.dataset_schema import read_tables
+from library.runs.command_check import LEFT_OUT, Command, checked, written
+from library.runs.command_summary import command_summary
+from library.runs.command_text import arguments_of, shown_commands, toml_of
+from library.runs.presets import preset_names, read_preset
 from library.sdxl.architecture import SDXL_BASE
 from library.training.card_memory import GIB, Batch, CardMemory
-from library.training.command_check import LEFT_OUT, Command, checked, written
-from library.training.command_summary import command_summary
-from library.training.command_text import arguments_of, shown_commands, toml_of
-from library.training.presets import preset_names, read_preset
 from library.training.run_options import OPTION_CLASSES, TrainingOptions
 from tests.test_readme import recipes
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from library.config.errors import UserError
 from library.data.caption_summary import BIN, EncoderSummary
 from library.data.images import load_rgb
+from library.runs.dry_run_facts import ImageFacts, ReadCaption, SetFacts, Visit
+from library.runs.dry_run_text import disk_line, encoder_sentence
 from library.sdxl.thumbnail import jpeg_url
-from library.training.dry_run_facts import ImageFacts, ReadCaption, SetFacts, Visit
-from library.training.dry_run_text import disk_line, encoder_sentence
 
 _LONGEST_SIDE = 320  # of an image on the page, in pixels
 _QUALITY = 82  # of its JPEG

@@ -13,7 +13,7 @@ from library.config.kohya_spellings import TRAINER_SPELLINGS
 from library.config.option_form import problems_by_field, values_of
 from library.config.options import options_of, parse_options
 from library.data.data_set_form import data_set_of, place_of_line, text_of_data_set
-from library.training.command_text import arguments_of
+from library.runs.command_text import arguments_of
 from library.training.run_options import OPTION_CLASSES, TrainingOptions
 
 LEFT_OUT = frozenset({"config_file", "output_config", "dry_run", "dry_run_report", "plot_schedule", "dataset_class"})

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from library.captions.rules import CaptionDropout
 from library.data.caption_summary import BIN, EncoderSummary
-from library.training.dry_run_facts import ImageFacts, ReadCaption, SetFacts
+from library.runs.dry_run_facts import ImageFacts, ReadCaption, SetFacts
 
 _BAR = 30  # characters of the longest one
 

@@ -28,11 +28,11 @@ from library.data.text_cache import FOLDER_NAME, tokens_digest
 from library.data.training_columns import TrainingSet
 from library.data.training_images import TrainingImage
 from library.data.training_set import find_training_images
+from library.runs.dry_run_facts import ImageFacts, ReadCaption, SetFacts, Visit
+from library.runs.dry_run_page import page
+from library.runs.dry_run_text import image_lines, set_lines
 from library.sdxl.latents import vae_digest
 from library.sdxl.model_source import load_vae
-from library.training.dry_run_facts import ImageFacts, ReadCaption, SetFacts, Visit
-from library.training.dry_run_page import page
-from library.training.dry_run_text import image_lines, set_lines
 from library.training.preparation import make_order, num_steps_of, read_images, split_set
 from library.training.run_options import TrainingOptions
 

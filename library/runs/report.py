@@ -8,12 +8,12 @@ from typing import Any
 
 from PIL import Image
 
+from library.runs.curve_groups import ERROR_SUFFIX, charts_of
+from library.runs.curves import read_curves
+from library.runs.files import RunFiles
+from library.runs.report_charts import chart
 from library.samples.contact_sheet import row_labels, steps_of
 from library.sdxl.thumbnail import jpeg_url
-from library.training.curve_groups import ERROR_SUFFIX, charts_of
-from library.training.curves import read_curves
-from library.training.report_charts import chart
-from library.training.run_files import RunFiles
 from library.training.run_record import RunRecord
 from library.training.saves import step_of
 from library.training.validation_log import read_validations

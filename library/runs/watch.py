@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from library.config.errors import listed
-from library.training.curves import Curve, CurveFiles, thinned, within
+from library.runs.curves import Curve, CurveFiles, thinned, within
+from library.runs.files import saved_files, span_of
+from library.runs.folders import FoundRun
+from library.runs.log import last_bar, read_log_end
 from library.training.gradient_spikes import NormMean
-from library.training.run_files import saved_files, span_of
-from library.training.run_folders import FoundRun
-from library.training.run_log import last_bar, read_log_end
 from library.training.run_record import RunRecord
 from library.training.saves import step_of
 

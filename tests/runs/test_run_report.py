@@ -20,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 import sdxl_train
 from finetune import run_report
 from library.data.training_set_options import TrainingSetOptions
-from library.training.curves import Curve, read_curves, thinned
+from library.runs.curves import Curve, read_curves, thinned
 from library.training.hub_options import HubOptions
 from library.training.run_record import (
     ELSEWHERE,

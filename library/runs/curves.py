@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from library.training.event_scan import Points, scan
+from library.runs.event_scan import Points, scan
 
 _READ_AT_ONCE = 64 << 20  # bytes
 
