@@ -80,6 +80,7 @@ class Books(TorchDispatchMode):
         self._storages: dict[int, tuple[int, Any]] = {}
         self._num_storages = 0
         self._within_a_kernel = 0
+        self._overflows: set[int] = set()  # storages of fp16's scaler that say whether a gradient has overflowed
         self._lock = threading.RLock()
 
     @contextmanager
@@ -171,7 +172,11 @@ class Books(TorchDispatchMode):
             return function(*arguments, **named)
         if function in _READS and on_cuda:
             self.wait(str(function))
+            if self.number_of(tensors[0]) in self._overflows:
+                return 0.0
             return True if function is aten.equal.default else _some_number(tensors[0])
+        if function is aten._amp_foreach_non_finite_check_and_unscale_.default:
+            self._overflows.add(self.number_of(arguments[1]))
         left = self._copy_to_host(function, arguments, named, on_cuda, to_cuda=to_cuda)
         if left is not None:
             return left

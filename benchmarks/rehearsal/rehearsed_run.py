@@ -20,6 +20,7 @@ from unittest.mock import patch
 import sdxl_train  # isort: skip  # before torch, since it says how torch is to take its memory
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import PartialState
 
 from benchmarks.plain_loop import train_plainly
@@ -113,6 +114,7 @@ class _Rehearsal:
         self._model: SdxlModel | None = None
         self._learner: Learner | None = None
         self._steps: list[dict[str, Any]] = []
+        self._names: dict[int, str] = {}  # of storages, also of those that a step has replaced
         self._samples: dict[str, Any] = {}
         self._before_steps = 0
         self._by_arithmetic = 0
@@ -175,6 +177,7 @@ class _Rehearsal:
             (Learner, "backward", "backward"),
             (Learner, "step", "end of step"),
             (Stepper, "_step_groups", "optimizer"),
+            (AcceleratedOptimizer, "step", "optimizer"),  # with fp16's scaler
         ):
             yield target, name, _within(books.in_phase, phase, getattr(target, name))
         yield setup, "_make_learner", self._noting_the_learner(setup._make_learner, books)
@@ -232,7 +235,8 @@ class _Rehearsal:
             after_step(tracker, occasion, report)
             if report is not None:
                 assert self._model is not None and self._learner is not None
-                self._steps.append(snapshot(books, names_of(books, self._model, self._learner)))
+                self._names |= names_of(books, self._model, self._learner)
+                self._steps.append(snapshot(books, self._names))
             books.begin()
 
         return ending

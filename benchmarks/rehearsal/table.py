@@ -4,11 +4,13 @@
     python benchmarks/rehearsal/table.py --model_size tiny --cases "8 GB"  the same counts, in seconds
     python benchmarks/rehearsal/table.py --output FOLDER
 
+Rows of other cases that the table already has are kept, so that it can be made in parts.
 No GPU is needed and none is measured: times are not known, and memory is without the CUDA context, the workspaces of
 cuBLAS and cuDNN, and what the allocator loses in fragments. A case that fails is a row that says why.
 """
 
 import argparse
+import json
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere, find library/
+
+import torch
 
 from benchmarks.rehearsal.cases import cases
 from benchmarks.rehearsal.rehearsed_run import MODELS, rehearse
@@ -74,16 +78,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     if reason is not None:
         print(f"no rehearsal: {reason}", file=sys.stderr)
         return 2
-    found: dict[str, Any] = {}
+    stem = arguments.output / f"rehearsal_{arguments.model_size}"
+    found = rows_before(stem)
     for name in arguments.cases:
         case = known[name]
         steps = arguments.num_steps or case.num_steps
         found[name] = rehearse(replace(case, num_steps=steps), arguments.model_size)
         print(" ".join(row_of(name, found[name])), flush=True)
-        about = {"model_size": arguments.model_size, "python": platform.python_version(), "cases": found}
-        write_result(arguments.output / f"rehearsal_{arguments.model_size}", about, table_of(found))
-    print(table_of(found))
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        ordered = {name: found[name] for name in known if name in found}
+        write_result(stem, {"model_size": arguments.model_size, **versions, "cases": ordered}, table_of(ordered))
+    print(table_of(ordered))
     return 0
+
+
+def rows_before(stem: Path) -> dict[str, Any]:
+    """Return the figures of the table that is there, by case."""
+    path = stem.with_name(f"{stem.name}.json")
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["cases"] if path.exists() else {}
+    return found
 
 
 if __name__ == "__main__":
