@@ -7,13 +7,13 @@ same, to the last bit, as if all of them were stepped after the backward pass.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import Parameter
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 from library.optim.chunk_exchange import ChunkExchange, OnChunk
 from library.optim.stepping import Chunk, Stepper
@@ -49,28 +49,31 @@ class FusedBackward:
             on_each(parameter, self._on_gradient)
 
     def backward(
-        self, accelerator: Accelerator, loss: Tensor, step: int, mean_loss: float | None = None
+        self, accelerator: Accelerator, loss: Tensor, step: int, mean_loss: Callable[[], float] | None = None
     ) -> float | None:
         """Take optimizer step `step` for `loss`; return the gradient norm, None if it was not computed.
 
-        A loss or a norm that is NaN or Inf updates nothing: the loss of any process, if `mean_loss` is their mean.
-        Where the optimizer can decide that on the device, nobody waits for the loss of a process that is alone: call
+        A loss or a norm that is NaN or Inf updates nothing: the loss of any process, if `mean_loss` reads their mean.
+        It is read when the first gradients are complete, while the GPU goes on with the pass that is launched by then.
+        Where the optimizer can decide on the device, nobody reads the loss of a process that is alone: call
         `take_back_step` if it turns out not to be finite.
         """
-        if mean_loss is None and self._max_grad_norm == 0 and self._stepper.decides_on_device:
+        if accelerator.num_processes == 1 and self._max_grad_norm == 0 and self._stepper.decides_on_device:
             with self._stepper.only_if(loss.detach().isfinite()):
                 self._step(accelerator, loss, step, norm=None)
             self._is_decided_on_device = True
             return None
-        if not math.isfinite(float(loss.detach()) if mean_loss is None else mean_loss):
-            return None
+        read_loss = mean_loss or partial(float, loss.detach())
         if self._max_grad_norm == 0:
-            self._step(accelerator, loss, step, norm=None)
+            self._step(accelerator, loss, step, norm=None, is_wanted=cache(lambda: math.isfinite(read_loss())))
             return None
         norm = self._measure(accelerator, loss)
-        if torch.isfinite(norm):
+        if not math.isfinite(read_loss()):
+            return None
+        norm_read = float(norm)
+        if math.isfinite(norm_read):
             self._step(accelerator, loss, step, norm)
-        return float(norm)
+        return norm_read
 
     def take_back_step(self) -> None:
         """Count one step less, if the last one was taken without a look at its loss, which was not finite."""
@@ -80,20 +83,24 @@ class FusedBackward:
     def _measure(self, accelerator: Accelerator, loss: Tensor) -> Tensor:
         """Return the norm of the whole gradient, from those of its parts, in the order in which torch takes them."""
         norms: dict[Parameter, Tensor] = {}
-        if self._exchange is None:
-            with self._on_each_gradient(partial(_take_norm, norms)):
-                accelerator.backward(loss, retain_graph=True)
-        else:
-            self._by_chunk(accelerator, loss, partial(_take_norms, norms), retain_graph=True)
-        return get_total_norm([norms[parameter] for parameter in self._chunk_of if parameter in norms])
+        self._by_chunk(accelerator, loss, partial(_take_norms, norms), retain_graph=True)
+        return torch.linalg.vector_norm(torch.stack([norms[each] for each in self._chunk_of if each in norms]))
 
-    def _step(self, accelerator: Accelerator, loss: Tensor, step: int, norm: Tensor | None) -> None:
+    def _step(
+        self,
+        accelerator: Accelerator,
+        loss: Tensor,
+        step: int,
+        norm: Tensor | None,
+        is_wanted: Callable[[], bool] = lambda: True,
+    ) -> None:
         with self._stepper.stepping(step) as chunk_steps:
 
             def step_chunk(chunk: Chunk) -> None:
                 if norm is not None:
                     clip_grads_with_norm_(chunk.parameters, self._max_grad_norm, norm)
-                chunk_steps.step([chunk])
+                if is_wanted():
+                    chunk_steps.step([chunk])
                 for parameter in chunk.parameters:
                     parameter.grad = None
 
@@ -123,15 +130,11 @@ class FusedBackward:
 
 
 def _take_norms(norms: dict[Parameter, Tensor], chunk: Chunk) -> None:
-    for parameter in chunk.parameters:
-        if parameter.grad is not None:
-            _take_norm(norms, parameter)
-
-
-def _take_norm(norms: dict[Parameter, Tensor], parameter: Parameter) -> None:
-    assert parameter.grad is not None
-    norms[parameter] = get_total_norm([parameter.grad])
-    parameter.grad = None
+    parameters = [parameter for parameter in chunk.parameters if parameter.grad is not None]
+    if parameters:
+        norms.update(zip(parameters, torch._foreach_norm([each.grad for each in parameters]), strict=True))
+    for parameter in parameters:
+        parameter.grad = None
 
 
 class _ChunkPass:

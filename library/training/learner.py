@@ -109,9 +109,7 @@ class Learner:
             return
         self._rates = self._current_rates()
         self.is_between_steps = False
-        # One process alone need not read its loss before it goes backward.
-        mean_loss = self.step_loss.mean() if self.accelerator.num_processes > 1 else None
-        self._fused_norm = self.fused.backward(self.accelerator, loss, step, mean_loss)
+        self._fused_norm = self.fused.backward(self.accelerator, loss, step, self.step_loss.mean)
         self.is_between_steps = True
 
     def step(self, step: int) -> StepReport:

@@ -1,6 +1,7 @@
 """Run by test_chunked_adafactor.py with TRITON_INTERPRET=1: Adafactor's programs against the step weight by weight."""
 
 import copy
+import math
 import sys
 
 import torch
@@ -24,6 +25,10 @@ CASES = {
     "nearest": (torch.bfloat16, NEAREST, True),
     "float32": (torch.float32, None, False),
 }
+MEANS = ("exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col")
+ROUNDED = {STOCHASTIC: 2**-7, NEAREST: 2**-8, KAHAN: 2**-16, None: 2**-22}
+"""How far from the exact value, as a share of it, rounding may lead: to one of the two neighbours in bfloat16, to the
+nearer one, the same of what is cut off, and some roundings of float32."""
 
 
 def draw(shape, seed, dtype, *, exact):
@@ -139,6 +144,55 @@ def require_the_same_flattening():
         assert torch.equal(weights[0], kept)
 
 
+class InFloat64:
+    """Adafactor's step of one weight in float64, from the paper (Shazeer and Stern 2018, algorithms 4 and 5)."""
+
+    def __init__(self, shape, *, flatten):
+        self.shape = (shape[0], math.prod(shape[1:])) if flatten and len(shape) > 2 else tuple(shape)
+        self.means = [torch.zeros(()).double() for _ in range(min(len(shape), 2))]
+
+    def stepped(self, weight, gradient, step, group):
+        """Return the weight after a step, before it is rounded."""
+        weight, gradient = (each.detach().double().reshape(self.shape) for each in (weight, gradient))
+        beta2, squares = 1 - step ** group["decay_rate"], gradient.square() + group["eps"][0]
+        found = [squares] if len(self.means) == 1 else [squares.mean(-1), squares.mean(-2)]
+        self.means = [beta2 * mean + (1 - beta2) * each for mean, each in zip(self.means, found, strict=True)]
+        if len(self.means) == 1:
+            variance = self.means[0]
+        else:
+            rows, columns = self.means
+            variance = (rows / rows.mean(-1, keepdim=True)).unsqueeze(-1) * columns.unsqueeze(-2)
+        update = gradient / variance.sqrt()
+        update /= max(1.0, update.square().mean().sqrt().item() / group["clip_threshold"])
+        return weight - group["lr"] * group["weight_decay"] * weight - group["lr"] * update
+
+
+def compare_with_float64(name):
+    """The programs' steps against the formulas in float64: within float32's rounding, and then that of the weights."""
+    dtype, rounding, flatten = CASES[name]
+    weights = [Parameter(draw(shape, 0, dtype, exact=False)) for shape in SHAPES]
+    settings = {"lr": 1e-3, "relative_step": False, "scale_parameter": False, "weight_decay": 0.01}
+    optimizer = Adafactor(weights, **settings, flatten_convolutions=flatten, clip_threshold=0.7)
+    rounder = None if rounding is None else Rounder(rounding, weights, seed=3)
+    exact = [InFloat64(shape, flatten=flatten) for shape in SHAPES]
+    steps, group, state = ChunkedSteps(), optimizer.param_groups[0], optimizer.state
+    for step in range(1, 4):
+        if rounder is not None:
+            rounder.start(step)
+        before = [weight.detach().double() + state[weight].get(RESIDUAL, 0.0) for weight in weights]
+        for index, weight in enumerate(weights):
+            weight.grad = draw(weight.shape, 100 * step + index, dtype, exact=False)
+        steps.step(weights, group, state, rounder, None)
+        for weight, held, each in zip(weights, before, exact, strict=True):
+            expected = each.stepped(held, weight.grad, step, group).reshape(weight.shape)
+            found = weight.detach().double() + state[weight].get(RESIDUAL, 0.0)
+            assert ((found - expected).abs() <= 1e-7 + expected.abs() * ROUNDED[rounding]).all(), (name, weight.shape)
+    for weight, each in zip(weights, exact, strict=True):
+        means = [state[weight][key] for key in MEANS if key in state[weight]]
+        for found, expected in zip(means, each.means, strict=True):
+            torch.testing.assert_close(found.double(), expected.reshape(found.shape), rtol=2e-6, atol=0)
+
+
 compare_rounding()
 compare_rounding_together()
 require_the_same_flattening()
@@ -146,3 +200,6 @@ for exact in (True, False):
     for name in sys.argv[1:] or CASES:
         compare(name, exact=exact)
         print(f"{name}, {'exact sums' if exact else 'any sums'}: the same", flush=True)
+for name in sys.argv[1:] or CASES:
+    compare_with_float64(name)
+    print(f"{name}: as in float64", flush=True)

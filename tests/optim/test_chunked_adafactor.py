@@ -48,12 +48,15 @@ def test_the_programs_step_as_weight_by_weight_and_change_nothing_for_a_loss_tha
     script = str(Path(__file__).with_name("chunk_steps_in_interpreter.py"))
     said = run(script, "stochastic", TRITON_INTERPRET="1")
     assert said.count("the same") == 4
+    assert said.count("as in float64") == 1
 
 
 @pytest.mark.slow
 def test_the_programs_step_as_weight_by_weight_with_every_rounding():
     script = str(Path(__file__).with_name("chunk_steps_in_interpreter.py"))
-    assert run(script, TRITON_INTERPRET="1").count("the same") == 12
+    said = run(script, TRITON_INTERPRET="1")
+    assert said.count("the same") == 12
+    assert said.count("as in float64") == 5
 
 
 @pytest.mark.slow

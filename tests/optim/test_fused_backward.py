@@ -85,6 +85,19 @@ def test_a_loss_that_is_no_number_moves_nothing(max_grad_norm: float, bad: float
     assert all(torch.equal(one, other) for one, other in zip(net.parameters(), untouched, strict=True))
 
 
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_the_loss_is_read_once_and_not_before_the_backward_pass_has_begun(max_grad_norm: float):
+    net, order = Net(torch.float32), []
+    optimizer = make_optimizer([{"name": "net", "params": list(net.parameters()), "lr": 1e-2}], OptimizerOptions())
+    fused = FusedBackward(Stepper(optimizer, Rounder(NEAREST, net.parameters(), 0)), max_grad_norm)
+    predicted = net(torch.ones(1, 3, 6, 6))
+    predicted.register_hook(lambda gradient: order.append("backward"))
+    fused.backward(Accelerator(cpu=True), predicted.mean(), 1, lambda: order.append("read") or 1.0)
+    assert [each for each in order if each == "read"] == ["read"]
+    assert order[0] == "backward"
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
 def test_an_overflow_of_the_gradient_alone_moves_nothing_where_the_norm_is_taken():
     weight = nn.Parameter(torch.ones(1))
     optimizer = make_optimizer([{"name": "net", "params": [weight], "lr": 1.0}], OptimizerOptions())
