@@ -108,9 +108,13 @@ def _table(rows: Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
 
 
 class ChunkedSteps:
-    """Steps of an `Adafactor`, chunk by chunk; keeps the layout of each chunk on the device."""
+    """Steps of an `Adafactor`, chunk by chunk; keeps the layout of each chunk on the device.
 
-    def __init__(self) -> None:
+    `with_triton` says by which functions; None takes Triton's programs where they run.
+    """
+
+    def __init__(self, *, with_triton: bool | None = None) -> None:
+        self._with_triton = with_triton
         self._layouts: dict[tuple[int, int, bool], Layout] = {}
 
     def step(
@@ -129,7 +133,7 @@ class ChunkedSteps:
         numbers = to_device(_numbers(group, state[parameters[0]]["step"]), device)
         if is_finite is None:
             is_finite = torch.ones((), dtype=torch.int32, device=device)
-        if not triton_launches.has_triton():
+        if not (triton_launches.has_triton() if self._with_triton is None else self._with_triton):
             step_by_lists(parameters, group, state, kind, rounder, numbers, is_finite)
             return
         key = id(parameters[0]), len(parameters), flatten

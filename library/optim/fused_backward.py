@@ -130,10 +130,11 @@ class FusedBackward:
 
 
 def _take_norms(norms: dict[Parameter, Tensor], chunk: Chunk) -> None:
-    parameters = [parameter for parameter in chunk.parameters if parameter.grad is not None]
-    if parameters:
-        norms.update(zip(parameters, torch._foreach_norm([each.grad for each in parameters]), strict=True))
-    for parameter in parameters:
+    found = [(parameter, parameter.grad) for parameter in chunk.parameters if parameter.grad is not None]
+    if found:
+        each_norm = torch._foreach_norm([gradient for _, gradient in found])
+        norms.update(zip([parameter for parameter, _ in found], each_norm, strict=True))
+    for parameter in chunk.parameters:
         parameter.grad = None
 
 

@@ -2,9 +2,9 @@
 
 import logging
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
+import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
@@ -12,16 +12,20 @@ log = logging.getLogger(__name__)
 
 @cache
 def has_triton() -> bool:
-    """Return whether Triton is installed; a message says once what runs on the GPU."""
-    found = find_spec("triton") is not None
-    if found:
+    """Return whether programs of Triton run on the GPU, tried once; a message says what runs there."""
+    from library.optim.triton_trial import why_not
+
+    reason = why_not(torch.device("cuda"))
+    if reason is None:
         log.info("the optimizer's weights are updated and rounded in chunks, by programs of Triton")
     else:
         log.warning(
-            "Triton is not installed: the optimizer's weights are updated and rounded by torch's own functions, which "
-            "launch several times as many kernels. Install triton (on Windows: triton-windows)."
+            "Triton cannot be used (%s): the optimizer's weights are updated and rounded by torch's own functions, "
+            "which launch several times as many kernels. Triton needs the package triton (on Windows: triton-windows) "
+            "and a C compiler.",
+            reason,
         )
-    return found
+    return reason is None
 
 
 def address_of(tensor: Tensor) -> int:

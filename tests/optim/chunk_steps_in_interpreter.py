@@ -3,6 +3,7 @@
 import copy
 import math
 import sys
+from unittest.mock import patch
 
 import torch
 import triton
@@ -11,11 +12,13 @@ from torch.nn import Parameter
 
 from library.config.errors import UserError
 from library.optim import chunk_programs as programs
+from library.optim import triton_launches
 from library.optim.adafactor import Adafactor
 from library.optim.chunked_adafactor import ChunkedSteps
 from library.optim.options import KAHAN, NEAREST, STOCHASTIC
 from library.optim.rounding import RESIDUAL, Rounder, stochastically_rounded, with_residual
 from library.optim.rounding_together import Narrowed, RoundingTogether, Wide
+from library.optim.triton_trial import why_not
 
 SHAPES = ((40, 300), (7,), (512,), (6, 5, 3, 3), (4, 6, 1, 1), (1, 9))
 CASES = {
@@ -49,7 +52,7 @@ def compare(name, *, exact):
     optimizers = [Adafactor(parameters, **settings) for parameters in (usual, chunked)]
     rounders = [None if rounding is None else Rounder(rounding, each, seed=3) for each in (usual, chunked)]
     optimizers[0].rounder = rounders[0]
-    steps, state = ChunkedSteps(), optimizers[1].state
+    steps, state = ChunkedSteps(with_triton=True), optimizers[1].state
     for step in range(1, 4):
         for rounder in rounders:
             if rounder is not None:
@@ -136,7 +139,7 @@ def require_the_same_flattening():
         resumed = Adafactor(weights, **settings, flatten_convolutions=not before)
         kept, count = weights[0].detach().clone(), dict(saved.state[weights[0]])
         try:
-            ChunkedSteps().step(weights, resumed.param_groups[0], {weights[0]: count}, None, None)
+            ChunkedSteps(with_triton=True).step(weights, resumed.param_groups[0], {weights[0]: count}, None, None)
         except UserError as error:
             assert "flatten_convolutions" in str(error)
         else:
@@ -175,7 +178,7 @@ def compare_with_float64(name):
     optimizer = Adafactor(weights, **settings, flatten_convolutions=flatten, clip_threshold=0.7)
     rounder = None if rounding is None else Rounder(rounding, weights, seed=3)
     exact = [InFloat64(shape, flatten=flatten) for shape in SHAPES]
-    steps, group, state = ChunkedSteps(), optimizer.param_groups[0], optimizer.state
+    steps, group, state = ChunkedSteps(with_triton=True), optimizer.param_groups[0], optimizer.state
     for step in range(1, 4):
         if rounder is not None:
             rounder.start(step)
@@ -193,6 +196,23 @@ def compare_with_float64(name):
             torch.testing.assert_close(found.double(), expected.reshape(found.shape), rtol=2e-6, atol=0)
 
 
+def try_the_programs_out():
+    """The trial before a run passes, and notices a program that does nothing, or cannot be compiled."""
+    device, launch = torch.device("cpu"), triton_launches.launch
+    assert why_not(device) is None
+
+    def without(name):
+        return lambda program, *arguments, **named: program.__name__ == name or launch(program, *arguments, **named)
+
+    for name, said in (("round_all", "rounds to other numbers"), ("apply", "update weights to other numbers")):
+        with patch.object(triton_launches, "launch", without(name)):
+            assert said in why_not(device)
+    with patch.object(triton_launches, "launch", side_effect=RuntimeError("Failed to find C compiler.")):
+        assert why_not(device) == "RuntimeError: Failed to find C compiler."
+    print("the trial notices what is wrong", flush=True)
+
+
+try_the_programs_out()
 compare_rounding()
 compare_rounding_together()
 require_the_same_flattening()

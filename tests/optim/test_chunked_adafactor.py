@@ -1,11 +1,14 @@
 """Adafactor's programs for a GPU: in Triton's interpreter against the step weight by weight, and compiled ahead."""
 
+import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from library.optim import triton_launches, triton_trial
 
 ROOT = Path(__file__).parents[2]
 triton = pytest.importorskip("triton")
@@ -49,6 +52,24 @@ def test_the_programs_step_as_weight_by_weight_and_change_nothing_for_a_loss_tha
     said = run(script, "stochastic", TRITON_INTERPRET="1")
     assert said.count("the same") == 4
     assert said.count("as in float64") == 1
+    assert "the trial notices what is wrong" in said
+
+
+@pytest.mark.parametrize("reason", ["it is not installed", "RuntimeError: Failed to find C compiler.", None])
+def test_what_runs_instead_of_triton_is_told_once(reason, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, logger="library.optim.triton_launches")
+    monkeypatch.setattr(triton_trial, "why_not", lambda device: reason)
+    triton_launches.has_triton.cache_clear()
+    found = [triton_launches.has_triton() for _ in range(2)]
+    triton_launches.has_triton.cache_clear()
+    assert found == [reason is None] * 2
+    [message] = caplog.messages
+    if reason is None:
+        assert "by programs of Triton" in message
+    else:
+        assert message.startswith(
+            f"Triton cannot be used ({reason}): the optimizer's weights are updated and rounded by"
+        )
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from library.optim import triton_launches
 from library.optim.adafactor import Adafactor
 from library.optim.chunked_adafactor import ChunkedSteps
 from library.optim.options import KAHAN, NEAREST, STOCHASTIC
@@ -21,11 +20,6 @@ CASES = (
     (torch.bfloat16, NEAREST, False),
     (torch.float32, None, False),
 )
-
-
-@pytest.fixture(autouse=True)
-def no_triton(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(triton_launches, "has_triton", lambda: False)
 
 
 def optimizer_of(dtype: torch.dtype, rounding: str | None, *, flatten: bool) -> tuple[list[Parameter], Adafactor]:
@@ -44,7 +38,9 @@ def take_gradients(parameters: list[Parameter], step: int) -> None:
 
 
 def step_by_lists(parameters: list[Parameter], optimizer: Adafactor, is_finite: torch.Tensor | None = None) -> None:
-    ChunkedSteps().step(parameters, optimizer.param_groups[0], optimizer.state, optimizer.rounder, is_finite)
+    ChunkedSteps(with_triton=False).step(
+        parameters, optimizer.param_groups[0], optimizer.state, optimizer.rounder, is_finite
+    )
 
 
 @pytest.mark.parametrize(("dtype", "rounding", "flatten"), CASES)
