@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from library.optim.options import ADAFACTOR_RECIPE, STOCHASTIC
+from library.optim.options import STOCHASTIC
 from library.optim.rounding import Rounder, stochastically_rounded
 
 _SHAPES = ((40, 300), (7,), (6, 5, 3, 3))
@@ -64,8 +64,7 @@ def _stepped(device: torch.device, *, with_triton: bool, is_finite: bool = True)
     parameters = _weights(device)
     for parameter in parameters:
         parameter.grad = parameter.detach().flip(0).contiguous()
-    settings = dict.fromkeys((word.split("=")[0] for word in ADAFACTOR_RECIPE.split()[1:]), False)
-    optimizer = Adafactor(parameters, lr=_RATE, weight_decay=0.01, **settings)
+    optimizer = Adafactor(parameters, lr=_RATE, weight_decay=0.01, scale_parameter=False, relative_step=False)
     rounder, state = Rounder(STOCHASTIC, parameters, seed=0), optimizer.state
     steps = ChunkedSteps(with_triton=with_triton)
     decided = torch.tensor(int(is_finite), dtype=torch.int32, device=device)
