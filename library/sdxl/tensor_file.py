@@ -273,6 +273,8 @@ def _header(tensors: list[TensorToWrite], metadata: dict[str, str]) -> bytes:
             "shape": list(tensor.shape),
             "data_offsets": [begin, end],
         }
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    # Half of a surrogate pair, from a caption or the name of a file, becomes "?": nobody could read it, and no model is
+    # lost for a note about it.
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8", errors="replace")
     text += b" " * (-len(text) % _HEADER_ALIGNMENT)
     return len(text).to_bytes(8, "little") + text

@@ -24,6 +24,8 @@ from library.training.saves import last_name
 
 MOST_TAGS = 100
 """How many of the most frequent tags of each encoder a header names."""
+LONGEST_TAG = 500
+"""Characters of a tag that a header names; longer ones are cut there, since no program reads a header of 100 MB."""
 
 _OPTIONS = {
     "batch_size_per_device": "train_batch_size",
@@ -191,7 +193,7 @@ def _source_of(subset: Subset, encoder: Encoder) -> str:
 def _frequent_tags(images: TrainingSet, encoder: Encoder) -> dict[str, int]:
     count: Counter[str] = Counter()
     for text in images.first_texts(encoder):
-        count.update(tag.strip() for tag in text.split(",") if tag.strip())
+        count.update(tag.strip()[:LONGEST_TAG] for tag in text.split(",") if tag.strip())
     return dict(count.most_common(MOST_TAGS))
 
 

@@ -15,7 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from library.sdxl.architecture import ARCHITECTURE_KEY
-from tests.conftest import RATE, Run
+from library.training.header import LONGEST_TAG
+from tests.conftest import RATE, PreparedSet, Run
 
 # ModelSpec 1.0.1 (https://github.com/Stability-AI/ModelSpec): what its tables ask of an image model.
 MUST = {"sai_model_spec", "architecture", "implementation", "title"}
@@ -48,13 +49,22 @@ def source(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+HALF = "half \ud83d of a pair"
+"""A caption that JSON can hold and UTF-8 cannot."""
+
+
 @pytest.fixture(scope="module")
-def trained(train, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run with samples before and after its first step, and flags that the header names."""
+def trained(train, source: Path, prepared_set: PreparedSet, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run with samples before and after its first step, flags that the header names, and captions of odd kinds."""
     prompts = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    metadata = json.loads(prepared_set.latents_json.read_text(encoding="utf-8"))
+    metadata["coffee"] |= {"captionL": HALF, "captionG": "x" * 2 * LONGEST_TAG}
+    in_json = prompts.with_name("meta_lat.json")
+    in_json.write_text(json.dumps(metadata), encoding="utf-8")
     prompts.write_text("a cat --e photo --w 64 --h 64 --s 1\na dog --e photo --w 64 --h 64 --s 1\n", encoding="utf-8")
     return train(
         *(f"--pretrained_model_name_or_path={source}", f"--sample_prompts={prompts}", "--sample_every_n_steps=1"),
+        f"--in_json={in_json}",
         *("--max_train_steps=2", "--min_timestep=500", "--metadata_trigger_phrase=xyz", "--metadata_usage_hint=hint"),
         *("--train_text_encoder", "--learning_rate_te1=0.5", "--learning_rate_te2=0"),
         *("--caption_dropout_rate_l=0.25", "--caption_prefix_g=my", "--min_snr_gamma=5", "--loss_type=smooth_l1"),
@@ -146,3 +156,9 @@ def test_how_it_was_trained_stands_in_keys_that_model_managers_show(header):
     assert tags["G"]["my a woman in a space suit"] == 1
     assert not any("/" in value for key, value in said.items() if key != "ss_tag_frequency")  # no folder of the machine
     assert ARCHITECTURE_KEY in header
+
+
+def test_captions_that_utf8_cannot_hold_and_captions_of_any_length_leave_a_header_that_can_be_read(header):
+    tags = json.loads(header["ss_tag_frequency"])
+    assert tags["L"][HALF.replace("\ud83d", "?")] == 1
+    assert tags["G"][f"my {'x' * LONGEST_TAG}"[:LONGEST_TAG]] == 1
