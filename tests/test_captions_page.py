@@ -111,11 +111,11 @@ def prompt_options():
 
 
 def test_every_option_of_prompt_files_that_the_page_lists_is_read(tmp_path):
-    values = {"--w": "64", "--h": "64", "--d": "1", "--l": "7", "--s": "20", "--ss": "euler"}
+    values = {"--w": "64", "--h": "64", "--d": "1", "--l": "7", "--s": "20", "--ss": "euler", "--gr": "0.5"}
     line = " ".join(["a cat", *(f"{option} {values.get(option, 'text')}" for option in prompt_options())])
     (tmp_path / "prompt.txt").write_text(line, encoding="utf-8")
     (prompt,) = read_prompt_file(tmp_path / "prompt.txt")
-    assert (prompt.prompt_g, prompt.sampler, len(prompt_options())) == ("a cat", "euler", 10)
+    assert (prompt.prompt_g, prompt.sampler, len(prompt_options())) == ("a cat", "euler", 11)
 
 
 def test_every_flag_that_the_page_names_exists():

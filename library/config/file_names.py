@@ -31,6 +31,14 @@ def text_problem(text: str) -> str | None:
     return None
 
 
+def writable_text(text: str) -> str:
+    """Return `text` with each half of a surrogate pair written as `\\udc80`, since UTF-8 cannot hold it.
+
+    In a JSON string that is the same character again.
+    """
+    return text.encode("utf-8", errors="backslashreplace").decode("utf-8")
+
+
 def name_problem(name: str) -> str | None:
     """Return why `name` cannot be the name of a file on Linux, macOS and Windows alike; None if it can."""
     if not name.strip():

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from library.captions.draws import ENCODERS, Encoder
 from library.captions.listing import require_listable, unlistable_settings
+from library.captions.options import CAPTION_EXTENSIONS
 from library.captions.rules import CaptionRules
 from library.config.errors import UserError, listed
 from library.data.caption_notices import caption_notices, dropout_sentence, require_paired_lines
@@ -32,12 +33,25 @@ def report_captions(
     cached, sentences = encoders_to_cache(options, subsets, trained)
     groups = FoundImages.of(found).captions_by_subset()
     notices = check_captions(groups, cached)
+    if not options.update_captions:
+        notices += idle_extensions(subsets)
     for sentence in (*captions_sentences(groups), *sentences):
         log.info(sentence)
     for notice in notices:
         log.warning(notice)
     log.info(trained_sentence(trains_unet=trains_unet, trains_l="l" in trained, trains_g="g" in trained))
     return cached
+
+
+def idle_extensions(subsets: Iterable[Subset]) -> Iterator[str]:
+    """Yield a sentence for each source of captions that is no caption files, although their ending is set."""
+    idle = [
+        each
+        for each in subsets
+        if not each.reads_folder and (each.extension_l, each.extension_g) != tuple(CAPTION_EXTENSIONS.values())
+    ]
+    for source in dict.fromkeys(each.source for each in idle):
+        yield f"--caption_extension has no effect on captions of '{source}'; only on files beside images."
 
 
 def encoders_to_cache(

@@ -15,7 +15,7 @@ from library.data.buckets import BucketOptions, parse_resolution
 from library.data.dataset_schema import WITHOUT_EFFECT, converted, read_tables
 from library.data.loader_options import LoaderOptions
 from library.data.subsets import Subset
-from library.data.training_set_options import TrainingSetOptions
+from library.data.training_set_options import ONE_CAPTION_FILE, TrainingSetOptions
 from library.data.validation_options import ValidationOptions
 from library.sdxl.sizes import Size
 
@@ -55,6 +55,8 @@ def read_dataset_config(
             problems += [f"'{path}': {problem}" for problem in own]
     if any(subset.mask_dir is not None for subset in subsets) and not training_set.masked_loss:
         problems.append(f"'{path}': conditioning_data_dir has no effect without --masked_loss; add it.")
+    if training_set.one_caption and any(subset.reads_folder for subset in subsets):
+        problems.append(f"'{path}': --one_caption needs a metadata_file in every subset: {ONE_CAPTION_FILE}")
     of_all = [*_folder_problems(subsets), *training_set.cache_problems([subset.augmentation for subset in subsets])]
     problems += [f"'{path}': {problem}" for problem in of_all]
     if problems:

@@ -1,6 +1,5 @@
 """The keys of a data set file: which there are, at which level, and what values they take."""
 
-import json
 import re
 import tomllib
 import typing
@@ -13,7 +12,7 @@ from library.captions.options import CaptionOptions, level_problems
 from library.config.errors import UserError, error_of_problems, nearest
 from library.config.magnitudes import HEAVIEST
 from library.data.augmentation import RESIZE_INTERPOLATIONS
-from library.data.strict_json import read_utf8
+from library.data.strict_json import parse_json, read_utf8
 
 Check = Callable[[Any], bool]
 
@@ -196,13 +195,15 @@ def _header(kind: str) -> str:
 
 def _parsed(path: Path) -> tuple[dict[str, Any], Mapping[tuple[str, int, str], int]]:
     text = read_utf8(path)
+    if path.suffix.lower() == ".json":
+        content = parse_json(text, f"'{path}'", "or write the data set as TOML")
+        if not isinstance(content, dict):
+            raise UserError(f"'{path}': expected an object with 'general' and 'datasets'.", "Correct it.")
+        return content, {}
     try:
-        content = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
-    except (json.JSONDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        return tomllib.loads(text), lines_of_keys(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UserError(f"'{path}' cannot be read: {error}.", "Correct it there.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"'{path}': expected an object with 'general' and 'datasets'.", "Correct it.")
-    return content, {} if path.suffix.lower() == ".json" else lines_of_keys(text)
 
 
 def lines_of_keys(text: str) -> dict[tuple[str, int, str], int]:

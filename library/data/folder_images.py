@@ -20,11 +20,10 @@ def find_images_of_folder(subset: Subset) -> list[FoundImage]:
     """Return the images of a subset without metadata. Raise `UserError` naming those that cannot be trained."""
     entries = entries_of_folder(subset.image_dir, subset.extension_l, subset.extension_g, subset.class_tokens)
     find_cache = cache_finder()
-    separators = subset.captions.rules_l.caption_separator, subset.captions.rules_g.caption_separator
     found = [
         FoundImage(
             key=file.stem,
-            captions=captions_of(entry, one_caption=False, separators=separators),
+            captions=captions_of(entry),
             subset=subset,
             bucket=None,
             file=file,

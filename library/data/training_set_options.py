@@ -19,6 +19,11 @@ from library.data.augmentation import (
 from library.data.buckets import parse_resolution
 from library.data.repeat_folders import repeat_folders
 
+ONE_CAPTION_FILE = (
+    "beside the images L reads .txt and G .caption files. Both encoders read one file with --caption_extension=.txt; "
+    "leave --one_caption off."
+)
+"""Why folders of images cannot have --one_caption, and what they can have."""
 _OR_FOLDERS = ", or sort the images into folders of --train_data_dir named as 10_name"
 
 
@@ -238,6 +243,8 @@ class TrainingSetOptions:
             yield f"--reg_data_dir: there is no folder named as 1_name in '{self.reg_data_dir}'."
         if self.update_captions:
             yield "--update_captions needs --in_json; captions beside the images are read at each start. Leave it off."
+        if self.one_caption:
+            yield f"--one_caption needs metadata (--in_json): {ONE_CAPTION_FILE}"
 
     def _augmentation_problems(self) -> Iterator[str]:
         try:

@@ -33,7 +33,9 @@ from library.runs.dry_run_page import page
 from library.runs.dry_run_text import image_lines, set_lines
 from library.sdxl.latents import vae_digest
 from library.sdxl.model_source import load_vae
+from library.training.goal import check_prediction
 from library.training.preparation import make_order, num_steps_of, read_images, split_set
+from library.training.progress import find_state
 from library.training.run_options import TrainingOptions
 
 log = logging.getLogger(__name__)
@@ -47,6 +49,9 @@ def dry_run(options: TrainingOptions) -> int:
     assert options.run.dry_run is not None
     subsets = options.subsets()
     found, held_out = split_set(options, find_training_images(subsets))
+    check_prediction(options)
+    if options.resume.resume is not None and not options.hub.resume_from_huggingface:
+        find_state(options.resume.resume, options.output_dir, options.save.output_name)
     cached = report_captions(
         options.training_set, subsets, found, trains_unet=options.trains_unet, trained=options.trained_encoders
     )

@@ -5,6 +5,7 @@ from html import escape
 from pathlib import Path
 
 from library.config.errors import UserError
+from library.config.file_names import writable_text
 from library.data.caption_summary import BIN, EncoderSummary
 from library.data.images import load_rgb
 from library.runs.dry_run_facts import ImageFacts, ReadCaption, SetFacts, Visit
@@ -38,9 +39,9 @@ table { border-collapse: collapse; width: 100%; } td, th { text-align: left;
 
 
 def page(facts: SetFacts, images: Sequence[ImageFacts]) -> str:
-    """Return the page as HTML; all that comes from files is escaped, and images are embedded."""
+    """Return the page as HTML, which UTF-8 can hold; all that comes from files is escaped, and images are embedded."""
     body = "\n".join([*_totals(facts, len(images)), *(_image(each) for each in images)])
-    return (
+    return writable_text(
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Dry run</title><style>{_STYLE}</style>'
         f"</head>\n<body>\n{body}\n</body></html>\n"
     )

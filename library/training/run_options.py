@@ -210,6 +210,9 @@ class TrainingOptions:
         for flag in ("learning_rate_te1", "learning_rate_te2"):
             if getattr(self.optimizer, flag) is not None and not self.run.train_text_encoder:
                 yield f"--{flag} has no effect without --train_text_encoder; add it or leave the rate out."
+        for flag in ("plot_schedule", "update_captions") if self.run.dry_run is not None else ():
+            if getattr(self.schedule, flag, None) or getattr(self.training_set, flag, False):
+                yield f"--dry_run shows the set as it is and changes nothing, so it excludes --{flag}; leave one out."
         if not (self.optimizer.learning_rate or self.trains_l or self.trains_g):
             yield "every learning rate is 0: there is nothing to train. Set --learning_rate, such as 1e-5."
         if self.training_set.caches_texts and self.trains_l and self.trains_g:
@@ -233,8 +236,7 @@ class TrainingOptions:
         yield from self._bucket_conflicts()
         yield from self.hub.conflicts(self.resume.resume, has_states=self.save.has_states)
         yield from launch_problems(os.environ, self.precision.mixed_precision)
-        checkpoints = self.run.gradient_checkpointing
-        yield from sharding_problems(os.environ, self._not_sharded, checkpoints=checkpoints)
+        yield from sharding_problems(os.environ, self._not_sharded, checkpoints=self.run.gradient_checkpointing)
         yield from self._fused_conflicts()
         yield from optimizer_conflicts(self.optimizer, self.schedule, self._known_num_steps)
         yield from average_conflicts(self.ema, self.optimizer, draws_average=self.sample.sample_ema)

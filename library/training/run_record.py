@@ -15,7 +15,7 @@ import psutil
 from library.config.atomic_files import write_text
 from library.config.config_file import toml_value
 from library.config.errors import UserError
-from library.config.file_names import TIME_FORMAT
+from library.config.file_names import TIME_FORMAT, writable_text
 from library.config.options import options_of
 from library.training.progress import Progress
 
@@ -117,7 +117,7 @@ class RunRecord:
 
     def as_text(self) -> str:
         """Return the text of the file."""
-        return json.dumps({"format": _FORMAT, **asdict(self)}, indent=1, ensure_ascii=False) + "\n"
+        return writable_text(json.dumps({"format": _FORMAT, **asdict(self)}, indent=1, ensure_ascii=False) + "\n")
 
     @classmethod
     def of_text(cls, text: str) -> Self:

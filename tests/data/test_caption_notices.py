@@ -1,11 +1,17 @@
 """What is said about captions before a run, and what is not."""
 
+from dataclasses import replace
+
 import pytest
 
 from library.captions.final_captions import CaptionPair, variants_of
 from library.captions.rules import CaptionDropout, CaptionRules, PairRules
 from library.config.errors import UserError
+from library.data.buckets import BucketOptions
 from library.data.caption_notices import caption_notices, dropout_sentence, require_paired_lines
+from library.data.caption_report import idle_extensions
+from library.data.subsets import Subset
+from library.sdxl.sizes import Size
 
 SHUFFLED = CaptionRules(shuffle_caption=True)
 TAGS = "1girl, solo, red hair"
@@ -111,6 +117,13 @@ def test_both_ways_of_keeping_tags_are_noticed():
 def test_settings_that_have_nothing_to_act_on_are_named(rules, flag):
     (notice,) = notices_of(rules)
     assert notice.startswith(f"L: {flag}has no effect without")
+
+
+def test_the_ending_of_caption_files_has_nothing_to_act_on_where_captions_are_metadata(tmp_path):
+    plain = Subset(tmp_path, tmp_path / "meta.json", BucketOptions().rule(Size(1024, 1024)))
+    assert list(idle_extensions([plain, replace(plain, metadata_file=None, extension_l=".tags")])) == []
+    (notice,) = idle_extensions([replace(plain, extension_g=".txt")] * 2)
+    assert notice.startswith("--caption_extension has no effect on captions of '")
 
 
 def test_what_sd_scripts_would_train_as_text_is_counted():

@@ -154,6 +154,19 @@ def test_the_nearest_level_decides_for_each_encoder(in_folder: Path):
     assert (subset.captions.rules_l.keep_tokens, subset.captions.rules_g.keep_tokens) == (0, 2)
 
 
+def test_a_key_that_json_has_twice_is_refused_as_in_toml(in_folder: Path):
+    with pytest.raises(UserError, match="the key 'flip_aug' occurs twice in one object"):
+        read('{"general": {"flip_aug": true, "flip_aug": false}}', in_folder, name="sets.json")
+
+
+def test_one_caption_is_refused_where_captions_are_files(in_folder: Path):
+    (in_folder / "a").mkdir()
+    (in_folder / "meta.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match=r"--one_caption needs a metadata_file in every subset"):
+        read(toml(), in_folder, one_caption=True)
+    assert read(toml('metadata_file = "meta.json"'), in_folder, one_caption=True)[0].one_caption
+
+
 def test_json_says_the_same_and_a_folder_is_found_beside_the_file(tmp_path: Path):
     (tmp_path / "a").mkdir()
     text = json.dumps({"datasets": [{"resolution": 512, "subsets": [{"image_dir": "a", "num_repeats": 2}]}]})

@@ -19,7 +19,7 @@ from tests.conftest import BUCKET_FLAGS, PreparedSet, base_flags, forget_acceler
 from tests.training_images import captioned, read_set, with_rules
 
 DROPPED = ("--caption_dropout_rate_l=0.25",)
-HOSTILE = "</span><script>document.title = 'run'</script> & \"quotes\" \x1b[31m"
+HOSTILE = "</span><script>document.title = 'run'</script> & \"quotes\" \x1b[31m and half \ud83d of a pair"
 RULES = ("--shuffle_caption_l", "--caption_dropout_rate=0.3", "--caption_tag_dropout_rate_l=0.2", "--flip_aug")
 
 
@@ -109,6 +109,14 @@ def test_it_ends_with_the_errors_of_training(dry, tmp_path: Path):
     assert said.startswith("error: ")
     assert dry("--dry_run_report=x.html")[0] == 2
     assert "its name must end in .html or .jsonl" in dry("--dry_run", "--dry_run_report=x.txt")[2]
+    assert "--flow_shift belongs to flows" in dry("--dry_run", "--flow_shift=2")[2]
+    assert "holds no complete state" in dry("--dry_run", "--resume=latest")[2]
+
+
+@pytest.mark.parametrize("flag", ["--plot_schedule=rates.png", "--update_captions"])
+def test_what_it_would_not_do_is_refused(dry, flag: str):
+    status, _, said = dry("--dry_run", flag)
+    assert (status, f"it excludes {flag.partition('=')[0]}" in said) == (2, True)
 
 
 @pytest.fixture

@@ -61,6 +61,10 @@ def test_what_is_missing_is_named(flag: str, problem: str, refused):
     assert refused(leave_out=flag) == problem
 
 
+def test_one_caption_is_refused_where_captions_are_files(refused):
+    assert "--one_caption needs metadata (--in_json)" in refused("--one_caption", leave_out="--in_json")
+
+
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
