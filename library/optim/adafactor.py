@@ -13,12 +13,17 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from library.optim.chunked_adafactor import ChunkedSteps, can_step_together, flattened_otherwise, may_step_together
+from library.optim.chunked_adafactor import (
+    ChunkedSteps,
+    can_step_together,
+    flattened_otherwise,
+    may_step_together,
+    relative_step_size,
+)
 from library.optim.kernels import compiled
 from library.optim.options import KAHAN, STOCHASTIC
 from library.optim.rounding import RESIDUAL, Rounder, stochastically_rounded, with_residual
-
-_RMS = "RMS"  # key of the state, as in transformers
+from library.optim.shared_adafactor import RMS, Parts, belongs_to_rows, step_in_parts
 
 
 class Adafactor(Optimizer):
@@ -32,12 +37,16 @@ class Adafactor(Optimizer):
     square of the weights before the last step, as that of transformers does, for `rate_of_last_step`.
 
     `rounder`, if set, rounds updated bfloat16 weights; without one they are rounded to nearest. On a GPU the weights of
-    a step are updated together (`chunked_adafactor`), and not at all where `is_finite`, if set, is false.
+    a step are updated together (`chunked_adafactor`), and not at all where `is_finite`, if set, is false. With `parts`,
+    if set, parameters are rows of weights that processes share (`shared_adafactor`).
     Raise `ValueError` for `warmup_init` without `relative_step`.
     """
 
     rounds_itself = True
     """It rounds bfloat16 weights within its own kernel, with the `rounder` that the stepper sets."""
+    steps_in_parts = True
+    """It steps rows of weights, with `parts`, though the update of a number depends on all of its weight."""
+    belongs_to_rows = staticmethod(belongs_to_rows)
 
     def __init__(
         self,
@@ -70,6 +79,7 @@ class Adafactor(Optimizer):
         super().__init__(params, settings)
         self.rounder: Rounder | None = None
         self.is_finite: Tensor | None = None
+        self.parts: Parts | None = None
         self._chunked = ChunkedSteps()
 
     @torch.no_grad()
@@ -81,6 +91,9 @@ class Adafactor(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if self.parts is not None:
+                step_in_parts(parameters, group, self.state, self.rounder, self.parts)
+                continue
             if parameters and can_step_together(parameters, group, self.state):
                 self._chunked.step(parameters, group, self.state, self.rounder, self.is_finite)
                 continue
@@ -91,7 +104,7 @@ class Adafactor(Optimizer):
 
     def decides_on_the_device(self) -> bool:
         """Return whether the next step can be told by `is_finite`, a tensor, that it is to change nothing."""
-        return all(may_step_together(group) for group in self.param_groups)
+        return self.parts is None and all(may_step_together(group) for group in self.param_groups)
 
     def take_back_step(self) -> None:
         """Count one step less: the last one has changed nothing but the count."""
@@ -105,10 +118,10 @@ class Adafactor(Optimizer):
         With `scale_parameter` this reads a number from the device.
         """
         state = self.state.get(group["params"][0], {})
-        if "step" not in state or (group["scale_parameter"] and _RMS not in state):
+        if "step" not in state or (group["scale_parameter"] and RMS not in state):
             return None
         size = relative_step_size(group, state["step"])
-        return float(state[_RMS].clamp(min=group["eps"][1]) * size) if group["scale_parameter"] else size
+        return float(state[RMS].clamp(min=group["eps"][1]) * size) if group["scale_parameter"] else size
 
     def _update(self, parameter: Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
@@ -125,7 +138,7 @@ class Adafactor(Optimizer):
             root_mean_square = _norm(weights) / weights.numel() ** 0.5
             scale = root_mean_square.clamp(min=group["eps"][1])
             if group["relative_step"]:
-                state[_RMS] = root_mean_square
+                state[RMS] = root_mean_square
         clip = _norm_of_update(gradient, factors) / weights.numel() ** 0.5 / group["clip_threshold"]
         _apply(
             weights,
@@ -135,7 +148,7 @@ class Adafactor(Optimizer):
             scale=scale,
             rate=rate,
             weight_decay=group["weight_decay"],
-            first_moment=_first_moment(state, weights, group["beta1"]),
+            first_moment=_first_moment(state, parameter, shape, group["beta1"]),
             beta1=group["beta1"] or 0.0,
             **self._rounding_of(parameter, state, shape),
         )
@@ -155,22 +168,20 @@ class Adafactor(Optimizer):
         return {"seed": seed, "residual": residual}
 
 
-def relative_step_size(group: dict[str, Any], step: int) -> float:
-    """Return the rate of step `step` (from 1), before it is scaled by the size of the weights: the paper, section 8."""
-    return min(1e-6 * step if group["warmup_init"] else 1e-2, 1 / math.sqrt(step))
-
-
 def _rows_first(shape: torch.Size) -> tuple[int, ...]:
     """Return the shape as a vector or a matrix: the kernels are then compiled for two ranks only."""
     return tuple(shape) if len(shape) < 2 else (shape[0], math.prod(shape[1:]))
 
 
-def _first_moment(state: dict[str, Any], weights: Tensor, beta1: float | None) -> Tensor | None:
+def _first_moment(
+    state: dict[str, Any], parameter: Parameter, shape: tuple[int, ...], beta1: float | None
+) -> Tensor | None:
     if beta1 is None:
         return None
     if "exp_avg" not in state:
-        state["exp_avg"] = torch.zeros_like(weights, dtype=torch.float32)
-    return state["exp_avg"].view(weights.shape)
+        state["exp_avg"] = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+    first_moment: Tensor = state["exp_avg"].view(shape)
+    return first_moment
 
 
 def _update_mean_squares(state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> list[Tensor]:

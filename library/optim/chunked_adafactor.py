@@ -5,7 +5,7 @@ do the same (`list_adafactor`).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,7 +128,7 @@ class ChunkedSteps:
         """Update `parameters`, of which `can_step_together` is true. Where `is_finite` (int32) is 0 nothing changes."""
         device, flatten = parameters[0].device, group["flatten_convolutions"]
         for parameter in parameters:
-            _prepare_state(state[parameter], parameter, flatten=flatten)
+            prepare_state(state[parameter], parameter, flatten=flatten)
         kind = rounder.kind if rounder is not None and parameters[0].dtype == torch.bfloat16 else None
         numbers = to_device(_numbers(group, state[parameters[0]]["step"]), device)
         if is_finite is None:
@@ -170,7 +170,12 @@ def _numbers(group: dict[str, Any], step: int) -> Tensor:
     return torch.tensor([rate, -group["weight_decay"] * rate, beta2, group["eps"][0], group["clip_threshold"]])
 
 
-def _prepare_state(state: dict[str, Any], parameter: Parameter, *, flatten: bool) -> None:
+def relative_step_size(group: Mapping[str, Any], step: int) -> float:
+    """Return the rate of step `step` (from 1), before it is scaled by the size of the weights: the paper, section 8."""
+    return min(1e-6 * step if group["warmup_init"] else 1e-2, 1 / math.sqrt(step))
+
+
+def prepare_state(state: dict[str, Any], parameter: Parameter, *, flatten: bool) -> None:
     """Count the step, and make what the first one lacks: the same as weight by weight."""
     state["step"] = state.get("step", 0) + 1
     shape: tuple[int, ...] = tuple(parameter.shape)

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator
@@ -19,6 +20,26 @@ from library.optim.chunk_exchange import ChunkExchange, OnChunk
 from library.optim.stepping import Chunk, Stepper
 
 OnEach = Callable[[Parameter, Callable[[Parameter], None]], None]
+
+
+class Measure(Protocol):
+    """The norm of the whole gradient, from those of its parts."""
+
+    def norms_of(self, gradients: list[Tensor]) -> Sequence[Tensor]:
+        """Return the norm of the gradient of each parameter."""
+
+    def norm_of_all(self, norms: list[Tensor]) -> Tensor:
+        """Return the norm of the whole gradient."""
+
+
+class _Alone:
+    """The norm of gradients of which this process has all, as torch takes it."""
+
+    def norms_of(self, gradients: list[Tensor]) -> Sequence[Tensor]:
+        return torch._foreach_norm(gradients)
+
+    def norm_of_all(self, norms: list[Tensor]) -> Tensor:
+        return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def _hook(parameter: Parameter, call: Callable[[Parameter], None]) -> None:
@@ -33,14 +54,21 @@ class FusedBackward:
     backward pass; activations are kept until that one has finished.
 
     `exchange` averages the gradients over several processes, each chunk before it is measured or stepped.
-    `on_each(parameter, call)` lets `call` receive a parameter whenever its gradient is complete.
+    `on_each(parameter, call)` lets `call` receive a parameter whenever its gradient is complete. `measure` takes the
+    norm.
     """
 
     def __init__(
-        self, stepper: Stepper, max_grad_norm: float, exchange: ChunkExchange | None = None, on_each: OnEach = _hook
+        self,
+        stepper: Stepper,
+        max_grad_norm: float,
+        exchange: ChunkExchange | None = None,
+        on_each: OnEach = _hook,
+        measure: Measure | None = None,
     ):
         self._stepper = stepper
         self._exchange = exchange
+        self._measuring = measure or _Alone()
         self._max_grad_norm = max_grad_norm
         self._current: Callable[[Parameter], None] | None = None
         self._is_decided_on_device = False
@@ -83,8 +111,16 @@ class FusedBackward:
     def _measure(self, accelerator: Accelerator, loss: Tensor) -> Tensor:
         """Return the norm of the whole gradient, from those of its parts, in the order in which torch takes them."""
         norms: dict[Parameter, Tensor] = {}
-        self._by_chunk(accelerator, loss, partial(_take_norms, norms), retain_graph=True)
-        return torch.linalg.vector_norm(torch.stack([norms[each] for each in self._chunk_of if each in norms]))
+        self._by_chunk(accelerator, loss, partial(self._take_norms, norms), retain_graph=True)
+        return self._measuring.norm_of_all([norms[each] for each in self._chunk_of if each in norms])
+
+    def _take_norms(self, norms: dict[Parameter, Tensor], chunk: Chunk) -> None:
+        found = [(parameter, parameter.grad) for parameter in chunk.parameters if parameter.grad is not None]
+        if found:
+            each_norm = self._measuring.norms_of([gradient for _, gradient in found])
+            norms.update(zip([parameter for parameter, _ in found], each_norm, strict=True))
+        for parameter in chunk.parameters:
+            parameter.grad = None
 
     def _step(
         self,
@@ -127,15 +163,6 @@ class FusedBackward:
             yield
         finally:
             self._current = None
-
-
-def _take_norms(norms: dict[Parameter, Tensor], chunk: Chunk) -> None:
-    found = [(parameter, parameter.grad) for parameter in chunk.parameters if parameter.grad is not None]
-    if found:
-        each_norm = torch._foreach_norm([gradient for _, gradient in found])
-        norms.update(zip([parameter for parameter, _ in found], each_norm, strict=True))
-    for parameter in chunk.parameters:
-        parameter.grad = None
 
 
 class _ChunkPass:

@@ -5,7 +5,7 @@ step to step is read from tensors on the device, as in the programs of `chunk_pr
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -51,57 +51,91 @@ def step_by_lists(
     rate, shrink, beta2, *_ = numbers.unbind()
     keeps = is_finite != 0
     ordered = sorted(parameters, key=lambda each: tuple(each.shape))
-    sizes = [each.numel() for each in ordered]
-    gradients = _flat([each.grad for each in ordered if each.grad is not None], sizes)
+    gradients = flat([each.grad for each in ordered if each.grad is not None])
     gradients.masked_fill_(~keeps, 0.0)
-    alike = list(_alike(ordered, state, flatten=group["flatten_convolutions"]))
+    alike = list(alike_of(ordered, state, lambda each: each.shape, flatten=group["flatten_convolutions"]))
     _update_means(alike, gradients, torch.where(keeps, beta2, 1.0), group["eps"][0])
     update = torch.empty_like(gradients)
     for each in alike:
-        _take_factors(each, each.of(update))
+        take_factors(each, each.of(update))
     update.mul_(gradients)
     del gradients
     for each in alike:
         _clip(each.of(update).flatten(1), group["clip_threshold"])
     update.mul_(rate)
-    before = values = _flat(ordered, sizes)
-    residuals = [_residual(each, state[each]) for each in ordered] if kind == KAHAN else []
+    apply_update(ordered, alike, update, shrink if group["weight_decay"] else None, kind, rounder, keeps)
+
+
+def apply_update(
+    ordered: Sequence[Parameter],
+    alike: Sequence[Alike],
+    update: Tensor,
+    shrink: Tensor | None,
+    kind: str | None,
+    rounder: Rounder | None,
+    keeps: Tensor | None = None,
+) -> None:
+    """Add to weights the share `shrink` of them, subtract `update` and round; where `keeps` is false nothing changes.
+
+    `update` is flat, in the order of `alike`. `shrink` is one number, or one for each of them.
+    """
+    states = [state for each in alike for state in each.states]
+    before = values = flat(ordered)
+    residuals = [_residual(*each) for each in zip(ordered, states, strict=True)] if kind == KAHAN else []
     if residuals:
-        values = before + _flat(residuals, sizes)
-    values = torch.addcmul(values, values, shrink) if group["weight_decay"] else values
+        values = before + flat(residuals)
+    values = values if shrink is None else torch.addcmul(values, values, shrink)
     values = values.sub(update)
     del update
     rounded: Tensor = values
     if kind == KAHAN:
         rounded, missing = with_residual(values)
-        _put(residuals, torch.where(keeps, missing, _flat(residuals, sizes).to(missing.dtype)), sizes)
+        put(residuals, missing if keeps is None else torch.where(keeps, missing, flat(residuals).to(missing.dtype)))
     elif kind == STOCHASTIC:
         assert rounder is not None
         rounded = stochastically_rounded(values, _seeds(ordered, alike, rounder, values.device))
-    _put(ordered, torch.where(keeps, rounded, before.to(rounded.dtype)), sizes)
+    put(ordered, rounded if keeps is None else torch.where(keeps, rounded, before.to(rounded.dtype)))
 
 
-def _flat(tensors: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+def flat(tensors: Sequence[Tensor]) -> Tensor:
     """Return the numbers of all tensors in float32, side by side."""
-    flat = torch.empty(sum(sizes), dtype=torch.float32, device=tensors[0].device)
-    torch._foreach_copy_(list(flat.split(list(sizes))), [each.detach().view(-1) for each in tensors])
-    return flat
+    sizes = [each.numel() for each in tensors]
+    numbers = torch.empty(sum(sizes), dtype=torch.float32, device=tensors[0].device)
+    torch._foreach_copy_(list(numbers.split(sizes)), [each.detach().view(-1) for each in tensors])
+    return numbers
 
 
-def _put(tensors: Sequence[Tensor], flat: Tensor, sizes: Sequence[int]) -> None:
+def put(tensors: Sequence[Tensor], numbers: Tensor) -> None:
     """Copy the parts of a flat tensor to the tensors; from float32 to bfloat16 that rounds to nearest."""
-    torch._foreach_copy_([each.detach().view(-1) for each in tensors], list(flat.split(list(sizes))))
+    sizes = [each.numel() for each in tensors]
+    torch._foreach_copy_([each.detach().view(-1) for each in tensors], list(numbers.split(sizes)))
 
 
-def _alike(
-    ordered: Sequence[Parameter], state: Mapping[Parameter, dict[str, Any]], *, flatten: bool
+def alike_of(
+    ordered: Sequence[Parameter],
+    state: Mapping[Parameter, dict[str, Any]],
+    kind_of: Callable[[Parameter], tuple[int, ...]],
+    *,
+    flatten: bool,
 ) -> Iterator[Alike]:
+    """Yield weights of one shape, side by side in the flat tensors; `kind_of` is the same for them alone."""
     first = 0
-    for shape, same in groupby(ordered, key=lambda each: tuple(each.shape)):
-        states = [state[each] for each in same]
+    for _, same in groupby(ordered, key=kind_of):
+        some = list(same)
+        shape, states = tuple(some[0].shape), [state[each] for each in some]
         form = (shape[0], math.prod(shape[1:])) if flatten and len(shape) > 1 else shape
         yield Alike(states, first, (len(states), *form))
         first += len(states) * math.prod(shape)
+
+
+def spread(alike: Sequence[Alike], numbers: Tensor) -> Tensor:
+    """Return a flat tensor with the number of its weight at each place."""
+    wide = torch.empty(sum(math.prod(each.form) for each in alike), dtype=numbers.dtype, device=numbers.device)
+    at = 0
+    for each in alike:
+        each.of(wide).flatten(1).copy_(numbers[at : at + each.form[0], None])
+        at += each.form[0]
+    return wide
 
 
 def _update_means(alike: Sequence[Alike], gradients: Tensor, beta2: Tensor, eps: float) -> None:
@@ -122,13 +156,17 @@ def _update_means(alike: Sequence[Alike], gradients: Tensor, beta2: Tensor, eps:
     torch._foreach_add_(kept, found)
 
 
-def _take_factors(alike: Alike, into: Tensor) -> None:
-    """Write the factors by which the gradients are multiplied."""
+def take_factors(alike: Alike, into: Tensor, mean_of: str = "exp_avg_sq_row") -> None:
+    """Write the factors by which the gradients are multiplied.
+
+    `mean_of` says whose mean is that of a matrix: rows and columns have the same, but for rounding.
+    """
     if len(alike.form) == 2:
         torch.rsqrt(_stacked(alike, "exp_avg_sq"), out=into)
         return
     rows, columns = _stacked(alike, "exp_avg_sq_row"), _stacked(alike, "exp_avg_sq_col")
-    rows.div_(rows.mean(dim=-1, keepdim=True)).rsqrt_()
+    means = _stacked(alike, mean_of).mean(dim=-1, keepdim=True)
+    rows.div_(means).rsqrt_()
     torch.mul(rows.unsqueeze(-1), columns.rsqrt_().unsqueeze(-2), out=into)
 
 
@@ -156,10 +194,4 @@ def _seeds(ordered: Sequence[Parameter], alike: Sequence[Alike], rounder: Rounde
     for parameter in ordered:
         seeds.append(seed_of_part(rounder.seed(parameter), -first))
         first += parameter.numel()
-    on_device = to_device(torch.tensor(seeds, dtype=torch.int32), device)
-    spread = torch.empty(first, dtype=torch.int32, device=device)
-    at = 0
-    for each in alike:
-        each.of(spread).flatten(1).copy_(on_device[at : at + each.form[0], None])
-        at += each.form[0]
-    return spread
+    return spread(alike, to_device(torch.tensor(seeds, dtype=torch.int32), device))

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from library.config.errors import UserError
-from library.optim.adafactor import relative_step_size
+from library.optim.chunked_adafactor import relative_step_size
 from library.optim.lr_schedules import AdafactorRates, make_lr_schedule, saved_schedule
 from library.optim.optimizers import make_optimizer
 from library.optim.options import OptimizerOptions

@@ -46,7 +46,7 @@ def state_beside(
     Each kind of weight is shown alone: some optimizers treat a matrix in another way than a vector or a convolution.
     """
     parameter = _probe(shape, dtype, device)
-    optimizer = make([{"name": "probe", "params": [parameter], "lr": 1e-3}])
+    optimizer = _over(make, parameter)
     with without_compiling():
         optimizer.step()
     return {key: value for key, value in optimizer.state[parameter].items() if isinstance(value, Tensor)}
@@ -70,22 +70,29 @@ def treats_each_alone(make: MakeOptimizer, device: torch.device) -> bool:
     return all(_equal(one, other) for one, other in zip(together, alone, strict=True))
 
 
-def treats_each_element_alone(make: MakeOptimizer, device: torch.device) -> bool:
-    """Return whether the update of a number is the same, to the last bit, whichever others its weight has."""
-    whole, first, second = (_stepped(make, slice(*rows), device) for rows in ((0, 80), (0, 37), (37, 80)))
-    return torch.equal(whole, torch.cat([first, second]))
+def can_step_in_parts(make: MakeOptimizer, device: torch.device) -> bool:
+    """Return whether the optimizer can be shown rows of weights: the same updates, to the last bit, or it says so."""
+    if getattr(_over(make, _probe((1,), torch.float32, device)), "steps_in_parts", False):
+        return True
+    (whole, settings), *parts = (_stepped(make, slice(*rows), device) for rows in ((0, 80), (0, 37), (37, 80)))
+    same_settings = all(_equal(settings[name], of_part[name]) for _, of_part in parts for name in settings)
+    return same_settings and torch.equal(whole, torch.cat([rows for rows, _ in parts]))
 
 
-def _stepped(make: MakeOptimizer, rows: slice, device: torch.device) -> Tensor:
-    """Return rows of a matrix after some steps on them alone."""
+def _stepped(make: MakeOptimizer, rows: slice, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
+    """Return rows of a matrix, and the settings of their group, after some steps on them alone.
+
+    The gradients have both signs and all sizes: what only follows the sign shows how exactly it knows the rest.
+    """
     parameter = Parameter(torch.linspace(-1, 1, 6400, device=device).view(80, 80)[rows].clone())
-    optimizer = make([{"name": "probe", "params": [parameter], "lr": 1e-2}])
+    optimizer = make([{"name": "probe", "params": [parameter], "lr": 1.0}])  # those that find a rate expect 1
     for step in range(1, 13):
-        gradient = torch.linspace(0.1 * step, 1, 6400, device=device).sin().view(80, 80)
+        gradient = torch.linspace(0.1 * step, 700 * step, 6400, device=device).sin().pow(5).view(80, 80)
         parameter.grad = gradient[rows].clone()
         with without_compiling():
             optimizer.step()
-    return parameter.detach()
+    [group] = optimizer.param_groups
+    return parameter.detach(), {name: value for name, value in group.items() if name != "params"}
 
 
 def require_each_alone(make: MakeOptimizer, options: OptimizerOptions, device: torch.device) -> bool:
@@ -121,6 +128,10 @@ def _after_a_few_steps(make: MakeOptimizer, device: torch.device, elements_per_c
             stepper.step(step)
     [group] = optimizer.param_groups
     return [*parameters, *(value for name, value in sorted(group.items()) if name != "params")]
+
+
+def _over(make: MakeOptimizer, parameter: Parameter) -> Optimizer:
+    return make([{"name": "probe", "params": [parameter], "lr": 1e-3}])
 
 
 def _probe(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Parameter:

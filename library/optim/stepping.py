@@ -68,7 +68,8 @@ class Stepper:
 
     `narrow_keys` are the keys of the optimizer's state to be kept in bfloat16 beside bfloat16 weights, as
     `keys_in_bfloat16` returns them. Chunks are of about `elements_per_chunk`; with `math.inf` all is stepped at once.
-    With `offloads` the optimizer's state lies in host memory between the updates.
+    With `offloads` the optimizer's state lies in host memory between the updates. `size_of` returns the elements of a
+    parameter that count: processes that share weights have to agree on the chunks.
     """
 
     def __init__(
@@ -79,11 +80,12 @@ class Stepper:
         *,
         elements_per_chunk: float = _CHUNK,
         offloads: bool = False,
+        size_of: Callable[[Parameter], int] = Parameter.numel,
     ):
         self.chunks = [
             Chunk(place, parameters)
             for place, group in enumerate(optimizer.param_groups)
-            for parameters in _chunks_of(group["params"], elements_per_chunk)
+            for parameters in _chunks_of(group["params"], elements_per_chunk, size_of)
         ]
         self._optimizer = optimizer
         self._rounder = rounder
@@ -247,12 +249,14 @@ def _some_at_once(parameters: Sequence[Parameter]) -> Iterator[Sequence[Paramete
     return (parameters[at : at + _WIDENED_AT_ONCE] for at in range(0, len(parameters), _WIDENED_AT_ONCE))
 
 
-def _chunks_of(parameters: Sequence[Parameter], elements: float) -> Iterator[list[Parameter]]:
+def _chunks_of(
+    parameters: Sequence[Parameter], elements: float, size_of: Callable[[Parameter], int]
+) -> Iterator[list[Parameter]]:
     chunk: list[Parameter] = []
     held = 0
     for parameter in parameters:
         chunk.append(parameter)
-        held += parameter.numel()
+        held += size_of(parameter)
         if held >= elements:
             yield chunk
             chunk, held = [], 0

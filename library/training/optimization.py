@@ -22,9 +22,9 @@ from library.optim.lr_schedules import make_lr_schedule
 from library.optim.muon import EMBEDDING
 from library.optim.optimizer_probe import (
     MakeOptimizer,
+    can_step_in_parts,
     keys_in_bfloat16,
     require_each_alone,
-    treats_each_element_alone,
 )
 from library.optim.optimizers import make_optimizer, make_parameter_groups, tried
 from library.optim.options import NEAREST, OptimizerOptions
@@ -69,7 +69,9 @@ def make_learner(
     optimizer = make_optimizer(groups, optimizer_options)
     narrow_keys = _narrow_keys(parameters, optimizer_options, accelerator.device)
     rounder = Rounder(rounding, parameters, seed, None if shards is None else shards.first_element)
-    stepper = _make_stepper(optimizer, optimizer_options, accelerator, rounder, narrow_keys)
+    if shards is not None and getattr(optimizer, "steps_in_parts", False):
+        optimizer.parts = shards  # type: ignore[attr-defined]
+    stepper = _make_stepper(optimizer, optimizer_options, accelerator, rounder, narrow_keys, shards)
     settings = group_settings(optimizer)  # before the schedule changes the rates
     if schedule_options.lr_scheduler_type:  # a stranger's may end before the run does
         rates = {group["name"]: group["lr"] for group in groups}
@@ -111,12 +113,12 @@ def _make_shards(
     if not asks_for_shards(os.environ):
         return None
     with tried(options.optimizer_type):
-        is_alone = treats_each_element_alone(partial(make_optimizer, options=options), accelerator.device)
-    if not is_alone:
+        can_share = can_step_in_parts(partial(make_optimizer, options=options), accelerator.device)
+    if not can_share:
         raise SharedError(
             f"--optimizer_type={options.optimizer_type} cannot work with FSDP: it needs whole weights, of which each "
             "process has a part.",
-            "Choose one that treats each number alone, such as AdamW or Lion, or plain multi-GPU.",
+            "Choose another, such as Adafactor, AdamW or Lion, or plain multi-GPU.",
         )
     return Shards(list(networks.values()), groups, accelerator)
 
@@ -157,6 +159,7 @@ def _make_stepper(
     accelerator: Accelerator,
     rounder: Rounder,
     narrow_keys: frozenset[str],
+    shards: Shards | None,
 ) -> Stepper:
     """Return the stepper: in chunks, or all at once if the optimizer's parameters depend on one another."""
     make = partial(make_optimizer, options=options)
@@ -166,7 +169,8 @@ def _make_stepper(
         groups = optimizer.param_groups
         require_host_memory(make, [parameter for group in groups for parameter in group["params"]], rounder.kind)
     if each_alone:
-        return Stepper(optimizer, rounder, narrow_keys, offloads=options.offload_optimizer)
+        size_of = nn.Parameter.numel if shards is None else shards.size
+        return Stepper(optimizer, rounder, narrow_keys, offloads=options.offload_optimizer, size_of=size_of)
     return Stepper(optimizer, rounder, narrow_keys, elements_per_chunk=math.inf)
 
 
@@ -177,7 +181,7 @@ def _make_fused(
     if not options.fused_backward_pass:
         return None
     if shards is not None:  # whose gradients are the mean already
-        return FusedBackward(stepper, options.max_grad_norm, on_each=shards.on_gradient)
+        return FusedBackward(stepper, options.max_grad_norm, on_each=shards.on_gradient, measure=shards)
     exchange = ChunkExchange() if accelerator.num_processes > 1 else None
     return FusedBackward(stepper, options.max_grad_norm, exchange)
 

@@ -42,14 +42,22 @@ def _state_of(learnt: Resumable, parameter: nn.Parameter) -> dict[str, Any]:
     if learnt.shards is None:
         return state
     return {
-        key: learnt.shards.spread(value, parameter) if _has_shape(value, parameter.shape) else value
+        key: learnt.shards.spread(value, parameter) if _belongs_to_rows(learnt, key, value, parameter.shape) else value
         for key, value in state.items()
     }
 
 
-def _has_shape(value: Any, shape: torch.Size) -> bool:
-    """Return whether this is a number for each of a weight, or of a part, of this shape, and kept in parts like it."""
-    return isinstance(value, torch.Tensor) and value.shape == shape
+def _belongs_to_rows(learnt: Resumable, key: str, value: Any, shape: torch.Size) -> bool:
+    """Return whether something is kept for the rows of a weight, or of a part, of this shape: in parts like it.
+
+    That is a number for each of the weight's, or what the optimizer says.
+    """
+    if not isinstance(value, torch.Tensor):
+        return False
+    optimizer: Any = getattr(learnt.optimizer, "optimizer", learnt.optimizer)
+    if getattr(optimizer, "steps_in_parts", False):
+        return bool(optimizer.belongs_to_rows(key, value))
+    return value.shape == shape
 
 
 def _kind(learnt: Resumable) -> list[str]:
@@ -113,7 +121,7 @@ def restore_optimizer(
             place += 1
             shape = parameter.shape if learnt.shards is None else learnt.shards.whole_shape(parameter)
             _require_fitting_moments(state, shape)
-            state = {key: _own_part(learnt, value, shape) for key, value in state.items()}
+            state = {key: _own_part(learnt, key, value, shape) for key, value in state.items()}
             device = torch.device("cpu") if learnt.is_offloaded else parameter.device
             placed = {key: placed_state(optimizer, key, value, group, device) for key, value in state.items()}
             follow(sum(value.nbytes for value in state.values() if isinstance(value, torch.Tensor)))
@@ -122,9 +130,9 @@ def restore_optimizer(
             )
 
 
-def _own_part(learnt: Resumable, value: Any, whole: torch.Size) -> Any:
+def _own_part(learnt: Resumable, key: str, value: Any, whole: torch.Size) -> Any:
     """Return what this process keeps of something saved: rows of what is kept in parts, all of the rest."""
-    if learnt.shards is None or not _has_shape(value, whole):
+    if learnt.shards is None or not _belongs_to_rows(learnt, key, value, whole):
         return value
     return learnt.shards.part(value)
 

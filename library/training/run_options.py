@@ -254,10 +254,6 @@ class TrainingOptions:
     def _not_sharded(self) -> dict[str, str]:
         """The flags that are set and do not work with sharded weights, with the reason."""
         reasons = {
-            "--fused_backward_pass with --max_grad_norm above 0": (
-                self.optimizer.fused_backward_pass and self.optimizer.max_grad_norm > 0,
-                "the norm of all parts is known when the last gradient has arrived",
-            ),
             "--mixed_precision=fp16": (self.precision.mixed_precision == "fp16", "a step is skipped by each GPU alone"),
             "--torch_compile": (self.compilation.torch_compile, "weights are gathered between compiled regions"),
         }

@@ -1,5 +1,6 @@
 """Weights sharded over processes by PyTorch's FSDP2, whose shards an optimizer sees as plain parameters."""
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -63,6 +64,15 @@ class Shards:
         shape = self.whole_shape(shard)
         return self._rows(shape[0]).start * (shape.numel() // max(1, shape[0]))
 
+    def size(self, shard: Parameter) -> int:
+        """Return how many numbers the largest shard of its weight has: the same in all processes."""
+        shape = self.whole_shape(shard)
+        return self._rows_of_each(shape[0]) * math.prod(shape[1:])
+
+    def add_up(self, values: Tensor) -> None:
+        """Add to `values`, in place, those that the processes with the other rows have."""
+        dist.all_reduce(values, group=self._mesh.get_group(PARTS))
+
     def part(self, whole: Tensor) -> Tensor:
         """Return the rows that this process keeps of a tensor, whole or of all processes."""
         if isinstance(whole, DTensor):
@@ -71,8 +81,8 @@ class Shards:
         return whole[rows.start : rows.stop]
 
     def spread(self, part: Tensor, shard: Parameter) -> DTensor:
-        """Return, as a tensor of all processes, what each keeps beside its part of a weight: a number for each."""
-        return self._spread(part, self.whole_shape(shard))
+        """Return, as a tensor of all processes, what each keeps for its rows of a weight."""
+        return self._spread(part, torch.Size((self.whole_shape(shard)[0], *part.shape[1:])))
 
     def empty(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> DTensor:
         """Return a tensor of all processes of which each has rows, with numbers that happen to be there."""
@@ -94,21 +104,26 @@ class Shards:
 
         self._weight_of[shard].register_post_accumulate_grad_hook(take)
 
-    def norm(self, gradients: list[Tensor]) -> Tensor:
-        """Return the norm that the gradients of the shards have together with those of the other processes.
+    def norms_of(self, gradients: list[Tensor]) -> Sequence[Tensor]:
+        """Return the norms of the gradients of shards."""
+        return torch._foreach_norm(gradients, 2, dtype=torch.float32)
+
+    def norm_of_all(self, norms: list[Tensor]) -> Tensor:
+        """Return the norm that gradients of these norms have together with those of the other processes.
 
         Norms of single gradients round as those of whole ones do, so that the sum has the same bits.
         """
-        squares = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).square()
-        dist.all_reduce(squares, group=self._mesh.get_group(PARTS))
-        dtypes = {gradient.dtype for gradient in gradients}
-        norms = squares.sqrt().to(dtypes.pop() if len(dtypes) == 1 else torch.float32)
-        return torch.linalg.vector_norm(norms)
+        squares = torch.stack(norms).square()
+        self.add_up(squares)
+        dtypes = {shard.dtype for shard in self._weight_of}
+        together = squares.sqrt().to(dtypes.pop() if len(dtypes) == 1 else torch.float32)
+        return torch.linalg.vector_norm(together)
 
     def clip(self, shards: Iterable[Parameter], max_norm: float) -> float:
         """Clip the gradients to the norm that all parts of them have together; return it."""
         shards = list(shards)
-        norm = self.norm([shard.grad for shard in shards if shard.grad is not None])
+        gradients = [shard.grad for shard in shards if shard.grad is not None]
+        norm = self.norm_of_all(list(self.norms_of(gradients)))
         clip_grads_with_norm_(shards, max_norm, norm)
         return float(norm)
 
@@ -133,9 +148,12 @@ class Shards:
 
     def _rows(self, num_rows: int) -> range:
         """Return which of the rows of a weight this process keeps: as many as the others, the last ones fewer."""
-        each = -(-num_rows // self._mesh[PARTS].size())
+        each = self._rows_of_each(num_rows)
         place = self._mesh[PARTS].get_local_rank()
         return range(min(place * each, num_rows), min((place + 1) * each, num_rows))
+
+    def _rows_of_each(self, num_rows: int) -> int:
+        return -(-num_rows // self._mesh[PARTS].size())
 
     def _spread(self, part: Tensor, shape: torch.Size) -> DTensor:
         strides = torch.empty(shape, device="meta").stride()

@@ -18,7 +18,7 @@ from library.optim.fused_backward import FusedBackward
 from library.optim.lr_schedules import make_lr_schedule
 from library.optim.optimizer_probe import keys_in_bfloat16
 from library.optim.optimizers import make_optimizer
-from library.optim.options import NEAREST, STOCHASTIC, OptimizerOptions
+from library.optim.options import ADAFACTOR_RECIPE, NEAREST, STOCHASTIC, OptimizerOptions
 from library.optim.rounding import Rounder
 from library.optim.schedule_options import ScheduleOptions
 from library.optim.stepping import Stepper
@@ -39,6 +39,7 @@ OPTIMIZERS = {
     for each in (
         OptimizerOptions(optimizer_type="torch.optim.SGD", optimizer_args=["momentum=0.9"]),
         OptimizerOptions(optimizer_type="AdamW", optimizer_args=["eps=1e-5"]),
+        OptimizerOptions(optimizer_type="Adafactor", optimizer_args=ADAFACTOR_RECIPE.split()[1:]),
     )
 }
 
@@ -53,13 +54,18 @@ class Learning:
         groups: list[dict[str, Any]] = [{"name": "net", "params": list(self.net.parameters()), "lr": 1e-2}]
         self.shards = Shards([self.net], groups, _accelerator()) if is_shared else None
         self.parameters: list[Parameter] = groups[0]["params"]
-        self.optimizer = make_optimizer(groups, options)
+        self.optimizer: Any = make_optimizer(groups, options)
+        if self.shards and getattr(self.optimizer, "steps_in_parts", False):
+            self.optimizer.parts = self.shards
         rounding = STOCHASTIC if dtype == torch.bfloat16 else NEAREST
         rounder = Rounder(rounding, self.parameters, 0, None if self.shards is None else self.shards.first_element)
         narrow = keys_in_bfloat16(partial(make_optimizer, options=options), torch.device("cpu"))
-        self.stepper = Stepper(self.optimizer, rounder, narrow, elements_per_chunk=150)
+        size_of = Parameter.numel if self.shards is None else self.shards.size
+        self.stepper = Stepper(self.optimizer, rounder, narrow, elements_per_chunk=150, size_of=size_of)
         self.fused = (
-            FusedBackward(self.stepper, 0.0, on_each=self.shards.on_gradient) if self.shards and fused else None
+            FusedBackward(self.stepper, options.max_grad_norm, on_each=self.shards.on_gradient, measure=self.shards)
+            if self.shards and fused
+            else None
         )
         settings = group_settings(self.optimizer)
         schedule = make_lr_schedule(self.optimizer, ScheduleOptions(), 10)
@@ -97,7 +103,7 @@ class Learning:
     def all(self) -> dict[str, torch.Tensor]:
         """Weights, what the optimizer keeps and the average, whole, in the main process."""
         states = {
-            f"{place}/{key}": value
+            f"{place}/{key}": value if isinstance(value, torch.Tensor) else torch.tensor(value)
             for place, state in enumerate(optimizer_state(self.learnt)["state"])
             for key, value in state.items()
         }
@@ -127,16 +133,16 @@ def share_as_whole() -> None:
             for dtype in (torch.float32, torch.bfloat16):
                 options = replace(OPTIMIZERS[optimizer_type], max_grad_norm=max_grad_norm)
                 shared, whole = (Learning(options, dtype, is_shared=is_shared) for is_shared in (True, False))
-                before, learning = whole.weights(), [shared]
-                if max_grad_norm == 0.0:
-                    learning.append(Learning(options, dtype, is_shared=True, fused=True))
+                before, learning = whole.weights(), [shared, Learning(options, dtype, is_shared=True, fused=True)]
                 for step in range(1, STEPS + 1):
                     images = images_of_step(step, dtype, accelerator.num_processes)
                     for each in learning:
                         each.step(step, own(images))
                     whole.step(step, images)
                 # Sums of two have no order; the last digits of three depend on it, which bfloat16 has few of.
-                limit = 0.0 if accelerator.num_processes == 2 else 2e-5 if dtype == torch.float32 else 0.1
+                # Adafactor's sums over weights have another order in parts.
+                is_equal = accelerator.num_processes == 2 and optimizer_type != "Adafactor"
+                limit = 0.0 if is_equal else 2e-5 if dtype == torch.float32 else 0.1
                 for each in learning:
                     what = optimizer_type, max_grad_norm, dtype, each.fused is not None
                     require_close(before, whole.weights(), each.weights(), limit, what)

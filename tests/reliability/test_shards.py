@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from library.config.errors import UserError
+from library.optim.options import ADAFACTOR_RECIPE
 from library.training.progress import newest_state, read_progress
 from tests.outcome import differences
 from tests.reliability import in_shares
@@ -54,6 +55,9 @@ def test_what_some_processes_save_others_resume(before: int, after: int, togethe
         together(number, function, str(tmp_path), **(FSDP if number > 1 else {}))
 
 
+FACTORED = ("--optimizer_type=Adafactor", "--optimizer_args", "eps=(1e-12,1e-3)")
+"""The same: a gradient below 1e-6 does not move a weight as far as any other."""
+RECIPE = ADAFACTOR_RECIPE.split()[1:]
 WAYS = {
     "plain": (*ADAM, "--gradient_checkpointing"),
     "all": (*ADAM, "--max_grad_norm=0.05", "--lr_scheduler=cosine", "--train_text_encoder", "--ema"),
@@ -61,14 +65,23 @@ WAYS = {
         *(*ADAM, "--gradient_accumulation_steps=2", "--offload_optimizer", "--train_text_encoder"),
         "--stop_training_te1=1",
     ),
+    "adafactor": (
+        *(*FACTORED, *RECIPE, "weight_decay=0.01", "--learning_rate=1e-3", "--max_grad_norm=0.05"),
+        *("--lr_scheduler=cosine", "--train_text_encoder", "--ema"),
+    ),
+    "adafactor, rate found, fused": (*FACTORED, "--lr_scheduler=adafactor", "--fused_backward_pass"),
+    "clipped, fused": (*ADAM, "--fused_backward_pass", "--max_grad_norm=0.05", "--gradient_checkpointing"),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "way"), [(2, "plain"), (2, "all"), (2, "accumulated"), (3, "all")])
+@pytest.mark.parametrize(
+    ("number", "way"), [*((2, way) for way in WAYS), *((3, way) for way in ("all", "adafactor"))], ids=str
+)
 def test_a_model_in_parts_trains_as_the_whole(number: int, way: str, runs: Runs, tiny_sdxl: Path):
     num_accumulated = 2 if way == "accumulated" else 1
-    runs.run("one", 1, *WAYS[way], f"--gradient_accumulation_steps={number * num_accumulated}")
+    alone = [flag for flag in WAYS[way] if flag != "--fused_backward_pass"]  # which cannot accumulate
+    runs.run("one", 1, *alone, f"--gradient_accumulation_steps={number * num_accumulated}")
     runs.run("parts", number, *WAYS[way], **FSDP)
     assert distance(runs, "one", "parts", tiny_sdxl) < 2e-5
 
