@@ -85,10 +85,8 @@ class Adafactor(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if self.parts is not None:
@@ -148,7 +146,7 @@ class Adafactor(Optimizer):
             scale=scale,
             rate=rate,
             weight_decay=group["weight_decay"],
-            first_moment=_first_moment(state, parameter, shape, group["beta1"]),
+            first_moment=_first_moment(state, parameter, group["beta1"]),
             beta1=group["beta1"] or 0.0,
             **self._rounding_of(parameter, state, shape),
         )
@@ -173,15 +171,12 @@ def _rows_first(shape: torch.Size) -> tuple[int, ...]:
     return tuple(shape) if len(shape) < 2 else (shape[0], math.prod(shape[1:]))
 
 
-def _first_moment(
-    state: dict[str, Any], parameter: Parameter, shape: tuple[int, ...], beta1: float | None
-) -> Tensor | None:
+def _first_moment(state: dict[str, Any], parameter: Parameter, beta1: float | None) -> Tensor | None:
     if beta1 is None:
         return None
     if "exp_avg" not in state:
         state["exp_avg"] = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
-    first_moment: Tensor = state["exp_avg"].view(shape)
-    return first_moment
+    return state["exp_avg"].view(_rows_first(parameter.shape))
 
 
 def _update_mean_squares(state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> list[Tensor]:
