@@ -81,8 +81,9 @@ ANSWERS = (
     ),
     Answer(
         "continue from a model without a state?",
-        "--pretrained_model_name_or_path=output/model.safetensors",
-        "A new run with the model's weights: the optimizer and the count of steps start from nothing.",
+        "--pretrained_model_name_or_path=output/model.safetensors --output_name=model-2",
+        "A new run with the model's weights: the optimizer and the count of steps start from nothing. Under the old "
+        "name it would write over the model that it starts from, and is refused.",
     ),
     Answer(
         "change captions?",

@@ -33,7 +33,7 @@ def models(folder: Path) -> list[str]:
 # -- models -----------------------------------------------------------------------------------------------------------
 
 
-def test_models_are_saved_by_steps_and_epochs_and_only_the_last_ones_kept(train, one_picture: str):
+def test_models_are_saved_by_steps_and_epochs_and_only_the_last_ones_kept(train, one_picture: str, capsys):
     run = train(
         *(one_picture, "--max_train_epochs=4", "--save_every_n_epochs=1", "--save_last_n_epochs=2"),
         *("--save_every_n_steps=1", "--save_last_n_steps=1"),
@@ -46,6 +46,10 @@ def test_models_are_saved_by_steps_and_epochs_and_only_the_last_ones_kept(train,
     assert same(run.weights("m-000003"), run.weights("m-step00000003"))
     assert same(run.weights("m-step00000004"), run.weights())
     assert not same(run.weights("m-step00000003"), run.weights())
+    assert "of an earlier run" not in "".join(capsys.readouterr())
+    train(one_picture, *ONE_STEP, "--save_every_n_steps=4", f"--output_dir={run.output}")
+    assert "2 models and states of an earlier run" in (said := "".join(capsys.readouterr()))
+    assert "'m-step00000004.safetensors', 'm.safetensors'. Another --output_name keeps them" in said
 
 
 @pytest.mark.parametrize(("given", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])

@@ -34,9 +34,8 @@ from library.training.compile_options import CompileOptions
 from library.training.hub_options import HubOptions
 from library.training.precision import PrecisionOptions
 from library.training.process_options import ProcessOptions, launch_problems, sharding_problems
-from library.training.progress import is_state
 from library.training.resume import ResumeOptions
-from library.training.saves import SaveOptions
+from library.training.saves import SaveOptions, source_conflicts
 from library.training.tracking_options import TrackingOptions
 
 if TYPE_CHECKING:  # a mistake on the command line is answered before torch is imported
@@ -220,12 +219,8 @@ class TrainingOptions:
                 "--cache_text_encoder_outputs: both text encoders are trained, so their outputs change in every step; "
                 "leave it off, or freeze one of them with --learning_rate_te1=0 (L) or --learning_rate_te2=0 (G)."
             )
-        source = self.model.pretrained_model_name_or_path
-        if source is not None and is_state(Path(source)):
-            yield (
-                f"--pretrained_model_name_or_path: '{source}' is a saved training state, not a model. Pass the base "
-                "model here and the state with --resume."
-            )
+        sources = {name: getattr(self.model, name) for name in ("pretrained_model_name_or_path", "vae")}
+        yield from source_conflicts(self.save, sources, has_average=self.ema.ema, is_measured=self.only_measures)
         if self.prediction.kind is not None:
             yield from self.misfits(self.prediction.kind)
         yield from self.validation.conflicts(

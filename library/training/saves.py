@@ -1,7 +1,8 @@
 """Which saves are due, under which names, and which older ones they replace."""
 
+import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,10 +12,11 @@ from library.config.errors import UserError
 from library.config.file_names import name_problem, require_writable_name
 from library.config.magnitudes import MOST_STEPS
 from library.config.options import option
-from library.training.progress import STATE_SUFFIX
+from library.training.progress import STATE_SUFFIX, is_state
 
 _WITHOUT_NAME = {"step": "at", "epoch": "epoch", "last": "last"}
 """Prefixes that kohya's trainers use if no output name is given."""
+_SUFFIXES = (".safetensors", ".ckpt")
 AVERAGE_MARK = "_ema"
 """At the end of the names of models, and of sample images, of the moving average of the weights."""
 
@@ -170,6 +172,11 @@ class SaveOptions:
             return "diffusers" if source_is_diffusers else "safetensors"
         return self.save_model_as.removesuffix("_safetensors")
 
+    def suffix(self, *, source_is_diffusers: bool) -> str:
+        """Return the suffix of models: ".safetensors", ".ckpt", or "" for diffusers folders."""
+        file_format = self.format(source_is_diffusers=source_is_diffusers)
+        return "" if file_format == "diffusers" else f".{file_format}"
+
 
 def step_name(output_name: str | None, step: int) -> str:
     """Return the name of the model saved after optimizer step `step` (from 1), without suffix."""
@@ -207,6 +214,56 @@ def is_counted(options: SaveOptions, file_name: str) -> bool:
         if match is not None and every is not None and int(match[1]) % every == 0:
             return True
     return False
+
+
+def replaces(options: SaveOptions, file_name: str, suffix: str, *, has_average: bool) -> bool:
+    """Return whether a run that begins writes over a file or folder of its output folder, or removes it.
+
+    `suffix` is that of its models, "" for diffusers folders; `has_average` says that averages lie beside them.
+    """
+    is_state = file_name.endswith(STATE_SUFFIX)
+    if is_state:
+        stem = file_name.removesuffix(STATE_SUFFIX)
+    elif file_name.endswith(suffix) and (suffix or not file_name.endswith(_SUFFIXES)):
+        stem = file_name.removesuffix(suffix)
+        stem = stem.removesuffix(AVERAGE_MARK) if has_average else stem
+    else:
+        return False
+    if options.save_every_n_minutes is not None and stem == recent_name(options.output_name):
+        return True
+    is_saved = options.saves_state or not is_state
+    return is_saved and (stem == last_name(options.output_name) or is_counted(options, stem))
+
+
+def source_conflicts(
+    options: SaveOptions, sources: Mapping[str, str | None], *, has_average: bool, is_measured: bool
+) -> Iterator[str]:
+    """Yield why a run cannot start from one of its `sources`, by the name of the flag: models that it reads.
+
+    It is a state, or the run would write its own model in that place, which one that only measures does not.
+    """
+    paths = {flag: Path(source) for flag, source in sources.items() if source is not None}
+    model = paths.get("pretrained_model_name_or_path")
+    suffix = options.suffix(source_is_diffusers=model is not None and not os.path.isfile(model))  # noqa: PTH113
+    for flag, path in paths.items():
+        if is_state(path):
+            yield (
+                f"--{flag}: '{path}' is a saved training state, not a model. Pass the base model here and the state "
+                "with --resume."
+            )
+            continue
+        is_replaced = replaces(options, path.name, suffix, has_average=has_average)
+        if is_replaced and not is_measured and _lies_in(path, options.output_dir):
+            yield (
+                f"--{flag}: the run would write its own model over '{path}'. Set another --output_name or --output_dir."
+            )
+
+
+def _lies_in(path: Path, folder: Path | None) -> bool:
+    try:
+        return folder is not None and path.exists() and path.absolute().parent.samefile(folder)
+    except OSError:  # there is no such folder, or no file system takes that for a name
+        return False
 
 
 def may_be_of(output_name: str | None, file_name: str) -> bool:

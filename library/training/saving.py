@@ -1,5 +1,6 @@
 """What models, averages and states are written from: by the main process, or by all of those that share weights."""
 
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -8,6 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
+from library.config.errors import listed
 from library.sdxl.architecture import SdxlModel
 from library.sdxl.checkpoint_file import write_single_file
 from library.sdxl.diffusers_folder import write_diffusers_folder
@@ -20,11 +22,14 @@ from library.training.loss_watch import require_finite
 from library.training.progress import Progress
 from library.training.resumable import Resumable
 from library.training.run_options import TrainingOptions
+from library.training.saves import replaces
 from library.training.sharding import gathered_weights
 from library.training.state import write_state
 from library.training.stopping import StopRequest
 from library.training.tracking import Tracker
 from library.training.uploads import Uploads
+
+log = logging.getLogger(__name__)
 
 WriteModel = Callable[[Path, Mapping[str, str], Replacing | None], None]
 """Writes the model with notes for its header, and with other tensors in the place of some."""
@@ -45,12 +50,15 @@ def make_checkpoints(
 ) -> Checkpoints:
     """Return what saves models, in the format the options ask for, and states; saving is not timed as training."""
     source_is_diffusers = not Path(str(options.model.pretrained_model_name_or_path)).is_file()
-    file_format = options.save.format(source_is_diffusers=source_is_diffusers)
+    suffix = options.save.suffix(source_is_diffusers=source_is_diffusers)
     dtype = options.precision.save_dtype
     accelerator, is_sharded = learner.accelerator, learner.shards is not None
 
+    if state is None and accelerator.is_main_process and not options.only_measures:
+        _warn_of_replaced(options, suffix)
+
     def write(path: Path, notes: Mapping[str, str], replacing: Replacing | None) -> None:
-        if file_format == "diffusers":
+        if not suffix:
             write_diffusers_folder(path, model, dtype, replacing)
         else:
             write_single_file(path, model, dtype, {**header(), **notes}, replacing)
@@ -73,7 +81,7 @@ def make_checkpoints(
     return Checkpoints(
         options.save,
         progress,
-        suffix="" if file_format == "diffusers" else f".{file_format}",
+        suffix=suffix,
         write_model=tracker.untimed()(write_model),
         write_state=tracker.untimed()(write_state_of),
         write_average=tracker.untimed()(write_average) if options.ema.ema else None,
@@ -86,6 +94,23 @@ def make_checkpoints(
         agree=partial(any_process, accelerator),
         tell=tracker.untimed()(uploads.add),
     )
+
+
+def _warn_of_replaced(options: TrainingOptions, suffix: str) -> None:
+    """Name what an earlier run has left under the names of this one, which begins."""
+    replaced = [
+        f"'{path.name}'"
+        for path in sorted(options.output_dir.glob("*"))
+        if replaces(options.save, path.name, suffix, has_average=options.ema.ema)
+    ]
+    if replaced:
+        log.warning(
+            "%d models and states of an earlier run in '%s' are replaced when this one saves its own: %s. Another "
+            "--output_name keeps them; --resume latest continues that run if it has left a state.",
+            len(replaced),
+            options.output_dir,
+            listed(replaced),
+        )
 
 
 def _write_gathered(
