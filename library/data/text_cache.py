@@ -26,7 +26,7 @@ from library.sdxl.tokenizers import CHUNK_TOKENS, CaptionTokens
 log = logging.getLogger(__name__)
 
 FOLDER_NAME = "text_encoder_outputs"
-"""The folder of `--cache_text_encoder_outputs_to_disk`, in that of the pictures."""
+"""The folder of `--cache_text_encoder_outputs_to_disk`, in that of the images."""
 
 _TENSOR_NAMES = ("hidden", "pooled")
 _BYTES_AROUND = 1000  # the header

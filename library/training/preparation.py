@@ -137,7 +137,7 @@ def images_with_latents(
     images = read_images(options.training_set, found, digest, keeps_index=accelerator.is_main_process)
     if not options.training_set.caches_latents or images.all_have_latents:
         return images
-    with explained_out_of_memory("while pictures are encoded"), on_device(accelerator.device, vae):
+    with explained_out_of_memory("while images are encoded"), on_device(accelerator.device, vae):
         return encode_missing(images, vae, options.training_set, digest=digest)
 
 
@@ -244,5 +244,5 @@ def latents_of(batch: Batch, vae: AutoencoderKL) -> torch.Tensor:
     encoded = encode_pixels_finite(vae, batch.pixels)
     if encoded.failed:
         names = ", ".join(batch.keys[index] for index in encoded.failed)
-        raise UserError(f"{names}: NaN or Inf in the VAE, in float32 too.", "Look at the picture and the VAE's file.")
+        raise UserError(f"{names}: NaN or Inf in the VAE, in float32 too.", "Look at the image and the VAE's file.")
     return encoded.latents
