@@ -96,7 +96,9 @@ def test_a_save_file_asks_each_run_once_and_stops_none(tmp_path: Path):
 
 
 STOPPED_BY_ITS_TERMINAL = """
+import signal
 from pathlib import Path
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests themselves run under nohup
 from library.training.stopping import listening_for_stop
 with listening_for_stop(Path()) as stop:
     print("listening", flush=True)
@@ -121,7 +123,10 @@ def test_a_terminal_that_closes_asks_for_a_stop_and_is_not_written_to_any_more(t
         assert said.strip() == b"listening"
         os.close(leader)  # from here on, writing to it is an error
         run.send_signal(signal.SIGHUP)
-        assert run.wait(timeout=60) == 129
+        try:
+            assert run.wait(timeout=60) == 129
+        finally:
+            run.kill()  # leaving the block waits for it
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no such signal")
