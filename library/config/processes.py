@@ -1,5 +1,6 @@
 """Several processes of one run share its work, and meet to report as one."""
 
+import atexit
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -50,4 +51,22 @@ def gathered(item: Item) -> list[Item]:
     from accelerate.utils import gather_object
 
     PartialState(cpu=True, timeout=_LONGEST_WAIT)  # they exchange names and counts alone, which needs no GPU
+    leave_group_at_end()
     return list(gather_object([item]))
+
+
+def leave_group_at_end() -> None:
+    """Let this process leave its group, if it is in one then, before Python ends.
+
+    Gloo's threads must not outlive Python, or one process in ten aborts in place of its exit status.
+    """
+    atexit.unregister(_leave_group)  # once is enough
+    atexit.register(_leave_group)
+
+
+def _leave_group() -> None:
+    from torch import distributed
+
+    # NCCL's would wait for what is still going on, and after an error others may never finish it.
+    if distributed.is_initialized() and distributed.get_backend() == "gloo":
+        distributed.destroy_process_group()

@@ -12,6 +12,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from library.config.digests import digest
 from library.config.errors import UserError
 from library.config.magnitudes import DDP_TIMEOUT
+from library.config.processes import leave_group_at_end
 from library.data.dataset import Batch
 from library.training.precision import PrecisionOptions
 from library.training.process_options import ProcessOptions, asks_for_shards
@@ -44,6 +45,7 @@ def make_accelerator(
             project_dir=log_folder,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=patience), exchange],
         )
+    leave_group_at_end()
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != asked:
         raise UserError(
