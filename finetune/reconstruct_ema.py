@@ -30,7 +30,9 @@ class ReconstructOptions:
     _argument_group_name: ClassVar[str] = "EMA of any length"
 
     snapshots: Path = positional("Folder of the snapshots: <output name>-ema-snapshots in the output folder.")
-    output: Path = positional("Model to write: a .safetensors or .ckpt file, or the name of a diffusers folder.")
+    output: Path = positional(
+        "Model to write: a .safetensors or .ckpt file, or the name of a diffusers folder. Nothing is overwritten."
+    )
     sigma_rel: float | None = option(
         None,
         "Length of the average: the standard deviation of its profile as a fraction of the run. 0.05 averages the last "
@@ -55,6 +57,8 @@ class ReconstructOptions:
             yield "--sigma_rel is missing: choose a length, such as 0.1."
         if self.output.suffix.lower() in (".pt", ".pth", ".bin"):
             yield f"the model to write is '{self.output}'; name a .safetensors or .ckpt file, or a folder."
+        elif self.output.exists():
+            yield f"'{self.output}' exists already and is not overwritten. Name another model to write."
 
 
 OPTION_CLASSES: list[type] = [ReconstructOptions]

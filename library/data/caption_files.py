@@ -89,6 +89,8 @@ def merge_captions(options: MergeOptions, column: CaptionColumn) -> None:
             "Write one beside each (it may be empty), set the right --caption_extension, or skip these images"
             " with --allow_missing.",
         )
+    if options.in_json is not None and options.out_json.is_file() and not options.out_json.samefile(options.in_json):
+        log.warning("'%s' is replaced by '%s' with these captions", options.out_json, options.in_json)
     removed = [key for key in metadata if key not in image_of] if options.remove_missing else []
     for key in removed:
         del metadata[key]

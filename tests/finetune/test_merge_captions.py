@@ -108,13 +108,14 @@ def test_what_an_existing_output_holds_is_kept_and_the_caption_is_renewed(script
 
 
 @BOTH
-def test_in_json_is_extended_in_place_of_the_existing_output(script, folder, existing):
+def test_in_json_is_extended_in_place_of_the_existing_output_and_that_is_said(script, folder, existing, capsys):
     other = folder.parent / "other.json"
     other.write_text('{"other": {}}', encoding="utf-8")
     add_image(folder, "01.png", **{EXTENSIONS[script][1:]: "new"})
     assert script.main([str(folder), str(existing), "--in_json", str(other)]) == 0
     assert content_of(existing) == {"other": {}, "01": {KEYS[script]: "new"}}
     assert content_of(other) == {"other": {}}
+    assert f"'{existing}' is replaced by '{other}' with these captions" in "".join(capsys.readouterr())
 
 
 @BOTH

@@ -119,6 +119,8 @@ def test_what_cannot_be_built_is_refused(snapshots: Path, capsys):
     said = refused("--sigma_rel=0.28")
     assert "--sigma_rel is 0.28: the nearest combination of these 2 snapshots is" in said
     assert "Choose a length from 0.0" in said
+    assert built(snapshots, snapshots, "--sigma_rel=0.1") == 2
+    assert f"'{snapshots}' exists already and is not overwritten" in capsys.readouterr().err
     assert "--step is 9; the snapshots are of steps 4 to 4" in refused("--sigma_rel=0.1", "--step=9")
     assert "the model that was fine-tuned is not at 'gone'" in refused(
         "--sigma_rel=0.1", "--pretrained_model_name_or_path=gone"
