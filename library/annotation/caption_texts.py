@@ -168,10 +168,10 @@ class CaptionEntries:
     def _require_own_form(self) -> None:
         """Refuse a file that this project did not write: all of it would change its form."""
         text = (text_of_lines if is_lines(self._path) else text_of_metadata)(self._metadata)
-        has_lists = any(isinstance(entry.get(TAGS), list) for entry in self._metadata.values())
-        if has_lists or self._path.read_bytes() != text.encode():
+        if any(map(_has_lists_of_own, self._metadata.values())) or self._path.read_bytes() != text.encode():
             raise UserError(
-                f"'{self._path}' was written by another program, in a form that an undo could not restore to the byte.",
+                f"'{self._path}' is in a form that an undo could not restore to the byte: another program wrote it, or "
+                "a caption in a list has several lines.",
                 "Name a new file with --out_json; this one then stays as it is.",
             )
 
@@ -187,6 +187,13 @@ class CaptionEntries:
             [entry[key]] = texts
         else:
             entry[key] = split_tags(texts[0], self._separator) if key == TAGS else list(texts)
+
+
+def _has_lists_of_own(entry: Entry) -> bool:
+    """Return whether an entry has a list of tags, or of captions of which one has several lines."""
+    captions = (entry.get(column.metadata_key) for column in (COLUMN_L, COLUMN_G))
+    several_lines = any(isinstance(each, list) and any("\n" in text for text in each) for each in captions)
+    return several_lines or isinstance(entry.get(TAGS), list)
 
 
 def _encoded(text: str) -> bytes:

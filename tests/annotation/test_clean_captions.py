@@ -7,6 +7,7 @@ from PIL import Image
 
 from finetune import clean_captions_and_tags as script
 from finetune import sdxl_merge_captions_g_to_metadata, sdxl_merge_captions_l_to_metadata
+from library.data.metadata import write_metadata
 from tests.annotation.conftest import run
 from tests.annotation.killed_run import run_and_kill
 from tests.reliability.refusal import said_on_refusal
@@ -140,6 +141,15 @@ def test_metadata_of_other_programs_goes_into_another_file(folder, capsys):
     assert json.loads(out.read_text(encoding="utf-8")) == {"a": {"tags": ["long_hair"], "caption": "A cat"}}
     said = said_on_refusal(script, [str(path), "--encoder=l", "--remove_tags=x", f"--out_json={out}"], capsys)
     assert "exists already" in said
+
+
+def test_a_listed_caption_of_several_lines_goes_into_another_file(folder, capsys):
+    path = folder.parent / "meta.json"
+    write_metadata(path, {"a": {"captionL": ["cat, dog\ncat", "dog"], "captionG": ["one", "two"]}})
+    before = path.read_bytes()
+    assert "several lines" in said_on_refusal(script, [str(path), "--encoder=l", "--remove_tags=cat"], capsys)
+    assert clean(path, "--encoder=g", "--find", "one", "--replace", "three", f"--out_json={path}.out") == 0
+    assert path.read_bytes() == before
 
 
 BAD_COMMANDS = [
