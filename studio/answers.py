@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 from library.captions.draws import ENCODERS, Encoder
 from library.config.atomic_files import CannotWrite
 from library.config.errors import UserError
+from library.config.file_names import writable_text
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,15 @@ class Stale(Exception):
         self.now = now
 
 
+class AnyText(JSONResponse):
+    """JSON that holds any name of a file, and any caption, also those that are no UTF-8."""
+
+    def render(self, content: Any) -> bytes:
+        """Return the bytes of the answer."""
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return writable_text(text).encode()
+
+
 def answering(answer: Answer) -> Callable[[Request], Awaitable[Response]]:
     """Return the endpoint of a function that runs in a thread: it is handed the JSON of a body, and returns JSON."""
 
@@ -36,17 +46,17 @@ def answering(answer: Answer) -> Callable[[Request], Awaitable[Response]]:
         try:
             body = await _json_of(request)
             result = await run_in_threadpool(answer, request, body)
+            return result if isinstance(result, Response) else AnyText(result)
         except Stale as error:
-            return JSONResponse({"problem": str(error), "now": error.now}, status_code=412)
+            return AnyText({"problem": str(error), "now": error.now}, status_code=412)
         except CannotWrite as error:
-            return JSONResponse({"problem": error.problem, "remedy": error.remedy}, status_code=507)
+            return AnyText({"problem": error.problem, "remedy": error.remedy}, status_code=507)
         except UserError as error:
-            return JSONResponse({"problem": error.problem, "remedy": error.remedy}, status_code=400)
+            return AnyText({"problem": error.problem, "remedy": error.remedy}, status_code=400)
         except Exception as error:  # told where it was asked for, and in the terminal
             log.exception("%s failed in a way that nobody foresaw", request.url.path)
             problem = f"this failed in a way that nobody foresaw: {type(error).__name__}: {error}"
-            return JSONResponse({"problem": problem, "remedy": UNFORESEEN}, status_code=500)
-        return result if isinstance(result, Response) else JSONResponse(result)
+            return AnyText({"problem": problem, "remedy": UNFORESEEN}, status_code=500)
 
     return endpoint
 

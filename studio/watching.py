@@ -28,6 +28,11 @@ async def watch(opened: Opened, stop: asyncio.Event) -> None:
             if not is_polling and present == [folder for folder in folders if folder.is_dir()]:
                 log.info("changes of files are looked for every half second: %s", error)
                 is_polling = True
+        except ExceptionGroup as errors:  # while it watches, such as a change of a file whose name is no UTF-8
+            if errors.split((OSError, RuntimeError))[1] is not None:
+                raise
+            log.info("changes were missed, and all captions are read again: %s", errors.exceptions[0])
+            await run_in_threadpool(opened.captions.load)
         if not stop.is_set():
             await _pause(stop)
             await run_in_threadpool(opened.captions.list_images)

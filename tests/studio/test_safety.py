@@ -207,6 +207,21 @@ def test_markup_in_captions_and_names_is_text(page, tmp_path):
         assert page.locator("main script, main img[src=x]").count() == 0
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names there are characters")
+def test_an_image_whose_name_is_no_utf8_is_shown_and_written_like_others(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    folder = write_set(tmp_path / "images", {name: ("cat", "a cat"), "plain": ("dog", "a dog")})
+    with studio(folder) as running:
+        assert sorted(running.get("/api/view")["names"]) == sorted([f"{name}.png", "plain.png"])
+        state = running.caption(f"{name}.png", "l")
+        answer = running.put(running.number(f"{name}.png"), "l", state["tag"], variant=0, text="bird")
+        assert (answer.status_code, (folder / f"{name}.txt").read_text(encoding="utf-8")) == (200, "bird")
+        assert running.post("/api/undo").status_code == 200
+        (folder / "plain.txt").write_text("horse", encoding="utf-8")  # the watcher is still there
+        wait_for(lambda: running.caption("plain.png", "l")["variants"] == ["horse"])
+    assert (folder / f"{name}.txt").read_text(encoding="utf-8") == "cat"
+
+
 def test_a_folder_that_is_removed_while_open_is_missed_and_comes_back(tmp_path):
     folder = write_set(tmp_path / "images", {"a": ("cat", "a cat")})
     with studio(folder) as running:
