@@ -7,6 +7,7 @@ run; the child is an ordinary process that can be signalled and killed.
 import functools
 import gc
 import importlib
+import itertools
 import json
 import os
 import signal
@@ -33,6 +34,8 @@ KILL_BY = "KILL_BY_SIGNAL"
 """Environment variable: the number of the signal, SIGKILL where it is not given."""
 REPORT_CALL = "REPORT_FIRST_CALL"
 """Environment variable: the run prints `called NAME` at the first call of this function, "module:Class.method"."""
+NO_MEMORY_AT = "NO_MEMORY_AT_CALL"
+"""Environment variable: the n-th call of a function, "2 module:Class.method", allocates more memory than there is."""
 LIMIT_MEMORY = "LIMIT_MEMORY_TO_BYTES"
 """Environment variable: the run may map so many bytes more than it has when it starts."""
 END_AT_ONCE = "END_AT_ONCE"
@@ -208,6 +211,8 @@ def _prepare_process(content: dict[str, Any]) -> None:
     tqdm.set_lock(threading.RLock())  # its own: one that all forks share stays locked when a killed one holds it
     if REPORT_CALL in os.environ:
         _report_first_call(os.environ[REPORT_CALL])
+    if NO_MEMORY_AT in os.environ:
+        _allocate_too_much(os.environ[NO_MEMORY_AT])
     if KILL_AT in os.environ:
         _kill_at(int(os.environ[KILL_AT]), os.environ[FOLDER])
 
@@ -238,10 +243,31 @@ def _report_of(function: str) -> str:
     return f"called {function}\n"
 
 
-def _report_first_call(function: str) -> None:
+def _found(function: str) -> tuple[Any, str]:
+    """What has a function "module:Class.method", and its name there."""
     module, _, path = function.partition(":")
     *owners, name = path.split(".")
-    owner = functools.reduce(getattr, owners, importlib.import_module(module))
+    return functools.reduce(getattr, owners, importlib.import_module(module)), name
+
+
+def _allocate_too_much(call: str) -> None:
+    import torch
+
+    number, _, function = call.partition(" ")
+    owner, name = _found(function)
+    called, calls = getattr(owner, name), itertools.count(1)
+
+    @functools.wraps(called)
+    def allocating(*arguments: Any, **named: Any) -> Any:
+        if next(calls) == int(number):
+            torch.empty(2**62, dtype=torch.uint8)
+        return called(*arguments, **named)
+
+    setattr(owner, name, allocating)
+
+
+def _report_first_call(function: str) -> None:
+    owner, name = _found(function)
     called = getattr(owner, name)
 
     @functools.wraps(called)

@@ -68,7 +68,7 @@ def exits_on_user_error(main: Main) -> Main:
             from library.config.unforeseen import explained  # which imports this module
 
             failure = explained(error)
-            log.error("error: %s", failure)
+            log.error("error: %s", failure, extra={"is_shared": failure.is_shared})
             return failure.exit_status
 
     return guarded

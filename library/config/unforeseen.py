@@ -71,7 +71,10 @@ def explained(error: BaseException) -> UnforeseenError:
     what, remedy = next(found, _DEFECT)
     file = _traceback_file(error)
     where = "" if file is None else f" The traceback is in '{file}'."
-    return UnforeseenError(f"{what} ({_reason(error)}).{where}", remedy)
+    failure = UnforeseenError(f"{what} ({_reason(error)}).{where}", remedy)
+    # All others miss a process; two of them say it, since the first may be the one that is missed.
+    failure.is_shared = what == _LOST_PROCESS[0] and int(os.environ.get("RANK", "0")) > 1
+    return failure
 
 
 def _reason(error: BaseException) -> str:

@@ -77,7 +77,7 @@ class Checkpoints:
         self._untold: list[Path] = []
         self.written: dict[Path, None] = {}  # models and states of this run that are still there, in their order
         self._failed: list[Save] = []  # what they were to remove goes with the next save that is complete
-        self._present_state = resumed_from  # the state of the current weights, where there is one
+        self._newest_state, self._step_of_newest = resumed_from, progress.step
 
     @property
     def folder(self) -> Path:
@@ -89,8 +89,6 @@ class Checkpoints:
         is_step = occasion.step > 0 and not occasion.is_resumed
         is_asked = is_step and self._agree(self._asked())
         saves = self._due(occasion, is_asked=is_asked)
-        if is_step:
-            self._present_state = None
         if occasion.step == 0 or not (saves or occasion.is_last or occasion.is_resumed):
             return  # where nothing is trained, the last step is number 0
         if any(save.with_state for save, _ in saves):
@@ -117,19 +115,17 @@ class Checkpoints:
                 return "Training stopped before the first step: there is nothing to save."
             if writes:
                 self.save_present()
-        return (
-            f'Training stopped after step {step}. Continue with the same command and --resume "{self._present_state}"'
-        )
+        return f'Training stopped after step {step}. Continue with the same command and --resume "{self._newest_state}"'
 
     def save_present(self) -> Path:
         """Save model and state as they are unless there is a state of this step; return its folder.
 
         Only the process that writes calls it.
         """
-        if self._present_state is None:
+        if self._newest_state is None or self._step_of_newest != self._progress.step:
             self._save_at_last(self._options.save_at_stop(self._progress.step))
-        assert self._present_state is not None  # this save has one
-        return self._present_state
+        assert self._newest_state is not None  # this save has one
+        return self._newest_state
 
     def after_error(self, *, can_save: bool) -> str | None:
         """Save as `save_present` unless the weights are in the middle of a step; return what the user is told.
@@ -261,7 +257,7 @@ class Checkpoints:
         log.info("saving '%s'", state.name)
         self._progress.num_states += 1
         self._write_state(state, replace(progress, num_states=self._progress.num_states))
-        self._present_state = state
+        self._newest_state, self._step_of_newest = state, progress.step
         self._note(state)
 
     def _note(self, path: Path) -> None:

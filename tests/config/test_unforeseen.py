@@ -53,6 +53,18 @@ def test_an_error_is_one_line_with_what_happened_and_what_helps(error: Exception
     Path(file).unlink()
 
 
+@pytest.mark.parametrize(("rank", "is_said"), [("0", True), ("1", True), ("2", False)])
+def test_of_many_processes_that_miss_another_two_say_it(rank: str, is_said: bool, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
+
+    @exits_on_user_error
+    def main(argv: Sequence[str] | None = None) -> int:
+        raise RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer")
+
+    assert main() == 1
+    assert ("error: another process of this run has ended" in capsys.readouterr().err) == is_said
+
+
 def test_a_script_ends_with_one_line_and_not_with_a_traceback(capsys):
     @exits_on_user_error
     def main(argv: Sequence[str] | None = None) -> int:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.conftest import BUCKET_FLAGS, RATE, PreparedSet, base_flags
 from tests.forked_runs import Command, ForkedRun, RunServer
@@ -33,6 +35,14 @@ class Runs:
 
     def outcome(self, name: str) -> dict:
         return outcome_of(self.folder / name / "output", self.folder / name / "logs")
+
+    def distance(self, name: str, other: str, start: Path) -> float:
+        """How far the models of two runs are from each other, in parts of what the first has learnt."""
+        one, two, first = self.outcome(name)["model m"], self.outcome(other)["model m"], load_file(start)
+        apart = torch.stack([(one[key].float() - two[key].float()).norm() for key in one]).norm()
+        learnt = torch.stack([(one[key].float() - first[key].float()).norm() for key in one]).norm()
+        assert learnt > 0
+        return float(apart / learnt)
 
     def output(self, name: str) -> Path:
         return self.folder / name / "output"

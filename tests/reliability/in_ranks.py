@@ -1,16 +1,22 @@
 """What the processes of a test do together; each function is called in all of them, `call` of tests/forked_runs.py."""
 
+import os
+import sys
+from importlib.metadata import version
+
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 
+import sdxl_train
 from library.optim.chunk_exchange import ChunkExchange
 from library.optim.fused_backward import FusedBackward
 from library.optim.optimizers import make_optimizer
 from library.optim.options import ADAFACTOR_RECIPE, NEAREST, STOCHASTIC, OptimizerOptions
 from library.optim.rounding import Rounder
 from library.optim.stepping import Stepper
+from library.training import resume
 from tests.optim.small_net import SmallNet, images_of, take_steps
 
 RECIPE = ADAFACTOR_RECIPE.split()[1:]
@@ -47,6 +53,18 @@ def fused_as_ddp() -> None:
                 for one, other in zip(usual, fused, strict=True):
                     assert torch.equal(one, other), (optimizer_type, max_grad_norm, dtype)
     dist.destroy_process_group()
+
+
+def train_in_folder(folder: str, *argv: str) -> None:
+    """Each process trains in a folder of its number: the paths are the same, what lies there need not be.
+
+    One has another release of torch, if its environment says so.
+    """
+    os.chdir(f"{folder}/{os.environ['RANK']}")
+    release = os.environ.get("RELEASE_OF_TORCH")
+    if release is not None:
+        resume.version = lambda library: release if library == "torch" else version(library)
+    sys.exit(sdxl_train.main(argv))
 
 
 def not_a_number_in_one() -> None:

@@ -1,15 +1,20 @@
 """Several processes train as one: to the same bits where sums of two are concerned."""
 
+import shutil
 import signal
+from importlib.metadata import version
 
 import pytest
 import torch
 
+from tests.conftest import PreparedSet
 from tests.outcome import differences
 from tests.reliability import in_ranks
 from tests.reliability.conftest import Runs
 
 pytestmark = pytest.mark.trains
+
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
 def two_are_one(runs: Runs, *flags: str) -> None:
@@ -85,6 +90,33 @@ def test_processes_with_other_options_are_named_by_one_of_them_before_the_model_
     assert [each.wait(timeout=600) for each in pair] == [2, 2]
     expected = "different options: process 0 and 1 differ in noise_offset (0.1 and 0.2)."
     assert [expected in each.said for each in pair] == [True, False]
+    assert not any("Traceback" in each.said for each in pair)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [{}, FSDP], ids=["DDP", "FSDP2"])
+@pytest.mark.parametrize("other", ["images", "versions"])
+def test_processes_that_find_other_images_or_libraries_are_named_by_one_of_them(
+    other: str, engine: dict[str, str], runs: Runs, prepared_set: PreparedSet, run_server, free_port
+):
+    for rank in "01":
+        shutil.copytree(prepared_set.folder, runs.folder / rank)
+    if other == "images":
+        caption = runs.folder / "1" / "images" / "coffee.txt"
+        metadata = runs.folder / "1" / "meta_lat.json"
+        text = caption.read_text(encoding="utf-8")
+        metadata.write_text(metadata.read_text(encoding="utf-8").replace(text, "another"), encoding="utf-8")
+    paths = "--in_json=meta_lat.json", "--train_data_dir=images", f"--output_dir={runs.folder / 'output'}"
+    shared = {**engine, "WORLD_SIZE": "2", "PORT": str(free_port())}
+    argv = ["tests.reliability.in_ranks:train_in_folder", str(runs.folder), *runs.argv, *paths]
+    pair = [
+        run_server("call", argv, RANK=str(rank), LOCAL_RANK=str(rank), **shared, **release)
+        for rank, release in enumerate([{}, {"RELEASE_OF_TORCH": "1.0"} if other == "versions" else {}])
+    ]
+    assert [each.wait(timeout=600) for each in pair] == [2, 2], [each.said for each in pair]
+    named = "coffee" if other == "images" else f"torch ({version('torch')} and 1.0)"
+    expected = f"different {other}: process 0 and 1 differ in {named}"
+    assert [expected in each.said for each in pair] == [True, False], pair[0].said
     assert not any("Traceback" in each.said for each in pair)
 
 

@@ -4,8 +4,6 @@ import signal
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from library.config.errors import UserError
 from library.optim.options import ADAFACTOR_RECIPE
@@ -19,15 +17,6 @@ pytestmark = pytest.mark.trains
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 ADAM = ("--optimizer_type=AdamW", "--learning_rate=1e-3", "--optimizer_args", "eps=1e-6")
 """A gradient of nothing but rounding errors does not move a weight as far as any other with this eps."""
-
-
-def distance(runs: Runs, name: str, other: str, start: Path) -> float:
-    """How far the models of two runs are from each other, in parts of what the first has learnt."""
-    one, two, first = runs.outcome(name)["model m"], runs.outcome(other)["model m"], load_file(start)
-    apart = torch.stack([(one[key].float() - two[key].float()).norm() for key in one]).norm()
-    learnt = torch.stack([(one[key].float() - first[key].float()).norm() for key in one]).norm()
-    assert learnt > 0
-    return float(apart / learnt)
 
 
 def test_parts_move_as_the_whole_and_are_saved_and_resumed(together, tmp_path: Path):
@@ -83,7 +72,7 @@ def test_a_model_in_parts_trains_as_the_whole(number: int, way: str, runs: Runs,
     alone = [flag for flag in WAYS[way] if flag != "--fused_backward_pass"]  # which cannot accumulate
     runs.run("one", 1, *alone, f"--gradient_accumulation_steps={number * num_accumulated}")
     runs.run("parts", number, *WAYS[way], **FSDP)
-    assert distance(runs, "one", "parts", tiny_sdxl) < 2e-5
+    assert runs.distance("one", "parts", tiny_sdxl) < 2e-5
 
 
 @pytest.fixture
@@ -131,7 +120,7 @@ def test_a_run_in_parts_goes_on_in_another_number_of_processes(before, after, ru
     run("whole", before)
     run("parts", before, "--max_train_steps=1", "--save_state")
     run("parts", after, "--resume=latest")
-    assert distance(runs, "whole", "parts", tiny_sdxl) < 2e-5
+    assert runs.distance("whole", "parts", tiny_sdxl) < 2e-5
 
 
 @pytest.mark.slow
