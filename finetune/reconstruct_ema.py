@@ -55,7 +55,7 @@ class ReconstructOptions:
         """Yield what is wrong with these values, one sentence each."""
         if self.sigma_rel is None:
             yield "--sigma_rel is missing: choose a length, such as 0.1."
-        if self.output.suffix.lower() in (".pt", ".pth", ".bin"):
+        if self.output.suffix.lower() in (".pt", ".pth", ".bin", ".sft"):
             yield f"the model to write is '{self.output}'; name a .safetensors or .ckpt file, or a folder."
         elif self.output.exists():
             yield f"'{self.output}' exists already and is not overwritten. Name another model to write."

@@ -32,6 +32,7 @@ _DTYPE_NAMES = {
 }
 """Types of numbers as safetensors files name them."""
 
+_LENGTH_BYTES = 8  # of the header, before it
 _HEADER_ALIGNMENT = 8
 _NO_HASH = f"0x{'0' * 64}"
 """Stands for the hash of the weights in the header until they are written."""
@@ -67,17 +68,29 @@ class TensorReader:
 def open_tensors(path: Path) -> Iterator[TensorReader]:
     """Open the tensors of a `.safetensors` file or of a pickled checkpoint (`.ckpt`, `.pt`, `.bin`), not yet read.
 
+    A file of another name (`.sft`, or none of a hub's cache) is either, by its first bytes.
     Raise `UserError` for a file that is missing, damaged, or a pickle that holds more than tensors.
     """
     if not path.is_file():
         raise UserError(f"there is no file '{path}'.", "Check the path of the model.")
     if path.suffix.lower() == ".gguf":
         raise UserError(f"'{path}' is quantised (GGUF).", "Use a .safetensors file of the model in float16 or float32.")
-    if path.suffix.lower() == ".safetensors":
+    if path.suffix.lower() == ".safetensors" or _begins_as_safetensors(path):
         with _open_safetensors(path) as reader:
             yield reader
     else:
         yield _open_pickle(path)
+
+
+def _begins_as_safetensors(path: Path) -> bool:
+    """Return whether a file begins with the length of a header that fits into it, and the header's brace."""
+    try:
+        with path.open("rb") as file:
+            beginning = file.read(_LENGTH_BYTES + 1)
+        size = path.stat().st_size
+    except OSError:  # which reading it explains
+        return False
+    return beginning[_LENGTH_BYTES:] == b"{" and int.from_bytes(beginning[:_LENGTH_BYTES], "little") < size
 
 
 @contextmanager
@@ -277,4 +290,4 @@ def _header(tensors: list[TensorToWrite], metadata: dict[str, str]) -> bytes:
     # lost for a note about it.
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8", errors="replace")
     text += b" " * (-len(text) % _HEADER_ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text
+    return len(text).to_bytes(_LENGTH_BYTES, "little") + text

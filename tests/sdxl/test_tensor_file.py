@@ -58,6 +58,15 @@ def test_safetensors_reads_what_is_written(tmp_path, metadata):
         assert (file.metadata() or {}) == metadata
 
 
+@pytest.mark.parametrize("name", ["model.sft", "model", "model.ckpt"])
+def test_a_safetensors_file_of_another_name_is_known_by_its_first_bytes(tmp_path, name):
+    path = tmp_path / name
+    write_safetensors(path, to_write(MIXED), {"note": "1"})
+    with open_tensors(path) as reader:
+        assert_same({each: reader.get(each) for each in reader.shapes}, MIXED)
+        assert reader.metadata == {"note": "1"}
+
+
 def test_every_tensor_begins_at_a_multiple_of_its_element_size(tmp_path):
     path = tmp_path / "mixed.safetensors"
     write_safetensors(path, to_write(MIXED), {})
