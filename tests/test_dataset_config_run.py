@@ -126,6 +126,10 @@ def test_folders_named_by_repeats_are_read_as_sd_scripts_reads_them(two_folders,
     file = min(Path("data/3_red cat").glob("*.txt"))
     for suffix in (".txt", ".caption"):
         file.with_suffix(suffix).unlink()
+    for name in ("data/unnumbered", "data/00_none", "data/notes"):
+        Path(name).mkdir()
+    for name in ("data/unnumbered/a.png", "data/00_none/a.jpg", "data/loose.webp", "data/notes/a.txt"):
+        Path(name).touch()
     forget_accelerator()
     argv = [f"--pretrained_model_name_or_path={tiny_sdxl}", "--output_dir=out", "--output_name=m", "--seed=7"]
     argv += [
@@ -138,7 +142,8 @@ def test_folders_named_by_repeats_are_read_as_sd_scripts_reads_them(two_folders,
     assert (
         sdxl_train.main([*argv, "--resolution=128", "--enable_bucket", "--dry_run", "--dry_run_report=dry.jsonl"]) == 0
     )
-    said = capsys.readouterr().out
+    said, warned = capsys.readouterr()
+    assert "only folders of 'data' named as 10_name are: '00_none', 'loose.webp', 'unnumbered'\n" in said + warned
     assert "3 images in 12 batches, 12 steps per epoch" in said  # two images three times, one as often as both
     texts = {
         json.loads(line)["key"]: json.loads(line)["visits"][0]["caption_l"]["text"]

@@ -1,14 +1,18 @@
 """What flags describe as subsets: one, or one for each folder named 10_name."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
 from library.captions.options import CaptionOptions, caption_extension, resolve
+from library.config.errors import listed
 from library.data.buckets import BucketRule
 from library.data.loader_options import LoaderOptions
-from library.data.repeat_folders import RepeatFolder, repeat_folders
+from library.data.repeat_folders import RepeatFolder, images_elsewhere, repeat_folders
 from library.data.subsets import Subset
 from library.data.training_set_options import TrainingSetOptions
+
+log = logging.getLogger(__name__)
 
 
 def subsets_of_flags(
@@ -19,6 +23,10 @@ def subsets_of_flags(
     if not subset.reads_folder:
         return [subset]
     assert training_set.train_data_dir is not None  # checked by problems()
+    for folder in filter(None, (training_set.train_data_dir, training_set.reg_data_dir)):
+        if elsewhere := images_elsewhere(folder):
+            names = listed([f"'{name}'" for name in elsewhere])
+            log.warning("not trained, since only folders of '%s' named as 10_name are: %s", folder, names)
     subsets = [
         replace(_of_repeat_folder(subset, each, ""), mask_dir=_mask_dir_of(subset.mask_dir, each))
         for each in repeat_folders(training_set.train_data_dir)

@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from library.data.image_kinds import is_image_of_any_kind
+
 _NAME = re.compile(r"(\d{1,6})_(.+)", re.DOTALL)
 
 
@@ -24,3 +26,26 @@ def repeat_folders(folder: Path) -> list[RepeatFolder]:
         names = [match for entry in entries if (match := _NAME.fullmatch(entry.name)) and int(match[1]) > 0]
     found = [RepeatFolder(folder / match[0], int(match[1]), match[2]) for match in names]
     return sorted(each for each in found if each.path.is_dir())
+
+
+def images_elsewhere(folder: Path) -> list[str]:
+    """Return the names of images in `folder` itself, and of its folders with images that `repeat_folders` leaves out.
+
+    A folder that cannot be read counts as one without images.
+    """
+    trained = {each.path.name for each in repeat_folders(folder)}
+    with os.scandir(folder) as entries:
+        others = [entry for entry in entries if entry.name not in trained]
+        return sorted(entry.name for entry in others if (_has_images(entry) if entry.is_dir() else _is_image(entry)))
+
+
+def _has_images(folder: os.DirEntry[str]) -> bool:
+    try:
+        with os.scandir(folder) as entries:
+            return any(map(_is_image, entries))
+    except OSError:
+        return False
+
+
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    return is_image_of_any_kind(entry.name)
