@@ -13,11 +13,11 @@ import argparse
 import hashlib
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -27,11 +27,6 @@ DEV_REQUIREMENTS = ROOT / "requirements-dev.txt"
 
 DEMO_FOLDER = Path("demo/output/my set")
 DEMO_MODEL = "demo/tiny_sdxl.safetensors"
-MADE_BY_DEMO = (
-    *("images", "meta_cap.json", "meta_lat.json", "tiny_sdxl.safetensors", "output", "logs"),
-    *("contact_sheet.png", "run_report.html", "figures.txt"),
-)
-"""Files that a demo leaves in its folder, and the next one removes before it starts."""
 QUIET_LAUNCH = ("--quiet", "--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no")
 """What `accelerate launch` is told so that it prints nothing: it lists each value that it had to assume."""
 
@@ -189,24 +184,25 @@ def workflow_commands(folder: Path, num_steps: int, more_flags: list[str]) -> li
 def run_demo(environment: Environment, folder: Path, size: DemoSize) -> None:
     """Run the whole workflow in `folder`, from drawing the images to the finished checkpoint."""
     started = time.monotonic()
-    clear_demo(ROOT / folder)
+    set_aside(ROOT / folder)
     for command in demo_commands(folder, size):
         run(command, environment)
     print(demo_report(environment, folder, seconds=time.monotonic() - started))
 
 
-def clear_demo(folder: Path) -> None:
-    """Remove the files of an earlier demo, finished or not, and nothing else."""
+def set_aside(folder: Path) -> None:
+    """Rename the folder of an earlier demo, which may hold work of the user by now, to a name that nothing has."""
+    if not folder.exists():
+        return
+    names = (folder.with_name(f"{folder.name} ({number})") for number in count(1))
+    kept = next(path for path in names if not path.exists())
     try:
-        for path in [folder / name for name in MADE_BY_DEMO]:
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        folder.rename(kept)
     except OSError as error:
         raise QuickstartError(
-            f"cannot remove '{error.filename}' of an earlier demo: {error.strerror}. Close what uses it (TensorBoard?)."
+            f"cannot rename '{folder}' of an earlier demo: {error.strerror}. Close what uses it (TensorBoard?)."
         ) from error
+    print(f"The earlier demo is kept as '{kept}'. Remove it if you do not need it.")
 
 
 def demo_report(environment: Environment, folder: Path, seconds: float) -> str:

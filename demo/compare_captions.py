@@ -40,10 +40,10 @@ CASES = {  # name: joint captions in training (None: no training), joint prompts
 def fine_tune(folder: Path, size: DemoSize, more_flags: Sequence[str], seed: int, *, joint: bool) -> Path:
     """Run the workflow of the demo on the training set of `seed`, and return the path of the model.
 
-    Files of an earlier run in `folder` are removed first. The output of the scripts is shown.
+    An earlier `folder` is kept under another name. The output of the scripts is shown.
     """
     try:
-        quickstart.clear_demo(folder)
+        quickstart.set_aside(folder)
     except quickstart.QuickstartError as error:
         raise UserError(str(error)) from error
     write_training_set(folder / "images", fine_tuning_scenes(size.num_pictures, seed), joint=joint)

@@ -177,13 +177,16 @@ def test_the_exit_status_of_the_tests_is_that_of_pytest(tmp_path):
 # -- the demo ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_demo_removes_what_an_earlier_one_made_and_nothing_else(tmp_path):
-    for made in ("images/01.png", "output/sample/a.png", "meta_cap.json", "notes of mine.txt", "more images/01.png"):
-        (tmp_path / made).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / made).write_bytes(b"")
-    quickstart.clear_demo(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["more images", "notes of mine.txt"]
-    quickstart.clear_demo(tmp_path / "a folder that does not exist")
+def test_an_earlier_demo_is_kept_under_another_name(tmp_path, capsys):
+    folder = tmp_path / "my set"
+    quickstart.set_aside(folder)  # there is none
+    for number in (1, 2):
+        (folder / "images").mkdir(parents=True)
+        (folder / "images" / "mine.png").write_bytes(bytes([number]))
+        quickstart.set_aside(folder)
+        assert f"is kept as '{folder} ({number})'" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["my set (1)", "my set (2)"]
+    assert (tmp_path / "my set (1)" / "images" / "mine.png").read_bytes() == b"\1"
 
 
 @pytest.mark.slow  # minutes; tests/test_workflow.py runs the same commands
@@ -197,7 +200,7 @@ def test_the_demo_runs_the_workflow_and_says_where_its_pictures_and_figures_are(
     size = quickstart.DemoSize(num_steps=1, num_pictures=6, prompts=str(prompts), scenes_per_pair=1)
     quickstart.run_demo(HERE, folder, size)
 
-    assert {path.name for path in folder.iterdir()} <= set(quickstart.MADE_BY_DEMO)
+    assert (tmp_path / "my set (1)" / "images" / "left over.png").is_file()
     assert len(list((folder / "images").glob("*.npz"))) == len(list((folder / "images").glob("*.png"))) == 6
     samples = sorted(path.name for path in (folder / "output" / "sample").glob("*.png"))
     assert [name.split("_")[3:] for name in samples] == [
