@@ -28,7 +28,7 @@ _GIB = 2**30
 def main(argv: Sequence[str] | None = None) -> int:
     """Load, print and leave: the thread of a GPU that is not there cannot be joined."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a checkpoint")
+    parser.add_argument("model", help="a checkpoint or a diffusers folder")
     options = ModelOptions(parser.parse_args(argv).model)
     reason = why_not()
     if reason is not None:

@@ -37,6 +37,7 @@ from library.sdxl.folder_configs import (
     problem_of,
     where,
 )
+from library.sdxl.folder_weights import read_into
 from library.sdxl.foreign_weights import is_finite, quantisation_of, quantised, require_finite, stands_beside_weights
 from library.sdxl.prediction import FLOW, Prediction
 from library.sdxl.prediction_claims import FoundPrediction, find_prediction
@@ -95,7 +96,12 @@ def read_diffusers_folder(
 def read_unet_of_folder_into(
     unet: nn.Module, name_or_path: str, dtype: torch.dtype | None, device: torch.device
 ) -> None:
-    """Read the weights of a U-Net without weights; they pass through host memory. Raise as `read_diffusers_folder`."""
+    """Read the weights of a U-Net without weights straight to `device`. Raise as `read_diffusers_folder`.
+
+    Those of a model on the hub, or under older names, pass through host memory.
+    """
+    if read_into(unet, Path(name_or_path) / "unet", _NETWORKS["unet"], dtype or torch.float32, device):
+        return
     read = _load(UNet2DConditionModel, name_or_path, "unet", dtype)
     unet.load_state_dict(read.to(device).state_dict(), assign=True)
 

@@ -1,7 +1,9 @@
 """Where a model comes from: files, folders, names of the hub, and names of nothing. (No test asks the hub.)"""
 
 import dataclasses
+import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from library.config.errors import UserError
+from library.sdxl import diffusers_folder
 from library.sdxl.architecture import SDXL_BASE
 from library.sdxl.checkpoint_file import ModelDtypes, read_single_file, write_single_file
 from library.sdxl.diffusers_folder import write_diffusers_folder
@@ -164,6 +167,43 @@ def test_a_unet_that_is_read_later_is_the_same_and_stays_as_it_was_set_up(source
         assert_same(getattr(model, name), getattr(expected, name))
     assert model.unet.training
     assert not any(weight.requires_grad for weight in model.unet.parameters())
+
+
+def in_parts(folder: Path, into: Path) -> Path:
+    """A copy of a diffusers folder whose U-Net stands in two files and an index, as large ones do."""
+    shutil.copytree(folder, into)
+    whole = into / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(whole)
+    whole.unlink()
+    weight_map = {name: f"part-{index % 2}.safetensors" for index, name in enumerate(tensors)}
+    for part in sorted(set(weight_map.values())):
+        save_file({name: tensors[name] for name in tensors if weight_map[name] == part}, into / "unet" / part)
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    whole.with_name(f"{whole.name}.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return into
+
+
+@pytest.mark.parametrize("form", ["whole", "in parts"])
+def test_a_unet_of_a_folder_never_stands_whole_in_host_memory(form, sdxl_folder, tmp_path, monkeypatch):
+    folder = sdxl_folder if form == "whole" else in_parts(sdxl_folder, tmp_path / "parts")
+    options = ModelOptions(str(folder))
+    expected = load_model(options, HALF)
+    model = load_model(options, HALF, with_unet=False)
+    monkeypatch.setattr(diffusers_folder, "_load", None)  # which would read all of it at once
+    load_unet(options, model.unet, torch.float16, torch.device("cpu"))
+    assert_same(model.unet, expected.unet)
+
+
+def test_a_unet_of_a_folder_with_nan_is_refused_when_it_is_read(sdxl_folder, tmp_path):
+    folder = shutil.copytree(sdxl_folder, tmp_path / "folder")
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors["conv_out.bias"] = torch.full_like(tensors["conv_out.bias"], float("nan"))
+    save_file(tensors, path)
+    options = ModelOptions(str(folder))
+    model = load_model(options, HALF, with_unet=False)
+    with pytest.raises(UserError, match=r"1 tensors hold NaN or Inf: conv_out.bias"):
+        load_unet(options, model.unet, torch.float16, torch.device("cpu"))
 
 
 def test_a_unet_with_nan_is_refused_when_it_is_read(sdxl_file, tmp_path):
