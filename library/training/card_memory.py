@@ -18,7 +18,7 @@ from library.data.image_columns import FoundImages
 from library.data.subsets import Subset
 from library.optim.optimizer_probe import require_each_alone
 from library.optim.optimizers import make_optimizer
-from library.optim.options import ADAFACTOR_RECIPE, KAHAN, STOCHASTIC
+from library.optim.options import ADAFACTOR_RECIPE, KAHAN, NEAREST, STOCHASTIC
 from library.sdxl.architecture import Architecture, empty_model
 from library.training.disk_space import bytes_of_optimizer
 from library.training.optimization import parameter_groups
@@ -56,6 +56,7 @@ class CardMemory:
         self._model = empty_model(architecture)
         self._width = architecture.unet["block_out_channels"][0] / _USUAL_WIDTH
         self._subsets = subsets
+        self._each_alone: dict[tuple[str, tuple[str, ...]], bool] = {}
         self.num_parts = num_parts(os.environ)
 
     def parts(self, options: TrainingOptions, batch: Batch) -> dict[str, int]:
@@ -65,12 +66,31 @@ class CardMemory:
         num_trained = sum(parameter.numel() for parameter in trained)
         gradients = 0 if options.optimizer.fused_backward_pass else num_trained * narrow.itemsize
         averages = options.ema.profiles if options.ema.ema_device == "gpu" else ()
+        optimizer = self._optimizer(options, trained, narrow)
+        widened = self._widened(options, num_trained, optimizer)
+        activations = self._activations(options, batch)
         return {
             "weights": self._weights(options),
-            "gradients and activations": max(gradients // self.num_parts, self._activations(options, batch)),
-            "optimizer": self._optimizer(options, trained, narrow) // self.num_parts,
+            "gradients and activations": 0 if widened else max(gradients // self.num_parts, activations),
+            "optimizer": optimizer // self.num_parts,
+            "copies in float32": widened // self.num_parts,
             "moving averages": len(averages) * num_trained * options.ema.dtype.itemsize // self.num_parts,
         }
+
+    def _widened(self, options: TrainingOptions, num_trained: int, optimizer: int) -> int:
+        """Return the bytes of the float32 copies that stochastic and compensated rounding take in the step.
+
+        An optimizer that steps weights apart has those of a few. One that needs all at once has weights, gradients and
+        state twice as wide, for which the activations and the narrow gradients have gone.
+        """
+        chosen = options.optimizer
+        if options.precision.rounding == NEAREST or chosen.fused_backward_pass or chosen.offload_optimizer:
+            return 0
+        key = chosen.optimizer_type, tuple(chosen.optimizer_args or ())
+        if key not in self._each_alone:
+            make = partial(make_optimizer, options=chosen)
+            self._each_alone[key] = require_each_alone(make, chosen, torch.device("cpu"))
+        return 0 if self._each_alone[key] else 2 * num_trained * torch.float32.itemsize + optimizer
 
     def total(self, options: TrainingOptions, batch: Batch) -> int:
         """Return the bytes of all parts."""

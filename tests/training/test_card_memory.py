@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.rehearsal.cases import documented_recipes
+from benchmarks.rehearsal.cases import cases, documented_recipes
 from demo.random_sdxl import TINY
 from library.config.errors import UserError
 from library.config.kohya_spellings import TRAINER_SPELLINGS
@@ -79,6 +79,13 @@ def test_every_recipe_takes_as_much_as_its_rehearsal_counts(recipe: str, memory:
     options = options_of(*documented_recipes()[recipe])
     batch = Batch(options.loader.train_batch_size, 1024 * 1024)
     assert 0.95 < memory.total(options, batch) / GIB / COUNTED[recipe]["peak_gib"] < 1.01
+
+
+def test_an_optimizer_that_needs_all_weights_at_once_takes_float32_copies_of_all(memory: CardMemory, options_of):
+    pytest.importorskip("prodigyopt")
+    case = cases()["Prodigy"]
+    total = memory.total(options_of(*(case.flags or ())), Batch(1, 1024 * 1024))
+    assert 0.95 < total / GIB / COUNTED["Prodigy"]["peak_gib"] < 1.01
 
 
 @pytest.mark.parametrize("recipe", ["24 GB", "80 GB"])
