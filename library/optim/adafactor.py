@@ -80,7 +80,7 @@ class Adafactor(Optimizer):
         self.rounder: Rounder | None = None
         self.is_finite: Tensor | None = None
         self.parts: Parts | None = None
-        self._chunked = ChunkedSteps()
+        self.chunked = ChunkedSteps()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -93,7 +93,7 @@ class Adafactor(Optimizer):
                 step_in_parts(parameters, group, self.state, self.rounder, self.parts)
                 continue
             if parameters and can_step_together(parameters, group, self.state):
-                self._chunked.step(parameters, group, self.state, self.rounder, self.is_finite)
+                self.chunked.step(parameters, group, self.state, self.rounder, self.is_finite)
                 continue
             for parameter in parameters:
                 assert parameter.grad is not None

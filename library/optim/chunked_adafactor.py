@@ -5,7 +5,8 @@ do the same (`list_adafactor`).
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +19,14 @@ from library.optim import triton_launches
 from library.optim.list_adafactor import step_by_lists
 from library.optim.options import KAHAN, STOCHASTIC
 from library.optim.rounding import RESIDUAL, Rounder
+from library.optim.step_tables import StepTables
 from library.sdxl.device_copies import to_device
 
 _MOST_DIMENSIONS = 4
 _ALIGNMENT = 32  # numbers
+_ROWS, _NUMBERS = "rows", "numbers"
+_SEED = 5
+"""Place of the seed in a row: that of `chunk_programs`, which needs Triton."""
 
 
 def may_step_together(group: dict[str, Any]) -> bool:
@@ -107,6 +112,16 @@ def _table(rows: Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
     return to_device(torch.tensor(rows or [(0, 0, 0)], dtype=torch.int64), device)
 
 
+@dataclass(frozen=True)
+class HeldChunk:
+    """A chunk whose step is captured: its weights and their rows of the table, of which only the seeds will change."""
+
+    key: tuple[int, int, bool]
+    parameters: Sequence[Parameter]
+    rows: Tensor
+    kind: str | None
+
+
 class ChunkedSteps:
     """Steps of an `Adafactor`, chunk by chunk; keeps the layout of each chunk on the device.
 
@@ -115,6 +130,8 @@ class ChunkedSteps:
 
     def __init__(self, *, with_triton: bool | None = None) -> None:
         self._with_triton = with_triton
+        self.tables = StepTables()
+        self._held: list[HeldChunk] = []
         self._layouts: dict[tuple[int, int, bool], Layout] = {}
 
     def step(
@@ -130,13 +147,13 @@ class ChunkedSteps:
         for parameter in parameters:
             prepare_state(state[parameter], parameter, flatten=flatten)
         kind = rounder.kind if rounder is not None and parameters[0].dtype == torch.bfloat16 else None
-        numbers = to_device(_numbers(group, state[parameters[0]]["step"]), device)
+        key = id(parameters[0]), len(parameters), flatten
+        numbers = self.tables.on_device((key, _NUMBERS), _numbers(group, state[parameters[0]]["step"]), device)
         if is_finite is None:
             is_finite = torch.ones((), dtype=torch.int32, device=device)
         if not (triton_launches.has_triton() if self._with_triton is None else self._with_triton):
             step_by_lists(parameters, group, state, kind, rounder, numbers, is_finite)
             return
-        key = id(parameters[0]), len(parameters), flatten
         if key not in self._layouts:
             self._layouts[key] = make_layout([each.shape for each in parameters], flatten=flatten, device=device)
         layout = self._layouts[key]
@@ -144,8 +161,52 @@ class ChunkedSteps:
             [*_addresses(each, state[each], rounder, kind), *row[6:]]
             for each, row in zip(parameters, layout.rows, strict=True)
         ]
-        rows = to_device(torch.tensor(table, dtype=torch.int64), device)
+        content = torch.tensor(table, dtype=torch.int64)
+        rows = self.tables.on_device((key, _ROWS), content, device)
+        if self.tables.holds:
+            self._held.append(HeldChunk(key, list(parameters), content, kind))
         _run(layout, rows, numbers, is_finite, narrow=parameters[0].dtype == torch.bfloat16, kind=kind)
+
+    @contextmanager
+    def holding(self, device: torch.device) -> Iterator[list[HeldChunk]]:
+        """Within the block steps are launched but their tables not copied; yield the chunks, complete at its end.
+
+        Each chunk must have been stepped before.
+        """
+        held: list[HeldChunk] = []
+        self._held = held
+        with self.tables.holding(device):
+            yield held
+
+    def advance(
+        self, held: Sequence[HeldChunk], group_of: Mapping[Parameter, dict[str, Any]], state: Any, rounder: Rounder
+    ) -> None:
+        """Count a step of held chunks, which a graph is about to take, and write rates, decay and seeds for it."""
+        for chunk in held:
+            for parameter in chunk.parameters:
+                state[parameter]["step"] += 1
+            first = chunk.parameters[0]
+            rows = chunk.rows.clone()
+            if chunk.kind == STOCHASTIC:
+                rows[:, _SEED] = torch.tensor([rounder.seed(parameter) for parameter in chunk.parameters])
+            self.tables.change((chunk.key, _NUMBERS), _numbers(group_of[first], state[first]["step"]))
+            self.tables.change((chunk.key, _ROWS), rows)
+        self.tables.write()
+
+
+def are_where_they_were(held: Sequence[HeldChunk], state: Any) -> bool:
+    """Return whether the weights of held chunks and their means lie where they lay when a graph was captured."""
+    return all(
+        triton_launches.address_of(parameter.data) == weight and triton_launches.address_of(rows) == means
+        for chunk in held
+        for parameter, (weight, means) in zip(chunk.parameters, chunk.rows[:, [0, 2]].tolist(), strict=True)
+        for rows in [_means_of_rows(state[parameter])]
+    )
+
+
+def _means_of_rows(state: dict[str, Any]) -> Tensor:
+    rows: Tensor = state["exp_avg_sq"] if "exp_avg_sq" in state else state["exp_avg_sq_row"]
+    return rows
 
 
 def _run(layout: Layout, rows: Tensor, numbers: Tensor, is_finite: Tensor, *, narrow: bool, kind: str | None) -> None:
@@ -204,7 +265,7 @@ def _addresses(parameter: Parameter, state: dict[str, Any], rounder: Rounder | N
     assert parameter.grad is not None
     if kind == KAHAN and RESIDUAL not in state:
         state[RESIDUAL] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
-    rows = state["exp_avg_sq"] if "exp_avg_sq" in state else state["exp_avg_sq_row"]
+    rows = _means_of_rows(state)
     columns = state.get("exp_avg_sq_col", rows)
     seed = rounder.seed(parameter) if rounder is not None and kind == STOCHASTIC else 0
     places = [triton_launches.address_of(each) for each in (parameter.data, parameter.grad, rows, columns)]

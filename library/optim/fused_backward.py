@@ -19,6 +19,7 @@ from torch.nn.utils import clip_grads_with_norm_
 from library.optim.chunk_exchange import ChunkExchange, OnChunk
 from library.optim.stepping import Chunk, Stepper
 
+GoBackward = Callable[..., None]
 OnEach = Callable[[Parameter, Callable[[Parameter], None]], None]
 
 
@@ -87,31 +88,38 @@ class FusedBackward:
         `take_back_step` if it turns out not to be finite.
         """
         if accelerator.num_processes == 1 and self._max_grad_norm == 0 and self._stepper.decides_on_device:
-            with self._stepper.only_if(loss.detach().isfinite()):
-                self._step(accelerator, loss, step, norm=None)
-            self._is_decided_on_device = True
+            self.step_on_device(partial(accelerator.backward, loss), loss.detach().isfinite(), step)
             return None
-        read_loss = mean_loss or partial(float, loss.detach())
+        read_loss, go_backward = mean_loss or partial(float, loss.detach()), partial(accelerator.backward, loss)
         if self._max_grad_norm == 0:
-            self._step(accelerator, loss, step, norm=None, is_wanted=cache(lambda: math.isfinite(read_loss())))
+            self._step(go_backward, step, norm=None, is_wanted=cache(lambda: math.isfinite(read_loss())))
             return None
-        norm = self._measure(accelerator, loss)
+        norm = self._measure(go_backward)
         if not math.isfinite(read_loss()):
             return None
         norm_read = float(norm)
         if math.isfinite(norm_read):
-            self._step(accelerator, loss, step, norm)
+            self._step(go_backward, step, norm)
         return norm_read
+
+    def step_on_device(self, go_backward: Callable[[], None], is_finite: Tensor, step: int) -> None:
+        """Take optimizer step `step` within the backward pass that `go_backward` runs; nobody waits.
+
+        Where `is_finite`, on the device, is false the weights do not change.
+        """
+        with self._stepper.only_if(is_finite):
+            self._step(lambda **_: go_backward(), step, norm=None)
+        self._is_decided_on_device = True
 
     def take_back_step(self) -> None:
         """Count one step less, if the last one was taken without a look at its loss, which was not finite."""
         if self._is_decided_on_device:
             self._stepper.take_back_step()
 
-    def _measure(self, accelerator: Accelerator, loss: Tensor) -> Tensor:
+    def _measure(self, go_backward: GoBackward) -> Tensor:
         """Return the norm of the whole gradient, from those of its parts, in the order in which torch takes them."""
         norms: dict[Parameter, Tensor] = {}
-        self._by_chunk(accelerator, loss, partial(self._take_norms, norms), retain_graph=True)
+        self._by_chunk(partial(go_backward, retain_graph=True), partial(self._take_norms, norms))
         return self._measuring.norm_of_all([norms[each] for each in self._chunk_of if each in norms])
 
     def _take_norms(self, norms: dict[Parameter, Tensor], chunk: Chunk) -> None:
@@ -124,8 +132,7 @@ class FusedBackward:
 
     def _step(
         self,
-        accelerator: Accelerator,
-        loss: Tensor,
+        go_backward: GoBackward,
         step: int,
         norm: Tensor | None,
         is_wanted: Callable[[], bool] = lambda: True,
@@ -140,15 +147,15 @@ class FusedBackward:
                 for parameter in chunk.parameters:
                     parameter.grad = None
 
-            self._by_chunk(accelerator, loss, step_chunk)
+            self._by_chunk(go_backward, step_chunk)
 
-    def _by_chunk(self, accelerator: Accelerator, loss: Tensor, then: OnChunk, *, retain_graph: bool = False) -> None:
+    def _by_chunk(self, go_backward: GoBackward, then: OnChunk) -> None:
         """Go backward; call `then` with each chunk as soon as its last gradient is complete, and averaged."""
         averaging = nullcontext(then) if self._exchange is None else self._exchange.averaging(then)
         with averaging as on_chunk:
             pass_ = _ChunkPass(self._stepper.chunks, self._chunk_of, on_chunk)
             with self._on_each_gradient(pass_.on_gradient):
-                accelerator.backward(loss, retain_graph=retain_graph)
+                go_backward()
             pass_.end()
 
     def _on_gradient(self, parameter: Parameter) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from library.optim.chunked_adafactor import ChunkedSteps, HeldChunk
 from library.optim.offloaded_states import OffloadedStates
 from library.optim.options import KAHAN, NEAREST
 from library.optim.rounding import RESIDUAL, Rounder
@@ -158,6 +159,26 @@ class Stepper:
             yield
         finally:
             self._optimizer.is_finite = None  # type: ignore[attr-defined]
+
+    @contextmanager
+    def holding(self, device: torch.device) -> Iterator[list[HeldChunk]]:
+        """Within the block, which captures a step, tables of the step are not copied; yield what `advance` takes."""
+        chunked: ChunkedSteps = self._optimizer.chunked  # type: ignore[attr-defined]
+        with chunked.holding(device) as held:
+            yield held
+        chunked.tables.write()
+
+    def advance(self, step: int, held: Sequence[HeldChunk]) -> None:
+        """Count step `step`, which a graph is about to take, and write what it reads."""
+        self._rounder.start(step)
+        group_of = {each: group for group in self._optimizer.param_groups for each in group["params"]}
+        chunked: ChunkedSteps = self._optimizer.chunked  # type: ignore[attr-defined]
+        chunked.advance(held, group_of, self._optimizer.state, self._rounder)
+
+    @property
+    def states(self) -> Mapping[torch.Tensor, dict[str, Any]]:
+        """The optimizer's state of each weight."""
+        return self._optimizer.state
 
     def take_back_step(self) -> None:
         """Count one step less, after one that has changed nothing on the device."""

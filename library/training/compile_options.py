@@ -31,6 +31,12 @@ class CompileOptions:
         "differs in last bits otherwise. A CPU is deterministic without it.",
     )
 
+    cuda_graphs: bool = option(
+        False,
+        "Replay steps as CUDA graphs, which a GPU runs without waiting for the host. Needs Adafactor and "
+        "--fused_backward_pass with --full_bf16. No GPU has measured it yet.",
+    )
+
     def problems(self) -> Iterator[str]:
         """Yield what is wrong with these values, one sentence each."""
         if self.dynamo_backend != DEFAULT_BACKEND and not self.torch_compile:

@@ -22,6 +22,7 @@ from library.training.failures import explained_out_of_memory
 from library.training.loss_watch import LossWatch, StepLoss
 from library.training.resumable import Kept, Resumable
 from library.training.sharding import Shards
+from library.training.step_graphs import StepGraphs
 
 Blocks = Callable[[], AbstractContextManager[None]]
 
@@ -47,6 +48,7 @@ class Learner:
 
     `settings` are those of the optimizer's parameter groups as the options set them. `fused` is there if weights are
     updated within the backward pass. `freeze_after` has the last step of networks that are not trained to the end.
+    `graphs` is there if steps are replayed.
     """
 
     accelerator: Accelerator
@@ -65,6 +67,7 @@ class Learner:
     step_loss: StepLoss
     narrow_keys: frozenset[str]
     shards: Shards | None = None
+    graphs: StepGraphs | None = None
     freeze_after: Mapping[str, int] = field(default_factory=dict)
     is_between_steps: bool = True
     _num_images: int = 0
@@ -86,11 +89,25 @@ class Learner:
 
     def predict(self, noisy: NoisyLatents, text: TextConditioning, sizes: torch.Tensor) -> torch.Tensor:
         """Return the U-Net's prediction [B, 4, h, w] for noisy latents, text and size conditioning [B, 6]."""
+        inputs = noisy.latents, noisy.timesteps, text.hidden, text.pooled, sizes
+        if self.graphs is not None and torch.is_grad_enabled():
+            return self.graphs.predict(*inputs)
+        return self.run_unet(*inputs)
+
+    def run_unet(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        hidden: torch.Tensor,
+        pooled: torch.Tensor,
+        sizes: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the U-Net's prediction, launched kernel by kernel."""
         prediction: torch.Tensor = self.unet(
-            noisy.latents,
-            noisy.timesteps,
-            encoder_hidden_states=text.hidden,
-            added_cond_kwargs={"text_embeds": text.pooled, "time_ids": sizes},
+            latents,
+            timesteps,
+            encoder_hidden_states=hidden,
+            added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes},
         ).sample
         return prediction
 
@@ -109,7 +126,10 @@ class Learner:
             return
         self._rates = self._current_rates()
         self.is_between_steps = False
-        self._fused_norm = self.fused.backward(self.accelerator, loss, step, self.step_loss.mean)
+        if self.graphs is not None:
+            self.graphs.backward(loss, step)
+        else:
+            self._fused_norm = self.fused.backward(self.accelerator, loss, step, self.step_loss.mean)
         self.is_between_steps = True
 
     def step(self, step: int) -> StepReport:

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from library.config.errors import UserError
@@ -198,10 +199,18 @@ def require_host_memory(make: MakeOptimizer, parameters: Sequence[nn.Parameter],
 
 
 def enable_gradient_checkpointing(network: UNet2DConditionModel | PreTrainedModel) -> None:
-    """Recompute the network's activations in the backward pass instead of keeping them."""
+    """Recompute the network's activations in the backward pass instead of keeping them.
+
+    A U-Net draws no random numbers, so that their generator, which a CUDA graph cannot read, need not be kept for it.
+    """
     if isinstance(network, UNet2DConditionModel):
-        network.enable_gradient_checkpointing()
+        draws = any(isinstance(module, nn.Dropout) and module.p > 0 for module in network.modules())
+        network.enable_gradient_checkpointing(partial(_recomputed, draws=draws))
     elif hasattr(network, "activation_checkpointing_enable"):  # newer releases of transformers
         network.activation_checkpointing_enable()
     else:
         network.gradient_checkpointing_enable()
+
+
+def _recomputed(module: nn.Module, *inputs: Any, draws: bool) -> Any:
+    return checkpoint(module.__call__, *inputs, use_reentrant=False, preserve_rng_state=draws)

@@ -31,6 +31,7 @@ from library.sdxl.model_spec import ModelSpecOptions
 from library.sdxl.prediction_options import PredictionOptions
 from library.sdxl.sizes import Size
 from library.training.compile_options import CompileOptions
+from library.training.graph_conflicts import graph_conflicts
 from library.training.hub_options import HubOptions
 from library.training.precision import PrecisionOptions
 from library.training.process_options import ProcessOptions, launch_problems, sharding_problems
@@ -233,6 +234,7 @@ class TrainingOptions:
         yield from launch_problems(os.environ, self.precision.mixed_precision)
         yield from sharding_problems(os.environ, self._not_sharded, checkpoints=self.run.gradient_checkpointing)
         yield from self._fused_conflicts()
+        yield from graph_conflicts(self)
         yield from optimizer_conflicts(self.optimizer, self.schedule, self._known_num_steps)
         yield from average_conflicts(self.ema, self.optimizer, draws_average=self.sample.sample_ema)
 

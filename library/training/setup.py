@@ -58,6 +58,7 @@ from library.training.run_options import TrainingOptions
 from library.training.run_record import FINISHED, STOPPED, RecordFile
 from library.training.saving import make_checkpoints
 from library.training.starting_point import load_state, starting_point, without_damaged_states
+from library.training.step_graphs import make_step_graphs
 from library.training.stopping import StopRequest
 from library.training.summary import summary
 from library.training.tracking import Tracker
@@ -187,7 +188,7 @@ def _set_up(
     if accelerator.is_main_process and not options.only_measures:
         check_disk(options, model, learner, averages, plan, progress)
     tracker = make_tracker(options, plan, progress, accelerator)
-    compile_regions(model.unet, options.compilation, accelerator.device)
+    _choose_kernels(options, model, learner, accelerator)
     header = header_maker(options, subsets, prepared.images, plan, progress, model.prediction)
     connect_snapshots(options, model, averages, progress, tracker, accelerator, header)
     checkpoints = make_checkpoints(
@@ -221,6 +222,16 @@ def _place_model(options: TrainingOptions, model: SdxlModel, prepared: PreparedS
     with explained_out_of_memory("while the model is loaded"):
         load_unet(options.model, model.unet, options.model_dtypes.unet, device)
     place_networks(model.networks, prepared.networks_of_steps(model), device)
+
+
+def _choose_kernels(options: TrainingOptions, model: SdxlModel, learner: Learner, accelerator: Accelerator) -> None:
+    """Let steps run as compiled blocks or as graphs, if the options ask for it."""
+    compile_regions(model.unet, options.compilation, accelerator.device)
+    if options.compilation.cuda_graphs:
+        is_exact = options.compilation.deterministic
+        learner.graphs = make_step_graphs(
+            learner.run_unet, learner.fused, learner.stepper, accelerator, is_exact=is_exact
+        )
 
 
 def _make_learner(

@@ -52,6 +52,7 @@ SCRIPTS = [
             "--timestep_sampling",
             "--flow_matching",
             "--noise_prediction",
+            "--cuda_graphs",
             "--deterministic",
             "--dropped_caption",
             "--dry_run",
