@@ -80,6 +80,7 @@ class Books(TorchDispatchMode):
         self._storages: dict[int, tuple[int, Any]] = {}
         self._num_storages = 0
         self._within_a_kernel = 0
+        self._captures = False
         self._overflows: set[int] = set()  # storages of fp16's scaler that say whether a gradient has overflowed
         self._lock = threading.RLock()
 
@@ -154,8 +155,19 @@ class Books(TorchDispatchMode):
         finally:
             self._within_a_kernel -= 1
 
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """Within the block, which captures a CUDA graph, waits and copies from the host are errors."""
+        self._captures = True
+        try:
+            yield
+        finally:
+            self._captures = False
+
     def wait(self, reason: str) -> None:
         """Count that the host waits for the GPU."""
+        if self._captures:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {reason}")
         self.waits[self.phase, reason] += 1
 
     def __torch_dispatch__(
@@ -249,6 +261,8 @@ class Books(TorchDispatchMode):
         self.launch(name, -(-longest // _TENSORS_OF_ONE_LAUNCH))
 
     def _count_copy(self, direction: str, tensor: torch.Tensor, *, waits: bool) -> None:
+        if self._captures:
+            raise RuntimeError(f"a copy {direction} would be replayed with what lies on the host by then")
         self.copies[self.phase, direction] += 1
         self.copied_bytes[self.phase, direction] += tensor.numel() * tensor.dtype.itemsize
         if waits:

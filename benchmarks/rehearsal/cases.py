@@ -12,6 +12,8 @@ from library.sdxl.sizes import Size
 RECIPES_PAGE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
 _RECIPE = re.compile(r"^### (\d+ GB[^\n(]*)[^\n]*\n+```\n(.*?)\n```", re.MULTILINE | re.DOTALL)
 _RATE_OF_RECIPE = "8 GB"
+OF_BENCH = "bench: "
+"""How the names of the bench's variants begin."""
 
 
 def documented_recipes() -> dict[str, tuple[str, ...]]:
@@ -52,6 +54,7 @@ def cases() -> dict[str, Case]:
     mixed = (Size(1024, 1024), Size(832, 1216))
     for name, flags in VARIANTS.items():
         full = None if flags is None else (*RECIPE, *flags)
-        found[f"bench: {name}"] = Case(f"bench: {name}", full, channels_last=name == "channels_last")
+        found[f"{OF_BENCH}{name}"] = Case(f"{OF_BENCH}{name}", full, channels_last=name == "channels_last")
+    found["CUDA graphs"] = Case("CUDA graphs", (*base, "--cuda_graphs"), num_steps=4)
     found["mixed buckets"] = Case("mixed buckets", (*base, "--enable_bucket"), buckets=mixed, num_steps=3)
     return found

@@ -34,6 +34,7 @@ def snapshot(books: Books, names: Mapping[int, str]) -> dict[str, Any]:
     parts = books.parts_at_peak(dict(names))
     return {
         "peak_gib": round(books.peak / GIB, 3),
+        "peak_mib": round(books.peak / 2**20, 1),
         "resting_gib": round(books.now / GIB, 3),
         "parts_at_peak_gib": {name: round(size / GIB, 3) for name, size in parts.most_common()},
         **counts(books),

@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,14 +26,14 @@ from accelerate.state import PartialState
 from benchmarks.plain_loop import train_plainly
 from benchmarks.rehearsal.books import Books
 from benchmarks.rehearsal.figures import counts, names_of, snapshot
+from benchmarks.rehearsal.models import MODELS, model_without_numbers
 from benchmarks.rehearsal.stand_in import CUDA, stand_in_gpu
 from benchmarks.synthetic_set import SyntheticSet
-from benchmarks.timed_run import ARCHITECTURES
 from library.diffusion.objective import Objective
 from library.optim import kernels, triton_launches
 from library.optim.stepping import Stepper
 from library.sdxl import text_encoding
-from library.sdxl.architecture import Architecture, SdxlModel, empty_model
+from library.sdxl.architecture import Architecture, SdxlModel
 from library.sdxl.checkpoint_file import ModelDtypes
 from library.sdxl.sizes import Size
 from library.training import accelerator as accelerator_room
@@ -46,13 +46,6 @@ from library.training.run_options import TrainingOptions
 from library.training.sampling import Sampling
 from library.training.tracking import Tracker
 
-MODELS = {
-    **ARCHITECTURES,
-    "small": replace(
-        ARCHITECTURES["tiny"], unet=ARCHITECTURES["tiny"].unet | {"transformer_layers_per_block": [1, 1, 1]}
-    ),
-}
-"""The tiny SDXL has the skeleton of the full size, and its counts; the small one has fewer transformer blocks."""
 RUN_FLAGS = (
     *("--output_name=rehearsal", "--max_data_loader_n_workers=0", "--seed=1", "--learning_rate=1e-5"),
     *("--noise_offset=0.0357", "--adaptive_noise_scale=0.00357", "--save_model_as=safetensors"),
@@ -286,17 +279,3 @@ def _on_cuda(make: Callable[..., Accelerator]) -> Callable[..., Accelerator]:
         return accelerator
 
     return make_on_cuda
-
-
-def model_without_numbers(architecture: Architecture, dtypes: ModelDtypes, books: Books) -> SdxlModel:
-    """Return a model on the CPU that takes no memory and moves to the GPU as any other."""
-    model = empty_model(architecture)
-    for name, network in zip(
-        asdict(dtypes), (model.unet, model.vae, model.text_encoder_l, model.text_encoder_g), strict=True
-    ):
-        dtype = getattr(dtypes, name) or torch.bfloat16
-        with books.fake_mode:
-            weights = {key: torch.empty(each.shape, dtype=dtype) for key, each in network.named_parameters()}
-        network.load_state_dict(weights, strict=False, assign=True)
-        network.eval()
-    return model

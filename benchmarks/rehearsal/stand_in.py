@@ -7,13 +7,14 @@ Needs a CUDA build of torch 2.15 and no driver: `why_not` says what is missing. 
   scaled_dot_product_attention               without a GPU torch takes the formula; a GPU takes flash attention
   pin_memory, Event, Stream, empty_cache     need a driver
   torch.compile, kernels of Triton           are counted, and what is between is not kept, as in a kernel
-  the types that torch.optim takes in lists  are compared with `is`; the tensors here have another one
+  the types that torch takes in lists        are compared with `is`; the tensors here have another one
 """
 
 import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -107,6 +108,16 @@ def _queue_of(books: Books) -> tuple[type, type]:
             books.wait("a stream")
 
     return Event, Stream
+
+
+class _Graph:
+    """A stand-in for a CUDA graph: one launch."""
+
+    def __init__(self, books: Books):
+        self._books = books
+
+    def replay(self) -> None:
+        self._books.launch("a CUDA graph")
 
 
 def _attention(
@@ -243,6 +254,7 @@ def stand_in_gpu() -> Iterator[Books]:
     replaced: tuple[tuple[Any, str, Any], ...] = (
         (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
         (torch.cuda, "_lazy_init", lambda: None),
+        (torch.cuda, "is_available", lambda: False),  # as it is: fake tensors ask before each operation
         (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
         (torch.cuda, "empty_cache", lambda: None),
         (torch.cuda, "synchronize", lambda *_: books.wait("synchronize")),
@@ -252,6 +264,9 @@ def stand_in_gpu() -> Iterator[Books]:
         (torch.cuda, "Stream", stream),
         (torch.cuda, "current_stream", lambda *_: stream()),
         (torch.cuda, "stream", lambda *_: nullcontext()),
+        (torch.cuda, "graph_pool_handle", lambda: (0, 0)),
+        (torch.cuda, "CUDAGraph", partial(_Graph, books)),
+        (torch.cuda, "graph", lambda *_, **__: books.capturing()),
         (torch.Tensor, "record_stream", lambda *_: None),
         (torch.Tensor, "pin_memory", _pinned),
         (torch.nn.Module, "_apply", _apply),
@@ -260,6 +275,7 @@ def stand_in_gpu() -> Iterator[Books]:
         (triton_launches, "launch", _launch_with(books)),
         (triton_launches, "address_of", lambda tensor: 0),
         (import_module("torch.optim.optimizer"), "_foreach_supported_types", [*_foreach_supported_types, FakeTensor]),
+        (import_module("torch.nn.utils.clip_grad"), "_has_foreach_support", lambda *_: True),
         (torch.cuda, "mem_get_info", lambda *_: (CARD_BYTES - books.now, CARD_BYTES)),
         (torch.cuda, "memory_reserved", lambda *_: books.now),
         (torch.cuda, "memory_allocated", lambda *_: books.now),

@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywher
 import torch
 
 from benchmarks.rehearsal.cases import cases
-from benchmarks.rehearsal.rehearsed_run import MODELS, rehearse
+from benchmarks.rehearsal.models import MODELS
+from benchmarks.rehearsal.rehearsed_run import rehearse
 from benchmarks.rehearsal.stand_in import why_not
 from benchmarks.result_files import RESULTS, write_result
 
