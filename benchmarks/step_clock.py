@@ -115,6 +115,7 @@ class StepClock:
             found |= {
                 "idle_ms": max(0.0, found["step_ms"] - self.trace.busy_ms),
                 "waits": self.trace.num_waits,
+                "launches": self.trace.num_launches,
             }
         return found | self.memory.peaks()
 
@@ -165,11 +166,12 @@ class MemoryWatch:
 
 
 class GpuTrace:
-    """A trace of a few steps: how long the GPU computes, and how often the host waits for it."""
+    """A trace of a few steps: how long the GPU computes, how much is launched, and how often the host waits for it."""
 
     def __init__(self) -> None:
         self.busy_ms = 0.0
         self.num_waits = 0.0
+        self.num_launches = 0.0
         self._profile: Any = profile(activities=[ProfilerActivity.CUDA])
         self._warnings: Any = warnings.catch_warnings(record=True)
         self._seen: list[warnings.WarningMessage] = []
@@ -193,6 +195,7 @@ class GpuTrace:
             if event.device_type == torch.autograd.DeviceType.CUDA
         ]
         self.busy_ms = covered(kernels) / 1e3 / num_steps
+        self.num_launches = len(kernels) / num_steps
         self.num_waits = sum("synchroniz" in str(each.message) for each in self._seen) / num_steps
 
 

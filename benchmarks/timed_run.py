@@ -8,7 +8,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywher
 
 import sdxl_train  # isort: skip  # before torch, since it says how torch is to take its memory
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from benchmarks.ceilings import machine, measure
@@ -27,6 +26,7 @@ from benchmarks.step_clock import StepClock
 from benchmarks.synthetic_set import SyntheticSet
 from demo.random_sdxl import TINY
 from library.config.errors import UserError
+from library.diffusion.noise import NoisyLatents
 from library.optim.options import ADAFACTOR_RECIPE
 from library.sdxl.architecture import SDXL_BASE, SdxlModel
 from library.sdxl.checkpoint_file import ModelDtypes
@@ -127,7 +127,7 @@ def _train(plan: Plan, training_set: SyntheticSet, clock: StepClock) -> None:
     setup.architecture_of = lambda options: ARCHITECTURES[plan.model_size]
     setup.load_model = lambda options, dtypes, *_, **__: make_model(dtypes)
     setup.load_unet = lambda *_: None
-    _watch_loop(clock)
+    _watch_loop(clock, plan)
     # Without the wrapper that turns a UserError into an exit status.
     sdxl_train.main.__wrapped__(  # type: ignore[attr-defined]
         [
@@ -144,26 +144,44 @@ def _train(plan: Plan, training_set: SyntheticSet, clock: StepClock) -> None:
 
 def _watch_networks(model: SdxlModel, clock: StepClock, plan: Plan) -> None:
     """Time the forward passes; text encoded before the first step belongs to no step."""
-    flops = {
-        (bucket.height // PIXELS_PER_LATENT, bucket.width // PIXELS_PER_LATENT): count
-        for bucket, count in zip(plan.buckets, plan.forward_flops, strict=True)
-    }
+    flops = _flops_by_shape(plan)
 
     def begin_forward(unet: nn.Module, arguments: tuple[Any, ...]) -> None:
         clock.begin("forward")
-        num_pictures, _, height, width = arguments[0].shape
-        clock.count(3 * flops[height, width] * num_pictures, num_pictures)  # the backward pass is twice the forward
+        _count(clock, flops, arguments[0])
 
-    model.unet.register_forward_pre_hook(begin_forward)
-    model.unet.register_forward_hook(lambda *_: clock.end("forward"))
+    if plan.flags is None:
+        model.unet.register_forward_pre_hook(begin_forward)
+        model.unet.register_forward_hook(lambda *_: clock.end("forward"))
     for text_encoder in (model.text_encoder_l, model.text_encoder_g):
         text_encoder.register_forward_pre_hook(lambda *_: clock.begin("text") if clock.is_running else None)
         text_encoder.register_forward_hook(lambda *_: clock.end("text") if clock.is_running else None)
 
 
-def _watch_loop(clock: StepClock) -> None:
-    """Time the rest of the trainer's loop, and save nothing."""
-    Accelerator.backward = _timed(clock, Accelerator.backward, "backward")
+def _flops_by_shape(plan: Plan) -> dict[tuple[int, int], int]:
+    """Return the FLOP of a forward pass for one image, by height and width of its latents."""
+    return {
+        (bucket.height // PIXELS_PER_LATENT, bucket.width // PIXELS_PER_LATENT): count
+        for bucket, count in zip(plan.buckets, plan.forward_flops, strict=True)
+    }
+
+
+def _count(clock: StepClock, flops: Mapping[tuple[int, int], int], latents: torch.Tensor) -> None:
+    num_pictures, _, height, width = latents.shape
+    clock.count(3 * flops[height, width] * num_pictures, num_pictures)  # the backward pass is twice the forward
+
+
+def _watch_loop(clock: StepClock, plan: Plan) -> None:
+    """Time the trainer's loop, and save nothing. (The network's hooks see nothing of a pass that a graph replays.)"""
+    flops, predict = _flops_by_shape(plan), Learner.predict
+
+    def timed_predict(self: Learner, noisy: NoisyLatents, *others: Any) -> torch.Tensor:
+        with clock.stretch("forward"):
+            _count(clock, flops, noisy.latents)
+            return predict(self, noisy, *others)
+
+    Learner.predict = timed_predict  # type: ignore[method-assign]
+    Learner.backward = _timed(clock, Learner.backward, "backward")  # type: ignore[method-assign]
     Learner.step = _timed(clock, Learner.step, "optimizer")  # type: ignore[method-assign]
     log_step = Tracker.after_step
 

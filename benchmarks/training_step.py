@@ -53,6 +53,8 @@ VARIANTS: dict[str, tuple[str, ...] | None] = {
     "kahan": (*_CACHED, "--bf16_rounding=kahan"),
     "flat": (*_CACHED, *_FLAT),
     "flat_warm_up": (*_CACHED, *_FLAT, "--lr_scheduler=cosine", "--lr_warmup_steps=0.5"),
+    "flat_graphs": (*_CACHED, *_FLAT, "--cuda_graphs"),
+    "flat_deterministic": (*_CACHED, *_FLAT, "--deterministic"),
     "flat_nearest": (*_CACHED, *_FLAT, "--bf16_rounding=nearest"),
 }
 """Name to the flags after the recipe; None is the plain loop of diffusers' examples.
@@ -77,12 +79,14 @@ _COLUMNS = {
     "rest_ms": "rest",
     "idle_ms": "idle",
     "waits": "waits",
+    "launches": "launches",
     "first_step_s": "first s",
 }
 LEGEND = """
 Milliseconds are per step. TFLOP/s and share count three forward passes of the U-Net; recomputation by gradient
 checkpointing does not count. rest: data, noise, logging, waiting. idle: the GPU computes nothing. waits: how often the
-host waits for the GPU in a step. peak: GPU memory allocated by torch, or anonymous memory on the CPU.
+host waits for the GPU in a step. launches: kernels and copies of a step. peak: GPU memory allocated by torch, or
+anonymous memory on the CPU.
 """
 
 
