@@ -180,7 +180,7 @@ def _watch_loop(clock: StepClock, plan: Plan) -> None:
             _count(clock, flops, noisy.latents)
             return predict(self, noisy, *others)
 
-    Learner.predict = timed_predict  # type: ignore[method-assign]
+    Learner.predict = timed_predict  # type: ignore[assignment, method-assign]
     Learner.backward = _timed(clock, Learner.backward, "backward")  # type: ignore[method-assign]
     Learner.step = _timed(clock, Learner.step, "optimizer")  # type: ignore[method-assign]
     log_step = Tracker.after_step

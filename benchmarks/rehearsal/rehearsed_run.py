@@ -44,6 +44,7 @@ from library.training.learner import Learner
 from library.training.precision import PrecisionOptions
 from library.training.run_options import TrainingOptions
 from library.training.sampling import Sampling
+from library.training.step_comparison import StepComparison
 from library.training.tracking import Tracker
 
 RUN_FLAGS = (
@@ -160,6 +161,7 @@ class _Rehearsal:
         yield setup, "vae_digest", lambda vae: "0" * 32
         yield setup, "check_disk", lambda *_: None
         yield Checkpoints, "after_step", lambda *_: None
+        yield StepComparison, "has_moved", lambda _: True
         yield kernels, "_can_compile", lambda device_type: self._case.has_triton
         yield triton_launches, "has_triton", lambda: self._case.has_triton
         for target, name, phase in (
