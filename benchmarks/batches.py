@@ -28,7 +28,6 @@ from PIL import Image
 from benchmarks import ceilings
 from benchmarks.result_files import RESULTS, machine_line, write_result
 from library.config.digests import file_digest
-from library.data.buckets import BucketRule
 from library.data.dataset import CaptionedImages, make_loader
 from library.data.epoch_order import MicroBatch
 from library.data.latent_cache import CachedLatents, write_cache
@@ -37,6 +36,7 @@ from library.data.loader_options import LoaderOptions
 from library.data.shard_writing import ROWS, Member, write_manifest, write_shard
 from library.data.training_columns import TrainingSet
 from library.data.training_set_options import TrainingSetOptions
+from library.images.buckets import BucketRule
 from library.sdxl.sizes import LATENT_CHANNELS, PIXELS_PER_LATENT, Size
 from tests.training_images import captioned, micro_batch, read_set
 

@@ -30,11 +30,9 @@ from library.captions.draws import Encoder
 from library.captions.final_captions import CaptionPair
 from library.captions.options import CaptionOptions
 from library.config.digests import file_digest
-from library.data.buckets import BucketRule
 from library.data.caption_report import report_captions
 from library.data.caption_tokens import cut_captions, tokenizer_for
 from library.data.captioning import Captioning
-from library.data.crops import Crop
 from library.data.epoch_order import MicroBatch
 from library.data.fingerprints import Fingerprints
 from library.data.flag_subsets import subset_of_flags
@@ -46,6 +44,8 @@ from library.data.text_cache import CachedTexts, OutputsInMemory, texts_of
 from library.data.training_images import TrainingImage
 from library.data.training_set import find_training_images
 from library.data.training_set_options import TrainingSetOptions
+from library.images.buckets import BucketRule
+from library.images.crops import Crop
 from library.sdxl.sizes import LATENT_CHANNELS, PIXELS_PER_LATENT, Size
 from library.training.preparation import make_order
 from library.training.run_options import RunOptions

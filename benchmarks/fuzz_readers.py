@@ -15,10 +15,10 @@ from benchmarks.damaged_bytes import damages_of
 from library.config.errors import UserError
 from library.config.kohya_spellings import TRAINER_SPELLINGS
 from library.config.options import parse_options
-from library.data.images import load_rgb_and_alpha, read_size
 from library.data.latent_cache import read_cache
 from library.data.metadata import read_metadata
 from library.data.strict_json import read_utf8
+from library.images.reading import load_rgb_and_alpha, read_size
 from library.samples.prompts import read_prompt_file
 from library.sdxl.checkpoint_file import read_vae
 from library.sdxl.tensor_file import open_tensors

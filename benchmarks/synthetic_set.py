@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 
 from library.captions.final_captions import CaptionPair
-from library.data.buckets import BucketRule
 from library.data.caption_tokens import tokenizer_for
 from library.data.captioning import Captioning
-from library.data.crops import Crop
 from library.data.dataset import Batch, CaptionedImages
 from library.data.epoch_order import MicroBatch
 from library.data.latent_cache import CachedLatents, cache_path, write_cache
 from library.data.subsets import Subset
 from library.data.training_images import TrainingImage
+from library.images.buckets import BucketRule
+from library.images.crops import Crop
 from library.sdxl.sizes import LATENT_CHANNELS, PIXELS_PER_LATENT, Size
 
 IMAGES_PER_BUCKET = 8

@@ -16,12 +16,12 @@ from tqdm import tqdm, trange
 from demo.pictures import PLACES, Scene, draw, random_scene
 from demo.pretrain_vae import warm_cosine
 from demo.shallow import without_deep_blocks
-from library.data.buckets import BucketAssignment, BucketRule
-from library.data.crops import true_crop_ltrb
 from library.data.latent_preparation import pixels_to_tensor
-from library.data.resizing import resize_and_crop
 from library.diffusion.objective import Objective
 from library.diffusion.options import NoiseOptions
+from library.images.buckets import BucketAssignment, BucketRule
+from library.images.crops import true_crop_ltrb
+from library.images.resizing import resize_and_crop
 from library.sdxl.architecture import LATENT_SCALE, SdxlModel
 from library.sdxl.latents import encode_pixels
 from library.sdxl.size_conditioning import size_conditioning

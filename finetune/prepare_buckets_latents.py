@@ -18,11 +18,11 @@ from library.config.errors import UserError, exits_on_user_error
 from library.config.kohya_spellings import PREPARE_SPELLINGS
 from library.config.magnitudes import MOST_IMAGES_AT_ONCE, MOST_WORKERS
 from library.config.options import option, parse_options, positional
-from library.data.augmentation import RESIZE_INTERPOLATION_HELP, RESIZE_INTERPOLATIONS, interpolation_of
-from library.data.buckets import BucketOptions, parse_resolution
 from library.data.dataset_config import read_dataset_config
 from library.data.loader_options import LoaderOptions
 from library.data.training_set_options import TrainingSetOptions
+from library.images.augmentation import RESIZE_INTERPOLATION_HELP, RESIZE_INTERPOLATIONS, interpolation_of
+from library.images.buckets import BucketOptions, parse_resolution
 
 DESCRIPTION = "Sort images into buckets and write the latents of each beside it (.npz)."
 DATA_SET_DESCRIPTION = (

@@ -13,11 +13,11 @@ from library.captions.limits import reading
 from library.captions.rules import CaptionRules
 from library.config.errors import UserError
 from library.data.caption_notices import looks_like_sentences, words_of
-from library.data.crops import true_crop_ltrb
 from library.editing.caption_places import read_place, tag_of
 from library.editing.caption_search import HELP, ORDERS, found
 from library.editing.caption_set import Member, text_of
 from library.editing.caption_text import CaptionText
+from library.images.crops import true_crop_ltrb
 from library.sdxl.tokenizers import cleaned
 from studio.answers import Body, encoder, number, text
 from studio.opened import Opened

@@ -10,13 +10,13 @@ from library.captions.options import CaptionOptions, caption_extension, resolve
 from library.config.errors import UserError
 from library.config.magnitudes import MOST_SEED
 from library.config.options import option, positional
-from library.data.buckets import BucketOptions, parse_resolution
 from library.data.dataset_config import read_dataset_config
-from library.data.image_files import has_images, list_files
 from library.data.loader_options import LoaderOptions
 from library.data.repeat_folders import repeat_folders
 from library.data.subsets import Subset
 from library.data.training_set_options import TrainingSetOptions
+from library.images.buckets import BucketOptions, parse_resolution
+from library.images.files import has_images, list_files
 
 _ANY_ADDRESS = ("0.0.0.0", "::")  # told apart, not bound
 

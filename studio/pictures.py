@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from library.config.errors import UserError
-from library.data.thumbnails import remove_old_thumbnails, thumbnail, thumbnail_name
+from library.images.thumbnails import remove_old_thumbnails, thumbnail, thumbnail_name
 
 log = logging.getLogger(__name__)
 

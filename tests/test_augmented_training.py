@@ -91,7 +91,7 @@ def test_the_pixels_of_a_visit_are_the_same_in_any_batch(train, named_set: Prepa
     assert one == two
 
 
-@pytest.mark.slow  # a run of four epochs; tests/data/test_augmentation.py has the draws
+@pytest.mark.slow  # a run of four epochs; tests/images/test_augmentation.py has the draws
 def test_every_epoch_varies(train, named_set: PreparedSet, encoded):
     train(*of(named_set), "--random_crop", "--color_aug", "--enable_bucket", "--max_train_epochs=4")
     assert len(encoded) == 12

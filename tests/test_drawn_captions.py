@@ -5,8 +5,8 @@ import json
 from library.captions.drawn_captions import drawn_captions
 from library.captions.final_captions import CaptionPair
 from library.captions.options import CaptionOptions
-from library.data.buckets import BucketOptions
 from library.editing.caption_set import CaptionSet
+from library.images.buckets import BucketOptions
 from studio.options import StudioOptions, subsets_of
 from tests.conftest import PHOTOGRAPHS
 

@@ -8,10 +8,8 @@ from typing import Any
 from library.captions.final_captions import CaptionPair, variants_of
 from library.captions.options import CaptionOptions
 from library.captions.rules import CaptionRules, PairRules
-from library.data.buckets import BucketRule
 from library.data.caption_tokens import tokenizer_for
 from library.data.captioning import Captioning
-from library.data.crops import Crop
 from library.data.dataset import CaptionedImages
 from library.data.epoch_order import MicroBatch
 from library.data.flag_subsets import subset_of_flags
@@ -23,6 +21,8 @@ from library.data.training_columns import TrainingSet
 from library.data.training_images import TrainingImage
 from library.data.training_set import find_training_images
 from library.data.training_set_options import TrainingSetOptions
+from library.images.buckets import BucketRule
+from library.images.crops import Crop
 from library.sdxl.sizes import Size
 
 RULE = BucketRule(Size(64, 64), 64, 64, 64, no_upscale=False)

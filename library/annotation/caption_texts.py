@@ -9,7 +9,6 @@ from library.annotation.cleaning_rules import Cleaned
 from library.annotation.pending_images import caption_file
 from library.annotation.tag_texts import joined_tags, split_tags
 from library.config.errors import UserError, error_of_errors, listed
-from library.data.image_files import find_images
 from library.data.metadata import (
     COLUMN_G,
     COLUMN_L,
@@ -26,6 +25,7 @@ from library.data.metadata_lines import is_lines, text_of_lines
 from library.data.strict_json import exact_utf8
 from library.editing.caption_places import Place, read_place
 from library.editing.undo_journal import Change
+from library.images.files import find_images
 
 log = logging.getLogger(__name__)
 

@@ -22,10 +22,10 @@ from library.annotation.refusals import caption_in, is_refusal
 from library.annotation.sentence_options import CaptionerOptions, WordOptions
 from library.annotation.word_draws import WordDraws
 from library.config.errors import UserError
-from library.data.images import load_rgb
 from library.data.metadata import CaptionColumn
-from library.data.resizing import resize_and_crop
 from library.data.strict_json import read_utf8
+from library.images.reading import load_rgb
+from library.images.resizing import resize_and_crop
 from library.sdxl.sizes import Size
 
 log = logging.getLogger(__name__)

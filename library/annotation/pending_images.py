@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from library.config.errors import UserError, listed
 from library.config.processes import Share
-from library.data.image_files import find_images
-from library.data.image_kinds import without_suffix
+from library.images.files import find_images
+from library.images.kinds import without_suffix
 
 
 class Pending(NamedTuple):

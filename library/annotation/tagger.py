@@ -12,7 +12,7 @@ from PIL import Image
 from library.annotation.reading_ahead import Described
 from library.annotation.tag_choice import TagChoice
 from library.config.errors import UserError, first_line
-from library.data.images import load_rgb
+from library.images.reading import load_rgb
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession

@@ -8,9 +8,9 @@ from functools import cache
 from pathlib import Path
 
 from library.config.errors import UserError
-from library.data.image_keys import is_file
-from library.data.images import read_size
 from library.data.latent_cache import cache_path
+from library.images.keys import is_file
+from library.images.reading import read_size
 from library.sdxl.sizes import Size
 
 _NAME_OF_SD_SCRIPTS = re.compile(r"(?P<stem>.+)_(?P<width>\d{4,6})x(?P<height>\d{4,6})_sdxl\.npz", re.DOTALL)

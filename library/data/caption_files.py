@@ -12,9 +12,6 @@ from library.config.errors import UserError, listed
 from library.config.leftovers import remove_leftovers
 from library.config.options import option, positional
 from library.data.caption_sources import CaptionSource, read_caption
-from library.data.image_files import find_images
-from library.data.image_keys import images_of_keys, keys_of_images, same_path
-from library.data.image_kinds import without_suffix
 from library.data.metadata import (
     COLUMN_G,
     COLUMN_L,
@@ -26,6 +23,9 @@ from library.data.metadata import (
 )
 from library.data.metadata_lines import is_lines
 from library.data.strict_json import read_utf8
+from library.images.files import find_images
+from library.images.keys import images_of_keys, keys_of_images, same_path
+from library.images.kinds import without_suffix
 
 log = logging.getLogger(__name__)
 

@@ -10,9 +10,6 @@ from typing import NamedTuple
 
 from library.config.digests import digest
 from library.config.errors import UserError, listed
-from library.data.image_files import list_files
-from library.data.image_keys import images_of_keys, is_file, same_path
-from library.data.image_kinds import without_suffix
 from library.data.metadata import (
     COLUMN_G,
     COLUMN_L,
@@ -25,6 +22,9 @@ from library.data.metadata import (
 )
 from library.data.metadata_lines import is_lines
 from library.data.strict_json import decoded_utf8
+from library.images.files import list_files
+from library.images.keys import images_of_keys, is_file, same_path
+from library.images.kinds import without_suffix
 
 log = logging.getLogger(__name__)
 

@@ -10,14 +10,9 @@ from library.captions.final_captions import CaptionPair
 from library.config.errors import UserError, error_of_errors
 from library.config.leftovers import remove_leftovers
 from library.config.processes import Share, share_of_process
-from library.data.buckets import BucketedImage
 from library.data.cache_files import cache_finder, require_separate_caches
-from library.data.crops import LEGACY_CROP_NOTICE
 from library.data.folder_images import in_bucket
 from library.data.found_images import FoundImage
-from library.data.image_files import find_images
-from library.data.image_keys import images_by_stem, resolve_image
-from library.data.image_sizes import ImageSizes
 from library.data.latent_cache import cache_path
 from library.data.latent_files import dealt, problem_of, report_buckets, report_names, vae_to_encode, write_latents
 from library.data.latent_index import index_path
@@ -27,6 +22,11 @@ from library.data.mask_files import with_masks
 from library.data.metadata import train_resolution
 from library.data.subset_entries import metadata_of
 from library.data.subsets import Subset
+from library.images.buckets import BucketedImage
+from library.images.crops import LEGACY_CROP_NOTICE
+from library.images.files import find_images
+from library.images.keys import images_by_stem, resolve_image
+from library.images.sizes import ImageSizes
 
 log = logging.getLogger(__name__)
 

@@ -15,16 +15,16 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from library.captions.draws import CaptionDraw, noise_seed
 from library.config.errors import UserError
-from library.data.augmented_images import load_augmented
 from library.data.captioning import Captioning
 from library.data.columns import in_shared_memory
-from library.data.crops import Crop
 from library.data.epoch_order import EpochOrder, MicroBatch, StepPlaces
 from library.data.latent_preparation import pixels_to_tensor
 from library.data.loader_options import LoaderOptions
 from library.data.prefetch import prefetch
 from library.data.training_columns import TrainingSet
 from library.data.training_images import TrainingImage
+from library.images.augmented import load_augmented
+from library.images.crops import Crop
 from library.sdxl.device_copies import to_device
 from library.sdxl.sizes import Size
 from library.sdxl.text_encoding import EncodedText, TextWeights

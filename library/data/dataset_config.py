@@ -10,13 +10,13 @@ from typing import Any
 
 from library.captions.options import CaptionOptions, caption_extension, resolve, rule_problems
 from library.config.errors import UserError, error_of_problems
-from library.data.augmentation import Augmentation, interpolation_of, parse_face_range
-from library.data.buckets import BucketOptions, parse_resolution
 from library.data.dataset_schema import WITHOUT_EFFECT, converted, read_tables
 from library.data.loader_options import LoaderOptions
 from library.data.subsets import Subset
 from library.data.training_set_options import ONE_CAPTION_FILE, TrainingSetOptions
 from library.data.validation_options import ValidationOptions
+from library.images.augmentation import Augmentation, interpolation_of, parse_face_range
+from library.images.buckets import BucketOptions, parse_resolution
 from library.sdxl.sizes import Size
 
 log = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from library.captions.options import CaptionOptions, level_problems
 from library.config.errors import UserError, error_of_problems, nearest
 from library.config.magnitudes import HEAVIEST
-from library.data.augmentation import RESIZE_INTERPOLATIONS
 from library.data.strict_json import parse_json, read_utf8
+from library.images.augmentation import RESIZE_INTERPOLATIONS
 
 Check = Callable[[Any], bool]
 

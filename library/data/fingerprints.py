@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from library.config.digests import digest
-from library.data.buckets import ALPHA
 from library.data.stored_arrays import BF16
+from library.images.buckets import ALPHA
 from library.sdxl.sizes import Size
 
 if TYPE_CHECKING:

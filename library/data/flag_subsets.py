@@ -6,11 +6,11 @@ from pathlib import Path
 
 from library.captions.options import CaptionOptions, caption_extension, resolve
 from library.config.errors import listed
-from library.data.buckets import BucketRule
 from library.data.loader_options import LoaderOptions
 from library.data.repeat_folders import RepeatFolder, images_elsewhere, repeat_folders
 from library.data.subsets import Subset
 from library.data.training_set_options import TrainingSetOptions
+from library.images.buckets import BucketRule
 
 log = logging.getLogger(__name__)
 

@@ -8,11 +8,11 @@ from library.data.cache_files import cache_finder
 from library.data.caption_files import entries_of_folder
 from library.data.found_images import FoundImage, require_own_files, require_usable
 from library.data.image_columns import FoundBuilder, FoundImages
-from library.data.image_keys import is_file
-from library.data.images import read_size
 from library.data.latent_cache import bucket_of_cache, cache_path
 from library.data.metadata import captions_of
 from library.data.subsets import Subset
+from library.images.keys import is_file
+from library.images.reading import read_size
 from library.sdxl.sizes import Size
 
 

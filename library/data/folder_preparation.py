@@ -7,12 +7,7 @@ from pathlib import Path
 from library.config.errors import UserError, listed
 from library.config.leftovers import remove_leftovers
 from library.config.processes import share_of_process
-from library.data.buckets import BucketedImage, BucketRule, MaskSource
 from library.data.cache_files import require_separate_caches
-from library.data.crops import LEGACY_CROP_NOTICE
-from library.data.image_files import find_images
-from library.data.image_keys import images_of_keys, keys_of_images, same_path
-from library.data.images import read_size
 from library.data.latent_cache import cache_path
 from library.data.latent_files import (
     Done,
@@ -33,6 +28,11 @@ from library.data.mask_files import masks_of
 from library.data.metadata import Metadata, is_reg, read_metadata, with_train_resolution, write_metadata
 from library.data.metadata_lines import is_lines
 from library.data.shard_preparation import prepare_shards
+from library.images.buckets import BucketedImage, BucketRule, MaskSource
+from library.images.crops import LEGACY_CROP_NOTICE
+from library.images.files import find_images
+from library.images.keys import images_of_keys, keys_of_images, same_path
+from library.images.reading import read_size
 
 log = logging.getLogger(__name__)
 

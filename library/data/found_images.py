@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 from library.captions.final_captions import CaptionPair
 from library.config.errors import UserError, listed
-from library.data.buckets import BucketAssignment, MaskSource, covering_size
-from library.data.image_keys import is_file, is_found_by_name
-from library.data.image_sizes import ImageSizes
-from library.data.images import require_whole
 from library.data.latent_cache import bucket_of_cache, cache_path
 from library.data.subsets import Subset
+from library.images.buckets import BucketAssignment, MaskSource, covering_size
+from library.images.keys import is_file, is_found_by_name
+from library.images.reading import require_whole
+from library.images.sizes import ImageSizes
 from library.sdxl.sizes import Size
 
 

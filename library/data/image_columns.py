@@ -9,10 +9,10 @@ from typing import Any, overload
 import numpy as np
 
 from library.captions.final_captions import CaptionPair
-from library.data.buckets import ALPHA, MaskSource
 from library.data.columns import Captions, Texts, TextsBuilder, Variants
 from library.data.found_images import FoundImage
 from library.data.subsets import Subset
+from library.images.buckets import ALPHA, MaskSource
 from library.sdxl.sizes import Size
 
 _NO_SIZE = (0, 0)

@@ -5,7 +5,7 @@ import zlib
 
 import numpy as np
 
-from library.data.masks import mask_of_cells
+from library.images.masks import mask_of_cells
 from library.sdxl.sizes import LATENT_CHANNELS, MAX_SIDE, PIXELS_PER_LATENT, Size
 
 _SMALL = 10_000

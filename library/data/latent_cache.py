@@ -12,8 +12,6 @@ import numpy as np
 from library.config.atomic_files import replacing
 from library.config.digests import digest, file_digest
 from library.config.errors import UserError
-from library.data.buckets import ALPHA, MaskSource, covering_size
-from library.data.crops import Crop, crop_to_train
 from library.data.latent_arrays import (
     LARGEST_MEMBERS,
     READING_ERRORS,
@@ -23,6 +21,8 @@ from library.data.latent_arrays import (
 )
 from library.data.latent_index import PLACE
 from library.data.stored_arrays import StoredArrays, block_checksum, read_arrays, state_from
+from library.images.buckets import ALPHA, MaskSource, covering_size
+from library.images.crops import Crop, crop_to_train
 from library.sdxl.sizes import LATENT_CHANNELS, PIXELS_PER_LATENT, Size
 
 _BYTES_AROUND = 3000  # names, sizes, digests

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 
-from library.data.buckets import ALPHA, MaskSource
 from library.data.columns import Texts
 from library.data.latent_cache import CachedLatents
 from library.data.latent_index import (
@@ -20,6 +19,7 @@ from library.data.latent_index import (
     write_index,
 )
 from library.data.stored_arrays import state_from
+from library.images.buckets import ALPHA, MaskSource
 from library.sdxl.sizes import LATENT_CHANNELS, Size
 
 _FROM_ALPHA, _FROM_FILE = 1, 2  # where a mask is from

@@ -14,11 +14,11 @@ from tqdm import tqdm
 
 from library.config.errors import UserError
 from library.config.processes import Share
-from library.data.buckets import BucketedImage
-from library.data.images import UnusableImage
 from library.data.latent_cache import CacheDemands, read_fitting
 from library.data.latent_preparation import Encoding, Outcome, batches_of, encode_images, require_disk_for_latents
 from library.data.latent_writing import IndexedFiles, Place
+from library.images.buckets import BucketedImage
+from library.images.reading import UnusableImage
 from library.sdxl.latents import vae_digest
 from library.sdxl.model_source import load_vae
 

@@ -18,18 +18,18 @@ from tqdm import tqdm
 from library.config.atomic_files import require_disk_space
 from library.config.digests import file_digest
 from library.config.errors import UserError
-from library.data.buckets import BucketedImage
-from library.data.crops import crop_to_record
 from library.data.found_images import error_of_images
 from library.data.latent_cache import CachedLatents, cache_bytes, cache_path
 from library.data.latent_index import index_path
 from library.data.latent_writing import IndexedFiles, Place
-from library.data.masks import black_mask, load_masked, mask_digest
 from library.data.prefetch import prefetch
 from library.data.subsets import Subset
 from library.data.training_columns import NONE, TrainingSet
 from library.data.training_images import KeptLatents, TrainingImage
 from library.data.training_set_options import TrainingSetOptions
+from library.images.buckets import BucketedImage
+from library.images.crops import crop_to_record
+from library.images.masks import black_mask, load_masked, mask_digest
 from library.sdxl.latents import encode_pixels_finite, vae_digest
 from library.sdxl.sizes import Size
 

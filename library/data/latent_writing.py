@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from library.data.buckets import BucketedImage
 from library.data.columns import Texts
 from library.data.latent_cache import CachedLatents, write_cache
 from library.data.latent_entries import Entries, states_of
 from library.data.training_images import KeptLatents
+from library.images.buckets import BucketedImage
 
 
 class Place(NamedTuple):

@@ -9,22 +9,22 @@ import numpy as np
 from tqdm import tqdm
 
 from library.config.errors import UserError
-from library.data.augmentation import require_faces
-from library.data.buckets import ALPHA, MaskSource
 from library.data.columns import Texts
-from library.data.crops import LEGACY_CROP_NOTICE, Crop, crop_to_train
 from library.data.folder_images import in_bucket
 from library.data.found_images import FoundImage, error_of_images
 from library.data.image_columns import FoundBuilder, FoundImages
-from library.data.image_keys import is_file
-from library.data.images import read_size
 from library.data.latent_cache import CacheDemands, CachedLatents, read_fitting
 from library.data.latent_entries import Entries, states_of
 from library.data.latent_index import PLACE, index_path
 from library.data.latent_shards import Shards, shards_of
-from library.data.masks import black_mask
 from library.data.subsets import Subset
 from library.data.training_columns import IN_FILE, TrainingSet, as_content, empty_columns, set_facts
+from library.images.augmentation import require_faces
+from library.images.buckets import ALPHA, MaskSource
+from library.images.crops import LEGACY_CROP_NOTICE, Crop, crop_to_train
+from library.images.keys import is_file
+from library.images.masks import black_mask
+from library.images.reading import read_size
 from library.sdxl.sizes import Size
 
 log = logging.getLogger(__name__)

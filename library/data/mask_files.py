@@ -10,15 +10,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 from library.config.errors import UserError, listed
-from library.data.buckets import ALPHA, MaskSource
-from library.data.crops import true_crop_ltrb
 from library.data.found_images import FoundImage, error_of_images
-from library.data.image_files import list_files, warn_of_unreadable
-from library.data.image_keys import is_file
-from library.data.images import has_alpha, load_mask, load_rgb_and_alpha, read_size
 from library.data.latent_cache import cache_holds_mask
-from library.data.masks import black_mask, require_size
 from library.data.subsets import Subset
+from library.images.buckets import ALPHA, MaskSource
+from library.images.crops import true_crop_ltrb
+from library.images.files import list_files, warn_of_unreadable
+from library.images.keys import is_file
+from library.images.masks import black_mask, require_size
+from library.images.reading import has_alpha, load_mask, load_rgb_and_alpha, read_size
 from library.sdxl.sizes import Size
 
 log = logging.getLogger(__name__)

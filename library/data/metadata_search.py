@@ -17,8 +17,6 @@ from library.data.caption_sources import CaptionFile, caption_files_beside, warn
 from library.data.caption_states import CaptionStates, StatesBuilder
 from library.data.found_images import FoundImage, require_own_files, require_usable
 from library.data.image_columns import FoundBuilder, FoundImages
-from library.data.image_files import FolderNames, Suffixes, warn_of_unreadable
-from library.data.image_keys import is_found_by_name, resolve_cache, resolve_image
 from library.data.latent_cache import cache_path
 from library.data.latent_shards import shards_of
 from library.data.metadata import (
@@ -36,6 +34,8 @@ from library.data.metadata import (
 )
 from library.data.subset_entries import metadata_of
 from library.data.subsets import Subset
+from library.images.files import FolderNames, Suffixes, warn_of_unreadable
+from library.images.keys import is_found_by_name, resolve_cache, resolve_image
 from library.sdxl.sizes import Size
 
 log = logging.getLogger(__name__)

@@ -22,11 +22,11 @@ from library.config.errors import UserError
 from library.data.caption_states import CaptionStates
 from library.data.columns import Texts, Variants
 from library.data.image_columns import FoundImages
-from library.data.image_files import digest_of_names
-from library.data.image_kinds import readable_suffixes
 from library.data.latent_index import index_path
 from library.data.latent_shards import MANIFEST, shards_path
 from library.data.subsets import Subset
+from library.images.files import digest_of_names
+from library.images.kinds import readable_suffixes
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from library.data.image_kinds import is_image_of_any_kind
+from library.images.kinds import is_image_of_any_kind
 
 _NAME = re.compile(r"(\d{1,6})_(.+)", re.DOTALL)
 

@@ -12,7 +12,6 @@ from tqdm import tqdm
 from library.config.digests import digest
 from library.config.errors import UserError
 from library.config.leftovers import remove_leftovers
-from library.data.buckets import BucketedImage
 from library.data.columns import Texts
 from library.data.latent_cache import CachedLatents, cache_path, read_fitting, write_cache
 from library.data.latent_entries import Entries, States, states_of
@@ -22,6 +21,7 @@ from library.data.latent_preparation import encode_images, require_disk_for_late
 from library.data.latent_shards import SHARD_SUFFIX, Shard, open_shard, shards_path
 from library.data.shard_writing import ROWS, SHARD_NAME, Member, write_manifest, write_shard
 from library.data.stored_arrays import BF16, FLOAT32
+from library.images.buckets import BucketedImage
 
 log = logging.getLogger(__name__)
 

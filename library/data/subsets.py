@@ -6,8 +6,8 @@ from pathlib import Path
 
 from library.captions.options import CAPTION_EXTENSIONS
 from library.captions.rules import PairRules, described_rules
-from library.data.augmentation import Augmentation
-from library.data.buckets import BucketRule
+from library.images.augmentation import Augmentation
+from library.images.buckets import BucketRule
 
 _NOT_COMPARED = ("captions", "cache_info")
 SUBSET_MARK = "subset "

@@ -9,14 +9,14 @@ import numpy as np
 
 from library.captions.draws import Encoder
 from library.captions.final_captions import CaptionPair, first_text
-from library.data.buckets import BucketAssignment, BucketedImage
 from library.data.columns import InSharedMemory, Texts, Variants
-from library.data.crops import Crop
 from library.data.image_columns import mask_source
 from library.data.latent_cache import CachedLatents
 from library.data.latent_index import CONTENT_BYTES, PLACE
 from library.data.subsets import Subset
 from library.data.training_images import KeptLatents, TrainingImage
+from library.images.buckets import BucketAssignment, BucketedImage
+from library.images.crops import Crop
 from library.sdxl.sizes import Size
 
 NONE, IN_FILE, IN_MEMORY = 0, 1, 2

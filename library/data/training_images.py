@@ -9,14 +9,14 @@ import numpy as np
 from library.captions.final_captions import CaptionPair
 from library.config.digests import file_digest
 from library.config.errors import UserError
-from library.data.buckets import ALPHA, BucketedImage, MaskSource
-from library.data.crops import Crop
 from library.data.fingerprints import fingerprint_of, kind_of_latents
 from library.data.latent_cache import CachedLatents, read_cache
 from library.data.latent_shards import SHARD_SUFFIX, error_of_row
-from library.data.masks import mask_digest
 from library.data.stored_arrays import read_at
 from library.data.subsets import Subset
+from library.images.buckets import ALPHA, BucketedImage, MaskSource
+from library.images.crops import Crop
+from library.images.masks import mask_digest
 from library.sdxl.sizes import LATENT_CHANNELS, PIXELS_PER_LATENT, Size
 
 _PLACE_OF_MASK = 2  # after latents and flipped latents

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 
 from library.config.errors import UserError, error_of_errors
 from library.config.magnitudes import MOST_VISITS
-from library.data.buckets import ALPHA
 from library.data.folder_images import find_images_of_folder, with_distinct_keys
 from library.data.found_images import FoundImage
 from library.data.image_columns import FoundImages
 from library.data.mask_files import require_usable_masks, with_masks
 from library.data.metadata_images import find_images_of_metadata
 from library.data.subsets import Subset
+from library.images.buckets import ALPHA
 
 log = logging.getLogger(__name__)
 

@@ -9,15 +9,15 @@ from library.captions.draws import Encoder
 from library.config.errors import UserError
 from library.config.magnitudes import HEAVIEST, MOST_BATCHES, MOST_IMAGES_AT_ONCE
 from library.config.options import option
-from library.data.augmentation import (
+from library.data.repeat_folders import repeat_folders
+from library.images.augmentation import (
     RESIZE_INTERPOLATION_HELP,
     RESIZE_INTERPOLATIONS,
     Augmentation,
     interpolation_of,
     parse_face_range,
 )
-from library.data.buckets import parse_resolution
-from library.data.repeat_folders import repeat_folders
+from library.images.buckets import parse_resolution
 
 ONE_CAPTION_FILE = (
     "beside the images L reads .txt and G .caption files. Both encoders read one file with --caption_extension=.txt; "

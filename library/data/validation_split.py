@@ -11,10 +11,10 @@ from library.captions.final_captions import CaptionPair, first_text
 from library.captions.rules import CaptionRules, PairRules
 from library.config.digests import digest
 from library.config.errors import UserError, listed
-from library.data.augmentation import Augmentation
 from library.data.found_images import FoundImage
 from library.data.image_columns import FoundImages
 from library.data.subsets import Subset
+from library.images.augmentation import Augmentation
 
 log = logging.getLogger(__name__)
 

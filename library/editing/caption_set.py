@@ -14,14 +14,14 @@ from library.captions.limits import count_tokens
 from library.captions.rules import PairRules
 from library.config.errors import UserError
 from library.data.caption_files import caption_file_of
-from library.data.image_files import list_files
-from library.data.image_keys import images_of_keys
-from library.data.image_kinds import is_image_of_any_kind
 from library.data.metadata import COLUMN_G, COLUMN_L, key_of_caption, read_metadata
 from library.data.subsets import Subset
 from library.editing.caption_edits import tags_of
 from library.editing.caption_places import ABSENT, Place, read_places, tag_of
 from library.editing.caption_text import CaptionText
+from library.images.files import list_files
+from library.images.keys import images_of_keys
+from library.images.kinds import is_image_of_any_kind
 from library.sdxl.sizes import Size
 
 log = logging.getLogger(__name__)
@@ -228,7 +228,7 @@ class CaptionSet:
             member.captions = captions
 
     def _read_images(self, members: Sequence[Member]) -> None:
-        from library.data.images import read_size  # Pillow and numpy, which the first page need not wait for
+        from library.images.reading import read_size  # Pillow and numpy, which the first page need not wait for
 
         for member in members:
             member.modified = _modified(member.image)

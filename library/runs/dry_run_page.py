@@ -7,7 +7,7 @@ from pathlib import Path
 from library.config.errors import UserError
 from library.config.file_names import writable_text
 from library.data.caption_summary import BIN, EncoderSummary
-from library.data.images import load_rgb
+from library.images.reading import load_rgb
 from library.runs.dry_run_facts import ImageFacts, ReadCaption, SetFacts, Visit
 from library.runs.dry_run_text import disk_line, encoder_sentence
 from library.sdxl.thumbnail import jpeg_url

@@ -12,7 +12,6 @@ from library.config.console_options import ConsoleOptions
 from library.config.errors import UserError
 from library.config.magnitudes import MOST_BATCHES, MOST_SEED, MOST_STEPS, MOST_VISITS
 from library.config.options import ConfigFileOptions, option, problems_of
-from library.data.buckets import BucketOptions, BucketRule, parse_resolution
 from library.data.dataset_config import read_dataset_config, require_masks
 from library.data.flag_subsets import subsets_of_flags
 from library.data.loader_options import LoaderOptions
@@ -21,6 +20,7 @@ from library.data.training_set_options import TrainingSetOptions
 from library.data.validation_options import ValidationOptions
 from library.diffusion.loss_options import LossOptions
 from library.diffusion.options import NoiseOptions, TimestepOptions
+from library.images.buckets import BucketOptions, BucketRule, parse_resolution
 from library.optim.ema_options import EmaOptions
 from library.optim.option_conflicts import average_conflicts, optimizer_conflicts, schedule_refusals
 from library.optim.options import OptimizerOptions

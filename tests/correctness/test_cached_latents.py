@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from finetune import prepare_buckets_latents
-from library.data.buckets import BucketRule
 from library.data.dataset import CaptionedImages
 from library.data.latent_preparation import encode_missing
 from library.data.training_set_options import TrainingSetOptions
+from library.images.buckets import BucketRule
 from library.sdxl.latents import vae_digest
 from library.sdxl.sizes import Size
 from library.training.preparation import latents_of

@@ -14,9 +14,9 @@ import torch
 from PIL import ExifTags, Image
 
 from finetune import prepare_buckets_latents
-from library.data.buckets import BucketRule
 from library.data.dataset import Batch
 from library.data.training_set_options import TrainingSetOptions
+from library.images.buckets import BucketRule
 from library.sdxl.latents import vae_digest
 from library.sdxl.size_conditioning import size_conditioning
 from library.sdxl.sizes import Size

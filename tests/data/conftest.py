@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from library.config.digests import file_digest
-from library.data.buckets import BucketRule
 from library.data.latent_cache import CachedLatents, cache_path, write_cache
 from library.data.training_set_options import TrainingSetOptions
+from library.images.buckets import BucketRule
 from library.sdxl.sizes import Size
 from tests.training_images import read_set
 

@@ -7,10 +7,10 @@ import pytest
 from library.captions.final_captions import CaptionPair, variants_of
 from library.captions.rules import CaptionDropout, CaptionRules, PairRules
 from library.config.errors import UserError
-from library.data.buckets import BucketOptions
 from library.data.caption_notices import caption_notices, dropout_sentence, require_paired_lines
 from library.data.caption_report import idle_extensions
 from library.data.subsets import Subset
+from library.images.buckets import BucketOptions
 from library.sdxl.sizes import Size
 
 SHUFFLED = CaptionRules(shuffle_caption=True)

@@ -14,10 +14,10 @@ from finetune import sdxl_merge_captions_l_to_metadata as merge_l
 from library.captions.final_captions import CaptionPair
 from library.config.errors import UserError
 from library.data.caption_sources import CaptionSource, update_captions
-from library.data.image_keys import images_by_stem, resolve_image
 from library.data.metadata import read_metadata, write_metadata
 from library.data.subsets import Subset
 from library.data.training_set import find_training_images
+from library.images.keys import images_by_stem, resolve_image
 from tests.data.conftest import TrainingFolder
 from tests.data.test_single_reads import counting_reads
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from library.captions.rules import CaptionRules
 from library.data import caption_tokens
 from library.data.caption_tokens import CaptionTokenizer, ReadText, cannot_be_cut, cut_captions, tokenizer_for
-from library.data.crops import Crop
 from library.data.training_images import TrainingImage
+from library.images.crops import Crop
 from library.sdxl.sizes import Size
 from library.sdxl.tokenizers import PAD_L, tokenize, tokenize_captions
 from tests.training_images import image_of, rules_of_length, with_rules

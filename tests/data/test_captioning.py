@@ -11,13 +11,13 @@ import torch
 from library.captions.rules import EMPTY, ZEROS, CaptionDropout, CaptionRules, PairRules
 from library.data.caption_tokens import tokenizer_for
 from library.data.captioning import Captioning
-from library.data.crops import Crop
 from library.data.dataset import CaptionedImages, make_loader
 from library.data.epoch_order import BatchShape, EpochOrder
 from library.data.latent_cache import CachedLatents
 from library.data.loader_options import LoaderOptions
 from library.data.text_cache import encode_texts
 from library.data.training_images import TrainingImage
+from library.images.crops import Crop
 from library.sdxl.architecture import SdxlModel
 from library.sdxl.checkpoint_file import ModelDtypes, read_single_file
 from library.sdxl.sizes import Size

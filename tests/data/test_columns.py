@@ -8,10 +8,10 @@ import pytest
 
 from library.captions.final_captions import CaptionPair
 from library.data.columns import Captions, Texts, Variants
-from library.data.crops import Crop
 from library.data.found_images import FoundImage
 from library.data.image_columns import FoundImages
 from library.data.training_columns import TrainingSet
+from library.images.crops import Crop
 from library.sdxl.sizes import Size
 from tests.training_images import SUBSET, image_of, subset_of
 

@@ -14,18 +14,18 @@ from PIL import Image
 from library.captions.draws import CaptionDraw
 from library.config.errors import UserError
 from library.config.options import problems_of
-from library.data.augmentation import Augmentation
-from library.data.augmented_images import load_augmented
-from library.data.buckets import BucketAssignment, BucketedImage
 from library.data.caption_tokens import tokenizer_for
 from library.data.captioning import Captioning
-from library.data.crops import Crop
 from library.data.dataset import Batch, CaptionedImages, make_loader
 from library.data.epoch_order import BatchShape, EpochOrder
-from library.data.images import load_rgb
 from library.data.latent_cache import CachedLatents, write_cache
 from library.data.loader_options import LoaderOptions
-from library.data.resizing import resize_and_crop
+from library.images.augmentation import Augmentation
+from library.images.augmented import load_augmented
+from library.images.buckets import BucketAssignment, BucketedImage
+from library.images.crops import Crop
+from library.images.reading import load_rgb
+from library.images.resizing import resize_and_crop
 from library.sdxl.sizes import Size
 from library.sdxl.tokenizers import PAD_G, PAD_L, tokenize
 from tests.training_images import captioned, image_of, micro_batch, rules_of_length, subset_of, with_rules
@@ -230,7 +230,7 @@ def test_a_picture_that_cannot_be_read_is_one_clear_line_from_a_worker_too(tmp_p
 CRASH = """
 import numpy as np
 
-from library.data.crops import Crop
+from library.images.crops import Crop
 from library.data.dataset import make_loader
 from library.data.epoch_order import BatchShape, EpochOrder
 from library.data.latent_cache import CachedLatents

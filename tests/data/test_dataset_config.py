@@ -9,13 +9,13 @@ from PIL import Image
 
 from library.captions.options import CaptionOptions
 from library.config.errors import UserError
-from library.data.buckets import BucketOptions
 from library.data.dataset_config import read_dataset_config, require_masks
 from library.data.loader_options import LoaderOptions
 from library.data.regularization import balanced_repeats, repeats_of
 from library.data.subsets import Subset, described_subsets
 from library.data.training_set import find_training_images
 from library.data.training_set_options import TrainingSetOptions
+from library.images.buckets import BucketOptions
 from library.sdxl.sizes import Size
 
 CASES = json.loads((Path(__file__).parents[1] / "golden" / "dataset_config.json").read_text(encoding="utf-8"))["cases"]

@@ -9,9 +9,7 @@ import pytest
 
 from library.config.digests import file_digest
 from library.config.errors import UserError
-from library.data.buckets import ALPHA, covering_size
 from library.data.cache_files import require_separate_caches
-from library.data.crops import crop_to_record, crop_to_train
 from library.data.latent_cache import (
     CacheDemands,
     CachedLatents,
@@ -20,6 +18,8 @@ from library.data.latent_cache import (
     read_fitting,
     write_cache,
 )
+from library.images.buckets import ALPHA, covering_size
+from library.images.crops import crop_to_record, crop_to_train
 from library.sdxl.sizes import Size
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "latent_cache.json").read_text(encoding="utf-8"))

@@ -7,10 +7,10 @@ from PIL import Image
 
 from library.config.digests import file_digest
 from library.config.errors import UserError
-from library.data.buckets import ALPHA, BucketAssignment, BucketedImage, covering_size
-from library.data.images import load_rgb
 from library.data.latent_preparation import Encoding, encode_images, pixels_to_tensor
-from library.data.resizing import resize_and_crop
+from library.images.buckets import ALPHA, BucketAssignment, BucketedImage, covering_size
+from library.images.reading import load_rgb
+from library.images.resizing import resize_and_crop
 from library.sdxl.checkpoint_file import read_vae
 from library.sdxl.sizes import Size
 

@@ -12,15 +12,15 @@ from PIL import Image
 
 from library.config.errors import UserError
 from library.config.options import problems_of
-from library.data.augmentation import Augmentation
-from library.data.buckets import ALPHA, BucketAssignment, BucketedImage
-from library.data.crops import Crop
 from library.data.latent_cache import CachedLatents, cache_path, read_cache, write_cache
 from library.data.latent_preparation import encode_missing
-from library.data.masks import area_mean, load_masked
-from library.data.resizing import resize_and_crop
 from library.data.training_set_options import TrainingSetOptions
 from library.diffusion.objective import per_sample_loss
+from library.images.augmentation import Augmentation
+from library.images.buckets import ALPHA, BucketAssignment, BucketedImage
+from library.images.crops import Crop
+from library.images.masks import area_mean, load_masked
+from library.images.resizing import resize_and_crop
 from library.sdxl.checkpoint_file import read_vae
 from library.sdxl.sizes import Size
 from tests.training_images import captioned, image_of, micro_batch, subset_of

@@ -11,11 +11,11 @@ import pytest
 
 from library.captions.rules import CaptionRules, PairRules
 from library.data import metadata_images
-from library.data.buckets import BucketRule
 from library.data.image_columns import FoundImages
 from library.data.latent_index import read_index
 from library.data.metadata_images import find_images_of_metadata
 from library.data.subsets import Subset
+from library.images.buckets import BucketRule
 from library.sdxl.sizes import Size
 from tests.data.test_single_reads import counting_reads
 

@@ -9,10 +9,10 @@ import torch
 
 from library.config.errors import UserError
 from library.data.caption_tokens import CaptionTokenizer, tokenizer_for
-from library.data.crops import Crop
 from library.data.latent_cache import CachedLatents
 from library.data.text_cache import CachedTexts, OutputsOnDisk, encode_texts, tokens_digest
 from library.data.training_images import TrainingImage
+from library.images.crops import Crop
 from library.sdxl.architecture import SdxlModel
 from library.sdxl.checkpoint_file import ModelDtypes, read_single_file
 from library.sdxl.sizes import Size

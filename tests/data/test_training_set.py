@@ -8,12 +8,12 @@ import pytest
 from library.config.digests import file_digest
 from library.config.errors import UserError
 from library.config.options import problems_of
-from library.data.buckets import BucketAssignment, BucketedImage
-from library.data.crops import Crop, crop_to_train
 from library.data.fingerprints import Fingerprints
 from library.data.latent_cache import CachedLatents
 from library.data.regularization import repeats_of
 from library.data.training_set_options import TrainingSetOptions
+from library.images.buckets import BucketAssignment, BucketedImage
+from library.images.crops import Crop, crop_to_train
 from library.sdxl.sizes import Size
 from tests.training_images import image_of
 

@@ -9,11 +9,11 @@ from library.captions.draws import CaptionDraw
 from library.captions.final_captions import CaptionPair, final_texts
 from library.captions.rules import CaptionDropout, CaptionRules, PairRules
 from library.config.errors import UserError
-from library.data.augmentation import Augmentation
 from library.data.columns import Texts
 from library.data.folder_images import with_distinct_keys
 from library.data.found_images import FoundImage
 from library.data.validation_split import place, split_off
+from library.images.augmentation import Augmentation
 from tests.training_images import SUBSET, subset_of
 
 HALF = replace(SUBSET, validation_split=0.5)

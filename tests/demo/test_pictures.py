@@ -26,7 +26,7 @@ from demo.pictures import (
     random_scene,
     write_training_set,
 )
-from library.data.image_files import find_images
+from library.images.files import find_images
 
 SCENES = fine_tuning_scenes(24, seed=0)
 by_scene = pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.joint_caption)

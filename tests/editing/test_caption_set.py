@@ -10,7 +10,6 @@ from PIL import Image
 from library.captions.limits import count_tokens
 from library.captions.rules import CaptionRules, PairRules
 from library.config.errors import UserError
-from library.data.buckets import BucketOptions, parse_resolution
 from library.data.subsets import Subset
 from library.editing.caption_edits import Edit
 from library.editing.caption_search import found
@@ -18,6 +17,7 @@ from library.editing.caption_set import CaptionSet
 from library.editing.caption_writing import undo, write_step
 from library.editing.set_edits import planned
 from library.editing.undo_journal import UndoJournal
+from library.images.buckets import BucketOptions, parse_resolution
 
 CAPTIONS = {  # name: L, G
     "cat 2": ("1girl, cat, red hair", "A cat beside a girl."),

@@ -13,10 +13,10 @@ from PIL import ExifTags, Image
 
 from finetune import prepare_buckets_latents as script
 from library.config.options import parse_options
-from library.data.buckets import parse_resolution
 from library.data.latent_cache import cache_path, read_cache
 from library.data.latent_entries import state_of
 from library.data.latent_index import index_beside, read_index, settled
+from library.images.buckets import parse_resolution
 from library.sdxl.sizes import Size
 
 GOLDEN = Path(__file__).parents[1] / "golden"

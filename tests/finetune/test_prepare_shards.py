@@ -13,13 +13,13 @@ from PIL import Image
 
 from library.config.errors import UserError
 from library.data import shard_preparation
-from library.data.buckets import BucketRule
 from library.data.fingerprints import Fingerprints
 from library.data.latent_cache import read_cache
 from library.data.latent_index import index_beside
 from library.data.latent_preparation import encode_missing
 from library.data.latent_shards import MANIFEST, read_shards, shards_path
 from library.data.training_set_options import TrainingSetOptions
+from library.images.buckets import BucketRule
 from library.sdxl.checkpoint_file import read_vae
 from library.sdxl.latents import vae_digest
 from library.sdxl.sizes import Size

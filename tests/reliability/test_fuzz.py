@@ -21,13 +21,13 @@ from library.config.kohya_flags import TRAINER_REFUSED, TRAINER_REPLACED
 from library.config.kohya_spellings import TRAINER_SPELLINGS
 from library.config.options import options_of, parse_options
 from library.data.flag_subsets import subset_of_flags
-from library.data.image_keys import images_by_stem, resolve_image
-from library.data.images import load_rgb_and_alpha, read_size
 from library.data.latent_cache import CachedLatents, read_cache, write_cache
 from library.data.loader_options import LoaderOptions
 from library.data.metadata import read_metadata, write_metadata
 from library.data.training_set import find_training_images
 from library.data.training_set_options import TrainingSetOptions
+from library.images.keys import images_by_stem, resolve_image
+from library.images.reading import load_rgb_and_alpha, read_size
 from library.samples.prompts import SAMPLERS, read_prompt_file
 from library.sdxl.tensor_file import open_tensors
 from library.training.run_options import OPTION_CLASSES, TrainingOptions

@@ -13,9 +13,9 @@ import pytest
 
 from benchmarks.linked_set import BUCKETS, write_linked_set
 from library.data import latent_entries
-from library.data.buckets import BucketRule
 from library.data.fingerprints import Fingerprints
 from library.data.training_set_options import TrainingSetOptions
+from library.images.buckets import BucketRule
 from library.sdxl.latents import vae_digest
 from library.sdxl.model_source import load_vae
 from library.training.learner import Learner

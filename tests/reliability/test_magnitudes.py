@@ -13,7 +13,7 @@ from library.config.errors import UserError
 from library.config.magnitudes import MOST_STEPS
 from library.config.options import Option, options_of
 from library.config.value_kinds import NumSteps
-from library.data.buckets import BucketOptions
+from library.images.buckets import BucketOptions
 from library.sdxl.sizes import Size
 from library.training.disk_space import require_disk_for_saves
 from library.training.saves import SaveOptions

@@ -10,9 +10,9 @@ from PIL import Image
 
 import sdxl_train
 from library.captions.options import CaptionOptions, resolve
-from library.data.buckets import BucketOptions
 from library.data.epoch_order import BatchShape, EpochOrder
 from library.data.training_set_options import TrainingSetOptions
+from library.images.buckets import BucketOptions
 from library.sdxl.sizes import Size
 from library.sdxl.tokenizers import END_TOKEN, token_ids
 from tests.conftest import BUCKET_FLAGS, PreparedSet, base_flags, forget_accelerator

@@ -13,7 +13,7 @@ from PIL import Image
 from playwright.sync_api import expect
 
 from library.config.errors import UserError
-from library.data.thumbnails import thumbnail_name
+from library.images.thumbnails import thumbnail_name
 from library.samples.picture_files import SAMPLE_FOLDER
 from library.training.run_record import RECORD_FOLDER, End
 from studio.confinement import problems_of_paths, require_confined_data_set

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import sdxl_train
 from library.config.errors import UserError
-from library.data.crops import Crop
+from library.images.crops import Crop
 from library.sdxl.checkpoint_file import ModelDtypes, read_single_file
 from library.sdxl.sizes import Size
 from library.sdxl.text_encoding import encode_captions

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from library.data.image_sizes import FILE_NAME, ImageSizes
-from library.data.images import UnusableImage
+from library.images.reading import UnusableImage
+from library.images.sizes import FILE_NAME, ImageSizes
 from library.sdxl.sizes import Size
 
 

@@ -13,9 +13,9 @@ import pytest
 from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
-from library.data import images
-from library.data.buckets import covering_size
-from library.data.images import UnusableImage, load_cropped, load_rgb, load_rgb_and_alpha, read_size, require_whole
+from library.images import reading
+from library.images.buckets import covering_size
+from library.images.reading import UnusableImage, load_cropped, load_rgb, load_rgb_and_alpha, read_size, require_whole
 from library.sdxl.sizes import Size
 
 ORIENTATIONS = range(1, 9)
@@ -199,7 +199,7 @@ def test_an_image_that_is_cut_short_is_found_without_decoding_the_others(tmp_pat
             continue  # the last bytes were none of the image's
         with pytest.raises(UnusableImage, match="cut"):
             require_whole(cut)
-    monkeypatch.setattr("library.data.images.load_rgb", None)
+    monkeypatch.setattr("library.images.reading.load_rgb", None)
     require_whole(whole)
 
 
@@ -299,7 +299,7 @@ def test_memory_that_lacks_for_resizing_is_said_of_its_image(tmp_path, monkeypat
         raise MemoryError
 
     path = damaged(tmp_path, "x.png", encoded(Image.fromarray(noise(30, 20)), "PNG"))
-    monkeypatch.setattr(images, "resize_and_crop", resize)
+    monkeypatch.setattr(reading, "resize_and_crop", resize)
     with pytest.raises(UnusableImage, match=r"x.png' cannot be used: there is not enough memory for it"):
         load_cropped(path, Size(30, 20), Size(24, 16))
 
@@ -308,7 +308,7 @@ def test_a_jpeg_of_very_many_passes_is_given_up(tmp_path, monkeypatch):
     data = encoded(Image.fromarray(noise(640, 640)), "JPEG", progressive=True, quality=95)
     last = data.rindex(b"\xff\xda")
     path = damaged(tmp_path, "slow.jpg", data[:last] + data[last:-2] * 400 + data[-2:])
-    monkeypatch.setattr(images, "DECODING_SECONDS", 0.2)
+    monkeypatch.setattr(reading, "DECODING_SECONDS", 0.2)
     with pytest.raises(UnusableImage, match=r"slow.jpg' cannot be used: it takes longer to decode than 0\.2 seconds"):
         load_rgb(path)
 
@@ -430,8 +430,8 @@ def test_a_small_file_of_a_very_long_image_takes_the_memory_of_its_bucket(tmp_pa
 def test_a_file_that_an_optional_package_reads_is_named_with_it_whatever_its_suffix(
     tmp_path, data, remedy, monkeypatch
 ):
-    monkeypatch.setattr(images, "readable_formats", lambda: ("PNG", "JPEG"))
-    monkeypatch.setattr(images, "_formats", lambda: ("PNG", "JPEG"))
+    monkeypatch.setattr(reading, "readable_formats", lambda: ("PNG", "JPEG"))
+    monkeypatch.setattr(reading, "_formats", lambda: ("PNG", "JPEG"))
     with pytest.raises(UnusableImage, match=re.escape(f"x.jpg' cannot be used: {remedy}")):
         load_rgb(damaged(tmp_path, "x.jpg", data))
 
@@ -446,7 +446,7 @@ def test_a_file_that_would_start_another_program_is_not_opened(tmp_path):
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
 def test_optional_packages_read_their_format(tmp_path, package, image_format, mode):
     pytest.importorskip(package)
-    images._formats()
+    reading._formats()
     image = Image.new(mode, (64, 32), "black")
     image.paste("red", (0, 0, 32, 32))
     path = damaged(tmp_path, "x", encoded(image, image_format, quality=95))
@@ -459,7 +459,7 @@ def test_optional_packages_read_their_format(tmp_path, package, image_format, mo
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 def test_phone_photographs_are_upright(tmp_path, orientation):
     pytest.importorskip("pillow_heif")
-    images._formats()
+    reading._formats()
     stored = Image.new("RGB", (64, 32), "black")
     stored.paste("white", (0, 0, 32, 16))
     path = damaged(tmp_path, "x.heic", encoded(stored, "HEIF", exif=exif_with(orientation), quality=95))

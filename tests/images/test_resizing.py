@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from library.data import resizing
-from library.data.augmentation import RESIZE_INTERPOLATIONS, interpolation_of
-from library.data.buckets import covering_size
-from library.data.resizing import resize_and_crop
+from library.images import resizing
+from library.images.augmentation import RESIZE_INTERPOLATIONS, interpolation_of
+from library.images.buckets import covering_size
+from library.images.resizing import resize_and_crop
 from library.sdxl.sizes import Size
 
 

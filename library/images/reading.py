@@ -19,11 +19,11 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 
 from library.config.errors import UserError
-from library.data.image_ends import seems_whole
-from library.data.image_kinds import format_lacking_package, readable_formats, remedy_for
-from library.data.jxl_header import declared_pixels
-from library.data.png_chunks import Png, needed_part
-from library.data.resizing import LARGE_PIXELS, resize_and_crop
+from library.images.ends import seems_whole
+from library.images.jxl_header import declared_pixels
+from library.images.kinds import format_lacking_package, readable_formats, remedy_for
+from library.images.png_chunks import Png, needed_part
+from library.images.resizing import LARGE_PIXELS, resize_and_crop
 from library.sdxl.sizes import Size
 
 log = logging.getLogger(__name__)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from library.config.errors import UserError
-from library.data.buckets import BucketRule, parse_resolution
-from library.data.crops import legacy_crop_ltrb, true_crop_ltrb
+from library.images.buckets import BucketRule, parse_resolution
+from library.images.crops import legacy_crop_ltrb, true_crop_ltrb
 from library.sdxl.sizes import Size
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "buckets.json").read_text(encoding="utf-8"))

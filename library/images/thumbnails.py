@@ -31,7 +31,7 @@ def thumbnail(image: Path, edge: int, folder: Path) -> bytes:
             return content
     except OSError:
         pass  # not made yet
-    from library.data.images import load_rgb  # and numpy, which the first page need not wait for
+    from library.images.reading import load_rgb  # and numpy, which the first page need not wait for
 
     made = io.BytesIO()
     reduced = load_rgb(image, int(edge * _NEAR_ENOUGH))

@@ -6,10 +6,10 @@ import numpy as np
 from PIL import Image
 
 from library.captions.draws import CaptionDraw, drawn_numbers
-from library.data.augmentation import Augmentation, drawn_part
-from library.data.buckets import BucketedImage
-from library.data.crops import Crop
-from library.data.masks import load_masked
+from library.images.augmentation import Augmentation, drawn_part
+from library.images.buckets import BucketedImage
+from library.images.crops import Crop
+from library.images.masks import load_masked
 
 _CHANGED_SHARE = 0.33  # of the visits, as in the reference; half of them by hue, half by gamma
 _LARGEST_TURN = 16 / 360  # of the hue

@@ -6,9 +6,9 @@ import os
 import pytest
 from PIL import Image
 
-from library.data import thumbnails
-from library.data.images import UnusableImage
-from library.data.thumbnails import remove_old_thumbnails, thumbnail
+from library.images import thumbnails
+from library.images.reading import UnusableImage
+from library.images.thumbnails import remove_old_thumbnails, thumbnail
 
 
 def opened(content):

@@ -7,12 +7,12 @@ import pytest
 from PIL import Image
 
 from library.captions.draws import CaptionDraw
-from library.data.augmentation import Augmentation
-from library.data.augmented_images import load_augmented, recolored
-from library.data.buckets import BucketAssignment, BucketedImage
-from library.data.crops import Crop
-from library.data.images import load_rgb
-from library.data.resizing import resize_and_crop
+from library.images.augmentation import Augmentation
+from library.images.augmented import load_augmented, recolored
+from library.images.buckets import BucketAssignment, BucketedImage
+from library.images.crops import Crop
+from library.images.reading import load_rgb
+from library.images.resizing import resize_and_crop
 from library.sdxl.sizes import Size
 
 DRAW = CaptionDraw(seed=7, epoch=1, key="a/01")

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from library.config.errors import UserError
-from library.data import image_kinds
-from library.data.image_files import find_images, has_images, list_files
+from library.images import kinds
+from library.images.files import find_images, has_images, list_files
 
 
 def touch(folder, *names):
@@ -27,11 +27,11 @@ def no_packages(monkeypatch):
     """Without the optional packages for more formats."""
     for name in ("HEIF", "JXL"):
         monkeypatch.delitem(Image.OPEN, name, raising=False)
-    missing = {name: ("no_such_module", package) for name, (_, package) in image_kinds._PACKAGES.items()}
-    monkeypatch.setattr(image_kinds, "_PACKAGES", missing)
-    image_kinds.readable_formats.cache_clear()
+    missing = {name: ("no_such_module", package) for name, (_, package) in kinds._PACKAGES.items()}
+    monkeypatch.setattr(kinds, "_PACKAGES", missing)
+    kinds.readable_formats.cache_clear()
     yield
-    image_kinds.readable_formats.cache_clear()
+    kinds.readable_formats.cache_clear()
 
 
 def test_images_are_found_by_suffix_in_any_case_and_sorted(tmp_path):
@@ -119,8 +119,8 @@ def test_a_working_file_beside_the_image_made_of_it_is_not_worth_a_word(tmp_path
 def test_a_package_that_cannot_be_imported_is_named(tmp_path, monkeypatch, caplog, no_packages):
     (tmp_path / "broken_heif.py").write_text("raise ImportError('built for another Pillow')", encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setitem(image_kinds._PACKAGES, "HEIF", ("broken_heif", "pillow-heif"))
-    assert "HEIF" not in image_kinds.readable_formats()
+    monkeypatch.setitem(kinds._PACKAGES, "HEIF", ("broken_heif", "pillow-heif"))
+    assert "HEIF" not in kinds.readable_formats()
     assert "the package pillow-heif is installed but cannot be used: built for another Pillow" in caplog.messages
 
 

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from library.config.errors import UserError
-from library.data.image_files import list_files, warn_of_unreadable
-from library.data.image_kinds import FORMAT_OF_SUFFIX
+from library.images.files import list_files, warn_of_unreadable
+from library.images.kinds import FORMAT_OF_SUFFIX
 
 
 def image_key(path: Path, *, full_path: bool) -> str:

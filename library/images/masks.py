@@ -9,8 +9,8 @@ import torch
 from torch.nn.functional import adaptive_avg_pool2d
 
 from library.config.digests import file_digest
-from library.data.buckets import ALPHA, BucketedImage, MaskSource
-from library.data.images import UnusableImage, load_cropped, read_size
+from library.images.buckets import ALPHA, BucketedImage, MaskSource
+from library.images.reading import UnusableImage, load_cropped, read_size
 from library.sdxl.sizes import PIXELS_PER_LATENT, Size
 
 _OPAQUE = 255

@@ -8,9 +8,17 @@ import pytest
 
 from library.captions.draws import CaptionDraw
 from library.config.errors import UserError
-from library.data.augmentation import Augmentation, Face, Part, drawn_part, face_in, interpolation_of, parse_face_range
-from library.data.buckets import BucketAssignment, BucketedImage, covering_size
-from library.data.crops import Crop, true_crop_ltrb
+from library.images.augmentation import (
+    Augmentation,
+    Face,
+    Part,
+    drawn_part,
+    face_in,
+    interpolation_of,
+    parse_face_range,
+)
+from library.images.buckets import BucketAssignment, BucketedImage, covering_size
+from library.images.crops import Crop, true_crop_ltrb
 from library.sdxl.sizes import Size
 
 DRAW = CaptionDraw(seed=7, epoch=1, key="a/01")

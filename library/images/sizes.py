@@ -8,7 +8,7 @@ from typing import Any
 
 from library.config.atomic_files import write_text
 from library.config.errors import UserError
-from library.data.images import read_size
+from library.images.reading import read_size
 from library.sdxl.sizes import Size
 
 log = logging.getLogger(__name__)

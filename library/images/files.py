@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from library.config.digests import digest
 from library.config.errors import UserError, listed
-from library.data.image_kinds import (
+from library.images.kinds import (
     FORMAT_OF_SUFFIX,
     is_readable,
     readable_suffixes,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image
 
-from library.data.crops import true_crop_ltrb
+from library.images.crops import true_crop_ltrb
 from library.sdxl.sizes import Size
 
 LARGE_PIXELS = 1 << 26

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from library.config.errors import UserError
-from library.data.image_keys import image_key, images_by_stem, keys_of_images, resolve_image
+from library.images.keys import image_key, images_by_stem, keys_of_images, resolve_image
 
 
 def touch(folder, *names):

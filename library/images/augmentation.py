@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from library.captions.draws import CaptionDraw, choice, drawn_numbers
 from library.config.errors import UserError
-from library.data.buckets import BucketedImage
-from library.data.crops import Crop, true_crop_ltrb
+from library.images.buckets import BucketedImage
+from library.images.crops import Crop, true_crop_ltrb
 from library.sdxl.sizes import Size
 
 log = logging.getLogger(__name__)
