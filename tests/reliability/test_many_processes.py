@@ -1,8 +1,12 @@
 """Several processes train as one: to the same bits where sums of two are concerned."""
 
+import os
 import shutil
 import signal
+import subprocess
+import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +14,7 @@ import torch
 from tests.conftest import PreparedSet
 from tests.outcome import differences
 from tests.reliability import in_ranks
-from tests.reliability.conftest import Runs
+from tests.reliability.conftest import LIMIT_OF_BFLOAT16, Runs
 
 pytestmark = pytest.mark.trains
 
@@ -68,13 +72,23 @@ def test_the_fused_backward_pass_saves_the_same_model_in_two_processes(runs: Run
     assert differences(runs.outcome("usual"), runs.outcome("fused")) == []
 
 
+ADAM = ("--optimizer_type=AdamW", "--learning_rate=1e-3", "--optimizer_args", "eps=1e-6")
+WAYS_OF_THREE = {
+    "plain": SGD,
+    "all": (*ADAM, "--max_grad_norm=0.05", "--ema", "--lr_scheduler=cosine", "--train_text_encoder"),
+    "accumulated": (*ADAM, "--gradient_accumulation_steps=2", "--offload_optimizer"),
+    "fused": (*ADAM, "--fused_backward_pass", "--max_grad_norm=0.05"),
+    "bfloat16": (*ADAM, "--mixed_precision=bf16", "--full_bf16", "--max_grad_norm=0.05"),
+}
+
+
 @pytest.mark.slow
-def test_three_processes_train_as_one_but_for_the_order_of_sums(runs: Runs):
-    runs.run("one", 1, *SGD, "--gradient_accumulation_steps=3")
-    runs.run("three", 3, *SGD)
-    one, three = (runs.outcome(name)["model m"] for name in ("one", "three"))
-    for name, weights in one.items():
-        torch.testing.assert_close(three[name], weights, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("way", WAYS_OF_THREE)
+def test_three_processes_train_as_one_but_for_the_order_of_sums(way: str, runs: Runs, tiny_sdxl: Path):
+    alone = [flag for flag in WAYS_OF_THREE[way] if flag != "--fused_backward_pass"]  # which cannot accumulate
+    runs.run("one", 1, *alone, f"--gradient_accumulation_steps={6 if way == 'accumulated' else 3}")
+    runs.run("three", 3, *WAYS_OF_THREE[way])
+    assert runs.distance("one", "three", tiny_sdxl) < (LIMIT_OF_BFLOAT16 if way == "bfloat16" else 2e-5)
 
 
 @pytest.mark.slow
@@ -91,6 +105,38 @@ def test_processes_with_other_options_are_named_by_one_of_them_before_the_model_
     expected = "different options: process 0 and 1 differ in noise_offset (0.1 and 0.2)."
     assert [expected in each.said for each in pair] == [True, False]
     assert not any("Traceback" in each.said for each in pair)
+
+
+ACCELERATE = ("accelerate.commands.launch", "--cpu", "--num_processes=2")
+TORCH = ("torch.distributed.run", "--nproc_per_node=2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "environment", "trains", "said"),
+    [
+        (ACCELERATE, {}, True, "training in one process on cpu"),
+        (ACCELERATE, FSDP, False, "configured for FSDP, and one process has nobody to share weights with"),
+        (TORCH, {"ACCELERATE_USE_CPU": "true"}, True, "training in 2 processes on cpu (DDP, gloo)"),
+        (TORCH, {"ACCELERATE_USE_CPU": "true", **FSDP}, True, "training in 2 processes on cpu (FSDP2, gloo)"),
+    ],
+    ids=["accelerate", "accelerate, FSDP", "torchrun", "torchrun, FSDP"],
+)
+def test_what_a_launcher_starts_is_said_and_nothing_else_in_its_place(
+    launcher: tuple[str, ...], environment: dict[str, str], trains: bool, said: str, runs: Runs, free_port
+):
+    flags = f"--output_dir={runs.folder / 'output'}", "--max_train_steps=1"
+    port = f"--main_process_port={free_port()}" if launcher == ACCELERATE else f"--master_port={free_port()}"
+    ended = subprocess.run(
+        [sys.executable, "-m", *launcher, port, "sdxl_train.py", *runs.argv, *flags],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=600,
+    )
+    assert (ended.returncode == 0) == trains, ended.stderr
+    assert (ended.stdout + ended.stderr).count(said) == 1, ended.stdout + ended.stderr
 
 
 @pytest.mark.slow

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from library.config.errors import UserError
 from library.data.dataset import Batch
 from library.sdxl.text_encoding import EncodedText, TextWeights
 from library.sdxl.tokenizers import CaptionTokens
-from library.training.accelerator import draw_seed, make_accelerator, start_step, step_seed
+from library.training.accelerator import draw_seed, make_accelerator, require_devices, start_step, step_seed
 from library.training.distribution import any_process, exchange_gradients, mean_over_processes
 from library.training.precision import PrecisionOptions
 from library.training.progress import BY_IMAGE, BY_STEP
@@ -76,3 +77,28 @@ def test_each_step_of_each_process_has_a_seed_of_its_own_that_comes_back():
     assert len(set(seeds)) == len(seeds)
     assert seeds == [step_seed(seed, step, process) for seed in (1, 2, 11) for step in (1, 2, 11) for process in (0, 1)]
     torch.Generator().manual_seed(max(seeds))  # none is too large
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "environment", "is_refused"),
+    [
+        (1, {"LOCAL_WORLD_SIZE": "2"}, True),
+        (1, {"LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}, False),
+        (0, {"LOCAL_WORLD_SIZE": "2"}, False),
+        (2, {"LOCAL_WORLD_SIZE": "2"}, False),
+        (1, {}, False),
+    ],
+)
+def test_processes_that_have_no_gpu_are_refused_unless_all_are_on_the_cpu(
+    num_gpus: int, environment: dict[str, str], is_refused: bool, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    for name in ("LOCAL_WORLD_SIZE", "ACCELERATE_USE_CPU"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if not is_refused:
+        require_devices()
+        return
+    with pytest.raises(UserError, match="2 processes are started on this machine, which has 1 GPUs"):
+        require_devices()
