@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from library.config.errors import UserError, listed
 from library.config.leftovers import remove_leftovers
 from library.config.options import option, positional
-from library.data.caption_sources import CaptionSource, read_caption
+from library.data.caption_sources import CaptionSource, read_caption, was_edited
 from library.data.metadata import (
     COLUMN_G,
     COLUMN_L,
@@ -94,8 +94,7 @@ def merge_captions(options: MergeOptions, column: CaptionColumn) -> None:
     removed = [key for key in metadata if key not in image_of] if options.remove_missing else []
     for key in removed:
         del metadata[key]
-    for key, caption in captions.items():
-        metadata.setdefault(key, {}).update({column.metadata_key: caption, column.source_key: str(sources[key])})
+    _take_over(captions, sources, metadata, column)
     write_metadata(options.out_json, metadata)
     if without_caption:
         log.info(
@@ -124,6 +123,26 @@ def merge_captions(options: MergeOptions, column: CaptionColumn) -> None:
                 each.metadata_key,
                 _quoted(lacking),
             )
+
+
+def _take_over(
+    captions: Mapping[str, str], sources: Mapping[str, CaptionSource], metadata: Metadata, column: CaptionColumn
+) -> None:
+    """Set the captions of files in the metadata, and name those that were edited there and are lost."""
+    edited = [
+        key
+        for key, caption in captions.items()
+        if was_edited(entry := metadata.get(key, {}), column) and entry[column.metadata_key] != caption
+    ]
+    if edited:
+        log.warning(
+            "%d %s captions were edited in the metadata and are replaced by those of their files: %s",
+            len(edited),
+            column.letter,
+            _quoted(edited),
+        )
+    for key, caption in captions.items():
+        metadata.setdefault(key, {}).update({column.metadata_key: caption, column.source_key: str(sources[key])})
 
 
 def entries_of_folder(

@@ -99,6 +99,14 @@ def read_caption(path: Path | str, suffix: str) -> tuple[str, CaptionSource]:
     return caption, CaptionSource(suffix, state.st_size, state.st_mtime_ns, _caption_digest(caption))
 
 
+def was_edited(entry: Entry, column: CaptionColumn) -> bool:
+    """Return whether the caption of an entry is another one than what was read from its file."""
+    recorded, caption = CaptionSource.parse(entry.get(column.source_key)), entry.get(column.metadata_key)
+    if recorded is None or caption is None:
+        return False
+    return not isinstance(caption, str) or _caption_digest(caption) != recorded.caption_digest
+
+
 def warn_of_suspects(path: Path, suspects: Iterable[tuple[CaptionFile, Entry]]) -> None:
     """Name the caption files, of suspects with their entries in the metadata `path`, that differ from these."""
     changed = []

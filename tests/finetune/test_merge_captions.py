@@ -108,6 +108,24 @@ def test_what_an_existing_output_holds_is_kept_and_the_caption_is_renewed(script
 
 
 @BOTH
+def test_captions_that_were_edited_in_the_metadata_are_named_when_their_files_replace_them(script, folder, capsys):
+    out, key = folder.parent / "meta.json", KEYS[script]
+    for name in ("edited", "same", "file"):
+        add_image(folder, f"{name}.png", **{EXTENSIONS[script][1:]: "before"})
+    assert script.main([str(folder), str(out)]) == 0
+    metadata = json.loads(out.read_text(encoding="utf-8"))
+    metadata["edited"][key] = ["mine", "another"]
+    out.write_text(json.dumps(metadata), encoding="utf-8")
+    add_image(folder, "file.png", **{EXTENSIONS[script][1:]: "after"})
+    assert script.main([str(folder), str(out)]) == 0
+    said = "".join(capsys.readouterr())
+    assert (
+        f"1 {key[-1]} captions were edited in the metadata and are replaced by those of their files: 'edited'" in said
+    )
+    assert content_of(out)["file"] == {key: "after"}
+
+
+@BOTH
 def test_in_json_is_extended_in_place_of_the_existing_output_and_that_is_said(script, folder, existing, capsys):
     other = folder.parent / "other.json"
     other.write_text('{"other": {}}', encoding="utf-8")
