@@ -8,6 +8,7 @@ from library.config.errors import UserError, listed
 from library.config.leftovers import remove_leftovers
 from library.config.processes import share_of_process
 from library.data.cache_files import require_separate_caches
+from library.data.caption_sources import was_edited
 from library.data.latent_cache import cache_path
 from library.data.latent_files import (
     Done,
@@ -25,7 +26,17 @@ from library.data.latent_preparation import Encoding
 from library.data.latent_shards import shards_path
 from library.data.latent_writing import Place
 from library.data.mask_files import masks_of
-from library.data.metadata import Metadata, is_reg, read_metadata, with_train_resolution, write_metadata
+from library.data.metadata import (
+    COLUMN_G,
+    COLUMN_L,
+    TRAIN_RESOLUTION,
+    Metadata,
+    entries_in,
+    is_reg,
+    read_metadata,
+    with_train_resolution,
+    write_metadata,
+)
 from library.data.metadata_lines import is_lines
 from library.data.shard_preparation import prepare_shards
 from library.images.buckets import BucketedImage, BucketRule, MaskSource
@@ -35,6 +46,9 @@ from library.images.keys import images_of_keys, keys_of_images, same_path
 from library.images.reading import read_size
 
 log = logging.getLogger(__name__)
+
+_MADE = frozenset({TRAIN_RESOLUTION, *(column.source_key for column in (COLUMN_L, COLUMN_G))})
+"""What scripts write into entries; it is made again."""
 
 
 def prepare_folder(
@@ -64,6 +78,8 @@ def prepare_folder(
     metadata = read_metadata(in_json)
     path_of = _images_with_metadata(folder, in_json, metadata, full_path=full_path, recursive=recursive)
     _report_missing(metadata, path_of, remove_missing=remove_missing)
+    if share_of_process().is_first and out_json.is_file() and not out_json.samefile(in_json):
+        _warn_of_edits(out_json, in_json, metadata)
     regular = {key for key in path_of if is_reg(metadata[key])}
     masks = masks_of(path_of, folder, mask_dir, alpha_mask=alpha_mask, need_none=regular)
     remove_leftovers(out_json.parent, *(path.parent for path in path_of.values()))
@@ -85,6 +101,33 @@ def prepare_folder(
     report_buckets(prepared.values(), num_kept=len(done.kept))
     report_names("images could not be used", problems)
     return len(problems)
+
+
+def _warn_of_edits(out_json: Path, in_json: Path, metadata: Metadata) -> None:
+    """Name the entries of an earlier output that were edited there, and differ from those of the input.
+
+    A caption that is as it was read from its file was not edited.
+    """
+    edited = []
+    try:
+        for _, key, earlier in entries_in(out_json):
+            entry = metadata.get(key, {})
+            names = {name for name, value in earlier.items() if name not in _MADE and entry.get(name) != value}
+            for column in (COLUMN_L, COLUMN_G):
+                if column.source_key in earlier and not was_edited(earlier, column):
+                    names.discard(column.metadata_key)
+            if names:
+                edited.append(f"'{key}' ({', '.join(sorted(names))})")
+    except UserError as error:
+        log.warning("an earlier output that cannot be read is replaced: %s", error)
+    if edited:
+        log.warning(
+            "%d entries were edited in '%s' and are replaced by those of '%s': %s",
+            len(edited),
+            out_json,
+            in_json,
+            listed(edited),
+        )
 
 
 def _latents_beside(images: Mapping[str, BucketedImage], work: Work) -> Done:

@@ -1,5 +1,7 @@
 """`--skip_existing`: which latents are kept, which are made again, and that the reason is named."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -87,3 +89,19 @@ def test_the_fingerprint_of_a_float32_vae_is_the_same_in_every_precision(prepare
     assert written_anew(prepared, model=float32) == ["a", "b"]
     for precision in ("fp16", "bf16", "no"):
         assert written_anew(prepared, f"--mixed_precision={precision}", model=float32) == []
+
+
+def test_what_was_edited_in_an_earlier_output_is_named(prepared, capsys):
+    assert prepared.prepare() == 0
+    assert "were edited" not in "".join(capsys.readouterr())
+    metadata = json.loads(prepared.out_json.read_text(encoding="utf-8"))
+    metadata["a"] |= {"loss_weight": 2.0, "captionL": "mine"}
+    metadata["gone"] = {"captionL": "kept?", "captionG": ""}
+    prepared.out_json.write_text(json.dumps(metadata), encoding="utf-8")
+    assert prepared.prepare("--skip_existing") == 0
+    said = "".join(capsys.readouterr())
+    assert "2 entries were edited in" in said
+    assert "'a' (captionL, loss_weight), 'gone' (captionG, captionL)" in said
+    prepared.out_json.write_text("{", encoding="utf-8")
+    assert prepared.prepare("--skip_existing") == 0
+    assert "an earlier output that cannot be read is replaced" in "".join(capsys.readouterr())
