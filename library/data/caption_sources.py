@@ -69,20 +69,15 @@ class CaptionFile(NamedTuple):
 
     def may_have_changed(self, since: int) -> bool:
         """Return whether size or time is not the recorded one, or, without record, the time is later than `since`."""
-        recorded = self.recorded
-        state = self.size, self.modified
-        return not is_as_recorded(state, None if recorded is None else (recorded.size, recorded.modified), since)
+        if self.recorded is None:
+            return self.modified > since
+        return (self.size, self.modified) != (self.recorded.size, self.recorded.modified)
 
     def differs(self, caption: str, entry: Entry) -> bool:
         """Return whether the caption of the file is another one than that of the metadata entry."""
         if self.recorded is not None:
             return self.recorded.caption_digest != _caption_digest(caption)
         return variants_for(entry, self.column) != variants_for({self.column.metadata_key: caption}, self.column)
-
-
-def is_as_recorded(state: tuple[int, int], recorded: tuple[int, int] | None, since: int) -> bool:
-    """Return whether size and time of a file are the recorded ones, or, without record, not later than `since`."""
-    return state[1] <= since if recorded is None else state == recorded
 
 
 def read_caption(path: Path | str, suffix: str) -> tuple[str, CaptionSource]:

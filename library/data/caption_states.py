@@ -1,13 +1,13 @@
 """The caption files of a set in columns: whether one of them may have changed since, without reading the metadata."""
 
-import os
 from array import array
 from typing import NamedTuple
 
 import numpy as np
 
-from library.data.caption_sources import CaptionFile, is_as_recorded
+from library.data.caption_sources import CaptionFile
 from library.data.columns import Texts, TextsBuilder
+from library.data.file_states import states_of_files
 
 _NO_RECORD = -1
 
@@ -21,15 +21,11 @@ class CaptionStates(NamedTuple):
 
     def may_have_changed(self, since: int) -> bool:
         """Return whether a file is gone, or has another size or time; without record, a time later than `since`."""
-        for path, size, time in zip(self.paths, self.sizes.tolist(), self.times.tolist(), strict=True):
-            try:
-                state = os.stat(path)  # noqa: PTH116
-            except (OSError, ValueError):
-                return True
-            recorded = None if size == _NO_RECORD else (size, time)
-            if not is_as_recorded((state.st_size, state.st_mtime_ns), recorded, since):
-                return True
-        return False
+        states = states_of_files(self.paths)
+        has_record = self.sizes != _NO_RECORD
+        is_recorded = (states["size"] == self.sizes) & (states["modified"] == self.times)
+        is_there = states["size"] >= 0
+        return not (is_there & np.where(has_record, is_recorded, states["modified"] <= since)).all()
 
 
 class StatesBuilder:

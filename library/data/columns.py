@@ -102,15 +102,34 @@ class Texts(Sequence[str]):
             self.block, self.ends = (each.array() for each in self._shared)
         return _texts_from, self._shared
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """How many bytes each text has."""
+        return np.diff(self.ends)
+
     def take(self, rows: np.ndarray) -> "Texts":
         """Return the texts of some rows, in their order."""
-        ends = np.zeros(len(rows) + 1, np.int64)
-        np.cumsum((self.ends[1:] - self.ends[:-1])[rows], out=ends[1:])
+        return self._parts(self.ends[:-1][rows], self.lengths[rows])
+
+    def without_start(self, start: str) -> "Texts":
+        """Return the texts, of which those that begin with `start` have lost it."""
+        expected = np.frombuffer(start.encode("utf-8", "surrogatepass"), np.uint8)
+        cut = np.zeros(len(self), np.int64)
+        rows = np.flatnonzero(self.lengths >= len(expected))
+        for first in range(0, len(rows), _ROWS_AT_ONCE):
+            here = rows[first : first + _ROWS_AT_ONCE]
+            begins = self.block[self.ends[here, None] + np.arange(len(expected))]
+            cut[here] = len(expected) * (begins == expected).all(axis=1)
+        return self._parts(self.ends[:-1] + cut, self.lengths - cut)
+
+    def _parts(self, firsts: np.ndarray, lengths: np.ndarray) -> "Texts":
+        """Return the parts of the block that begin at `firsts`."""
+        ends = np.zeros(len(lengths) + 1, np.int64)
+        np.cumsum(lengths, out=ends[1:])
         block = np.empty(ends[-1], np.uint8)
-        for start in range(0, len(rows), _ROWS_AT_ONCE):
-            here = slice(start, min(start + _ROWS_AT_ONCE, len(rows)))
-            lengths = ends[here.start + 1 : here.stop + 1] - ends[here.start : here.stop]
-            shifts = np.repeat(self.ends[:-1][rows[here]] - ends[here.start : here.stop], lengths)
+        for start in range(0, len(lengths), _ROWS_AT_ONCE):
+            here = slice(start, min(start + _ROWS_AT_ONCE, len(lengths)))
+            shifts = np.repeat(firsts[here] - ends[here], lengths[here])
             places = slice(ends[here.start], ends[here.stop])
             block[places] = self.block[np.arange(places.start, places.stop) + shifts]
         return Texts(block, ends)
@@ -125,10 +144,9 @@ class Texts(Sequence[str]):
         """Return the texts, empty where they are not chosen."""
         if chosen.all():
             return self
-        lengths = np.diff(self.ends)
         ends = np.zeros(len(self.ends), np.int64)
-        np.cumsum(lengths * chosen, out=ends[1:])
-        return Texts(self.block[np.repeat(chosen, lengths)] if chosen.any() else self.block[:0], ends)
+        np.cumsum(self.lengths * chosen, out=ends[1:])
+        return Texts(self.block[np.repeat(chosen, self.lengths)] if chosen.any() else self.block[:0], ends)
 
     @classmethod
     def joined(cls, parts: Sequence["Texts"]) -> "Texts":

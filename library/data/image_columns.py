@@ -1,10 +1,10 @@
 """The images that were found, in columns: no object for each, and one of `FoundImage` for whoever asks for an image."""
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from library.images.buckets import ALPHA, MaskSource
 from library.sdxl.sizes import Size
 
 _NO_SIZE = (0, 0)
+_T = TypeVar("_T")
 
 
 class FoundImages(Sequence[FoundImage]):
@@ -92,6 +93,15 @@ class FoundImages(Sequence[FoundImage]):
             Texts.joined([part.masks for part in parts]),
             np.concatenate([part.in_shards for part in parts]),
         )
+
+    def rows_by(self, value: Callable[[Subset], _T]) -> dict[_T, np.ndarray]:
+        """Return the rows of the images of the subsets for which `value` returns the same."""
+        numbers: dict[_T, list[int]] = {}
+        for number, subset in enumerate(self.subsets):
+            numbers.setdefault(value(subset), []).append(number)
+        if len(numbers) == 1:
+            return {each: np.arange(len(self)) for each in numbers}
+        return {each: np.flatnonzero(np.isin(self.subset_of, own)) for each, own in numbers.items()}
 
     def __len__(self) -> int:
         return len(self.keys)

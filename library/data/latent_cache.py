@@ -12,6 +12,7 @@ import numpy as np
 from library.config.atomic_files import replacing
 from library.config.digests import digest, file_digest
 from library.config.errors import UserError
+from library.data.file_states import state_from
 from library.data.latent_arrays import (
     LARGEST_MEMBERS,
     READING_ERRORS,
@@ -20,7 +21,7 @@ from library.data.latent_arrays import (
     checked_size,
 )
 from library.data.latent_index import PLACE
-from library.data.stored_arrays import StoredArrays, block_checksum, read_arrays, state_from
+from library.data.stored_arrays import StoredArrays, block_checksum, read_arrays
 from library.images.buckets import ALPHA, MaskSource, covering_size
 from library.images.crops import Crop, crop_to_train
 from library.sdxl.sizes import LATENT_CHANNELS, PIXELS_PER_LATENT, Size
@@ -137,8 +138,7 @@ class CachedLatents:
 
 def cache_bytes(bucket: Size, *, flip: bool = False, masked: bool = False) -> int:
     """Return the size in bytes of the cache file of an image in `bucket`, within a few thousand bytes."""
-    num_cells = bucket.area // PIXELS_PER_LATENT**2
-    num_numbers = num_cells * (LATENT_CHANNELS * (1 + flip) + masked)
+    num_numbers = bucket.area // PIXELS_PER_LATENT**2 * (LATENT_CHANNELS * (1 + flip) + masked)
     return num_numbers * np.dtype(np.float32).itemsize + _BYTES_AROUND
 
 

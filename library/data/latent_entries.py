@@ -1,12 +1,13 @@
 """The entries of an index for the images that are read now: which still hold, and those that are new."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from library.data.columns import Texts
+from library.data.file_states import state_of, states_of_files
 from library.data.latent_cache import CachedLatents
 from library.data.latent_index import (
     CONTENT_BYTES,
@@ -18,24 +19,14 @@ from library.data.latent_index import (
     with_entries,
     write_index,
 )
-from library.data.stored_arrays import state_from
 from library.images.buckets import ALPHA, MaskSource
-from library.sdxl.sizes import LATENT_CHANNELS, Size
+from library.images.crops import Crop
+from library.sdxl.sizes import LATENT_CHANNELS, PIXELS_PER_LATENT, Size
 
 _FROM_ALPHA, _FROM_FILE = 1, 2  # where a mask is from
-ABSENT = (-1, -1, 0)
-"""The state of a file that is not there."""
-
-
-def state_of(path: Path | str | None) -> tuple[int, int, int]:
-    """Return the state of a file, as `state_from` does; `ABSENT` of one that is not there."""
-    try:
-        state = os.stat(path) if path else None  # noqa: PTH116
-    except OSError:
-        state = None
-    return ABSENT if state is None else state_from(state)
-
-
+_OF_A_KIND = ("vae", "interpolation", "has_flipped", "has_mask", "is_ours")
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+_ROWS_AT_ONCE = 1 << 16
 States = tuple[tuple[int, int, int], tuple[int, int, int]]
 
 
@@ -46,8 +37,39 @@ def states_of(image: Path | None, mask: MaskSource | None) -> States:
 
 def names_in(folder: Path, paths: Texts) -> Texts:
     """Return paths as the index names them: relative to the folder, with slashes, where they begin with it."""
-    start = os.path.join(folder, "")  # noqa: PTH118
-    return Texts.of(path.removeprefix(start).replace(os.sep, "/") for path in paths)
+    names = paths.without_start(os.path.join(folder, ""))  # noqa: PTH118
+    return names if os.sep == "/" else Texts(np.where(names.block == ord(os.sep), ord("/"), names.block), names.ends)
+
+
+def _taken(entries: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Return the entries of some rows, zeros for -1; those that are mapped from a file and all wanted stay there."""
+    if len(rows) == len(entries) and np.array_equal(rows, np.arange(len(rows))):
+        return entries.view(np.ndarray)
+    taken = np.zeros(len(rows), ENTRY)
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        here = rows[start : start + _ROWS_AT_ONCE]
+        there = here >= 0
+        taken[start : start + len(here)][there] = entries[here[there]]
+    return taken
+
+
+def _distrust(trusted: np.ndarray, paths: Texts, noted: np.ndarray, asked: np.ndarray) -> None:
+    """Trust no longer the entries whose file is asked for, and not in the state that is noted."""
+    rows = np.flatnonzero(trusted & asked)
+    trusted[rows] = states_of_files(paths if len(rows) == len(paths) else paths.take(rows)) == noted[rows]
+
+
+def _alike(columns: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+    """Yield the rows in which all of some columns of integers have the same values, in their order, for each values."""
+    hashes = np.zeros(len(columns[0]), np.uint64)
+    for column in columns:
+        hashes = (hashes ^ column.astype(np.uint64)) * _MULTIPLIER
+        hashes ^= hashes >> np.uint64(29)
+    _, firsts, numbers = np.unique(hashes, return_index=True, return_inverse=True)
+    if any((column[firsts][numbers] != column).any() for column in columns):  # two values of one hash
+        _, numbers = np.unique(np.column_stack(columns), axis=0, return_inverse=True)
+    if len(hashes):
+        yield from np.split(np.argsort(numbers, kind="stable"), np.cumsum(np.bincount(numbers))[:-1])
 
 
 class Entries:
@@ -59,13 +81,12 @@ class Entries:
         self._caches = caches
         self._files = files
         self._masks = masks
-        self._index = read_index(path)
+        index = read_index(path)
         self._names = caches if folder is None else names_in(folder, caches)
-        at = self._index.rows_of(self._names)
+        at = index.rows_of(self._names)
         self._has_entry = at >= 0
-        self.entries = np.zeros(len(caches), ENTRY)
-        self.entries[self._has_entry] = self._index.entries[at[self._has_entry]]
-        self._texts = {text: number for number, text in enumerate(self._index.texts)}
+        self.entries = _taken(index.entries, at)
+        self._texts = {text: number for number, text in enumerate(index.texts)}
         self._is_new = np.zeros(len(caches), bool)
 
     def unchanged(self, places: np.ndarray, *, check_images: bool) -> np.ndarray:
@@ -76,38 +97,38 @@ class Entries:
         trusted = self._has_entry & settled(self.entries)
         is_placed = places["offsets"][:, 0] > 0
         trusted &= ~is_placed | (self.entries["place"] == places)
-        columns = (
-            trusted.tolist(),
-            is_placed.tolist(),
-            self.entries["place"]["state"].tolist(),
-            self.entries["image"].tolist(),
-            self._caches,
-            self._files,
-        )
-        for row, (is_known, in_shard, state, image_state, cache, file) in enumerate(zip(*columns, strict=True)):
-            if is_known:
-                trusted[row] = (in_shard or state_of(cache) == state) and (
-                    not check_images or not file or state_of(file) == image_state
-                )
-        self._distrust_masks(trusted, check_images=check_images)
+        _distrust(trusted, self._caches, self.entries["place"]["state"], ~is_placed)
+        if check_images:
+            _distrust(trusted, self._files, self.entries["image"], self._files.lengths > 0)
+            if len(self._masks.block):
+                is_file = np.fromiter((mask not in ("", ALPHA) for mask in self._masks), bool, len(self._masks))
+                _distrust(trusted, self._masks, self.entries["mask"], is_file)
         return trusted
 
-    def _distrust_masks(self, trusted: np.ndarray, *, check_images: bool) -> None:
-        if not check_images or not len(self._masks.block):
-            return
-        for row, mask in enumerate(self._masks):
-            if mask not in ("", ALPHA) and trusted[row]:
-                trusted[row] = state_of(mask) == self.entries["mask"][row].item()
+    def kinds(self, chosen: np.ndarray) -> Iterator[tuple[np.ndarray, CachedLatents]]:
+        """Yield the rows of `chosen` entries of files of one kind, and one of these files but for its numbers.
 
-    def groups(self, chosen: np.ndarray) -> Iterator[tuple[np.ndarray, CachedLatents]]:
-        """Yield the rows of `chosen` entries with the same facts, and what a file of these facts holds but numbers."""
-        rows = np.flatnonzero(chosen)
-        facts = np.ascontiguousarray(self.entries["facts"][rows])
-        as_bytes = facts.view(np.dtype((np.void, facts.dtype.itemsize)))
-        _, inverse = np.unique(as_bytes, return_inverse=True)
-        order = np.argsort(inverse, kind="stable")
-        for members in np.split(order, np.cumsum(np.bincount(inverse))[:-1]) if len(rows) else []:
-            yield rows[members], self._cached(facts[members[0]])
+        The files of a kind fit the same demands. They may be of images of other sizes, and cropped elsewhere.
+        """
+        rows, facts = np.flatnonzero(chosen), self.entries["facts"]
+        columns = (facts["latents"][:, 0], facts["latents"][:, 1], *(facts[name] for name in _OF_A_KIND))
+        for members in _alike([column[rows] for column in columns]):
+            yield rows[members], self._cached(facts[rows[members[0]]])
+
+    def crops(self, rows: np.ndarray | slice, *, legacy: bool) -> np.ndarray:
+        """Return the crops of the images of some rows, [N, 3], as `CachedLatents.crop` returns each."""
+        facts = self.entries["facts"][rows]
+        crops = np.empty((len(facts), len(Crop._fields)))
+        is_true = facts["resized"].any(axis=1) & (not legacy)
+        resized, buckets = facts["resized"][is_true], facts["latents"][is_true] * PIXELS_PER_LATENT
+        left_top = (resized - buckets) // 2  # as `true_crop_ltrb`
+        crops[is_true] = np.column_stack([left_top, resized[:, 0] - buckets[:, 0] - left_top[:, 0]])
+        others = np.flatnonzero(~is_true)
+        sizes = np.column_stack([facts[name][others] for name in ("latents", "original", "resized")])
+        columns = (*sizes.T, *facts["crop"][others].view(np.int64).T, facts["is_ours"][others])
+        for members in _alike(columns):
+            crops[others[members]] = self._cached(facts[others[members[0]]]).crop(legacy=legacy)
+        return crops
 
     def _cached(self, facts: np.void) -> CachedLatents:
         width, height = facts["latents"].tolist()

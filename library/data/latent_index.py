@@ -15,6 +15,7 @@ import numpy as np
 from library.config.atomic_files import replacing
 from library.config.errors import UserError
 from library.data.columns import Texts
+from library.data.file_states import STATE
 from library.data.subsets import Subset
 
 log = logging.getLogger(__name__)
@@ -38,9 +39,6 @@ FACTS = np.dtype(
 """What many files have in common: sizes are (width, height), of the latents in cells, and (0, 0) for none; `vae` and
 `interpolation` number texts of the index."""
 
-STATE = np.dtype([("size", np.int64), ("modified", np.int64), ("inode", np.uint64)])
-"""The size of a file (-1: there is none), its time in nanoseconds, and its number on the disk where that counts."""
-
 PLACE = np.dtype([("state", STATE), ("offsets", np.int64, 3), ("checksums", np.uint32, 3), ("kinds", np.uint8, 3)])
 """The state of a file, where in it latents, flipped latents and mask begin (0: unknown), their `block_checksum`, and
 what kind of numbers they are."""
@@ -61,7 +59,10 @@ from."""
 
 
 class LatentIndex(NamedTuple):
-    """Entries of files by name: relative to the folder of the images where they lie in it."""
+    """Entries of files by name: relative to the folder of the images where they lie in it.
+
+    Entries that are read from a file are mapped: what is written into them stays in memory.
+    """
 
     names: Texts
     entries: np.ndarray
@@ -105,7 +106,7 @@ def read_index(folder: Path) -> LatentIndex:
         if about["format"] != _FORMAT:
             raise ValueError("it is of another version of this program")
         entries, block, ends = (
-            np.load(folder / f"{name}-{about['number']}.npy", mmap_mode="r", allow_pickle=False) for name in _COLUMNS
+            np.load(folder / f"{name}-{about['number']}.npy", mmap_mode="c", allow_pickle=False) for name in _COLUMNS
         )
         for name, column in zip(_COLUMNS, (entries, block, ends), strict=True):
             if _checksum(column) != about["checksums"][name]:

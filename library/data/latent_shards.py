@@ -13,9 +13,10 @@ import numpy as np
 
 from library.config.errors import UserError, listed
 from library.data.columns import Texts
+from library.data.file_states import state_from
 from library.data.latent_cache import CacheDemands, CachedLatents, require_fitting
 from library.data.latent_index import PLACE
-from library.data.stored_arrays import BF16, FLOAT32, read_at, state_from
+from library.data.stored_arrays import BF16, FLOAT32, read_at
 from library.data.subsets import Subset
 from library.sdxl.sizes import Size
 
@@ -126,9 +127,13 @@ class Shards:
             return np.fromiter((row_of.get(key, -1) for key in keys), np.int64, len(keys))
         return rows
 
+    def files_of(self, rows: np.ndarray) -> np.ndarray:
+        """Return in which file each row is, as a number of `shards`."""
+        return np.searchsorted(self._firsts, rows, side="right") - 1
+
     def file_of(self, row: int) -> tuple[Shard, int]:
         """Return the file of a row, and which of its images that is."""
-        number = int(np.searchsorted(self._firsts, row, side="right")) - 1
+        number = int(self.files_of(np.array(row)))
         return self.shards[number], row - int(self._firsts[number])
 
     @cached_property

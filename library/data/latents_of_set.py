@@ -25,7 +25,7 @@ from library.images.crops import LEGACY_CROP_NOTICE, Crop, crop_to_train
 from library.images.keys import is_file
 from library.images.masks import black_mask
 from library.images.reading import read_size
-from library.sdxl.sizes import Size
+from library.sdxl.sizes import PIXELS_PER_LATENT, Size
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def read_training_set(
         log.warning(LEGACY_CROP_NOTICE)
     images = FoundImages.of(found)
     reading = _Reading(images, vae_digest, trust, legacy=legacy_crop)
-    for path, rows in _rows_by_index(images).items():
+    for path, rows in images.rows_by(index_path).items():
         reading.read(path, rows)
     if reading.errors:
         raise error_of_images([reading.errors[row] for row in sorted(reading.errors)])
@@ -98,16 +98,6 @@ def _mask_kinds(masks: Texts) -> np.ndarray:
     if not len(masks.block):
         return np.zeros(len(masks), np.int64)
     return np.fromiter(((mask != "") + (mask not in ("", ALPHA)) for mask in masks), np.int64, len(masks))
-
-
-def _rows_by_index(images: FoundImages) -> dict[Path, np.ndarray]:
-    """Return the rows of the images of each index."""
-    numbers: dict[Path, list[int]] = {}
-    for number, subset in enumerate(images.subsets):
-        numbers.setdefault(index_path(subset), []).append(number)
-    if len(numbers) == 1:
-        return {path: np.arange(len(images)) for path in numbers}
-    return {path: np.flatnonzero(np.isin(images.subset_of, of_path)) for path, of_path in numbers.items()}
 
 
 class _Reading:
@@ -150,8 +140,9 @@ class _Reading:
         known = np.zeros(len(rows), bool)
         if self._trust.index:
             known = entries.unchanged(self._places_in_shards(rows), check_images=not self._trust.images)
-            for numbers, group in entries.groups(known):
-                known[numbers] = self._take_over(rows[numbers], group, entries.entries[numbers])
+            for numbers, cached in entries.kinds(known):
+                known[numbers] = self._fit(rows[numbers], cached)
+            self._take_over(rows, entries, known)
         rest = np.flatnonzero(~known)
         for number in tqdm(rest, "reading the training set", unit="image", disable=None if len(rest) else True):
             row = int(rows[number])
@@ -181,8 +172,8 @@ class _Reading:
             places[at >= 0] = self._shards[self._shards_of[rows[0]]].places[at[at >= 0]]
         return places
 
-    def _take_over(self, rows: np.ndarray, cached: CachedLatents, entries: np.ndarray) -> np.ndarray:
-        """Fill the rows of images whose latents have these facts; return which of them fit what is demanded."""
+    def _fit(self, rows: np.ndarray, cached: CachedLatents) -> np.ndarray:
+        """Return which of the images of some rows, whose latents are of one kind, fit what is demanded of them."""
         subset_of, buckets = self._images.subset_of[rows], self._images.buckets[rows].astype(np.int64)
         fits = np.zeros(len(rows), bool)
         asked = (subset_of.astype(np.int64) << 2 * _SIDE_BITS) + (buckets[:, 0] << _SIDE_BITS) + buckets[:, 1]
@@ -196,15 +187,22 @@ class _Reading:
             if subset.augmentation.changes_pixels or cached.reasons_stale(demands, image_digest=None, bucket=bucket):
                 continue
             fits |= asked == case
-        chosen, columns = rows[fits], self._columns
-        for name, value in (("sizes", cached.original_size), ("buckets", cached.bucket), ("resized", cached.bucket)):
-            columns[name][chosen] = value
-        columns["crops"][chosen] = cached.crop(legacy=self._legacy)
-        columns["where"][chosen] = IN_FILE
-        columns["places"][chosen] = entries["place"][fits]
-        columns["contents"][chosen] = entries["content"][fits]
-        columns["mask_contents"][chosen] = entries["mask_content"][fits]
         return fits
+
+    def _take_over(self, rows: np.ndarray, entries: Entries, known: np.ndarray) -> None:
+        """Fill the rows of the images whose entries are known to hold, and to fit."""
+        columns, found = self._columns, entries.entries
+        numbers = slice(None) if known.all() else np.flatnonzero(known)  # a copy of all entries would be large
+        chosen = rows[numbers]
+        buckets = found["facts"]["latents"][numbers] * PIXELS_PER_LATENT
+        columns["sizes"][chosen] = found["facts"]["original"][numbers]
+        columns["buckets"][chosen] = columns["resized"][chosen] = buckets
+        columns["crops"][chosen] = entries.crops(numbers, legacy=self._legacy)
+        columns["where"][chosen] = IN_FILE
+        columns["places"][chosen] = found["place"][numbers]
+        columns["contents"][chosen] = found["content"][numbers]
+        if found["mask_content"].any():
+            columns["mask_contents"][chosen] = found["mask_content"][numbers]
 
     def _read_one(self, row: int, entries: Entries, number: int) -> None:
         image, columns = self._images[row], self._columns
@@ -239,11 +237,12 @@ class _Reading:
         """Return the files of latents: shards, or those of the images."""
         if not self._shards:
             return self._images.caches
-        columns = self._images.caches, self._rows_in_shards.tolist(), self._shards_of.tolist()
-        return Texts.of(
-            str(self._shards[number].file_of(row)[0].path) if row >= 0 else cache
-            for cache, row, number in zip(*columns, strict=True)
-        )
+        texts, shards = [self._images.caches], np.full(len(self._images), -1)
+        for number, each in enumerate(self._shards):
+            mine = np.flatnonzero((self._shards_of == number) & (self._rows_in_shards >= 0))
+            shards[mine] = each.files_of(self._rows_in_shards[mine]) + sum(map(len, texts))
+            texts.append(Texts.of(str(shard.path) for shard in each.shards))
+        return Texts.joined(texts).take(np.where(shards < 0, np.arange(len(shards)), shards))
 
     def made(self) -> TrainingSet:
         """Return the set: caches are named of images that have one, files of the others."""

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from library.data.file_states import state_from
+
 log = logging.getLogger(__name__)
 
 _LARGE_STRANGER = 100_000_000
@@ -33,15 +35,6 @@ class Place(NamedTuple):
     offset: int
     dtype: str
     shape: tuple[int, ...]
-
-
-def state_from(stat: os.stat_result) -> tuple[int, int, int]:
-    """Return size, time in nanoseconds and inode of a file, by which it is known again.
-
-    The inode is 0 but where the time is a whole second: archives set such times, and many files have the same one.
-    """
-    is_coarse = stat.st_mtime_ns % 1_000_000_000 == 0
-    return stat.st_size, stat.st_mtime_ns, stat.st_ino if is_coarse else 0
 
 
 class StoredArrays:

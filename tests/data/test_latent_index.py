@@ -13,6 +13,7 @@ from library.data import latent_entries
 from library.data.fingerprints import Fingerprints
 from library.data.latent_cache import read_cache
 from library.data.latent_index import index_path, read_index
+from library.sdxl.sizes import Size
 from tests.data.conftest import TrainingFolder
 from tests.data.test_single_reads import counting_reads
 
@@ -58,15 +59,17 @@ def replace_place(image):
 
 
 def test_work_at_a_second_start_is_a_state_of_each_file_however_many_there_are(folder, monkeypatch):
-    counts = {}
+    counts, states_of_files = {}, latent_entries.states_of_files
     for number in (10, 40):
         keys = [f"{key:02}" for key in range(number)]
         for key in keys:
             age(folder.add(f"{key}.png"), folder.add_cache(folder.images / f"{key}.png"))
         options = folder.options(keys)
         folder.read_with(options, "vae")
-        stats, state_of = [], latent_entries.state_of
-        monkeypatch.setattr(latent_entries, "state_of", lambda path, of=state_of, to=stats: to.append(path) or of(path))
+        stats = []
+        monkeypatch.setattr(
+            latent_entries, "states_of_files", lambda paths, to=stats: to.extend(paths) or states_of_files(paths)
+        )
         with counting_reads() as reads:
             folder.read_with(options, "vae")
         monkeypatch.undo()
@@ -222,3 +225,31 @@ def test_the_index_of_images_without_metadata_is_in_their_folder(folder):
 
     assert index_path(subset_of()).name == "meta.json.index"
     assert index_path(subset_of(dataset_class="a.B", dataset=0)).name == "meta.json.index"
+
+
+def test_images_of_many_sizes_are_taken_over_as_they_were_read(folder):
+    """Latents of one kind, of images that were cropped elsewhere, with and without a true crop, and of a stranger."""
+    keys = [f"{number:02}" for number in range(12)]
+    for number, key in enumerate(keys):
+        facts = {"original_size": Size(100 + number, 60), "resized_size": Size(80 + number, 48)}
+        if number % 3 == 1:
+            facts = {"resized_size": None, "crop_ltrb": (0.5, number, 79.5, 48.0)}
+        if number % 3 == 2:
+            facts = {"resized_size": None, "image_digest": None, "original_size": Size(100 + number // 6, 60)}
+        age(folder.add(f"{key}.png"), folder.add_cache(folder.images / f"{key}.png", **facts))
+    for legacy in (False, True):
+        options = folder.options(keys, legacy_crop_coords=legacy)
+        shutil.rmtree(folder.path / "meta.json.index", ignore_errors=True)
+        read = folder.read_with(options, "vae")
+        with counting_reads() as reads:
+            again = folder.read_with(options, "vae")
+        assert not any(path.endswith((".png", ".npz")) for path in reads)
+        assert list(map(replace_place, read)) == list(map(replace_place, again))
+
+
+def test_rows_with_the_same_values_are_found_though_their_hashes_meet(monkeypatch):
+    columns = [np.array([3, 1, 3, 2, 1]), np.array([0, 5, 0, 5, 5])]
+    expected = [[0, 2], [1, 4], [3]]
+    assert sorted(rows.tolist() for rows in latent_entries._alike(columns)) == expected
+    monkeypatch.setattr(latent_entries, "_MULTIPLIER", np.uint64(0))
+    assert sorted(rows.tolist() for rows in latent_entries._alike(columns)) == expected
