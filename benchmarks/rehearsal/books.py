@@ -81,6 +81,8 @@ class Books(TorchDispatchMode):
         self._num_storages = 0
         self._within_a_kernel = 0
         self._captures = False
+        self._before_graphs = 0
+        self.graph_pool = 0
         self._overflows: set[int] = set()  # storages of fp16's scaler that say whether a gradient has overflowed
         self._lock = threading.RLock()
 
@@ -117,6 +119,8 @@ class Books(TorchDispatchMode):
             self._storages[key] = (number, weakref.ref(storage, partial(self._gone, key)))
             self._live[number] = (size, self.phase)
             self.now += size
+            if self._captures:
+                self.graph_pool = max(self.graph_pool, self.now - self._before_graphs)
             if self.now > self.peak:
                 self.peak, self._at_peak = self.now, None
 
@@ -157,8 +161,12 @@ class Books(TorchDispatchMode):
 
     @contextmanager
     def capturing(self) -> Iterator[None]:
-        """Within the block, which captures a CUDA graph, waits and copies from the host are errors."""
+        """Within the block, which captures a CUDA graph, waits and copies from the host are errors.
+
+        What is allocated in it is kept for the replays: `graph_pool` is the most that was alive of it at once.
+        """
         self._captures = True
+        self._before_graphs = self._before_graphs or self.now
         try:
             yield
         finally:

@@ -31,10 +31,10 @@ def names_of(books: Books, model: SdxlModel, learner: Learner) -> dict[int, str]
 
 def snapshot(books: Books, names: Mapping[int, str]) -> dict[str, Any]:
     """Return what the books say of a step: memory at its peak and at rest, by these names of storages, and counts."""
-    parts = books.parts_at_peak(dict(names))
+    parts, peak = books.parts_at_peak(dict(names)), books.peak + books.graph_pool
     return {
-        "peak_gib": round(books.peak / GIB, 3),
-        "peak_mib": round(books.peak / 2**20, 1),
+        "peak_gib": round(peak / GIB, 3),
+        "peak_mib": round(peak / 2**20, 1),
         "resting_gib": round(books.now / GIB, 3),
         "parts_at_peak_gib": {name: round(size / GIB, 3) for name, size in parts.most_common()},
         **counts(books),
