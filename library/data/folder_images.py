@@ -49,9 +49,12 @@ def with_distinct_keys(found: Iterable[FoundImage]) -> FoundImages:
     counts: dict[str, int] = {}
     builder = FoundBuilder()
     for image in images:
-        key = f"{image.subset.key_prefix}{image.key}"
-        counts[key] = number = counts.get(key, 0) + 1
-        builder.add(image._replace(key=key if number == 1 else f"{key} ({number})", own_key=image.key))
+        key = name = f"{image.subset.key_prefix}{image.key}"
+        while name in counts:  # again for an image whose own name is "01 (2)"
+            counts[key] += 1
+            name = f"{key} ({counts[key]})"
+        counts[name] = 1
+        builder.add(image._replace(key=name, own_key=image.key))
     return builder.built()
 
 

@@ -236,6 +236,14 @@ def test_the_key_of_an_image_stays_the_same_whatever_subsets_are_added(in_folder
     assert all(subset.names_bucket for subset in read(at_64 + at_128, in_folder))
 
 
+def test_images_of_a_folder_that_two_data_sets_take_have_different_keys_whatever_they_are_called(in_folder: Path):
+    images(in_folder / "a", "01.png", "01 (2).png", "01 (3).png")
+    twice = toml('class_tokens = "x"') + '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "a"\nclass_tokens = "y"\n'
+    keys = keys_of(twice, in_folder)
+    assert len(set(keys)) == len(keys) == 6
+    assert {"a/01", "a/01 (2)", "a/01 (3)"} < set(keys)
+
+
 def test_latents_of_a_subset_whose_pixels_change_are_not_cached_and_that_is_told(in_folder: Path, capsys):
     for name in ("a", "b"):
         images(in_folder / name, "one.png")
