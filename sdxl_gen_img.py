@@ -79,6 +79,8 @@ def _answer(question: str) -> str:
         return input(question).strip()
     except EOFError:  # the end of a pipe, or Ctrl-D
         return ""
+    except UnicodeDecodeError as error:
+        raise UserError(f"what was entered is not UTF-8 ({error.reason}).", "Send the prompts as UTF-8.") from error
 
 
 if __name__ == "__main__":

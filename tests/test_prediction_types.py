@@ -197,7 +197,7 @@ def refused(tiny_sdxl: Path, prompts: Path, tmp_path: Path, capsys, monkeypatch:
             ["--v_parameterization"],
             "'model.safetensors' predicts noise (epsilon): modelspec.prediction_type",
         ),
-        ("v", ["--flow_matching"], "add --convert_prediction to move it to a flow"),
+        ("v", ["--flow_matching"], "--convert_prediction moves it to a flow"),
         ("flow", ["--zero_terminal_snr"], "--zero_terminal_snr rescales betas, and 'model.safetensors' is a flow"),
         ("epsilon", ["--flow_matching", "--zero_terminal_snr"], "--zero_terminal_snr rescales betas, and a flow has"),
         ("flow", ["--min_snr_gamma=5"], "--min_snr_gamma weighs by the signal-to-noise ratio of diffusion models"),

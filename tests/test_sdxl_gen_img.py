@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import sdxl_gen_img
+from library.config.errors import UserError
 from library.samples.generation import Defaults, Folder, records_of
 from library.samples.prompts import parse_prompt_line, read_prompt_file
 from library.samples.sample_grid import make_sample_grid
@@ -129,6 +130,12 @@ def test_it_asks_for_prompts_until_there_is_none(tiny_sdxl: Path, tmp_path: Path
             texts.append((image.info["prompt_g"], image.info["prompt_l"], image.info["seed"]))
     assert texts == [("a cat", "anime", "1"), ("a dog", "a dog", "2")]
     assert "there is no option --x" in capsys.readouterr().out
+
+
+def test_a_prompt_that_is_no_utf8_is_an_error_of_one_line(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+    with pytest.raises(UserError, match="what was entered is not UTF-8"):
+        sdxl_gen_img._answer("G: ")
 
 
 def test_a_file_that_stands_there_is_never_replaced(tmp_path: Path):

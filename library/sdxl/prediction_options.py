@@ -83,7 +83,7 @@ class PredictionOptions:
         if kind != said.kind and found.places and not self.convert_prediction:
             raise UserError(
                 f"--{_flag_of(kind)}: '{source}' predicts {_WORDS[said.kind]}: {found.places[0]} says so.",
-                f"Remove --{_flag_of(kind)} to train it as it is, or add --convert_prediction to move it to "
+                f"Remove --{_flag_of(kind)} to use it as it is. In training, --convert_prediction moves it to "
                 f"{_WORDS[kind]}, which takes thousands of steps.",
             )
         if kind == FLOW and self.zero_terminal_snr:

@@ -123,7 +123,7 @@ def test_flags_and_file_lead_to_what_is_trained(flags, header, markers, expected
             {TYPE: "epsilon"},
             (),
             f"--v_parameterization: 'a model' predicts noise (epsilon): {TYPE} in the header says so",
-            "add --convert_prediction to move it to velocity (v)",
+            "--convert_prediction moves it to velocity (v)",
         ),
         (FLOW, {}, ("v_pred",), "--flow_matching: 'a model' predicts velocity (v): the tensor 'v_pred' says", "Remove"),
         (NOISE, {TYPE: "v"}, (), "--noise_prediction: 'a model' predicts velocity (v)", "Remove --noise_prediction"),
