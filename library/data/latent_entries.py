@@ -14,6 +14,7 @@ from library.data.latent_index import (
     ENTRY,
     SETTLED_NS,
     now_ns,
+    one_writer,
     read_index,
     settled,
     with_entries,
@@ -197,6 +198,12 @@ class Entries:
         """Write what is new into the index, as it is by now."""
         if not self._is_new.any():
             return
+        with one_writer(self._path) as is_alone:
+            if is_alone:
+                self._merge()
+
+    def _merge(self) -> None:
+        """Write the index as it is by now, with what is new; no other process may write it meanwhile."""
         rows = np.flatnonzero(self._is_new)
         names = [self._names[row] for row in rows.tolist()]
         entries, now = self.entries[rows], read_index(self._path)

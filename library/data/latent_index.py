@@ -5,8 +5,8 @@ import logging
 import re
 import time
 import zlib
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 SUFFIX = ".index"
 _FORMAT = 1
 _ABOUT, _COLUMNS = "about.json", ("entries", "names", "ends")
+_LOCK = "lock"
+_LONGEST_WAIT_S = 300
 _OURS = re.compile(rf"(?:{'|'.join(_COLUMNS)})-\d+")
 SETTLED_NS = 2_000_000_000
 """A file that was written so shortly before it was read may be written again without another time (2 s on FAT)."""
@@ -101,8 +103,10 @@ def read_index(folder: Path) -> LatentIndex:
     """Return the index in a folder; an empty one where there is none, or (reported) where it is damaged."""
     if not (folder / _ABOUT).exists() and not any(_OURS.fullmatch(path.stem) for path in folder.glob("*.npy")):
         return EMPTY
+    described = ""
     try:
-        about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+        described = (folder / _ABOUT).read_text(encoding="utf-8")
+        about = json.loads(described)
         if about["format"] != _FORMAT:
             raise ValueError("it is of another version of this program")
         entries, block, ends = (
@@ -117,8 +121,44 @@ def read_index(folder: Path) -> LatentIndex:
             raise ValueError("its columns do not go together")
         return LatentIndex(Texts(block, ends), entries, tuple(map(str, about["texts"])))
     except (OSError, ValueError, KeyError, TypeError, EOFError, RecursionError) as error:
+        if described and _is_replaced(folder / _ABOUT, described):
+            return read_index(folder)
         log.warning("the index '%s' cannot be used (%s): the latents are read, and it is made again", folder, error)
         return EMPTY
+
+
+def _is_replaced(path: Path, content: str) -> bool:
+    """Return whether a file that was just read holds something else by now: another process has written it."""
+    try:
+        return path.read_text(encoding="utf-8") != content
+    except (OSError, ValueError):
+        return False
+
+
+@contextmanager
+def one_writer(folder: Path) -> Iterator[bool]:
+    """Within the block no other process of this machine writes the index; tell whether that could be reached.
+
+    Another one is waited for, for some minutes. Where no lock can be made, writing fails too, and says so.
+    """
+    import filelock  # which those that only read need not wait for
+
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / _LOCK, timeout=_LONGEST_WAIT_S)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        log.warning("another process has been writing the index '%s' for long: this one does not write it", folder)
+        yield False
+        return
+    except OSError:
+        yield True
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
 def _checksum(column: np.ndarray) -> int:

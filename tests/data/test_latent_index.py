@@ -3,15 +3,19 @@
 import json
 import os
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from library.config.errors import UserError
-from library.data import latent_entries
+from library.data import latent_entries, latent_index
+from library.data.columns import Texts
 from library.data.fingerprints import Fingerprints
-from library.data.latent_cache import read_cache
+from library.data.latent_cache import cache_path, read_cache, read_with_place
+from library.data.latent_entries import Entries, states_of
 from library.data.latent_index import index_path, read_index
 from library.sdxl.sizes import Size
 from tests.data.conftest import TrainingFolder
@@ -193,6 +197,42 @@ def test_an_index_that_cannot_be_written_is_reported(old_set, capsys):
     images, _ = read_counting(old_set)
     assert images.all_have_latents
     assert "made again" in capsys.readouterr().err
+
+
+def test_starts_that_write_an_index_at_once_lose_no_entry_of_each_other(old_set):
+    """Several threads, which lock each other out as processes do, have read different images and write them."""
+    index, names = old_set.path / "meta.json.index", "abcdef"
+    shutil.rmtree(index)
+    barrier = threading.Barrier(len(names))
+
+    def save(name):
+        image = old_set.add(f"{name}.png")
+        cached, place = read_with_place(old_set.add_cache(image))
+        columns = (Texts.of([str(path)]) for path in (cache_path(image), image, ""))
+        entries = Entries(index, old_set.images, *columns)
+        entries.note(0, cached, place, states_of(image, None))
+        barrier.wait()
+        entries.save()
+
+    with ThreadPoolExecutor(len(names)) as threads:
+        list(threads.map(save, names))
+    assert sorted(read_index(index).names) == [f"{name}.npz" for name in names]
+    assert len(list(index.glob("*-*.npy"))) == 3
+
+
+def test_an_index_that_is_replaced_while_it_is_read_is_read_as_it_is_then(old_set, capsys, monkeypatch):
+    index, load = old_set.path / "meta.json.index", np.load
+    whole = read_index(index)
+
+    def replaced_before(path, **named):
+        monkeypatch.setattr(np, "load", load)
+        latent_index.write_index(index, whole.names, whole.entries, whole.texts)
+        return load(path, **named)
+
+    monkeypatch.setattr(np, "load", replaced_before)
+    capsys.readouterr()
+    assert read_index(index).names == whole.names
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("flip", [False, True])
