@@ -149,6 +149,23 @@ def share_as_whole() -> None:
     dist.destroy_process_group()
 
 
+def not_a_number_in_one() -> None:
+    """A loss that is NaN in one process moves no part in any, and nobody waits for the others."""
+    accelerator = _accelerator()
+    for name, options in OPTIMIZERS.items():
+        for max_grad_norm in (0.0, 0.05):
+            learning = Learning(replace(options, max_grad_norm=max_grad_norm), is_shared=True, fused=True)
+            before = learning.weights()
+            [images] = own(images_of_step(1, torch.float32, accelerator.num_processes))
+            loss = learning.net(images).square().mean() * (float("nan") if dist.get_rank() else 1.0)
+            mean = partial(accelerator.reduce, loss.detach().clone(), reduction="mean")
+            assert learning.fused is not None
+            assert learning.fused.backward(accelerator, loss, 1, lambda mean=mean: float(mean())) is None
+            for key, weight in learning.weights().items():
+                assert torch.equal(weight, before[key]), (name, max_grad_norm, key)
+    _end(accelerator)
+
+
 def save(folder: str) -> None:
     """Save what was learnt in some steps, and what is in the state."""
     accelerator = _accelerator()

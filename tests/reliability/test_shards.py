@@ -33,6 +33,11 @@ def test_two_copies_of_two_parts_move_as_the_whole_and_are_saved_and_resumed(tog
 
 
 @pytest.mark.slow
+def test_a_loss_that_is_no_number_in_one_process_moves_no_part_in_any(together):
+    together(2, in_shares.not_a_number_in_one, **FSDP)
+
+
+@pytest.mark.slow
 def test_parts_of_three_move_as_the_whole(together):
     together(3, in_shares.share_as_whole, **FSDP)
 
