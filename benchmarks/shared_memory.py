@@ -5,7 +5,8 @@
 One forward and one backward pass at full size in bfloat16 with gradient checkpointing, one image of 1024x1024.
 Nothing is computed: tensors have shapes and no numbers (torch's FakeTensorMode), collectives return at once (its
 "fake" backend), and torch's FSDPMemTracker adds up what is alive. The optimizer's state is arithmetic: 4 bytes a
-number for AdamW.
+number for AdamW. In the columns "fused" each gradient is freed as soon as it has arrived, as --fused_backward_pass does
+once it has stepped a group of weights, and the state is Adafactor's, which is next to nothing.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from benchmarks.result_files import RESULTS, write_result
 
@@ -25,14 +27,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 8])
     parser.add_argument("--one", type=int, help="measure this number alone and print its figures")
+    parser.add_argument("--fused", action="store_true", help="with --one: free each gradient at once")
     parser.add_argument("--output", type=Path, default=RESULTS / "shared_memory")
     arguments = parser.parse_args()
     if arguments.one is not None:
-        print(json.dumps(measured(arguments.one)))
+        print(json.dumps(measured(arguments.one, fused=arguments.fused)))
         return 0
     rows = []
-    for number in arguments.processes:
+    for number, fused in [(number, fused) for fused in (False, True) for number in arguments.processes]:
         command = [sys.executable, "-m", "benchmarks.shared_memory", "--one", str(number)]
+        command += ["--fused"] if fused else []
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         rows.append(json.loads(said.splitlines()[-1]))
         print(rows[-1], flush=True)
@@ -40,15 +44,15 @@ def main() -> int:
     return 0
 
 
-def table_of(rows: list[dict[str, float]]) -> str:
+def table_of(rows: list[dict[str, Any]]) -> str:
     """Return the figures as a table, a line for each part."""
     lines = ["GiB at the peak of a forward and a backward pass, by number of processes"]
     names = list(dict.fromkeys(name for row in rows for name in row))
-    lines += [f"{name:<18}" + "".join(f"{row.get(name, 0):>8g}" for row in rows) for name in names]
+    lines += [f"{name:<18}" + "".join(f"{row.get(name, 0):>10}" for row in rows) for name in names]
     return "\n".join(lines)
 
 
-def measured(num_processes: int) -> dict[str, float]:
+def measured(num_processes: int, *, fused: bool) -> dict[str, Any]:
     """Return the GiB of each part at the peak of a forward and a backward pass, and of the optimizer's state."""
     import torch
     import torch.distributed as dist
@@ -70,6 +74,8 @@ def measured(num_processes: int) -> dict[str, float]:
         unet.enable_gradient_checkpointing()
         num_numbers = sum(weight.numel() for weight in unet.parameters())
         shard(unet, mesh)
+        for weight in unet.parameters() if fused else []:
+            weight.register_post_accumulate_grad_hook(_free_gradient)
         inputs = torch.randn(1, 4, 128, 128), torch.zeros(1, dtype=torch.long), torch.randn(1, 77, 2048)
         added = {"text_embeds": torch.randn(1, 1280), "time_ids": torch.zeros(1, 6)}
         tracker = FSDPMemTracker(unet)
@@ -77,9 +83,14 @@ def measured(num_processes: int) -> dict[str, float]:
             unet(*inputs, added_cond_kwargs=added).sample.float().square().mean().backward()
     [peak] = tracker.get_tracker_snapshot("peak").values()
     parts = {str(getattr(kind, "value", kind)): round(size / GIB, 2) for kind, size in peak.items() if size}
-    state = _STATE_BYTES * num_numbers / num_processes / GIB
+    state = 0 if fused else _STATE_BYTES * num_numbers / num_processes / GIB
     total = round(parts["Total"] + state, 2)
-    return {"processes": num_processes, **parts, "state of AdamW": round(state, 2), "with the state": total}
+    name = f"{num_processes} fused" if fused else str(num_processes)
+    return {"processes": name, **parts, "state of AdamW": round(state, 2), "with the state": total}
+
+
+def _free_gradient(weight: Any) -> None:
+    weight.grad = None
 
 
 if __name__ == "__main__":
