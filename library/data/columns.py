@@ -16,6 +16,12 @@ if TYPE_CHECKING:
 _ROWS_AT_ONCE = 1 << 16
 
 
+def num_distinct(numbers: np.ndarray) -> int:
+    """Return how many different numbers there are: sorted, which is many times faster than `np.unique`."""
+    ordered = np.sort(numbers)
+    return int(np.count_nonzero(ordered[1:] != ordered[:-1])) + min(1, len(numbers))
+
+
 class InSharedMemory(NamedTuple):
     """An array in memory that worker processes share when it is pickled for them, whatever starts them."""
 
@@ -116,8 +122,7 @@ class Texts(Sequence[str]):
         expected = np.frombuffer(start.encode("utf-8", "surrogatepass"), np.uint8)
         cut = np.zeros(len(self), np.int64)
         rows = np.flatnonzero(self.lengths >= len(expected))
-        for first in range(0, len(rows), _ROWS_AT_ONCE):
-            here = rows[first : first + _ROWS_AT_ONCE]
+        for here in np.split(rows, range(_ROWS_AT_ONCE, len(rows), _ROWS_AT_ONCE)):
             begins = self.block[self.ends[here, None] + np.arange(len(expected))]
             cut[here] = len(expected) * (begins == expected).all(axis=1)
         return self._parts(self.ends[:-1] + cut, self.lengths - cut)
@@ -144,8 +149,7 @@ class Texts(Sequence[str]):
         """Return the texts, empty where they are not chosen."""
         if chosen.all():
             return self
-        ends = np.zeros(len(self.ends), np.int64)
-        np.cumsum(self.lengths * chosen, out=ends[1:])
+        ends = np.concatenate([[0], np.cumsum(self.lengths * chosen)])
         return Texts(self.block[np.repeat(chosen, self.lengths)] if chosen.any() else self.block[:0], ends)
 
     @classmethod
@@ -234,7 +238,7 @@ class Variants(Sequence[tuple[str, ...]]):
     def num_different(self) -> int:
         """How many different captions there are."""
         if self.firsts is None:
-            return len(np.unique(np.fromiter(map(hash, self.texts), np.int64, len(self))))
+            return num_distinct(np.fromiter(map(hash, self.texts), np.int64, len(self)))
         return len(set(self))
 
     def take(self, rows: np.ndarray) -> "Variants":

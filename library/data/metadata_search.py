@@ -15,6 +15,7 @@ from library.config.errors import UserError, listed
 from library.data.cache_files import cache_finder
 from library.data.caption_sources import CaptionFile, caption_files_beside, warn_of_suspects
 from library.data.caption_states import CaptionStates, StatesBuilder
+from library.data.columns import num_distinct
 from library.data.found_images import FoundImage, require_own_files, require_usable
 from library.data.image_columns import FoundBuilder, FoundImages
 from library.data.latent_cache import cache_path
@@ -265,7 +266,7 @@ class MetadataSearch:
 def _some_alike(texts: Iterable[str]) -> bool:
     """Return whether two of the texts may be the same."""
     hashes = np.fromiter(map(hash, texts), np.int64)
-    return len(np.unique(hashes)) < len(hashes)
+    return num_distinct(hashes) < len(hashes)
 
 
 def sentence_of_sources(sources: Counter[Sources], *, one_caption: bool = False) -> str | None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from library.captions.final_captions import CaptionPair
-from library.data.columns import Captions, Texts, Variants
+from library.data.columns import Captions, Texts, Variants, num_distinct
 from library.data.found_images import FoundImage
 from library.data.image_columns import FoundImages
 from library.data.training_columns import TrainingSet
@@ -72,3 +72,8 @@ def test_a_pickled_set_is_in_shared_memory_once_and_has_the_same_images():
     pickle.dumps(training_set)
     assert training_set.texts["keys"].block.ctypes.data == before
     assert all(shared.content.is_shared() for shared in training_set._shared.values())
+
+
+def test_distinct_numbers_are_counted():
+    for numbers in ([], [5], [5, 5], [-3, 2**62, -3, 0]):
+        assert num_distinct(np.array(numbers, np.int64)) == len(set(numbers))
