@@ -27,7 +27,8 @@ _LOST_PROCESS = (
 _KINDS = (  # a type of error or a pattern of its text, what happened, what helps
     (r"shared memory|Bus error|/torch_\d+", *_SHARED_MEMORY),
     (
-        r"DataLoader worker.*(killed by signal|exited unexpectedly)",
+        # The second is what a batch on its way from a worker raises; the connections between GPUs have their own.
+        r"DataLoader worker.*(killed by signal|exited unexpectedly)|^ConnectionResetError: \[Errno",
         "a worker process that reads images has ended, as if killed by the system",
         "Usually memory is short: lower --max_data_loader_n_workers or close other programs.",
     ),

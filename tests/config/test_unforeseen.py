@@ -28,6 +28,7 @@ KINDS = [
     (RuntimeError(CAUGHT), "does not expect (RuntimeError: something odd).", "Please report it"),
     (RuntimeError("DataLoader worker (pid 4) is killed by signal: Killed."), "a worker process that reads", "workers"),
     (RuntimeError("DataLoader worker (pid(s) 4) exited unexpectedly"), "a worker process that reads images", "memory"),
+    (ConnectionResetError(104, "Connection reset by peer"), "a worker process that reads images has ended", "memory"),
     (RuntimeError("DataLoader worker (pid 4) is killed by signal: Bus error."), "/dev/shm", "--shm-size=8g"),
     (RuntimeError("CUDA error: an illegal memory access"), "the GPU or its driver has failed", "nvidia-smi"),
     (RuntimeError("CUDA out of memory. Tried to allocate"), "the GPU is out of memory", "smaller batches"),
