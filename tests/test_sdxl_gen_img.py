@@ -182,7 +182,7 @@ def test_an_image_without_memory_is_named_and_the_next_one_drawn(tiny_sdxl: Path
     ],
 )
 def test_a_mistake_is_one_line_before_the_model_is_loaded(flags, said, tiny_sdxl: Path, capsys, monkeypatch):
-    monkeypatch.setattr("library.sdxl.model_source.load_model", None)
+    monkeypatch.setattr("library.training.drawing_networks.load_model", None)
     assert sdxl_gen_img.main([flag.format(tiny_sdxl) for flag in flags]) == 2
     written = capsys.readouterr().err
     assert said in written
