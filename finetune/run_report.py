@@ -49,6 +49,8 @@ class ReportOptions:
             yield f"there is no folder '{self.output_dir}'. Pass the --output_dir of a run."
         if self.logging_dir is not None and not self.logging_dir.is_dir():
             yield f"--logging_dir: there is no folder '{self.logging_dir}'."
+        if self.page.suffix.lower() not in (".html", ".htm"):
+            yield f"--output is '{self.output}'; the name of a page must end in .html."
 
     @property
     def page(self) -> Path:

@@ -42,11 +42,15 @@ log = logging.getLogger(__name__)
 
 NUM_EPOCHS = 3
 _SEED_IF_NONE = 0
+_BEGINNING = b'{"key": "'
+"""How a report in lines of JSON begins."""
 
 
 def dry_run(options: TrainingOptions) -> int:
     """Show what the run would read and return 0; write the report of `--dry_run_report`. Raise as training would."""
     assert options.run.dry_run is not None
+    if options.run.dry_run_report is not None:
+        _require_own(options.run.dry_run_report)
     subsets = options.subsets()
     found, held_out = split_set(options, find_training_images(subsets))
     check_prediction(options)
@@ -73,6 +77,19 @@ def dry_run(options: TrainingOptions) -> int:
     if options.run.dry_run_report is not None:
         _write_report(options.run.dry_run_report, facts, shown, preview, len(images))
     return 0
+
+
+def _require_own(path: Path) -> None:
+    """Raise `UserError` where the report would replace lines of JSON of another kind, such as metadata."""
+    if path.suffix.lower() != ".jsonl" or not path.is_file():
+        return
+    with path.open("rb") as file:
+        beginning = file.read(len(_BEGINNING))
+    if beginning not in (_BEGINNING, b""):
+        raise UserError(
+            f"--dry_run_report: '{path}' holds other lines than those of a dry run, and is not overwritten.",
+            "Name another file.",
+        )
 
 
 def _write_report(path: Path, facts: SetFacts, shown: list[ImageFacts], preview: "_Preview", num_images: int) -> None:

@@ -109,6 +109,10 @@ def test_it_ends_with_the_errors_of_training(dry, tmp_path: Path):
     assert said.startswith("error: ")
     assert dry("--dry_run_report=x.html")[0] == 2
     assert "its name must end in .html or .jsonl" in dry("--dry_run", "--dry_run_report=x.txt")[2]
+    metadata = tmp_path / "meta.jsonl"
+    metadata.write_text('{"image_path": "01.jpg"}\n', encoding="utf-8")
+    assert "is not overwritten" in dry("--dry_run", f"--dry_run_report={metadata}")[2]
+    assert metadata.read_text(encoding="utf-8") == '{"image_path": "01.jpg"}\n'
     assert "--flow_shift belongs to flows" in dry("--dry_run", "--flow_shift=2")[2]
     assert "holds no complete state" in dry("--dry_run", "--resume=latest")[2]
 
