@@ -77,7 +77,7 @@ def apply_update(
 ) -> None:
     """Add to weights the share `shrink` of them, subtract `update` and round; where `keeps` is false nothing changes.
 
-    `update` is flat, in the order of `alike`. `shrink` is one number, or one for each of them.
+    `update` is flat, in the order of `alike`; its memory is used. `shrink` is one number, or one for each of them.
     """
     states = [state for each in alike for state in each.states]
     before = values = flat(ordered)
@@ -85,8 +85,7 @@ def apply_update(
     if residuals:
         values = before + flat(residuals)
     values = values if shrink is None else torch.addcmul(values, values, shrink)
-    values = values.sub(update)
-    del update
+    values = torch.sub(values, update, out=update)
     rounded: Tensor = values
     if kind == KAHAN:
         rounded, missing = with_residual(values)
@@ -165,8 +164,8 @@ def take_factors(alike: Alike, into: Tensor, mean_of: str = "exp_avg_sq_row") ->
         torch.rsqrt(_stacked(alike, "exp_avg_sq"), out=into)
         return
     rows, columns = _stacked(alike, "exp_avg_sq_row"), _stacked(alike, "exp_avg_sq_col")
-    means = _stacked(alike, mean_of).mean(dim=-1, keepdim=True)
-    rows.div_(means).rsqrt_()
+    of_matrices = rows if mean_of == "exp_avg_sq_row" else _stacked(alike, mean_of)
+    rows.div_(of_matrices.mean(dim=-1, keepdim=True)).rsqrt_()
     torch.mul(rows.unsqueeze(-1), columns.rsqrt_().unsqueeze(-2), out=into)
 
 
