@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from library.captions.draws import ENCODERS, Encoder
 from library.config.atomic_files import CannotWrite
 from library.config.errors import UserError
-from library.config.file_names import writable_text
+from library.config.file_names import json_bytes
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class AnyText(JSONResponse):
     def render(self, content: Any) -> bytes:
         """Return the bytes of the answer."""
         text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-        return writable_text(text).encode()
+        return json_bytes(text)
 
 
 def answering(answer: Answer) -> Callable[[Request], Awaitable[Response]]:

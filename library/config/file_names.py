@@ -32,11 +32,13 @@ def text_problem(text: str) -> str | None:
 
 
 def writable_text(text: str) -> str:
-    """Return `text` with each half of a surrogate pair written as `\\udc80`, since UTF-8 cannot hold it.
+    """Return `text` with each half of a surrogate pair written as `\\udc80`, since UTF-8 cannot hold it."""
+    return json_bytes(text).decode("utf-8")
 
-    In a JSON string that is the same character again.
-    """
-    return text.encode("utf-8", errors="backslashreplace").decode("utf-8")
+
+def json_bytes(text: str) -> bytes:
+    """Return a JSON text as UTF-8, each half of a surrogate pair as `\\udc80`: in a string the same character again."""
+    return text.encode("utf-8", errors="backslashreplace")
 
 
 def name_problem(name: str) -> str | None:

@@ -7,6 +7,7 @@ import tempfile
 import traceback
 
 from library.config.errors import UserError
+from library.config.processes import share_of_process
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def explained(error: BaseException) -> UnforeseenError:
     where = "" if file is None else f" The traceback is in '{file}'."
     failure = UnforeseenError(f"{what} ({_reason(error)}).{where}", remedy)
     # All others miss a process; two of them say it, since the first may be the one that is missed.
-    failure.is_shared = what == _LOST_PROCESS[0] and int(os.environ.get("RANK", "0")) > 1
+    failure.is_shared = what == _LOST_PROCESS[0] and share_of_process().index > 1
     return failure
 
 

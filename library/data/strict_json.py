@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from library.config.errors import UserError
+from library.config.file_names import json_bytes
 
 BYTE_ORDER_MARK = "\ufeff"
 
@@ -198,7 +199,7 @@ def pieces_of_json(content: Mapping[str, Mapping[str, Any]]) -> Iterator[bytes]:
     """
     start = "{\n"
     for name, values in content.items():
-        yield _encoded(f"{start}  {_quoted(name)}: {_object(values)}")
+        yield json_bytes(f"{start}  {_quoted(name)}: {_object(values)}")
         start = ",\n"
     yield b"\n}\n" if content else b"{}\n"
 
@@ -216,13 +217,6 @@ def _value(value: Any) -> str:
         return _quoted(value)
     text = json.dumps(value, indent=2, ensure_ascii=False)
     return text.replace("\n", "\n    ")  # no text of JSON has line ends but those of its layout
-
-
-def _encoded(text: str) -> bytes:
-    try:
-        return text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair
-        return re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text).encode()
 
 
 def shown(value: Any) -> str:

@@ -16,10 +16,15 @@ def placed_state(optimizer: Optimizer, key: str, value: Any, group: Mapping[str,
     """
     if not isinstance(value, torch.Tensor):
         return value
-    paged: Any = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    paged = unwrapped(optimizer)
     if getattr(paged, "is_paged", False) and key in _PAGED_KEYS:
         return paged.get_state_buffer(torch.empty_like(value, device=device), dtype=value.dtype).copy_(value)
     return value.to("cpu" if stays_on_cpu(key, group) else device, copy=True)
+
+
+def unwrapped(optimizer: Optimizer) -> Any:
+    """Return the optimizer itself, which accelerate may have wrapped."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 def stays_on_cpu(key: str, group: Mapping[str, Any]) -> bool:

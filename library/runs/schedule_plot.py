@@ -1,9 +1,9 @@
 """The learning rates of a run as an image, without training."""
 
 import logging
-import os
 
 from library.config.atomic_files import replacing
+from library.config.processes import share_of_process
 from library.data.training_set import find_training_images
 from library.optim.curve_image import draw_curves
 from library.optim.lr_curves import rates_over_run
@@ -51,6 +51,5 @@ def _num_steps(options: TrainingOptions) -> int:
     images = read_images(
         options.training_set, find_training_images(options.subsets()), vae_digest(load_vae(source, None))
     )
-    processes = int(os.environ.get("WORLD_SIZE", "1"))  # which accelerate launch sets
-    order = make_order(images, options.run, _NO_SEED, num_processes=processes, process_index=0)
+    order = make_order(images, options.run, _NO_SEED, num_processes=share_of_process().count, process_index=0)
     return num_steps_of(options.run, order)

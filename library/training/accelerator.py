@@ -12,7 +12,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from library.config.digests import digest
 from library.config.errors import UserError
 from library.config.magnitudes import DDP_TIMEOUT
-from library.config.processes import leave_group_at_end
+from library.config.processes import leave_group_at_end, share_of_process
 from library.data.dataset import Batch
 from library.training.precision import PrecisionOptions
 from library.training.process_options import ProcessOptions, asks_for_shards
@@ -46,7 +46,7 @@ def make_accelerator(
             kwargs_handlers=[InitProcessGroupKwargs(timeout=patience), exchange],
         )
     leave_group_at_end()
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    asked = share_of_process().count
     if accelerator.num_processes != asked:
         raise UserError(
             f"the launcher asks for {asked} processes, and accelerate runs {accelerator.num_processes}.",

@@ -1,10 +1,9 @@
 """What CUDA graphs cannot hold, from the options alone."""
 
-import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from library.training.process_options import num_parts
+from library.config.processes import share_of_process
 
 if TYPE_CHECKING:
     from library.training.run_options import TrainingOptions
@@ -33,5 +32,5 @@ def graph_conflicts(options: "TrainingOptions") -> Iterator[str]:
     for flag, (is_set, reason) in refused.items():
         if is_set:
             yield f"{_FLAG} cannot work with {flag}: {reason}."
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or num_parts(os.environ) > 1:
+    if share_of_process().count > 1:
         yield f"{_FLAG} cannot work with several processes, which exchange gradients within the backward pass."

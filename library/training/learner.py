@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from library.data.dataset import Batch
 from library.diffusion.noise import NoisyLatents
 from library.optim.fused_backward import FusedBackward
+from library.optim.state_places import unwrapped
 from library.optim.stepping import Stepper
 from library.sdxl.text_encoding import TextConditioning
 from library.training.distribution import exchange_gradients
@@ -172,7 +173,7 @@ class Learner:
 
         They differ only for schedule-free optimizers, which train at one point and average at another.
         """
-        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+        optimizer = unwrapped(self.optimizer)
         if not hasattr(optimizer, "eval"):
             yield
             return

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from library.config.errors import UserError
 from library.optim.lr_schedules import saved_schedule
 from library.optim.rounding import RESIDUAL
-from library.optim.state_places import placed_state
+from library.optim.state_places import placed_state, unwrapped
 from library.sdxl.tensor_file import read_pickled
 from library.training.resumable import Resumable, group_settings
 
@@ -54,16 +54,15 @@ def _belongs_to_rows(learnt: Resumable, key: str, value: Any, shape: torch.Size)
     """
     if not isinstance(value, torch.Tensor):
         return False
-    optimizer: Any = getattr(learnt.optimizer, "optimizer", learnt.optimizer)
+    optimizer = unwrapped(learnt.optimizer)
     if getattr(optimizer, "steps_in_parts", False):
         return bool(optimizer.belongs_to_rows(key, value))
     return value.shape == shape
 
 
 def _kind(learnt: Resumable) -> list[str]:
-    """Return the optimizer's class (accelerate wraps it) and the names of its groups."""
-    optimizer = getattr(learnt.optimizer, "optimizer", learnt.optimizer)
-    return [type(optimizer).__name__, *(settings["name"] for settings in learnt.settings)]
+    """Return the optimizer's class and the names of its groups."""
+    return [type(unwrapped(learnt.optimizer)).__name__, *(settings["name"] for settings in learnt.settings)]
 
 
 def read_optimizer(path: Path) -> dict[str, Any]:

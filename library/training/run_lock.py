@@ -13,6 +13,7 @@ import filelock
 import psutil
 
 from library.config.errors import UserError
+from library.config.processes import share_of_process
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ def run_lock(output_dir: Path, output_name: str | None, *, doing: str = "trainin
     The system releases the lock when the process ends, however it ends: filelock closes it in forked children, such as
     data-loader workers that outlive a killed run.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if not share_of_process().is_first:
         yield
         return
     path = _lock_file(output_dir, output_name)

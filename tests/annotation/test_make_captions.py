@@ -11,8 +11,8 @@ from library.annotation.sentence_options import EXTENSIONS
 from library.data.metadata import COLUMN_G, COLUMN_L
 from tests.annotation.conftest import PHOTOGRAPHS, captions_in, merged_captions, run
 from tests.annotation.tiny_captioners import write_git, write_llava
-from tests.annotation.two_processes import in_two_processes
 from tests.reliability.refusal import said_on_refusal
+from tests.two_processes import in_two_processes
 
 pytestmark = pytest.mark.heavy
 

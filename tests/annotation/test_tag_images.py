@@ -18,8 +18,8 @@ from tests.annotation.conftest import PHOTOGRAPHS, captions_in, merged_captions,
 from tests.annotation.file_server import serving
 from tests.annotation.killed_run import run_and_kill
 from tests.annotation.tiny_tagger import LABELS, probabilities_of, write_tagger
-from tests.annotation.two_processes import in_two_processes
 from tests.reliability.refusal import said_on_refusal
+from tests.two_processes import in_two_processes
 
 
 def tag(folder, tagger, *flags):

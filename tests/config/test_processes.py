@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.annotation.two_processes import twice
+from tests.two_processes import twice
 
 GATHERS_AND_ENDS = """
 import atexit

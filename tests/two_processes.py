@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.annotation.killed_run import REPOSITORY
+REPOSITORY = Path(__file__).parents[1]
 
 
 def in_two_processes(script, folder: Path, *flags: object) -> tuple[list[int], str, str]:
