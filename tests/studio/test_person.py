@@ -255,6 +255,7 @@ def test_a_change_by_another_program_is_shown_within_a_second_or_told(page, fold
 
 def test_ten_draws_are_shown(page, folder, tmp_path):
     config = tmp_path / "set.toml"
+    written = folder.relative_to(tmp_path).as_posix()  # what is drawn depends on the folder as it is written
     config.write_text(
         f"""
         [general]
@@ -264,7 +265,7 @@ def test_ten_draws_are_shown(page, folder, tmp_path):
         [[datasets]]
         resolution = 1024
           [[datasets.subsets]]
-          image_dir = '{folder}'
+          image_dir = '{written}'
         """,
         encoding="utf-8",
     )
