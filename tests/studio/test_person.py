@@ -273,7 +273,7 @@ def test_ten_draws_are_shown(page, folder, tmp_path):
         for ending in (".txt", ".caption"):
             if not (folder / f"{name}{ending}").exists():
                 (folder / f"{name}{ending}").write_text("x", encoding="utf-8")
-    with studio("--dataset_config", config, "--seed=5") as running:
+    with studio("--dataset_config", config, "--seed=6") as running:
         page.goto(running.link)
         open_image(page, "04")
         page.keyboard.press("Alt+w")
